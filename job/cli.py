@@ -1,0 +1,116 @@
+"""The commands of `job`, and nothing else: arguments in, exit code out.
+
+Heavy imports (keras, jax, datasets) happen inside the command that needs them, so that
+`--help`, `validate` and `schema` answer at once.
+"""
+
+import json
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from job import __version__
+from job.errors import EXIT_RESUMABLE, JobError
+
+app = typer.Typer(
+    name="job",
+    help="Fine-tune a language model from one YAML spec, and measure what that changed.",
+    epilog="Exit codes: 0 done, 2 wrong spec or arguments, 3 wrong machine, 4 a stage failed, "
+    "75 stopped early (run the same command to go on).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SpecArgument = Annotated[
+    str, typer.Argument(help="A path, a gs:// URI, or the name of a shipped spec, like smoke.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the spec; repeatable."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"job {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version_flag: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def run(
+    spec: SpecArgument,
+    overrides: SetOption = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="URI", help="Folder or gs:// prefix of the runs.")
+    ] = None,
+    run_id: Annotated[
+        str | None, typer.Option(metavar="ID", help="Name of the run; default: by the spec.")
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget what an earlier run with this id left.")
+    ] = False,
+) -> None:
+    """Run the job, or go on with it where it stopped."""
+    from job.pipeline import run_job
+    from job.spec_loading import load_spec
+
+    changes = list(overrides or [])
+    if output is not None:
+        changes.append(f"output={json.dumps(output)}")
+    run_job(load_spec(spec, changes), run_id=run_id, until=until, fresh=fresh)
+
+
+@app.command()
+def validate(spec: SpecArgument, overrides: SetOption = None) -> None:
+    """Check a spec and report all problems at once, each with its path and line."""
+    from job.spec_loading import load_spec, run_id
+
+    loaded = load_spec(spec, overrides or [])
+    typer.echo(f"{loaded.source}: valid; its run id is {run_id(loaded.spec)}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the spec, for editors."""
+    from job.spec import Spec
+
+    typer.echo(json.dumps(Spec.model_json_schema(), indent=2))
+
+
+@app.command()
+def fetch(
+    run_uri: Annotated[str, typer.Argument(help="A run: a folder, or gs://bucket/prefix/run-id.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Where to put it.")],
+) -> None:
+    """Download a finished run and check every checksum."""
+    from job.fetch import fetch_run
+
+    fetch_run(run_uri, folder)
+
+
+def main() -> NoReturn:
+    """The entry point: errors of users become one message and their exit code."""
+    try:
+        app()
+    except JobError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted; run the same command to go on\n")
+        sys.exit(EXIT_RESUMABLE)
+    sys.exit(0)

@@ -1,0 +1,176 @@
+"""Token examples into rows of one fixed shape: several examples a row, or one.
+
+All rows of a data set have the same shape, so one compiled program serves the whole run.
+Only positions with a loss are listed for the head, which is the widest part of the model.
+"""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from job.data.examples import Example
+from job.model.text import TextCodec
+
+_POSITION_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class TokenExample:
+    """An example as tokens; the loss is on the targets from `loss_from` on."""
+
+    id: str
+    tokens: list[int]
+    loss_from: int
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """The examples that can be trained on, and what became of the others."""
+
+    examples: list[TokenExample]
+    truncated: int
+    """Examples cut at the maximum length."""
+    dropped: int
+    """Examples whose prompt left no room for a token with a loss."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as arrays; the first axis is the row.
+
+    token_ids, segments: int32 `[rows, length]`; segment 0 is padding, 1.. are examples.
+    positions, targets: int32 `[rows, losses]`: hidden state `positions` predicts `targets`.
+    weights: float32 `[rows, losses]`: 1 where there is a loss, 0 where the list is padded.
+    """
+
+    token_ids: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def take(self, rows: np.ndarray) -> "Batch":
+        """The rows with these numbers; -1 is an empty row."""
+        empty = rows < 0
+
+        def pick(array: np.ndarray) -> np.ndarray:
+            chosen: np.ndarray = array[rows]
+            chosen[empty] = 0
+            return chosen
+
+        return Batch(*(pick(getattr(self, name)) for name in self.__dataclass_fields__))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(np.count_nonzero(self.segments))
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """All rows of a data set, and the examples in each."""
+
+    batch: Batch
+    examples: list[list[str]]
+
+    @property
+    def fill(self) -> float:
+        """Share of the token slots that hold a token."""
+        return self.batch.tokens / self.batch.token_ids.size
+
+
+def tokenize(
+    examples: Sequence[Example],
+    codec: TextCodec,
+    max_length: int,
+    loss_on: Literal["response", "all"],
+) -> Tokenized:
+    """Examples as tokens: the wrapped prompt, the response, and the token that ends the turn."""
+    from job.data.chat import neutralise
+
+    prompts = codec.encode_prompts([codec.template.prompt(e.prompt, e.system) for e in examples])
+    responses = codec.encode_responses([neutralise(e.response) for e in examples])
+    kept: list[TokenExample] = []
+    truncated = dropped = 0
+    for example, prompt, response in zip(examples, prompts, responses, strict=True):
+        tokens = (prompt + response)[:max_length]
+        loss_from = len(prompt) if loss_on == "response" else 1
+        truncated += len(prompt) + len(response) > max_length
+        if loss_from >= len(tokens):
+            dropped += 1
+        else:
+            kept.append(TokenExample(example.id, tokens, loss_from))
+    return Tokenized(kept, truncated, dropped)
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Bins of item numbers, none over `capacity`: best-fit decreasing.
+
+    Each item, longest first, goes into the fullest bin it fits (Johnson et al. 1974 bound the
+    number of bins by 11/9 of the optimum, plus 4).
+
+    Raises:
+        ValueError: an item is longer than the capacity.
+    """
+    bins: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (free room, bin), sorted
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[item]
+        if length > capacity:
+            raise ValueError(f"item {item} of length {length} does not fit into {capacity}")
+        place = bisect.bisect_left(free, (length, -1))
+        if place == len(free):
+            bins.append([item])
+            room, number = capacity - length, len(bins) - 1
+        else:
+            room, number = free.pop(place)
+            bins[number].append(item)
+            room -= length
+        bisect.insort(free, (room, number))
+    return bins
+
+
+def make_rows(
+    examples: Sequence[TokenExample], length: int, *, packing: bool, losses: int | None = None
+) -> PackedRows:
+    """Rows of `length` tokens, packed or with one example each.
+
+    Args:
+        losses: width of the lists of loss positions; unset, the most any row needs.
+    """
+    if packing:
+        bins = best_fit([len(example.tokens) for example in examples], length)
+    else:
+        bins = [[number] for number in range(len(examples))]
+    needed = max(
+        (sum(len(examples[i].tokens) - examples[i].loss_from for i in row) for row in bins),
+        default=1,
+    )
+    width = -(-needed // _POSITION_MULTIPLE) * _POSITION_MULTIPLE if losses is None else losses
+    batch = Batch(
+        token_ids=np.zeros((len(bins), length), np.int32),
+        segments=np.zeros((len(bins), length), np.int32),
+        positions=np.zeros((len(bins), width), np.int32),
+        targets=np.zeros((len(bins), width), np.int32),
+        weights=np.zeros((len(bins), width), np.float32),
+    )
+    for row, numbers in enumerate(bins):
+        at = count = 0
+        for segment, number in enumerate(numbers, 1):
+            example = examples[number]
+            end = at + len(example.tokens)
+            batch.token_ids[row, at:end] = example.tokens
+            batch.segments[row, at:end] = segment
+            targets = example.tokens[example.loss_from :]
+            places = slice(count, count + len(targets))
+            batch.targets[row, places] = targets
+            batch.positions[row, places] = np.arange(at + example.loss_from - 1, end - 1)
+            batch.weights[row, places] = 1.0
+            at, count = end, count + len(targets)
+    return PackedRows(batch, [[examples[number].id for number in row] for row in bins])

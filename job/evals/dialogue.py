@@ -1,0 +1,65 @@
+"""ROUGE of answers against the expected ones (Lin 2004), by Google's rouge-score."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from job.evals.predictions import DialogueLine
+from job.evals.stats import bootstrap, finding_of_interval
+from job.results import DialogueComparison, DialogueScore, Nulls
+
+METRICS = ("rouge1", "rouge2", "rougeL")
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(METRICS, use_stemmer=True)
+
+
+def rouge_scores(expected: str, answer: str) -> dict[str, float]:
+    """F-measures from 0 to 1 by metric. Only a-z and 0-9 count: other scripts score 0."""
+    scores = _scorer().score(expected, answer)
+    return {name: round(float(scores[name].fmeasure), 6) for name in METRICS}
+
+
+def summarise(lines: Sequence[DialogueLine], samples: int, seed: int) -> DialogueScore:
+    """One model's scores with bootstrap intervals."""
+    estimates = {
+        name: bootstrap([getattr(line, name) for line in lines], samples, seed) for name in METRICS
+    }
+    return DialogueScore(
+        **estimates,
+        mean_tokens=round(sum(line.tokens for line in lines) / len(lines), 2),
+        truncated=sum(line.finish == "length" for line in lines),
+    )
+
+
+def compare(
+    baseline: Sequence[DialogueLine], finetuned: Sequence[DialogueLine], samples: int, seed: int
+) -> DialogueComparison:
+    """The paired difference of ROUGE-L over the same prompts."""
+    pairs = zip(baseline, finetuned, strict=True)
+    found = bootstrap([after.rougeL - before.rougeL for before, after in pairs], samples, seed)
+    return DialogueComparison(
+        a="baseline",
+        b="finetuned",
+        difference=found.mean,
+        ci95=found.ci95,
+        finding=finding_of_interval(found.ci95),
+    )
+
+
+def nulls(lines: Sequence[DialogueLine], samples: int, seed: int) -> Nulls:
+    """ROUGE-L of answers that know nothing: the prompt echoed, and the next example's answer."""
+    echoed = [rouge_scores(line.expected, line.prompt)["rougeL"] for line in lines]
+    rotated = [*lines[1:], lines[0]]
+    others = [
+        rouge_scores(line.expected, other.expected)["rougeL"]
+        for line, other in zip(lines, rotated, strict=True)
+    ]
+    return Nulls(
+        echoed_prompt=bootstrap(echoed, samples, seed),
+        other_answer=bootstrap(others, samples, seed),
+    )

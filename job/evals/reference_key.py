@@ -1,0 +1,22 @@
+"""Whether the reference model can be asked: looked at early, so nothing heavy is imported."""
+
+import os
+from collections.abc import Mapping
+
+from job.spec import Reference
+
+KEY = "OPENROUTER_API_KEY"
+
+
+def missing_key(reference: Reference) -> str | None:
+    """What to tell the user if the key is not set."""
+    if os.environ.get(KEY, "").strip():
+        return None
+    return f"{KEY} is not set: the comparison with {reference.model} will be skipped"
+
+
+def could_do_more(outcome: Mapping[str, object], reference: Reference | None) -> bool:
+    """Whether a stage that was skipped or incomplete should be tried again."""
+    if reference is None or missing_key(reference) is not None:
+        return False
+    return outcome.get("status") != "complete"

@@ -1,0 +1,27 @@
+"""The prompts that every model is shown, so that their answers can be read side by side."""
+
+from pydantic import BaseModel
+
+from job.data.stage import VALIDATION, read_examples
+from job.run import Run
+
+
+class SidePrompt(BaseModel):
+    """A prompt, and the expected answer where one is known."""
+
+    id: str
+    prompt: str
+    system: str | None
+    expected: str | None
+
+
+def side_prompts(run: Run) -> list[SidePrompt]:
+    """Held-out prompts first, then the spec's own."""
+    wanted = run.spec.evals.side_by_side
+    held_out = read_examples(run, VALIDATION, wanted.examples) if wanted.examples else []
+    return [
+        SidePrompt(id=e.id, prompt=e.prompt, system=e.system, expected=e.response) for e in held_out
+    ] + [
+        SidePrompt(id=f"prompt-{number}", prompt=prompt, system=None, expected=None)
+        for number, prompt in enumerate(wanted.prompts, 1)
+    ]

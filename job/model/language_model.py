@@ -1,0 +1,157 @@
+"""A causal language model as pure functions of its weights.
+
+KerasHub's layers hold the structure; the weights are passed in as a tuple, so one compiled
+function serves the base model, training and the tuned model, and nothing is assigned.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax.sharding import Mesh, NamedSharding
+
+from job import logs
+from job.errors import UsageError
+from job.model.lora import LoraLayout, LoraWeights, Weights, plan_lora
+from job.model.presets import Preset, load_task, resolve
+from job.model.segments import can_pack, segment_attention
+from job.model.text import TextCodec
+from job.spec import Model
+
+
+class LanguageModel:
+    """The structure, the frozen weights on their devices, the tokenizer, the LoRA layout."""
+
+    def __init__(
+        self, task: Any, codec: TextCodec, model: Model, preset: Preset, mesh: Mesh
+    ) -> None:
+        self._task = task
+        self._backbone = task.backbone
+        self.codec = codec
+        self.preset = preset
+        self.mesh = mesh
+        self.lora: LoraLayout = plan_lora(self._backbone, model.lora)
+        self.parameters: int = self._backbone.count_params()
+        self.weights: Weights = self.replicate(tuple(v.value for v in self._backbone.variables))
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether several examples may share a row."""
+        return can_pack(self._backbone)
+
+    @property
+    def family(self) -> str:
+        """The class name of the backbone."""
+        return type(self._backbone).__name__
+
+    @property
+    def vocabulary(self) -> int:
+        """Width of the head."""
+        return int(self._backbone.token_embedding.embeddings.shape[0])
+
+    @property
+    def platform(self) -> str:
+        """Where it runs: cpu, gpu, cuda, tpu, ... as JAX names it."""
+        return str(self.mesh.devices.flat[0].platform)
+
+    @property
+    def devices(self) -> int:
+        """Devices that a batch is split over."""
+        return int(self.mesh.shape["data"])
+
+    def replicate(self, tree: Any) -> Any:
+        """Arrays, whole on every device of the mesh."""
+        return jax.device_put(tree, self._sharding())
+
+    def split_batch(self, tree: Any, axis: int = 0) -> Any:
+        """Arrays whose axis `axis` is the batch, split over the devices."""
+        return jax.device_put(tree, self._sharding(*([None] * axis), "data"))
+
+    def _sharding(self, *axes: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, jax.P(*axes))  # type: ignore[no-untyped-call]
+
+    def _scope(self, weights: Weights) -> Any:
+        return keras.StatelessScope(
+            state_mapping=list(zip(self._backbone.variables, weights, strict=True))
+        )
+
+    def hidden(self, weights: Weights, token_ids: jax.Array, segments: jax.Array) -> jax.Array:
+        """The last hidden states.
+
+        Args:
+            weights: the backbone's variables.
+            token_ids: int32 `[batch, length]`.
+            segments: int32 `[batch, length]`; 0 is padding, tokens attend only to earlier
+                tokens of the same number.
+
+        Returns:
+            `[batch, length, hidden]` in the compute type.
+        """
+        with self._scope(weights), segment_attention(self._backbone):
+            outputs: jax.Array = self._backbone({"token_ids": token_ids, "padding_mask": segments})
+        return outputs
+
+    def plain_hidden(self, weights: Weights, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
+        """The same with an ordinary padding mask (1 and 0): for every family of models."""
+        with self._scope(weights):
+            outputs: jax.Array = self._backbone({"token_ids": token_ids, "padding_mask": mask})
+        return outputs
+
+    def logits(self, weights: Weights, hidden: jax.Array) -> jax.Array:
+        """Float32 logits `[..., vocabulary]` of hidden states `[..., hidden]`."""
+        with self._scope(weights):
+            logits = self._backbone.token_embedding(hidden, reverse=True)
+        return jnp.asarray(logits, jnp.float32)
+
+    def generate(
+        self, weights: Weights, token_ids: jax.Array, mask: jax.Array, stop_ids: Sequence[int]
+    ) -> jax.Array:
+        """Greedy decoding, traceable: fills each row after its prompt.
+
+        Args:
+            weights: the backbone's variables.
+            token_ids: int32 `[batch, length]`, prompts padded on the right.
+            mask: bool `[batch, length]`, true on the prompts.
+            stop_ids: decoding ends once every row holds one of these after its prompt.
+
+        Returns:
+            int32 `[batch, length]`; what follows a row's first stop token is meaningless.
+        """
+        with self._scope(weights):
+            if self._task.sampler is None:
+                self._task.compile(sampler="greedy")
+            outputs = self._task.generate_step(
+                {"token_ids": token_ids, "padding_mask": mask}, stop_token_ids=list(stop_ids)
+            )
+        tokens: jax.Array = outputs["token_ids"]
+        return tokens
+
+    def adapted(self, layout: LoraLayout, lora: LoraWeights) -> Weights:
+        """The frozen weights with an adapter merged in, on the devices."""
+        merged: Weights = jax.jit(layout.merge)(self.weights, self.replicate(lora))
+        return merged
+
+
+def load(model: Model, seed: int, mesh: Mesh) -> LanguageModel:
+    """Load the model of the spec.
+
+    Raises:
+        UsageError: it cannot be loaded as a causal LM, or the spec does not fit it.
+    """
+    preset = resolve(model)
+    keras.utils.set_random_seed(seed)
+    task, tokenizer = load_task(preset, model.dtype)
+    codec = TextCodec(tokenizer, model.chat_template)
+    loaded = LanguageModel(task, codec, model, preset, mesh)
+    if max(*codec.stop_ids, codec.pad_id) >= loaded.vocabulary:
+        raise UsageError(f"model.preset: the tokenizer of {model.preset} is not this model's")
+    logs.get().info(
+        "model loaded",
+        family=loaded.family,
+        parameters=loaded.parameters,
+        trainable=loaded.lora.parameters,
+        chat_template=codec.template.name,
+    )
+    return loaded

@@ -1,0 +1,75 @@
+"""Where a model comes from: a pinned snapshot of the Hub, a folder, a KerasHub name, `tiny`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job import logs, runtime
+from job.errors import StageError, UsageError
+from job.hub import hub_errors
+from job.spec import Model
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What KerasHub's `from_preset` is given, and the commit it is of (None if unversioned)."""
+
+    handle: str
+    revision: str | None
+
+
+def resolve(model: Model) -> Preset:
+    """Find the model of the spec and bring it to this machine where needed.
+
+    KerasHub itself would fetch the files of a Hub repository one by one without a revision;
+    a snapshot at one commit is fetched here instead and handed over as a folder.
+
+    Raises:
+        UsageError: there is no such model.
+        EnvironmentProblem: it is gated.
+        StageError: the Hub could not be reached.
+    """
+    runtime.import_keras()
+    if model.preset == "tiny":
+        from job.model.tiny import tiny_preset
+
+        return Preset(str(tiny_preset()), None)
+    if model.preset.startswith("hf://"):
+        return _snapshot(model.preset.removeprefix("hf://"), model.revision)
+    if Path(model.preset).is_dir():
+        return Preset(str(Path(model.preset).absolute()), None)
+    return Preset(model.preset, None)
+
+
+def _snapshot(repository: str, revision: str | None) -> Preset:
+    from huggingface_hub import HfApi, snapshot_download
+
+    with hub_errors("model", repository, revision):
+        commit = HfApi().model_info(repository, revision=revision).sha
+        folder = snapshot_download(
+            repository, revision=commit, ignore_patterns=["*.gguf", "*.bin", "*.pth", "original/*"]
+        )
+    return Preset(folder, commit)
+
+
+def load_task(preset: Preset, dtype: str) -> tuple[Any, Any]:
+    """The KerasHub causal LM (without a preprocessor) and its tokenizer.
+
+    Raises:
+        UsageError: the preset is not a causal language model that KerasHub can read.
+        StageError: its files cannot be read.
+    """
+    import keras_hub
+
+    logs.get().info("loading the model", preset=preset.handle, dtype=dtype)
+    try:
+        task = keras_hub.models.CausalLM.from_preset(preset.handle, preprocessor=None, dtype=dtype)
+        tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(preset.handle)
+    except (ValueError, KeyError, ImportError) as error:
+        raise UsageError(
+            f"model.preset: KerasHub cannot load {preset.handle!r} as a causal language "
+            f"model: {str(error).splitlines()[0]}"
+        ) from error
+    except OSError as error:
+        raise StageError(f"the files of {preset.handle!r} cannot be read: {error}") from error
+    return task, tokenizer

@@ -1,0 +1,85 @@
+"""Text to tokens and back, for one model: its tokenizer, its chat template, its stop tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from job.data.chat import TEMPLATES, ChatTemplate
+from job.errors import UsageError
+
+
+class TextCodec:
+    """A KerasHub tokenizer and a chat template as one thing.
+
+    A prompt and a response are tokenized apart and joined, so that training sees the very
+    tokens that evaluation gives the model.
+    """
+
+    def __init__(self, tokenizer: Any, template: str = "auto") -> None:
+        self._tokenizer = tokenizer
+        self.template = choose_template(tokenizer, template)
+        self.start_id: int | None = getattr(tokenizer, "start_token_id", None)
+        self.end_id: int = tokenizer.end_token_id
+        pad = getattr(tokenizer, "pad_token_id", None)
+        self.pad_id: int = self.end_id if pad is None else pad
+        control = {int(tokenizer.token_to_id(token)) for token in self.template.tokens}
+        self._control = control | {self.start_id, self.end_id, self.pad_id}
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        if self.template.stop is None:
+            return (self.end_id,)
+        return (self.end_id, int(self._tokenizer.token_to_id(self.template.stop)))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text, as it is: nothing is put before or after."""
+        if not texts:
+            return []
+        return [[int(token) for token in tokens] for tokens in self._tokenizer(list(texts))]
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Tokens of prompts that the template has wrapped, with the start token first."""
+        start = [] if self.start_id is None else [self.start_id]
+        return [start + tokens for tokens in self.encode(prompts)]
+
+    def encode_responses(self, responses: Sequence[str]) -> list[list[int]]:
+        """Tokens of responses, with the token that ends the turn last."""
+        return [[*tokens, self.stop_ids[-1]] for tokens in self.encode(responses)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without control tokens."""
+        kept = [token for token in tokens if token not in self._control]
+        return str(self._tokenizer.detokenize(kept)) if kept else ""
+
+    def letter_ids(self, letters: str) -> list[int]:
+        """The one token each letter is, when it begins an answer.
+
+        Raises:
+            UsageError: this tokenizer does not make the letters single, distinct tokens.
+        """
+        tokens = self.encode(list(letters))
+        if any(len(ids) != 1 for ids in tokens) or len({ids[0] for ids in tokens}) != len(letters):
+            raise UsageError(
+                "evals: this model's tokenizer does not have the letters as single tokens; "
+                "use scoring: generate"
+            )
+        return [ids[0] for ids in tokens]
+
+
+def choose_template(tokenizer: Any, wanted: str) -> ChatTemplate:
+    """The chat template of the spec, or for `auto` the one the tokenizer has the tokens of.
+
+    Raises:
+        UsageError: the tokenizer lacks the control tokens of the template asked for.
+    """
+    vocabulary = set(tokenizer.get_vocabulary())
+    gemma = TEMPLATES["gemma"]
+    missing = [token for token in gemma.tokens if token not in vocabulary]
+    if wanted == "auto":
+        return TEMPLATES["plain"] if missing else gemma
+    if wanted == "gemma" and missing:
+        raise UsageError(
+            f"model.chat_template: gemma needs the tokens {', '.join(missing)}, which this "
+            "model's tokenizer does not have; use plain or auto"
+        )
+    return TEMPLATES[wanted]

@@ -1,0 +1,121 @@
+"""The `tiny` preset: a small Gemma 3 with random weights, made the same way every time.
+
+It exists so that a job runs whole, in seconds and offline, through the very code a real
+model takes: it is saved as an ordinary KerasHub preset folder and loaded from there. Its
+answers mean nothing.
+"""
+
+import hashlib
+import io
+import shutil
+import tempfile
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from job.runtime import cache_folder
+
+VERSION = 1
+"""Raised when the preset is made in another way."""
+
+VOCABULARY = 2048
+SEED = 20250301
+SHAPE: dict[str, Any] = {
+    "image_size": 0,
+    "num_layers": 6,
+    "num_query_heads": 4,
+    "num_key_value_heads": 1,
+    "hidden_dim": 64,
+    "intermediate_dim": 256,
+    "head_dim": 32,
+    "use_post_ffw_norm": True,
+    "use_post_attention_norm": True,
+    "use_sliding_window_attention": True,
+    "sliding_window_size": 64,
+    "vision_encoder": None,
+}
+"""Gemma 3's own proportions: five sliding-window layers, then a global one."""
+
+
+def tiny_preset() -> Path:
+    """The preset's folder, made on first use and kept in the cache."""
+    key = hashlib.sha256(
+        repr((VERSION, VOCABULARY, SEED, SHAPE, version("keras"), version("keras-hub"))).encode()
+        + _corpus().encode()
+    ).hexdigest()[:16]
+    folder = cache_folder("presets", f"tiny-{key}")
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=".tiny-", dir=folder.parent))
+    try:
+        _build(building)
+        building.replace(folder)
+    except OSError:
+        if not folder.is_dir():  # another process may have made it first
+            raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _corpus() -> str:
+    return (resources.files("job") / "samples" / "dialogues.jsonl").read_text("utf-8")
+
+
+def _build(folder: Path) -> None:
+    import keras
+    import keras_hub
+
+    tokenizer = keras_hub.tokenizers.Gemma3Tokenizer(
+        proto=train_tokenizer(), has_vision_tokens=False
+    )
+    keras.utils.set_random_seed(SEED)
+    backbone = keras_hub.models.Gemma3Backbone(
+        vocabulary_size=tokenizer.vocabulary_size(), dtype="float32", **SHAPE
+    )
+    shape = backbone.token_embedding.embeddings.shape
+    # Keras' initializer would leave the tied head with logits too small to learn anything by.
+    embeddings = np.random.default_rng(SEED).normal(0, SHAPE["hidden_dim"] ** -0.5, shape)
+    backbone.token_embedding.embeddings.assign(embeddings)
+    keras_hub.models.Gemma3CausalLM(preprocessor=None, backbone=backbone).save_to_preset(
+        str(folder)
+    )
+    tokenizer.save_to_preset(str(folder))
+
+
+def train_tokenizer() -> bytes:
+    """A SentencePiece model of the samples, with Gemma's control tokens and settings."""
+    import json
+
+    import sentencepiece
+
+    rows = [json.loads(line) for line in _corpus().splitlines()]
+    texts = [row[key] for row in rows for key in ("input", "output")]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        user_defined_symbols=["<mask>", "<start_of_turn>", "<end_of_turn>", "\n", "\n\n", "\n\n\n"],
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()

@@ -1,0 +1,326 @@
+"""The stages in order: what is skipped, what is run again, what is resumed.
+
+A stage is a function of some sections of the spec and of the stages it needs. Its marker,
+written last, holds the digest of those inputs and the files it left. A stage whose digest
+matches and whose files are there is skipped; any other is run, and with it all that
+depends on it, because their markers are removed before it begins.
+"""
+
+import contextlib
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from job import logs, runtime
+from job.errors import EnvironmentProblem, Interrupted, JobError, UsageError
+from job.results import EnvironmentInfo, Results
+from job.run import Marker, Preflight, Run, StopSignal
+from job.spec import SAMPLES, Spec
+from job.spec_loading import LoadedSpec, digest, run_id
+from job.stages import NAMES, STAGES, Stage, dependents, stage_digests
+from job.storage import LocalStore, Store, child_uri, open_store
+
+RESULTS = "results.json"
+SPEC = "spec.yaml"
+LOG = "logs/job.jsonl"
+
+_OWNED = (RESULTS, SPEC, "report.", "stages/", "data/", "evals/", "train/", "adapter/", "logs/")
+"""What a run may leave in its folder, and all that --fresh removes from it."""
+
+
+def read_markers(store: Store) -> dict[str, Marker]:
+    """The markers of a run; an unreadable one counts as absent."""
+    markers = {}
+    for name in NAMES:
+        content = store.read(f"stages/{name}.json")
+        if content is not None:
+            try:
+                markers[name] = Marker.model_validate_json(content)
+            except ValidationError:
+                continue
+    return markers
+
+
+def stale_stages(
+    spec: Spec, store: Store, markers: dict[str, Marker], digests: dict[str, str]
+) -> list[str]:
+    """Names of the stages that must run, in order."""
+    stale: list[str] = []
+    for stage in STAGES:
+        marker = markers.get(stage.name)
+        if (
+            marker is None
+            or marker.digest != digests[stage.name]
+            or any(need in stale for need in stage.needs)
+            or any(store.size(item.path) != item.bytes for item in marker.outputs)
+            or stage.unfinished(marker, spec)
+        ):
+            stale.append(stage.name)
+    return stale
+
+
+def run_job(
+    loaded: LoadedSpec,
+    *,
+    run_id: str | None = None,
+    until: str | None = None,
+    fresh: bool = False,
+) -> None:
+    """Run all stages that are not done yet, up to and including `until`.
+
+    Raises:
+        JobError: with the exit code of what went wrong.
+    """
+    spec = loaded.spec
+    identity = _checked_id(run_id, spec)
+    if until is not None and until not in NAMES:
+        raise UsageError(
+            f"--until {until}: there is no such stage; write one of {', '.join(NAMES)}"
+        )
+    _check_inputs(spec)
+    store = open_store(child_uri(spec.output, identity))
+    stop = StopSignal()
+    stop.install()
+    run_log = logs.RunLog()
+    logs.configure(run_log)
+    structlog.contextvars.bind_contextvars(run_id=identity, stage="preflight")
+    log = logs.get()
+    wanted = NAMES[: NAMES.index(until) + 1] if until else NAMES
+
+    digests = stage_digests(spec)
+    markers = {} if fresh else read_markers(store)
+    stale = stale_stages(spec, store, markers, digests)
+    whole = store.size(RESULTS) is not None
+    to_do = [stage for stage in STAGES if stage.name in stale and stage.name in wanted]
+    if "report" in wanted and not whole and not to_do:
+        to_do = [STAGES[-1]]
+    if not to_do and "preflight" in markers:
+        _say_skipped(wanted)
+        _say_end(store)
+        return
+
+    log.info(
+        "job started", spec=loaded.source, run=store.uri, to_do=[stage.name for stage in to_do]
+    )
+    environment = runtime.start(spec)
+    with tempfile.TemporaryDirectory(prefix="job-") as work:
+        run = Run(identity, spec, store, Path(work), stop, lambda: runtime.make_mesh(spec))
+        run.markers, run.digests = markers, digests
+        if fresh:
+            _forget(store)
+        keeper = _LogKeeper(store, run_log, Path(work))
+        try:
+            _preflight(run, environment)
+            _run_stages(run, to_do, wanted, keeper.keep)
+            _say_end(store)
+        except Exception as error:
+            _say_failure(error)
+            raise
+        finally:
+            keeper.close()
+
+
+def _checked_id(given: str | None, spec: Spec) -> str:
+    identity = given if given is not None else run_id(spec)
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?", identity):
+        raise UsageError(
+            f"--run-id {identity!r}: use up to 128 letters, digits, '.', '_' and '-', "
+            "with a letter or digit first and last"
+        )
+    return identity
+
+
+def _check_inputs(spec: Spec) -> None:
+    """Local input files must be there before anything is started or written."""
+    preset = spec.model.preset
+    if "/" in preset and "://" not in preset and not Path(preset).is_dir():
+        raise UsageError(
+            f"model.preset: there is no folder {preset!r}; for a model of the Hub write "
+            "hf://owner/name"
+        )
+    for where, source in (
+        ("data", spec.data),
+        *((f"evals.multiple_choice.{i}", s) for i, s in enumerate(spec.evals.multiple_choice)),
+    ):
+        if source.dataset == SAMPLES or source.dataset.startswith("hf://"):
+            continue
+        if not Path(source.dataset).is_file():
+            raise UsageError(
+                f"{where}.dataset: there is no file {source.dataset!r}; "
+                "for a dataset of the Hub write hf://owner/name"
+            )
+
+
+def _forget(store: Store) -> None:
+    """Remove what an earlier run left, its results first, and nothing else."""
+    for key in sorted(
+        store.list(), key=lambda key: (key != RESULTS, not key.startswith("stages/"))
+    ):
+        if key.startswith(_OWNED):
+            store.delete(key)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _preflight(run: Run, environment: EnvironmentInfo) -> None:
+    """Record the machine; this stage runs whenever another one does."""
+    before = run.markers.get("preflight")
+    started = _now()
+    earlier = Preflight.model_validate(before.outcome) if before else None
+    outcome = Preflight(
+        environment=environment,
+        first_started=earlier.first_started if earlier else started,
+        starts=(earlier.starts if earlier else 0) + 1,
+    )
+    run.written = []
+    run.put(SPEC, _spec_text(run.spec))
+    run.digests["preflight"] = digest(environment.model_dump(mode="json"))
+    _write_marker(run, "preflight", started, 0.0, outcome)
+    logs.get().info(
+        "machine is as the spec asks",
+        platform=environment.platform,
+        devices=environment.devices,
+        kind=environment.device_kind,
+        packages=environment.packages,
+    )
+    if run.spec.reference is not None:
+        from job.evals.reference_key import missing_key
+
+        if missing := missing_key(run.spec.reference):
+            logs.get().warning(missing)
+
+
+def _spec_text(spec: Spec) -> bytes:
+    body = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return f"# The spec as it was run, with overrides and defaults.\n{body}".encode()
+
+
+def _run_stages(
+    run: Run, to_do: Sequence[Stage], wanted: Sequence[str], keep: Callable[[], None]
+) -> None:
+    for stage in STAGES:
+        if stage.name not in wanted:
+            break
+        structlog.contextvars.bind_contextvars(stage=stage.name)
+        if stage not in to_do:
+            logs.get().info("skipped: done before with the same inputs")
+            continue
+        run.stop.check()
+        run.store.delete(RESULTS)
+        for name in (*dependents(stage.name), stage.name):
+            run.store.delete(f"stages/{name}.json")
+            run.markers.pop(name, None)
+        logs.get().info("stage started")
+        started, clock = _now(), time.monotonic()
+        run.written = []
+        outcome = stage.run(run)
+        seconds = time.monotonic() - clock
+        _write_marker(run, stage.name, started, seconds, outcome)
+        if stage.name == "report":
+            _write_results(run)
+        logs.get().info("stage done", seconds=round(seconds, 1))
+        keep()
+
+
+def _write_marker(run: Run, name: str, started: str, seconds: float, outcome: BaseModel) -> None:
+    marker = Marker(
+        stage=name,
+        digest=run.digests[name],
+        outputs=run.written,
+        started=started,
+        seconds=round(seconds, 3),
+        outcome=outcome.model_dump(mode="json"),
+    )
+    run.store.write(f"stages/{name}.json", marker.model_dump_json(indent=2).encode())
+    run.markers[name] = marker
+
+
+def _write_results(run: Run) -> None:
+    """The last file of a run: what the report stage found, and every file with its checksum."""
+    results = run.outcome("report", Results)
+    artifacts = [item for name in NAMES for item in run.markers[name].outputs]
+    seconds = results.run.stage_seconds | {"report": run.markers["report"].seconds}
+    info = results.run.model_copy(
+        update={
+            "finished": _now(),
+            "stage_seconds": seconds,
+            "seconds": round(sum(seconds.values()), 3),
+        }
+    )
+    whole = results.model_copy(update={"artifacts": artifacts, "run": info})
+    run.store.write(RESULTS, whole.model_dump_json(indent=2).encode())
+
+
+def _say_failure(error: Exception) -> None:
+    if isinstance(error, Interrupted):
+        logs.get().warning(str(error))
+    else:
+        logs.get().error("stage failed", error=str(error) or type(error).__name__)
+
+
+def _say_skipped(wanted: Sequence[str]) -> None:
+    for name in wanted:
+        structlog.contextvars.bind_contextvars(stage=name)
+        logs.get().info("skipped: done before with the same inputs")
+
+
+def _say_end(store: Store) -> None:
+    """The last lines: the verdict, and where things are."""
+    structlog.contextvars.unbind_contextvars("stage")
+    log = logs.get()
+    content = store.read(RESULTS)
+    if content is None:
+        log.info("stopped before the report, as asked", run=store.uri)
+        return
+    results = Results.model_validate_json(content)
+    log.info(f"verdict: {results.verdict.sentence}")
+    for what, key in (
+        ("results", RESULTS),
+        ("report", "report.html"),
+        ("adapter", "adapter/adapter.lora.h5"),
+    ):
+        log.info(f"{what}: {child_uri(store.uri, key)}")
+
+
+class _LogKeeper:
+    """Keeps `logs/job.jsonl`: appended in place in a folder, copied up to a bucket."""
+
+    def __init__(self, store: Store, run_log: logs.RunLog, work: Path) -> None:
+        self._store = store
+        self._run_log = run_log
+        if isinstance(store, LocalStore):
+            self._path = store.root / LOG
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise EnvironmentProblem(
+                    f"cannot write to {store.uri}: {error.strerror}; choose another --output"
+                ) from error
+        else:
+            self._path = work / "job.jsonl"
+            store.download(LOG, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+        run_log.attach(self._file)
+
+    def keep(self) -> None:
+        """Make the lines so far safe."""
+        self._file.flush()
+        if not isinstance(self._store, LocalStore):
+            self._store.upload(self._path, LOG)
+
+    def close(self) -> None:
+        """Keep what there is; further lines go to the terminal only."""
+        self._run_log.detach()
+        self._file.close()
+        if not isinstance(self._store, LocalStore):
+            with contextlib.suppress(JobError):
+                self._store.upload(self._path, LOG)

@@ -1,0 +1,299 @@
+"""The report's figures: pure functions from numbers to inline SVG, readable in light and dark.
+
+Matplotlib draws with sentinel colours, which are exchanged for CSS variables of the page, so
+that one drawing follows the reader's colour scheme and the page's one accent. Text stays text,
+in the page's own font. A unit of the drawing is a CSS pixel. Nothing is written to disk, and
+the same numbers give the same bytes.
+"""
+
+import hashlib
+import io
+import math
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from job.results import ModelScore, MultipleChoice
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours no design would use; `_finish` exchanges them. Fallbacks serve a figure without page.
+INK, MUTED, ACCENT, RULE, PAPER = "#01fe01", "#01fe02", "#01fe03", "#01fe04", "#01fe05"
+_CSS = {
+    INK: "currentColor",
+    MUTED: "var(--muted, #77808b)",
+    ACCENT: "var(--accent, #2a6fb8)",
+    RULE: "var(--rule, #77808b55)",
+    PAPER: "var(--paper, none)",
+}
+_RC: dict[Any, Any] = {
+    "svg.hashsalt": "job.report", "svg.fonttype": "none", "text.parse_math": False,
+    "font.size": 12, "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": RULE,
+    "xtick.color": MUTED, "ytick.color": MUTED, "grid.color": RULE, "grid.linewidth": 1,
+    "legend.frameon": False, "legend.borderpad": 0, "legend.borderaxespad": 0,
+    "legend.fontsize": 11, "legend.labelcolor": MUTED,
+}  # fmt: skip
+_SMOOTH_FROM = 50
+"""Logged steps from which a line of means is drawn over the measured one."""
+_MOST_POINTS = 500
+"""Of more points neighbours are averaged."""
+_Series = list[tuple[float, float]]
+_BAR, _GROUP_TITLE, _GROUP_GAP, _TOP, _BOTTOM = 24, 44, 20, 30, 26
+
+MODEL_ORDER = ("baseline", "finetuned", "reference")
+
+
+def model_label(name: str) -> str:
+    """The model's name for readers; the reference is always marked as remote."""
+    return "reference (remote)" if name == "reference" else name
+
+
+def ordered[Score](models: Mapping[str, Score]) -> list[tuple[str, Score]]:
+    """The models' entries as baseline, finetuned, reference, then any other by name."""
+    rank = {name: place for place, name in enumerate(MODEL_ORDER)}
+    return sorted(models.items(), key=lambda item: (rank.get(item[0], len(rank)), item[0]))
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1 as a percentage with one decimal."""
+    return f"{100 * share:.1f}%"
+
+
+def loss_curve(history: Sequence[Mapping[str, Any]], *, width: int = 720) -> str:
+    """Draw the training loss per logged step, with the validation losses marked on it.
+
+    Args:
+        history: Lines of history.jsonl: `step` with `loss`, or with `validation_loss`, in nats
+            a token. Lines that are not finite are left out; of a step logged twice (a resumed
+            run) the later line counts.
+        width: Width in CSS pixels; below 480 the figure is laid out for a phone.
+
+    Returns:
+        An `<svg>` element, or '' where no loss was logged.
+    """
+    train, validation = _series(history, "loss"), _series(history, "validation_loss")
+    if not train and not validation:
+        return ""
+    from matplotlib import ticker
+
+    with _style():
+        height = 330 if width >= 480 else 260
+        figure, axes = _canvas(width, height, left=44, right=14, top=30, bottom=44)
+        drawn, label = _thinned(train), "training"
+        if len(train) > _SMOOTH_FROM:
+            axes.plot(*_columns(drawn), color=ACCENT, alpha=0.45, linewidth=1, label="training")
+            drawn, label = _smoothed(drawn), "training, smoothed"
+        if train:
+            dot = "o" if len(train) == 1 else None
+            axes.plot(*_columns(drawn), color=ACCENT, linewidth=2, marker=dot, label=label)
+        if validation:
+            axes.plot(
+                *_columns(validation), linestyle="none", color=INK, marker="o", markersize=7,
+                markerfacecolor=PAPER, markeredgewidth=1.6, zorder=5, label="validation",
+            )  # fmt: skip
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(5))
+        axes.grid(axis="y")
+        axes.margins(x=0.03, y=0.08)
+        _text(figure, 0, 14, "Loss, nats a token", weight="bold")
+        axes.legend()
+        return _finish(figure, _loss_words(train, validation))
+
+
+def accuracy_bars(multiple_choice: Sequence[MultipleChoice], *, width: int = 720) -> str:
+    """Draw accuracies in percent: a group an eval, a bar a model with its 95% interval.
+
+    Bars lie on their side, so that names of any length stay readable on a phone. A dotted
+    line is chance, a dashed one a model that always answers the majority letter.
+
+    Args:
+        multiple_choice: The evals, in order.
+        width: Width in CSS pixels.
+
+    Returns:
+        An `<svg>` element, or '' where there is no score to draw.
+    """
+    groups = [group for group in multiple_choice if group.models]
+    if not groups:
+        return ""
+    from matplotlib import lines, ticker
+
+    with _style():
+        heights = [_GROUP_TITLE + _BAR * len(group.models) + _GROUP_GAP for group in groups]
+        height = _TOP + sum(heights) + _BOTTOM
+        figure, axes = _canvas(width, height, left=126, right=60, top=_TOP, bottom=_BOTTOM)
+        highest = max(
+            max(score.ci95[1], score.accuracy, group.chance, group.majority_accuracy)
+            for group in groups
+            for score in group.models.values()
+        )
+        axes.set_xlim(0, min(100, 10 * math.ceil(10 * highest + 1e-9)))
+        axes.set_ylim(sum(heights), 0)
+        axes.yaxis.set_visible(False)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter("{x:.0f}%")
+        top = 0
+        for group, size in zip(groups, heights, strict=True):
+            _draw_group(figure, axes, group, top)
+            top += size
+        kinds = {"95% interval": "-", "chance": ":", "majority letter": "--"}
+        keys = [lines.Line2D([], [], color=INK, ls=ls, label=kind) for kind, ls in kinds.items()]
+        figure.legend(handles=keys, loc="upper left", ncols=3)
+        return _finish(figure, "Accuracy. " + " ".join(map(_group_words, groups)))
+
+
+def _draw_group(figure: "Figure", axes: "Axes", group: MultipleChoice, top: int) -> None:
+    """Draw one eval from `top`, in pixels under the axes' upper edge."""
+    first = top + _GROUP_TITLE
+    last = first + _BAR * len(group.models)
+    _text(figure, 0, _TOP + top + 14, _plain(group.name, figure.bbox.width / 9), weight="bold")
+    facts = (
+        f"{group.questions:,} questions; chance {percent(group.chance)}, "
+        f"always {_plain(group.majority_letter, 3)} {percent(group.majority_accuracy)}"
+    )
+    _text(figure, 0, _TOP + top + 31, facts, fontsize=11, color=MUTED)
+    for place, (name, score) in enumerate(ordered(group.models)):
+        middle = first + _BAR * (place + 0.5)
+        low, high = (100 * end for end in score.ci95)
+        fill = {"finetuned": ACCENT, "reference": PAPER}.get(name, MUTED)
+        axes.barh(
+            middle, 100 * score.accuracy, height=_BAR - 8, color=fill, linewidth=1,
+            alpha=1 if name in ("finetuned", "reference") else 0.6,
+            edgecolor=MUTED if name == "reference" else "none",
+        )  # fmt: skip
+        # Over a bright bar a bright line is lost: a rim of the paper's colour keeps them apart.
+        ends = [middle - 4, middle + 4, middle, middle, middle - 4, middle + 4]
+        for colour, line in ((PAPER, 4.5), (INK, 1.5)):
+            axes.plot([low] * 3 + [high] * 3, ends, color=colour, linewidth=line)
+        _text(figure, 116, _TOP + middle, _plain(model_label(name), 18), ha="right", va="center")
+        axes.annotate(
+            percent(score.accuracy), (max(high, 100 * score.accuracy), middle), xytext=(7, 0),
+            textcoords="offset points", va="center", weight="bold", annotation_clip=False,
+        )  # fmt: skip
+    axes.vlines(axes.get_xticks()[1:], first, last, color=RULE, linewidth=1, zorder=0)
+    axes.vlines(100 * group.chance, first, last, color=INK, linestyle=":", zorder=4)
+    axes.vlines(100 * group.majority_accuracy, first, last, color=INK, linestyle="--", zorder=4)
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """Our settings over matplotlib's own defaults, whatever the user's matplotlibrc says."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_RC)
+        yield
+
+
+def _canvas(
+    width: int, height: int, left: int, right: int, top: int, bottom: int
+) -> "tuple[Figure, Axes]":
+    """An empty figure of that many pixels, its axes inset by the margins."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    inner = ((width - left - right) / width, (height - top - bottom) / height)
+    axes = figure.add_axes((left / width, bottom / height, *inner))
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.tick_params(length=0, pad=6, labelsize=11)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _text(figure: "Figure", x: float, y: float, text: str, **style: Any) -> None:
+    """Write at pixels from the upper left corner of the figure."""
+    width, height = figure.bbox.width, figure.bbox.height
+    figure.text(x / width, 1 - y / height, text, **style)
+
+
+def _series(history: Sequence[Mapping[str, Any]], key: str) -> _Series:
+    lines = [line for line in history if isinstance(line.get(key), int | float)]
+    values = {int(line["step"]): float(line[key]) for line in lines if math.isfinite(line[key])}
+    return sorted(values.items())
+
+
+def _smoothed(series: _Series) -> _Series:
+    """Means over a centred window of a twentieth of the points, narrower at both ends."""
+    half = max(2, len(series) // 40)
+    smooth = []
+    for place, (step, _) in enumerate(series):
+        reach = min(half, place, len(series) - 1 - place)
+        window = series[place - reach : place + reach + 1]
+        smooth.append((step, sum(value for _, value in window) / len(window)))
+    return smooth
+
+
+def _thinned(series: _Series) -> _Series:
+    size = math.ceil(len(series) / _MOST_POINTS) or 1
+    bins = [_columns(series[start : start + size]) for start in range(0, len(series), size)]
+    return [(sum(steps) / len(steps), sum(values) / len(values)) for steps, values in bins]
+
+
+def _columns(series: _Series) -> tuple[list[float], list[float]]:
+    return [step for step, _ in series], [value for _, value in series]
+
+
+def _loss_words(train: _Series, validation: _Series) -> str:
+    words = ""
+    for name, series in (("Training", train), ("Validation", validation)):
+        ends = [series[0], series[-1]] if len(series) > 1 else series
+        told = ", ".join(f"{value:.4f} at step {step:,}" for step, value in ends)
+        words += f"{name} loss: {told}. " if told else ""
+    return words.strip()
+
+
+def _group_words(group: MultipleChoice) -> str:
+    def words(item: tuple[str, ModelScore]) -> str:
+        low, high = (f"{100 * end:.1f}" for end in item[1].ci95)
+        return f"{model_label(item[0])} {percent(item[1].accuracy)} ({low} to {high})"
+
+    scores = ", ".join(map(words, ordered(group.models)))
+    nulls = f"chance {percent(group.chance)}, majority letter {percent(group.majority_accuracy)}"
+    return _plain(f"{group.name}: {scores}; {nulls}.")
+
+
+def _plain(text: str, most: float = math.inf) -> str:
+    """Text that XML can hold, cut to `most` characters; others become replacement characters."""
+    text = text if len(text) <= most else text[: int(most) - 1] + "\u2026"
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+
+
+def _finish(figure: "Figure", words: str) -> str:
+    """Save as an element for the middle of an HTML page, with `words` as its description."""
+    file, dates = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=dates)
+    # Matplotlib's style sheet names `*`, which would reach the whole page.
+    svg = re.sub(r"<style.*?</style>", "", file.getvalue(), flags=re.DOTALL)
+    salt = "f" + hashlib.sha256((words + svg).encode()).hexdigest()[:10] + "-"
+    used = set(re.findall(r"#([\w-]+)[\")]", svg))
+    root = ET.fromstring(svg)
+    for element in root.iter():
+        # HTML needs no namespaces, and without them the page holds no address at all.
+        element.tag = element.tag.rpartition("}")[2]
+        attributes = {name.rpartition("}")[2]: text for name, text in element.attrib.items()}
+        if (name := attributes.pop("id", None)) in used:
+            attributes["id"] = f"{salt}{name}"
+        for key, value in attributes.items():
+            if key in ("href", "clip-path"):
+                value = value.replace("#", f"#{salt}")
+            elif key == "style":
+                value = re.sub(r" ?font-family: [^;]*;?", "", value)
+                value = re.sub("#01fe0[1-5]", lambda match: _CSS[match[0]], value)
+            attributes[key] = re.sub(r"\s*\n", " ", value).strip()
+        element.attrib, element.tail = attributes, None
+        element.text = element.text if element.tag == "text" else None
+    # Points become pixels.
+    width, height = (root.attrib[side].removesuffix("pt") for side in ("width", "height"))
+    root.attrib |= {"width": width, "height": height, "role": "img", "aria-label": words}
+    root.attrib["style"] = "stroke-linejoin: round; stroke-linecap: butt"
+    title = ET.Element("title")
+    title.text = words
+    root.insert(0, title)
+    return ET.tostring(root, encoding="unicode")

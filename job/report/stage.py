@@ -1,0 +1,175 @@
+"""The report stage: from the files of the run to its results, and to pages that show them."""
+
+import json
+from datetime import UTC, datetime
+
+from job.evals import dialogue as dialogues
+from job.evals import multiple_choice as choices
+from job.evals.predictions import (
+    DIALOGUE,
+    SIDE_BY_SIDE,
+    ChoiceLine,
+    DialogueLine,
+    SideLine,
+    read_predictions,
+)
+from job.evals.reference import asked_slices
+from job.evals.stage import EvalOutcome
+from job.report.page import Flip, render_html, render_markdown
+from job.report.verdict import decide
+from job.results import (
+    Cost,
+    DataInfo,
+    Dialogue,
+    EnvironmentInfo,
+    Evaluation,
+    MultipleChoice,
+    Reference,
+    Results,
+    RunInfo,
+    SideBySide,
+)
+from job.run import Preflight, Run
+from job.spec import LETTERS
+from job.spec_loading import digest
+from job.train.loop import HISTORY
+from job.train.stage import TrainOutcome
+
+HTML = "report.html"
+MARKDOWN = "report.md"
+
+
+def run_stage(run: Run) -> Results:
+    """Put the results together from the predictions on file, and write the report."""
+    reference = run.outcome("reference", Reference)
+    evaluation = _evaluation(run, reference)
+    trained = run.outcome("train", TrainOutcome)
+    preflight = run.outcome("preflight", Preflight)
+    results = Results(
+        verdict=decide(evaluation),
+        run=_run_info(run, preflight),
+        environment=preflight.environment,
+        model=trained.model,
+        data=run.outcome("data", DataInfo),
+        training=trained.training,
+        evaluation=evaluation,
+        reference=reference,
+        artifacts=[item for marker in run.markers.values() for item in marker.outputs],
+        cost=_cost(run, preflight.environment, reference),
+    )
+    history = [json.loads(line) for line in (run.store.read(HISTORY) or b"").splitlines()]
+    flips = _flips(run)
+    run.put(HTML, render_html(results, history, flips).encode())
+    run.put(MARKDOWN, render_markdown(results, history, flips).encode())
+    return results
+
+
+def _run_info(run: Run, preflight: Preflight) -> RunInfo:
+    spec = run.spec.model_dump(mode="json")
+    seconds = {name: marker.seconds for name, marker in run.markers.items()}
+    return RunInfo(
+        id=run.id,
+        name=run.spec.name,
+        status="complete",
+        started=preflight.first_started,
+        finished=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        seconds=round(sum(seconds.values()), 3),
+        stage_seconds=seconds,
+        spec_digest=digest(spec),
+        spec=spec,
+        resumes=preflight.starts - 1,
+    )
+
+
+def _evaluation(run: Run, reference: Reference) -> Evaluation:
+    return Evaluation(
+        multiple_choice=[
+            _slice(run, number, reference) for number in range(len(run.spec.evals.multiple_choice))
+        ],
+        dialogue=_dialogue(run),
+        side_by_side=_side_by_side(run, reference),
+    )
+
+
+def _slice(run: Run, number: int, reference: Reference) -> MultipleChoice:
+    entry = run.spec.evals.multiple_choice[number]
+    models = {
+        "baseline": read_predictions(run, "baseline", entry.name, ChoiceLine),
+        "finetuned": read_predictions(run, "finetuned", entry.name, ChoiceLine),
+    }
+    if reference.status != "skipped" and entry in asked_slices(run.spec):
+        models["reference"] = read_predictions(run, "reference", entry.name, ChoiceLine)
+    revision = run.outcome("baseline", EvalOutcome).slices[entry.name].revision
+    return choices.summarise(
+        entry, revision, models, run.spec.evals.bootstrap_samples, run.spec.seed
+    )
+
+
+def _dialogue(run: Run) -> Dialogue | None:
+    wanted = run.spec.evals.dialogue
+    if wanted is None:
+        return None
+    samples, seed = run.spec.evals.bootstrap_samples, run.spec.seed
+    before = read_predictions(run, "baseline", DIALOGUE, DialogueLine)
+    after = read_predictions(run, "finetuned", DIALOGUE, DialogueLine)
+    return Dialogue(
+        examples=len(before),
+        max_new_tokens=wanted.max_new_tokens,
+        models={
+            "baseline": dialogues.summarise(before, samples, seed),
+            "finetuned": dialogues.summarise(after, samples, seed),
+        },
+        nulls=dialogues.nulls(before, samples, seed),
+        comparison=dialogues.compare(before, after, samples, seed),
+    )
+
+
+def _side_by_side(run: Run, reference: Reference) -> list[SideBySide]:
+    sources = {
+        "baseline": read_predictions(run, "baseline", SIDE_BY_SIDE, SideLine),
+        "finetuned": read_predictions(run, "finetuned", SIDE_BY_SIDE, SideLine),
+    }
+    if reference.status != "skipped":
+        sources["reference"] = read_predictions(run, "reference", SIDE_BY_SIDE, SideLine)
+    return [
+        SideBySide(
+            id=line.id,
+            prompt=line.prompt,
+            expected=line.expected,
+            answers={
+                name: lines[number].answer or f"[no answer: {lines[number].error}]"
+                if lines[number].error
+                else lines[number].answer or ""
+                for name, lines in sources.items()
+            },
+        )
+        for number, line in enumerate(sources["baseline"])
+    ]
+
+
+def _flips(run: Run) -> list[Flip]:
+    """The questions that one model got right and the other wrong."""
+    found = []
+    for entry in run.spec.evals.multiple_choice:
+        before = read_predictions(run, "baseline", entry.name, ChoiceLine)
+        after = read_predictions(run, "finetuned", entry.name, ChoiceLine)
+        found += [
+            Flip(entry.name, a.id, with_options(a), a.gold, a.choice, b.choice, gained=b.correct)
+            for a, b in zip(before, after, strict=True)
+            if a.correct != b.correct
+        ]
+    return found
+
+
+def with_options(line: ChoiceLine) -> str:
+    """A question and its lettered options, a line each."""
+    options = zip(LETTERS, line.options, strict=False)
+    return "\n".join([line.question, *(f"{letter}. {option}" for letter, option in options)])
+
+
+def _cost(run: Run, environment: EnvironmentInfo, reference: Reference) -> Cost:
+    """Chip hours of the stages that hold the accelerator, and dollars where they are known."""
+    seconds = sum(run.markers[name].seconds for name in run.markers)
+    chips = 0 if environment.platform == "cpu" else environment.devices
+    usd = reference.cost_usd if reference.status != "skipped" or chips == 0 else None
+    return Cost(chip_hours=round(chips * seconds / 3600, 4), usd=usd)

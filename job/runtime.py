@@ -1,0 +1,221 @@
+"""The machine: backend, platform and devices, set up before Keras is imported and checked.
+
+This is the one module that touches process-wide state (environment variables and JAX's
+configuration). A machine that is not what the spec asks for ends the job here, before any
+file is written.
+"""
+
+import importlib.metadata
+import os
+import platform as host
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from job.errors import EnvironmentProblem
+from job.results import EnvironmentInfo
+from job.spec import Runtime, Spec
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+PACKAGES = ("job", "jax", "jaxlib", "keras", "keras-hub", "datasets", "numpy", "libtpu")
+
+_WAY_OUT = {
+    "tpu": "on a TPU VM install the `tpu` extra and give the container --privileged --net=host",
+    "gpu": "install the `cuda` extra and a driver that matches it",
+    "cpu": "set JAX_PLATFORMS=cpu",
+}
+
+
+class CompileClock:
+    """Seconds this process spent in the compiler, by JAX's own events."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def listen(self) -> None:
+        """Count from now on."""
+        import jax
+
+        def on_event(event: str, duration_secs: float, **_: str | int) -> None:
+            if event == "/jax/core/compile/backend_compile_duration":
+                self.seconds += duration_secs
+
+        jax.monitoring.register_event_duration_secs_listener(on_event)
+
+
+COMPILE_CLOCK = CompileClock()
+
+
+def cache_folder(*parts: str) -> Path:
+    """A folder for what may be made again: $JOB_CACHE, or `job` in the user's cache folder."""
+    if chosen := os.environ.get("JOB_CACHE"):
+        return Path(chosen).joinpath(*parts)
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches.joinpath("job", *parts)
+
+
+def set_environment() -> None:
+    """Choose the JAX backend for Keras; must come before anything imports Keras.
+
+    Raises:
+        EnvironmentProblem: Keras is in use with another backend already.
+    """
+    os.environ["KERAS_BACKEND"] = "jax"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    keras = sys.modules.get("keras")
+    if keras is not None:
+        _check_backend(keras.config.backend())
+
+
+def _check_backend(found: str) -> None:
+    if found != "jax":
+        raise EnvironmentProblem(
+            f"Keras runs on the {found} backend, and this job needs jax: unset KERAS_BACKEND "
+            "and remove `backend` from ~/.keras/keras.json"
+        )
+
+
+def start(spec: Spec) -> EnvironmentInfo:
+    """Bring up JAX, check the machine against the spec, and say what it is.
+
+    Raises:
+        EnvironmentProblem: another platform or device count than the spec asks for, or a
+            batch that these devices cannot share.
+    """
+    set_environment()
+    try:
+        import jax
+
+        devices = jax.devices()
+    except RuntimeError as error:
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        raise EnvironmentProblem(
+            f"JAX found no usable device (JAX_PLATFORMS={wanted!r}): {str(error).splitlines()[0]}"
+        ) from error
+    found = _platform(devices[0].platform)
+    check_devices(spec.runtime, found, len(devices), devices[0].device_kind)
+    check_batch(spec, data_parallel(spec.runtime, len(devices)))
+    _configure_cache(spec.runtime)
+    COMPILE_CLOCK.listen()
+    return EnvironmentInfo(
+        platform=found,
+        device_kind=devices[0].device_kind,
+        devices=len(devices),
+        processes=jax.process_count(),
+        python=host.python_version(),
+        packages=_versions(),
+        git_commit=_git_commit(),
+        image=os.environ.get("JOB_IMAGE") or None,
+    )
+
+
+def _platform(name: str) -> str:
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def check_devices(wanted: Runtime, platform: str, devices: int, kind: str) -> None:
+    """Raise unless the platform and the number of devices are what the spec asks for."""
+    found = f"found {devices} {platform} device{'s' if devices != 1 else ''} ({kind})"
+    if wanted.platform not in ("any", platform):
+        raise EnvironmentProblem(
+            f"runtime.platform is {wanted.platform}, but JAX {found}; {_WAY_OUT[wanted.platform]}, "
+            "or run with --set runtime.platform=any --set runtime.devices=null"
+        )
+    if wanted.devices is not None and wanted.devices != devices:
+        raise EnvironmentProblem(
+            f"runtime.devices is {wanted.devices}, but JAX {found}; use a machine with "
+            f"{wanted.devices}, or run with --set runtime.devices={devices}"
+        )
+    if wanted.mesh.data != "auto" and wanted.mesh.data > devices:
+        raise EnvironmentProblem(
+            f"runtime.mesh.data is {wanted.mesh.data}, but JAX {found}; "
+            f"run with --set runtime.mesh.data={devices}"
+        )
+
+
+def data_parallel(wanted: Runtime, devices: int) -> int:
+    """Devices that the batch is split over."""
+    return devices if wanted.mesh.data == "auto" else wanted.mesh.data
+
+
+def check_batch(spec: Spec, devices: int) -> None:
+    """Raise unless a step's rows can be shared out evenly."""
+    batch, micro = spec.train.batch_size, spec.train.micro_batch
+    unit = devices * (1 if micro == "auto" else micro)
+    if batch % unit:
+        detail = f"{devices} device{'s' if devices != 1 else ''}"
+        if micro != "auto":
+            detail += f" times train.micro_batch {micro}"
+        raise EnvironmentProblem(
+            f"train.batch_size {batch} cannot be shared by {detail}: use a multiple of {unit}, "
+            "or fewer devices with runtime.mesh.data"
+        )
+
+
+def make_mesh(spec: Spec) -> "Mesh":
+    """The devices as a mesh with the one axis `data`."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh
+
+    devices = jax.devices()
+    return Mesh(np.array(devices[: data_parallel(spec.runtime, len(devices))]), ("data",))
+
+
+def import_keras() -> None:
+    """Import Keras and check that it really runs on JAX."""
+    set_environment()
+    import keras
+
+    _check_backend(keras.config.backend())
+
+
+def _configure_cache(wanted: Runtime) -> None:
+    import jax
+
+    if wanted.compilation_cache is None:
+        return
+    folder = wanted.compilation_cache
+    if folder == "auto":
+        folder = str(cache_folder("xla"))
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)  # type: ignore[no-untyped-call]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    """The commit of the code: the image's label, or that of the checkout it is run from."""
+    if commit := os.environ.get("JOB_GIT_COMMIT"):
+        return commit
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,394 @@
+"""The job spec: one pydantic model a section, and the checks that need more than one field.
+
+Only the shape lives here; reading YAML, overrides and messages with line numbers are in
+`spec_loading`. Nothing heavy is imported: `job validate` and `job schema` use this alone.
+Every field has a sentence that says what it does, which `job schema` hands to editors.
+"""
+
+import re
+import string
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+
+SAMPLES = "samples"
+"""The value of `dataset` that names the data shipped with the package."""
+
+LETTERS = string.ascii_uppercase
+
+_NAME = r"^[a-z0-9]([a-z0-9._-]*[a-z0-9])?$"
+Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=63)]
+
+
+def template_fields(template: str) -> list[str]:
+    """The field names a text template uses, in order.
+
+    A template is text with `{field}` in it; `{{` and `}}` stand for braces.
+
+    Raises:
+        ValueError: for anything but plain field names (no attributes, indices, conversions
+            or formats), so that a spec can never reach into Python objects.
+    """
+    fields = []
+    for _, field, form, conversion in string.Formatter().parse(template):
+        if field is None:
+            continue
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ -]*", field) or form or conversion:
+            shown = field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+            raise ValueError(
+                f"the template may hold plain field names only, like {{question}}; got {{{shown}}}"
+            )
+        fields.append(field)
+    return fields
+
+
+def _check_template(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            fields = template_fields(value)
+        except ValueError as error:
+            if "template may hold" in str(error):
+                raise
+            raise ValueError(f"the template {value!r} has unbalanced braces ({error})") from None
+        if not fields:
+            raise ValueError(
+                f"the template {value!r} names no field; "
+                "write a column in braces, like {question}"
+            )
+    return value
+
+
+def _check_dataset(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if value.startswith("hf://"):
+        if not re.fullmatch(r"hf://[\w.-]+/[\w.-]+", value):
+            raise ValueError(f"{value!r} is not a Hub dataset; write hf://owner/name")
+    elif value != SAMPLES and "://" in value:
+        scheme = value.split("://")[0]
+        raise ValueError(
+            f"{scheme}:// is not supported here; use hf://owner/name, a local file, or '{SAMPLES}'"
+        )
+    return value
+
+
+def _check_output(value: object) -> object:
+    if isinstance(value, str) and "://" in value and not re.match(r"gs://[a-z0-9][\w.-]+", value):
+        raise ValueError(f"{value!r} is neither a local folder nor gs://bucket/prefix")
+    return value
+
+
+Template = Annotated[str, BeforeValidator(_check_template)]
+Dataset = Annotated[str, BeforeValidator(_check_dataset), Field(min_length=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A section of the spec: unknown keys are refused, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Mesh(Section):
+    data: Positive | Literal["auto"] = Field(
+        "auto", description="Devices the batch is split over; auto takes all of them."
+    )
+
+
+class Runtime(Section):
+    platform: Literal["any", "cpu", "gpu", "tpu"] = Field(
+        "any", description="The platform JAX must find; the job stops (exit 3) on another."
+    )
+    devices: Positive | None = Field(
+        None, description="The exact number of devices the job must find; unset takes any."
+    )
+    mesh: Mesh = Field(Mesh(), description="How the devices are used.")
+    compilation_cache: str | None = Field(
+        "auto",
+        description="Folder of JAX's persistent compilation cache; auto is the user's cache "
+        "folder, null turns it off.",
+    )
+
+
+class Lora(Section):
+    rank: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Rank of A and B.")
+    alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="The update is scaled by alpha / rank; unset means alpha = rank."
+    )
+    targets: Annotated[list[str], Field(min_length=1)] = Field(
+        ["query", "value"], description="Names of the Keras layers that get an adapter."
+    )
+
+
+class Model(Section):
+    preset: str = Field(
+        min_length=1,
+        description="hf://owner/name, kaggle://..., a KerasHub preset name, a local preset "
+        "folder, or `tiny`: a small random Gemma 3 made on the spot.",
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch of an hf:// preset.")
+    dtype: Literal["bfloat16", "float32", "float16"] = Field(
+        "bfloat16", description="Type of the frozen weights; LoRA weights are always float32."
+    )
+    chat_template: Literal["auto", "gemma", "plain"] = Field(
+        "auto",
+        description="How prompts are wrapped; auto is gemma where the tokenizer has its turn "
+        "tokens and plain elsewhere.",
+    )
+    lora: Lora = Field(Lora(), description="The adapter that is trained.")
+
+    @model_validator(mode="after")
+    def _revision_needs_hub(self) -> Self:
+        if self.revision is not None and not self.preset.startswith("hf://"):
+            raise ValueError("`revision` applies to an hf:// preset only; remove it")
+        return self
+
+
+class Source(Section):
+    """Where rows come from; shared by training data and evaluation questions."""
+
+    dataset: Dataset = Field(
+        description="hf://owner/name, a local .json, .jsonl, .csv or .parquet file, or `samples`."
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch of a Hub dataset.")
+    config: str | None = Field(None, description="Configuration name of a Hub dataset.")
+    split: str = Field("train", description="Split of a Hub dataset.")
+    data_files: list[str] | None = Field(
+        None, description="Files of the Hub repository to read, instead of its own layout."
+    )
+
+    @model_validator(mode="after")
+    def _hub_only(self) -> Self:
+        if not self.dataset.startswith("hf://"):
+            for key in ("revision", "config", "data_files"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"`{key}` applies to an hf:// dataset only; remove it")
+        return self
+
+
+class Data(Source):
+    prompt: Template = Field(description="Text of the user's turn, with {column} names.")
+    response: Template = Field(description="Text of the model's turn, with {column} names.")
+    system: str | None = Field(
+        None, description="Instruction put before every prompt; may hold {column} names."
+    )
+    train_examples: Positive | Literal["all"] = Field(
+        "all", description="Examples to train on, sampled by a seeded hash of the row."
+    )
+    validation_examples: Positive = Field(200, description="Examples held out, sampled likewise.")
+    drop_duplicates: bool = Field(
+        True, description="Drop rows whose prompt and response were seen before."
+    )
+
+    @model_validator(mode="after")
+    def _system_template(self) -> Self:
+        if self.system is not None:
+            template_fields(self.system)
+        return self
+
+
+class Train(Section):
+    epochs: Positive = Field(1, description="Passes over the training examples.")
+    batch_size: Positive = Field(
+        8,
+        description="Rows of an optimizer step over all devices (a row holds one example, "
+        "or several when packed).",
+    )
+    micro_batch: Positive | Literal["auto"] = Field(
+        "auto",
+        description="Rows a device holds at once; the rest is accumulated. auto: no accumulation.",
+    )
+    max_length: Annotated[int, Field(ge=8)] = Field(
+        512, description="Tokens of an example, prompt and response; the rest is cut off."
+    )
+    packing: bool = Field(True, description="Put several examples into one row.")
+    pack_length: Annotated[int, Field(ge=8)] | None = Field(
+        None, description="Tokens of a packed row; unset: 1,024, or max_length if that is more."
+    )
+    loss_on: Literal["response", "all"] = Field(
+        "response", description="Which tokens have a loss: the response's, or the prompt's too."
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="The Keras optimizer.")
+    learning_rate: Annotated[float, Field(ge=0)] = Field(2e-4, description="Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="How the rate falls after the warm-up; linear and cosine end at 0."
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.03, description="Share of the steps over which the rate rises from 0."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled decay (AdamW).")
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="Global gradient norm is clipped to this; null turns clipping off."
+    )
+    log_every: Positive = Field(10, description="Steps between lines of history.jsonl.")
+    checkpoint_every: Positive = Field(100, description="Steps between checkpoints.")
+    validate_every: Positive | None = Field(
+        None, description="Steps between validation losses; unset: before and after training only."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.pack_length is not None and not self.packing:
+            raise ValueError("`pack_length` needs `packing: true`; remove one of them")
+        if self.pack_length is not None and self.pack_length < self.max_length:
+            raise ValueError(
+                f"`pack_length` ({self.pack_length}) must hold an example of `max_length` "
+                f"({self.max_length}) tokens; raise it or lower `max_length`"
+            )
+        if self.optimizer == "sgd" and self.weight_decay:
+            raise ValueError(
+                "`weight_decay` applies to adamw only; remove it or change `optimizer`"
+            )
+        return self
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row of the batch."""
+        if not self.packing:
+            return self.max_length
+        return self.pack_length or max(1024, self.max_length)
+
+
+QUESTION_PROMPT = "{question}\n\n{options}\n\nAnswer with the letter of the right option only."
+
+
+class MultipleChoice(Source):
+    name: Name = Field(description="Names the slice in results.json and in evals/<model>/<name>/.")
+    scoring: Literal["letters", "generate"] = Field(
+        "letters",
+        description="letters: one forward pass, the letters' logits compared; generate: greedy "
+        "decoding and a parser.",
+    )
+    question: Template = Field("{question}", description="Text of the question.")
+    options: Annotated[list[str], Field(min_length=2, max_length=26)] | str = Field(
+        description="Columns of the options in order, or the one column that holds their list."
+    )
+    answer: str = Field(
+        description="Column of the right option: its 0-based index, its letter, or its text."
+    )
+    id: str | None = Field(None, description="Column of the id; unset: the row's number.")
+    prompt: Template = Field(
+        QUESTION_PROMPT, description="The user's turn, with {question} and {options}."
+    )
+    limit: Positive | None = Field(None, description="First questions to take; unset takes all.")
+    max_new_tokens: Positive = Field(16, description="Limit of a generated answer.")
+
+    @model_validator(mode="after")
+    def _prompt_fields(self) -> Self:
+        fields = set(template_fields(self.prompt))
+        if fields != {"question", "options"}:
+            raise ValueError("`prompt` must use exactly the fields {question} and {options}")
+        return self
+
+
+class DialogueEval(Section):
+    examples: Positive = Field(200, description="Validation examples to answer.")
+    max_new_tokens: Positive = Field(128, description="Limit of an answer; ROUGE depends on it.")
+
+
+class SideBySideEval(Section):
+    examples: Annotated[int, Field(ge=0)] = Field(
+        4, description="Validation prompts shown with every model's answer."
+    )
+    prompts: list[str] = Field([], description="Further prompts of your own.")
+    max_new_tokens: Positive = Field(128, description="Limit of an answer.")
+
+
+class Evals(Section):
+    batch_size: Positive = Field(16, description="Prompts evaluated at once on each device.")
+    max_prompt_tokens: Positive = Field(
+        1024, description="Longer prompts lose their beginning, and are counted."
+    )
+    bootstrap_samples: Annotated[int, Field(ge=100)] = Field(
+        2000, description="Resamples behind each bootstrap interval."
+    )
+    multiple_choice: list[MultipleChoice] = Field([], description="Slices of questions.")
+    dialogue: DialogueEval | None = Field(
+        DialogueEval(), description="ROUGE on held-out examples; null leaves it out."
+    )
+    side_by_side: SideBySideEval = Field(SideBySideEval(), description="Answers to read.")
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> Self:
+        names = [item.name for item in self.multiple_choice]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two entries of `multiple_choice` are named '{name}'; rename one")
+            if name in ("dialogue", "side_by_side"):
+                raise ValueError(f"'{name}' is the name of another evaluation; rename the entry")
+        return self
+
+
+class Reference(Section):
+    model: str = Field(min_length=1, description="Model name at the endpoint.")
+    base_url: str = Field(
+        "https://openrouter.ai/api/v1", description="An OpenAI-compatible API, up to its version."
+    )
+    evals: list[str] | None = Field(
+        None,
+        description="Names of the multiple-choice slices to ask; unset: those scored by "
+        "generation.",
+    )
+    max_tokens: Positive = Field(1024, description="Limit of an answer, reasoning included.")
+    timeout_seconds: Annotated[float, Field(gt=0)] = Field(120, description="Limit of a request.")
+    attempts: Positive = Field(5, description="Tries of a request before it counts as missing.")
+    concurrency: Annotated[int, Field(ge=1, le=64)] = Field(4, description="Requests at once.")
+
+    @model_validator(mode="after")
+    def _http(self) -> Self:
+        if not re.match(r"https?://[^/@]+(/|$)", self.base_url):
+            raise ValueError(
+                f"`base_url` must be an http(s) address without credentials; got {self.base_url!r}"
+            )
+        return self
+
+
+class Spec(Section):
+    """A whole job."""
+
+    name: Name = Field(description="Begins the run id: lower case letters, digits, '.', '_', '-'.")
+    output: Annotated[str, BeforeValidator(_check_output)] = Field(
+        "./runs", min_length=1, description="Folder or gs://bucket/prefix that holds the runs."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="Seeds sampling, order, LoRA start and bootstrap."
+    )
+    runtime: Runtime = Field(Runtime(), description="The machine the job needs.")
+    model: Model = Field(description="The model that is measured and fine-tuned.")
+    data: Data = Field(description="The dialogues it is fine-tuned on.")
+    train: Train = Field(Train(), description="How it is fine-tuned.")
+    evals: Evals = Field(Evals(), description="How it is measured, before and after.")
+    reference: Reference | None = Field(
+        None, description="A larger remote model to compare with; null leaves it out."
+    )
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> Self:
+        held_out = self.data.validation_examples
+        if self.evals.dialogue and self.evals.dialogue.examples > held_out:
+            raise ValueError(
+                f"`evals.dialogue.examples` ({self.evals.dialogue.examples}) is more than "
+                f"`data.validation_examples` ({held_out}); raise that or lower this"
+            )
+        if self.evals.side_by_side.examples > held_out:
+            raise ValueError(
+                f"`evals.side_by_side.examples` ({self.evals.side_by_side.examples}) is more than "
+                f"`data.validation_examples` ({held_out}); raise that or lower this"
+            )
+        if self.reference and self.reference.evals is not None:
+            known = [item.name for item in self.evals.multiple_choice]
+            for name in self.reference.evals:
+                if name not in known:
+                    listed = ", ".join(known) or "none"
+                    raise ValueError(
+                        f"`reference.evals` names '{name}', which is not a multiple_choice "
+                        f"entry (there are: {listed})"
+                    )
+        return self

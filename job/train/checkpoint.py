@@ -1,0 +1,115 @@
+"""Checkpoints: everything training needs to go on as if it had never stopped, in one file.
+
+A checkpoint is one safetensors file (adapter and optimizer arrays; step, sums and times in
+its metadata) written whole through the store. It carries the digest of the training's inputs
+and a hash of its own arrays, so neither another training's nor a damaged file is ever used.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from pydantic import BaseModel
+
+from job import logs
+from job.storage import Store
+
+FOLDER = "train/checkpoints/"
+KEPT = 2
+
+
+class Progress(BaseModel):
+    """How far training is, and the sums its figures are made of."""
+
+    step: int = 0
+    """Optimizer steps done; the position in the data follows from it."""
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    tokens: int = 0
+    """Tokens passed through the model, without padding."""
+    loss_tokens: int = 0
+    epoch_loss: float = 0.0
+    epoch_correct: float = 0.0
+    epoch_loss_tokens: float = 0.0
+    validation_before: tuple[float, float] | None = None
+    """Mean loss and token accuracy before the first step."""
+
+
+class Checkpoint(BaseModel):
+    """A checkpoint that was read back."""
+
+    model_config = {"arbitrary_types_allowed": True}
+
+    progress: Progress
+    arrays: list[Any]
+
+
+def _key(step: int) -> str:
+    return f"{FOLDER}step-{step:08d}.safetensors"
+
+
+def _hash(arrays: Sequence[np.ndarray]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(store: Store, inputs: str, progress: Progress, arrays: Sequence[Any]) -> None:
+    """Write a checkpoint and remove all but the newest two.
+
+    Args:
+        inputs: digest of the training's inputs.
+        arrays: adapter and optimizer arrays, in the order they are to be read back.
+    """
+    values = [np.asarray(array) for array in arrays]
+    content = safetensors.numpy.save(
+        {f"{number:05d}": value for number, value in enumerate(values)},
+        metadata={"inputs": inputs, "hash": _hash(values), "progress": progress.model_dump_json()},
+    )
+    store.write(_key(progress.step), content)
+    for key in sorted(store.list(FOLDER))[:-KEPT]:
+        store.delete(key)
+
+
+def load_checkpoint(store: Store, inputs: str) -> Checkpoint | None:
+    """The newest whole checkpoint of this training, or None.
+
+    Those of another training (other inputs) are removed; damaged ones are named and passed over.
+    """
+    for key in sorted(store.list(FOLDER), reverse=True):
+        content = store.read(key)
+        if content is None:
+            continue
+        try:
+            metadata = _metadata(content)
+            tensors = safetensors.numpy.load(content)
+            arrays = [tensors[name] for name in sorted(tensors)]
+            progress = Progress.model_validate_json(metadata["progress"])
+            if metadata["hash"] != _hash(arrays):
+                raise ValueError("its arrays do not match its hash")
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            logs.get().warning(
+                "checkpoint is damaged; going back to the one before", file=key, error=str(error)
+            )
+            store.delete(key)
+            continue
+        if metadata["inputs"] != inputs:
+            logs.get().info("checkpoint is of another training; removed", file=key)
+            store.delete(key)
+            continue
+        return Checkpoint(progress=progress, arrays=arrays)
+    return None
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file: JSON after an 8-byte little-endian length."""
+    length = int.from_bytes(content[:8], "little")
+    header: dict[str, Any] = json.loads(content[8 : 8 + length])
+    metadata: dict[str, str] = header["__metadata__"]
+    return metadata

@@ -1,0 +1,254 @@
+"""Training: data, step, loop, one line a logged step.
+
+The rows of step n follow from the seed and n alone, so a training that was stopped anywhere
+goes on exactly where its newest checkpoint is.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from job import logs
+from job.data.packing import Batch, PackedRows
+from job.errors import StageError
+from job.model.language_model import LanguageModel
+from job.model.lora import LoraWeights, flatten, unflatten
+from job.progress import progress as show_progress
+from job.run import Run
+from job.runtime import COMPILE_CLOCK
+from job.spec import Train
+from job.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from job.train.optimizer import make_optimizer
+from job.train.step import StepFigures, TrainState, make_train_step, make_validation, place
+
+HISTORY = "train/history.jsonl"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of the rows: seeded, one permutation an epoch."""
+
+    rows: int
+    batch_size: int
+    epochs: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.rows / self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        return self.steps_per_epoch * self.epochs
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """Row numbers of a step; the last step of an epoch is filled up with -1."""
+        epoch, place_in_epoch = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        chosen = order[place_in_epoch * self.batch_size : (place_in_epoch + 1) * self.batch_size]
+        return np.pad(chosen, (0, self.batch_size - len(chosen)), constant_values=-1)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves."""
+
+    lora: LoraWeights
+    progress: Progress
+    steps: int
+    row_slots: int
+    """Token slots of one step, padding counted."""
+    validation_after: tuple[float, float]
+
+
+class Trainer:
+    """One training: its compiled functions, its state, and how far it is."""
+
+    def __init__(
+        self,
+        run: Run,
+        model: LanguageModel,
+        rows: PackedRows,
+        validation: PackedRows,
+        *,
+        packed: bool,
+    ) -> None:
+        self._run = run
+        self._model = model
+        self._train: Train = run.spec.train
+        self._rows = rows
+        self._validation = validation
+        self._plan = Plan(
+            len(rows.batch), self._train.batch_size, self._train.epochs, run.spec.seed
+        )
+        self._history: list[dict[str, Any]] = []
+        start = model.lora.start(run.spec.seed)
+        self._optimizer, self._schedule = make_optimizer(self._train, self._plan.steps, start)
+        self._state = self._place(flatten(start), [v.value for v in self._optimizer.variables])
+        self._step = make_train_step(model, self._optimizer, packed=packed)
+        self._validate_rows = make_validation(model, packed=packed)
+        self._progress = Progress()
+
+    @property
+    def _accumulation(self) -> int:
+        micro = self._train.micro_batch
+        return 1 if micro == "auto" else self._train.batch_size // (micro * self._model.devices)
+
+    def _place(self, lora: list[Any], optimizer: list[Any]) -> TrainState:
+        # Copied, because the step gives its state's memory away and these may be in use elsewhere.
+        copied = jax.tree.map(np.array, (lora, optimizer))
+        arrays, variables = self._model.replicate(copied)
+        return TrainState(unflatten(arrays), tuple(variables))
+
+    def run(self) -> Trained:
+        """Train to the end, from the newest checkpoint if there is one.
+
+        Raises:
+            Interrupted: on a signal, after a checkpoint.
+            StageError: the loss or the gradient is not finite.
+        """
+        self._resume()
+        total = self._plan.steps
+        with self._run.stop.deferred():
+            if self._progress.validation_before is None:
+                self._progress.validation_before = self._validate()
+            with show_progress("training", total, self._progress.step) as advance:
+                self._loop(total, advance)
+            after = self._validate()
+        self._run.stop.check()
+        return Trained(
+            lora=jax.device_get(self._state.lora),
+            progress=self._progress,
+            steps=total,
+            row_slots=self._train.batch_size * self._rows.batch.token_ids.shape[1],
+            validation_after=after,
+        )
+
+    def _resume(self) -> None:
+        found = load_checkpoint(self._run.store, self._run.digests["train"])
+        if found is None:
+            return
+        count = 2 * len(self._model.lora.targets)
+        self._state = self._place(found.arrays[:count], found.arrays[count:])
+        self._progress = found.progress
+        lines = (self._run.store.read(HISTORY) or b"").decode().splitlines()
+        self._history = [
+            line for line in map(json.loads, lines) if line["step"] <= found.progress.step
+        ]
+        logs.get().info("resumed from a checkpoint", step=found.progress.step, of=self._plan.steps)
+
+    def _loop(self, total: int, advance: Any) -> None:
+        train, progress = self._train, self._progress
+        pending: tuple[int, Batch, StepFigures] | None = None
+        mark, compiled = time.monotonic(), COMPILE_CLOCK.seconds
+        while progress.step < total:
+            batch = self._rows.batch.take(self._plan.rows_of(progress.step))
+            placed = place(self._model, batch, self._accumulation)
+            self._state, figures = self._step(self._state, self._model.weights, placed)
+            # The step before is looked at while this one runs.
+            if pending is not None:
+                advance(1, **self._account(*pending))
+            pending = (progress.step, batch, figures)
+            progress.step += 1
+            stopping = self._run.stop.requested is not None
+            saving = (
+                progress.step % train.checkpoint_every == 0 or progress.step == total or stopping
+            )
+            validating = train.validate_every and progress.step % train.validate_every == 0
+            if saving or validating:
+                advance(1, **self._account(*pending))
+                pending = None
+            if validating and progress.step < total:
+                self._log_validation(self._validate())
+            now = time.monotonic()
+            progress.seconds += now - mark
+            progress.compile_seconds += COMPILE_CLOCK.seconds - compiled
+            mark, compiled = now, COMPILE_CLOCK.seconds
+            if saving:
+                self._save()
+            if stopping:
+                self._run.stop.check()
+
+    def _account(self, step: int, batch: Batch, figures: StepFigures) -> dict[str, float | str]:
+        """Add a step's figures to the sums and, if it is due, to the history."""
+        loss, correct, tokens, norm = (float(value) for value in jax.device_get(figures))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._not_finite(step, loss / tokens, norm)
+        progress = self._progress
+        if step % self._plan.steps_per_epoch == 0:
+            progress.epoch_loss = progress.epoch_correct = progress.epoch_loss_tokens = 0.0
+        progress.epoch_loss += loss
+        progress.epoch_correct += correct
+        progress.epoch_loss_tokens += tokens
+        progress.loss_tokens += int(tokens)
+        progress.tokens += batch.tokens
+        done = step + 1
+        busy = progress.seconds - progress.compile_seconds
+        rate = progress.tokens / busy if busy > 0 else 0.0
+        if done % self._train.log_every == 0 or done in (1, self._plan.steps):
+            line = {
+                "step": done,
+                "epoch": round(done / self._plan.steps_per_epoch, 4),
+                "loss": loss / tokens,
+                "token_accuracy": correct / tokens,
+                "learning_rate": float(self._schedule(step)),
+                "gradient_norm": norm,
+                "tokens": progress.tokens,
+                "seconds": round(progress.seconds, 3),
+                "tokens_per_second": round(rate, 1),
+            }
+            self._history.append(line)
+            logs.get().info("step", **{k: line[k] for k in ("step", "loss", "learning_rate")})
+        return {"loss": loss / tokens, "tokens/s": round(rate)}
+
+    def _not_finite(self, step: int, loss: float, norm: float) -> None:
+        rows = self._plan.rows_of(step)
+        examples = [name for row in rows if row >= 0 for name in self._rows.examples[row]]
+        raise StageError(
+            f"training: step {step + 1} has a loss of {loss} and a gradient norm of {norm}; its "
+            f"examples are {', '.join(examples[:16])}{', ...' if len(examples) > 16 else ''}. The "
+            "last good checkpoint is kept; lower train.learning_rate, or take these rows out"
+        )
+
+    def _validate(self) -> tuple[float, float]:
+        """Mean loss and token accuracy over the validation rows."""
+        rows, batch_size = self._validation.batch, self._model.devices * self._validation_rows
+        loss = correct = 0.0
+        for start in range(0, len(rows), batch_size):
+            numbers = np.arange(start, min(start + batch_size, len(rows)))
+            numbers = np.pad(numbers, (0, batch_size - len(numbers)), constant_values=-1)
+            placed = place(self._model, rows.take(numbers), 1)
+            sums = jax.device_get(
+                self._validate_rows(self._state.lora, self._model.weights, placed)
+            )
+            loss, correct = loss + float(sums.loss), correct + float(sums.correct)
+        tokens = float(rows.weights.sum())
+        return loss / tokens, correct / tokens
+
+    @property
+    def _validation_rows(self) -> int:
+        """Validation rows a device takes at once: as many as a training pass holds."""
+        return max(1, self._train.batch_size // (self._accumulation * self._model.devices))
+
+    def _log_validation(self, found: tuple[float, float]) -> None:
+        line = {
+            "step": self._progress.step,
+            "validation_loss": found[0],
+            "validation_token_accuracy": found[1],
+        }
+        self._history.append(line)
+        logs.get().info("validation", **line)
+
+    def _save(self) -> None:
+        arrays = jax.device_get([*flatten(self._state.lora), *self._state.optimizer])
+        save_checkpoint(self._run.store, self._run.digests["train"], self._progress, arrays)
+        self._run.store.write(HISTORY, self.history())
+
+    def history(self) -> bytes:
+        """The lines of history.jsonl so far."""
+        return "".join(json.dumps(line) + "\n" for line in self._history).encode()
