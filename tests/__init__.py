@@ -1,0 +1,1 @@
+"""The project's tests; `tests.services` holds the servers that stand in for public services."""

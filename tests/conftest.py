@@ -1,0 +1,65 @@
+"""What all tests share: a cache of their own, Keras on JAX, eight virtual devices, a tiny model.
+
+The cache is made for the session, so that no test sees what another checkout left, and the
+programs compiled by one test are there for the next.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from job.model.language_model import LanguageModel
+
+_cache = tempfile.mkdtemp(prefix="job-tests-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ["JOB_CACHE"] = _cache
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.pop("OPENROUTER_API_KEY", None)
+os.environ.pop("HF_TOKEN", None)
+
+VIRTUAL_DEVICES = 8
+
+MakeModel = Callable[..., "LanguageModel"]
+
+
+@pytest.fixture(scope="session")
+def make_model() -> MakeModel:
+    """Loads a model on the first `devices` virtual devices of this process."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", VIRTUAL_DEVICES)
+    jax.config.update("jax_compilation_cache_dir", f"{_cache}/xla")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+    import numpy as np
+    from jax.sharding import Mesh
+
+    from job.model.language_model import load
+    from job.spec import Lora, Model
+
+    def make(
+        *,
+        preset: str = "tiny",
+        rank: int = 4,
+        alpha: float | None = None,
+        targets: Sequence[str] = ("query", "value"),
+        devices: int = 1,
+    ) -> "LanguageModel":
+        lora = Lora(rank=rank, alpha=alpha, targets=list(targets))
+        model = Model(preset=preset, dtype="float32", lora=lora)
+        return load(model, 0, Mesh(np.array(jax.devices()[:devices]), ("data",)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_model: MakeModel) -> "LanguageModel":
+    """The tiny model on one device, LoRA of rank 4 on query and value."""
+    return make_model()

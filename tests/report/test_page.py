@@ -1,0 +1,238 @@
+"""The report page: what it must say, in which order, and that no text in it can do harm."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+
+from job.report.page import Flip, legible, render_html, render_markdown
+from job.report.plots import accuracy_bars, loss_curve
+from job.results import Results
+from tests.report import EVIL_FLIPS, FLIPS, HISTORY, evil, full, minimal
+
+Render = Callable[[Results, list[dict[str, Any]], list[Flip]], str]
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, and the text a reader sees."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.hidden = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.hidden = tag in ("style", "title", "script")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden = False
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self.hidden else data
+
+    def shape(self) -> list[tuple[str, list[str]]]:
+        return [(tag, list(attributes)) for tag, attributes in self.tags]
+
+
+def html_text(results: Results, history: list[dict[str, Any]], flips: list[Flip]) -> str:
+    return Page(render_html(results, history, flips)).text
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return Results.model_validate(full())
+
+
+@pytest.fixture(scope="module")
+def html(results: Results) -> str:
+    return render_html(results, HISTORY, FLIPS)
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Results:
+    return Results.model_validate(evil(full()))
+
+
+@pytest.mark.parametrize("render", [html_text, render_markdown])
+def test_the_verdict_comes_before_every_figure_and_section(
+    render: Render, results: Results
+) -> None:
+    text = render(results, HISTORY, FLIPS)
+    verdict = text.index(results.verdict.sentence)
+    for later in ("Benchmark:", "31.0% \u2192 35.1%", "What was run", "Multiple choice", "Caveats"):
+        assert verdict < text.index(later)
+
+
+KEY_FIGURES = [
+    "31.0% \u2192 35.1%", "p 4.6e-9", "0.109 \u2192 0.153", "+0.044 (0.036 to 0.052)",
+    "2.9134 \u2192 1.4981", "13,593 tokens/s", "MFU 8.3%", "18 min 28 s", "2.46 chip-hours",
+]  # fmt: skip
+FIGURES = [
+    "999,885,952", "2,609,152", "0.26%", "1,297 / 4,183", "29.6 to 32.4%", "32.2%", "25.0%",
+    "68.0%", "512", "341", "0.69", "0.111", "0.102", "1.5127", "39.6%", "41.3%", "412 cut short",
+    "8.0% of the slots", "43.8 s", "207,405", "3 blank", "6 min 43 s", "0.012 USD", "10.5 MB",
+    "ab" * 32, "sha256:3f9a1c77", "gemma-4-26b", "no measurable change", "improved", "seed (42)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("render", [html_text, render_markdown])
+def test_every_figure_is_in_both_formats(render: Render, results: Results) -> None:
+    text = render(results, HISTORY, FLIPS).replace("\u00a0", " ")
+    assert [figure for figure in KEY_FIGURES + FIGURES if figure not in text] == []
+
+
+def test_the_verdict_stands_unbroken_in_both_formats(results: Results, html: str) -> None:
+    assert results.verdict.sentence in Page(html).text
+    assert f"> **{results.verdict.sentence}**" in render_markdown(results, HISTORY, FLIPS)
+
+
+@pytest.mark.parametrize("render", [html_text, render_markdown])
+def test_missing_parts_leave_their_section_out(render: Render) -> None:
+    text = render(Results.model_validate(minimal()), [], [])
+    for section in ("Multiple choice", "Dialogue", "Questions that changed", "Side by side"):
+        assert section not in text
+    for present in ("Nothing was measured.", "Training loss", "1.5127", "MFU not available"):
+        assert present in text
+    assert "skipped: the spec names no reference model" in text
+    assert "None" not in text
+
+
+def test_a_page_without_figures_holds_no_drawing() -> None:
+    assert "<svg" not in render_html(Results.model_validate(minimal()), [], [])
+
+
+@pytest.mark.parametrize("render", [render_html, render_markdown])
+def test_the_same_results_give_the_same_bytes(render: Render) -> None:
+    first, second = (
+        render(Results.model_validate(full()), HISTORY, FLIPS).encode() for _ in range(2)
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize("render", [html_text, render_markdown])
+def test_the_reference_is_always_called_remote(render: Render, results: Results) -> None:
+    text = render(results, HISTORY, FLIPS)
+    around = [
+        text[max(0, m.start() - 9) : m.end() + 10] for m in re.finditer("(?i)reference", text)
+    ]
+    assert len(around) >= 5
+    assert [words for words in around if "remote" not in words] == []
+
+
+@pytest.mark.parametrize("render", [html_text, render_markdown])
+def test_at_most_40_flips_are_shown_and_the_rest_counted(render: Render, results: Results) -> None:
+    text = render(results, HISTORY, FLIPS)
+    assert len(re.findall(r"Question \d+\?", text)) == 40
+    assert "80 gained" in text
+    assert "60 more" in text
+    assert "20 lost" in text
+
+
+@pytest.mark.parametrize("render", [html_text, render_markdown])
+def test_caveats_follow_from_the_results(render: Render, results: Results) -> None:
+    text = render(results, HISTORY, FLIPS)
+    assert "baseline is not measurably above always answering A (32.2%)" in text
+    assert "finetuned is not measurably above" not in text
+    assert "baseline chose A in 90.0% of its answers" in text
+    assert "7 questions got no answer from reference (remote)" in text
+    assert "single run with one seed (42)" in text
+    assert "not correctness" in text
+    assert "random" not in text
+    tiny = full() | {"model": full()["model"] | {"preset": "tiny"}}
+    assert "model is tiny and random" in render(Results.model_validate(tiny), [], [])
+
+
+def test_hostile_text_adds_nothing_to_the_html(hostile: Results, html: str) -> None:
+    written = render_html(hostile, HISTORY, EVIL_FLIPS)
+    page = Page(written)
+    assert page.shape() == Page(html).shape()
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "img", "iframe", "object", "link", "base", "form")
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            assert name not in ("src", "xlink:href")
+            assert name != "href" or (value or "").startswith("#")
+            assert name != "style" or "evil" not in (value or "")
+
+
+def test_hostile_text_is_legible_in_the_html(hostile: Results) -> None:
+    written = render_html(hostile, HISTORY, EVIL_FLIPS)
+    text = Page(written).text
+    assert "<script>alert(1)</script>" in text
+    assert "\u2039U+001B\u203a[31m\u2039U+0000\u203a\u2039U+202E\u203a" in text
+    assert "W" * 5000 in text
+    assert set(re.findall(r"[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\uffff]", written)) == set()
+    assert "overflow-wrap: anywhere" in written
+    assert written.encode()
+
+
+def test_hostile_text_adds_no_markup_to_the_markdown(results: Results, hostile: Results) -> None:
+    written = render_markdown(hostile, HISTORY, EVIL_FLIPS)
+    parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+
+    def shape(markdown: str) -> list[Any]:
+        return [
+            (token.type, token.tag, [child.type for child in token.children or []])
+            for token in parser.parse(markdown)
+        ]
+
+    assert shape(written) == shape(render_markdown(results, HISTORY, FLIPS))
+    kinds = Counter(child for _, _, children in shape(written) for child in children)
+    assert set(kinds) <= {"text", "strong_open", "strong_close", "em_open", "em_close"}
+    html = [token.content for token in parser.parse(written) if token.type == "html_block"]
+    assert not [block for block in html if "script" in block or "evil" in block]
+    fences = [token.content for token in parser.parse(written) if token.type == "fence"]
+    assert "<script>alert(1)</script>" in fences[0]
+    assert max(len(line) for fence in fences for line in fence.split("\n")) <= 100
+    assert "\x1b" not in written
+    assert written.encode()
+
+
+def test_text_keeps_its_lines_letters_and_emoji_and_shows_the_rest() -> None:
+    plain = "one\ttwo\nthr\u00e9\u00e9 \u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f469 \u3000x"
+    assert legible(plain) == plain
+    assert legible("a\r\nb\rc\u2028\u200b\ufeff") == (
+        "a\nb\u2039U+000D\u203ac\u2039U+2028\u203a\u2039U+200B\u203a\u2039U+FEFF\u203a"
+    )
+
+
+def test_every_drawing_is_described_and_ids_never_clash(html: str) -> None:
+    page = Page(html)
+    drawings = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(drawings) == html.count("<svg") == html.count("</title>") - 1 == 4
+    for drawing in drawings:
+        assert drawing["role"] == "img"
+        assert re.search(r"31\.0%|1\.4981", drawing["aria-label"] or "")
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    used = re.findall(r'(?:href="|url\()#([\w-]+)', html)
+    assert len(ids) == len(set(ids))
+    assert set(used) <= set(ids)
+
+
+def test_drawings_follow_the_colours_of_the_page(results: Results) -> None:
+    for svg in (loss_curve(HISTORY), accuracy_bars(results.evaluation.multiple_choice)):
+        assert "var(--accent" in svg
+        assert re.findall(r"#[0-9a-f]{6}\b(?!\))", re.sub(r"var\([^)]*\)", "", svg)) == []
+        assert "<style" not in svg
+        assert "http" not in svg
+
+
+def test_a_long_history_stays_a_small_drawing() -> None:
+    long = [{"step": step, "loss": 2 + (step % 7) / 10} for step in range(20_000)]
+    assert "training, smoothed" in loss_curve(long)
+    assert len(loss_curve(long)) < 60_000
+
+
+def test_the_curve_takes_what_there_is_of_a_history() -> None:
+    assert loss_curve([]) == ""
+    assert loss_curve([{"step": 1, "loss": float("nan")}, {"step": 2, "loss": None}]) == ""
+    assert "0.5000 at step 3." in loss_curve([{"step": 3, "validation_loss": 0.5}])
+    resumed = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 2.0}]
+    assert "3.0000 at step 1, 2.0000 at step 2." in loss_curve(resumed)

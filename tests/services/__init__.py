@@ -1,0 +1,1 @@
+"""HTTP servers on loopback that stand in for the public services a job talks to."""

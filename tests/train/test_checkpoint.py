@@ -1,0 +1,73 @@
+"""A checkpoint is whole or not used, belongs to one training, and only the newest are kept."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from job.storage import LocalStore
+from job.train.checkpoint import FOLDER, Progress, load_checkpoint, save_checkpoint
+from job.train.loop import Plan
+
+
+def arrays(step: int) -> list[np.ndarray]:
+    return [np.full((2, 3), step, np.float32), np.array(step, np.int32), np.zeros((0, 4), np.int64)]
+
+
+def saved(tmp_path: Path, *steps: int) -> LocalStore:
+    store = LocalStore(tmp_path)
+    for step in steps:
+        progress = Progress(step=step, epoch_loss=0.1 + step, validation_before=(1.5, 0.25))
+        save_checkpoint(store, "inputs", progress, arrays(step))
+    return store
+
+
+def test_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    found = load_checkpoint(saved(tmp_path, 7), "inputs")
+    assert found is not None
+    assert found.progress == Progress(step=7, epoch_loss=7.1, validation_before=(1.5, 0.25))
+    for ours, expected in zip(found.arrays, arrays(7), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+        assert ours.dtype == expected.dtype
+
+
+def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
+    store = saved(tmp_path, 5, 10, 15, 100)
+    assert [Path(key).stem for key in store.list(FOLDER)] == ["step-00000015", "step-00000100"]
+    found = load_checkpoint(store, "inputs")
+    assert found is not None
+    assert found.progress.step == 100
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text"])
+def test_damaged_newest_falls_back_to_the_one_before(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = saved(tmp_path, 5, 10)
+    newest = tmp_path / FOLDER / "step-00000010.safetensors"
+    content = newest.read_bytes()
+    flipped = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+    newest.write_bytes(
+        {"cut": content[:-9], "flipped": flipped, "empty": b"", "text": b"x" * 99}[damage]
+    )
+    found = load_checkpoint(store, "inputs")
+    assert found is not None
+    assert found.progress.step == 5
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_checkpoint_of_another_training_is_not_used(tmp_path: Path) -> None:
+    store = saved(tmp_path, 5)
+    assert load_checkpoint(store, "other inputs") is None
+    assert store.list(FOLDER) == []
+
+
+def test_every_row_is_trained_on_once_an_epoch_in_an_order_of_the_seed() -> None:
+    plan = Plan(rows=10, batch_size=4, epochs=2, seed=3)
+    assert plan.steps == 6
+    epochs = [np.concatenate([plan.rows_of(s) for s in steps]) for steps in (range(3), range(3, 6))]
+    for rows in epochs:
+        assert sorted(rows) == [-1, -1, *range(10)]
+    assert epochs[0].tolist() != epochs[1].tolist()
+    other = Plan(rows=10, batch_size=4, epochs=2, seed=4)
+    assert plan.rows_of(0).tolist() != other.rows_of(0).tolist()

@@ -1,0 +1,161 @@
+"""The loss and its gradients are exact, however the batch is packed, cut up or spread out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from job.data.packing import PackedRows, TokenExample, make_rows
+from job.model.language_model import LanguageModel
+from job.model.lora import LoraWeights, flatten
+from job.spec import Train
+from job.train.loss import gather, head_loss, slice_length
+from job.train.optimizer import WarmupSchedule, make_optimizer
+from job.train.step import TrainState, make_train_step, make_validation, place
+
+
+def examples(count: int = 8, longest: int = 90) -> list[TokenExample]:
+    """Random examples of many lengths, some longer than the sliding window of 64."""
+    generator = np.random.default_rng(5)
+    made = []
+    for number in range(count):
+        length = longest if number == 0 else int(generator.integers(6, longest))
+        tokens = generator.integers(10, 2000, size=length).tolist()
+        made.append(TokenExample(str(number), tokens, int(generator.integers(1, length - 1))))
+    return made
+
+
+def trained_start(model: LanguageModel) -> LoraWeights:
+    """An adapter that already changes the model, so that every gradient is non-zero."""
+    generator = np.random.default_rng(2)
+    return tuple(
+        (a, jnp.asarray(generator.normal(0, 0.05, b.shape), jnp.float32))
+        for a, b in model.lora.start(0)
+    )
+
+
+def sums_and_gradients(model: LanguageModel, rows: PackedRows, *, packed: bool) -> tuple:
+    """Summed loss and gradients by plain differentiation of the validation function."""
+    function = make_validation(model, packed=packed)
+    batch = place(model, rows.batch, 1)
+
+    def loss(lora: LoraWeights) -> jax.Array:
+        return function(lora, model.weights, batch).loss
+
+    value, gradients = jax.value_and_grad(loss)(trained_start(model))
+    return float(value), flatten(gradients)
+
+
+@pytest.mark.parametrize("length", [1, 3, 8, 24])
+@pytest.mark.parametrize("unroll", [True, False])
+def test_sliced_loss_equals_the_loss_over_all_logits(length: int, unroll: bool) -> None:
+    generator = np.random.default_rng(0)
+    table = jnp.asarray(generator.normal(size=(50, 16)), jnp.float32)
+    hidden = jnp.asarray(generator.normal(size=(2, 24, 16)), jnp.float32)
+    targets = jnp.asarray(generator.integers(0, 50, size=(2, 24)))
+    weights = jnp.asarray(generator.integers(0, 2, size=(2, 24)), jnp.float32)
+
+    def ours(states: jax.Array) -> jax.Array:
+        return head_loss(
+            lambda table, h: h @ table.T,
+            table,
+            states,
+            targets,
+            weights,
+            length=length,
+            unroll=unroll,
+        ).loss
+
+    def plain(states: jax.Array) -> jax.Array:
+        logs = jax.nn.log_softmax(states @ table.T)
+        return -jnp.sum(weights * jnp.take_along_axis(logs, targets[..., None], 2)[..., 0])
+
+    np.testing.assert_allclose(ours(hidden), plain(hidden), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(ours)(hidden), jax.grad(plain)(hidden), atol=1e-6)
+
+
+def test_slices_stay_within_the_memory_bound() -> None:
+    for rows, losses, vocabulary in ((8, 256, 262_144), (1, 512, 2048), (64, 1024, 262_144)):
+        length = slice_length(rows, losses, vocabulary)
+        assert 1 <= length <= losses
+        assert length == 1 or rows * length * vocabulary * 4 <= 256 * 1024 * 1024
+
+
+def test_only_positions_with_a_loss_reach_the_head() -> None:
+    hidden = jnp.arange(24.0).reshape(1, 8, 3)
+    picked = gather(hidden, jnp.array([[6, 2]]))
+    np.testing.assert_array_equal(picked[0], hidden[0, np.array([6, 2])])
+
+
+def test_packed_loss_and_gradients_equal_unpacked_ones(tiny: LanguageModel) -> None:
+    made = examples()
+    packed = make_rows(made, 128, packing=True)
+    apart = make_rows(made, 128, packing=False)
+    assert len(packed.batch) < len(apart.batch)
+    loss_packed, gradients_packed = sums_and_gradients(tiny, packed, packed=True)
+    loss_apart, gradients_apart = sums_and_gradients(tiny, apart, packed=False)
+    assert loss_packed == pytest.approx(loss_apart, rel=1e-5)
+    scale = max(float(jnp.abs(g).max()) for g in gradients_apart)
+    for ours, theirs in zip(gradients_packed, gradients_apart, strict=True):
+        assert float(jnp.abs(theirs).max()) > 0
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale)
+
+
+def step_once(model: LanguageModel, accumulation: int) -> tuple:
+    rows = make_rows(examples(), 128, packing=False)
+    start = trained_start(model)
+    train = Train(optimizer="sgd", learning_rate=1.0, schedule="constant", warmup_ratio=0)
+    optimizer, _ = make_optimizer(train, 1, start)
+    state = TrainState(
+        *model.replicate(
+            jax.tree.map(np.array, (start, tuple(v.value for v in optimizer.variables)))
+        )
+    )
+    step = make_train_step(model, optimizer, packed=True)
+    state, figures = step(state, model.weights, place(model, rows.batch, accumulation))
+    return [np.asarray(a) for a in flatten(state.lora)], jax.device_get(figures)
+
+
+def test_accumulated_step_equals_the_step_of_the_whole_batch(tiny: LanguageModel) -> None:
+    whole, figures = step_once(tiny, 1)
+    parts, same = step_once(tiny, 4)
+    np.testing.assert_allclose(figures, same, rtol=1e-5)
+    for ours, theirs in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_step_on_eight_devices_equals_the_step_on_one(make_model, tiny: LanguageModel) -> None:
+    one, figures = step_once(tiny, 1)
+    eight, same = step_once(make_model(devices=8), 1)
+    np.testing.assert_allclose(figures, same, rtol=1e-5)
+    for ours, theirs in zip(eight, one, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_gradient_is_clipped_to_the_global_norm(tiny: LanguageModel) -> None:
+    start = [np.asarray(a) for a in flatten(trained_start(tiny))]
+    moved, figures = step_once(tiny, 1)
+    distance = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(moved, start, strict=True)))
+    # The rate is 1 and the norm is clipped to 1 by default: that is how far a step goes.
+    assert distance == pytest.approx(min(1.0, float(figures.gradient_norm)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "step", "expected"),
+    [
+        ("constant", 0, 0.25),
+        ("constant", 3, 1.0),
+        ("constant", 9, 1.0),
+        ("linear", 4, 1.0),
+        ("linear", 9, 0.5),
+        ("linear", 14, 0.0),
+        ("cosine", 4, 1.0),
+        ("cosine", 9, 0.5),
+        ("cosine", 14, 0.0),
+    ],
+)
+def test_learning_rate_rises_and_falls_as_the_spec_says(
+    shape: str, step: int, expected: float
+) -> None:
+    schedule = WarmupSchedule(1.0, shape, warmup=4, steps=14)
+    assert float(schedule(step)) == pytest.approx(expected, abs=1e-6)
