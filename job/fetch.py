@@ -34,6 +34,8 @@ def fetch_run(uri: str, folder: str) -> None:
         raise StageError(
             f"{uri}/results.json is not one this version reads: {error.error_count()} problems"
         ) from error
+    if target.read("results.json") != content:
+        target.delete("results.json")
     kept = 0
     checked = {check_key(item.path): item for item in results.artifacts}
     for key, item in checked.items():

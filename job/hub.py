@@ -29,6 +29,13 @@ def hub_errors(
         raise UsageError(
             f"there is no {kind} {name}, or it is private: check the name, or set HF_TOKEN"
         ) from error
+    except FileNotFoundError as error:
+        # DatasetNotFoundError and the like of `datasets` are kinds of it.
+        if "gated" in str(error):
+            raise EnvironmentProblem(
+                f"the {kind} {name} is gated: accept its terms at {page} and set HF_TOKEN"
+            ) from error
+        raise UsageError(f"the {kind} {name} is not as the spec says: {error}") from error
     except errors.LocalEntryNotFoundError as error:
         raise StageError(f"the Hub cannot be reached for the {kind} {name}: {error}") from error
     except (errors.EntryNotFoundError, ValueError) as error:

@@ -7,6 +7,7 @@ run. Secrets are redacted before anything is written anywhere.
 
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -24,7 +25,7 @@ _TOKEN_SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|ya29\.[A-Za-z0-9_.-]{16,}|AIza[A-Za-z0-9_-]{30,})"
     r"|(?i:(?<=bearer ))[A-Za-z0-9._~+/-]{8,}=*"
 )
-_SECRET_NAMES = re.compile(r"(?i)(^|_)(token|api_?key|secret|password|authorization)$")
+_SECRET_NAMES = re.compile(r"(?i)(^|[_-])(token|api[_-]?key|secret|password|authorization)$")
 
 Event = MutableMapping[str, Any]
 
@@ -37,25 +38,27 @@ class Redactor:
         self._values = sorted((value for value in values if len(value) >= 6), key=len, reverse=True)
 
     def text(self, text: str) -> str:
-        """`text` with every secret in it replaced."""
+        """`text` with every secret in it replaced, and lone surrogates made printable."""
         for value in self._values:
             text = text.replace(value, REDACTED)
-        return _TOKEN_SHAPES.sub(REDACTED, text)
+        return _TOKEN_SHAPES.sub(REDACTED, text).encode("utf-8", "backslashreplace").decode()
 
     def value(self, value: Any) -> Any:
-        """The same for nested mappings and sequences."""
-        if isinstance(value, str):
-            return self.text(value)
+        """The same for nested values; what JSON has no form for becomes text first."""
+        if value is None or isinstance(value, bool | int):
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else str(value)
         if isinstance(value, Mapping):
             return {
-                key: REDACTED
+                self.text(str(key)): REDACTED
                 if _SECRET_NAMES.search(str(key)) and isinstance(item, str)
                 else self.value(item)
                 for key, item in value.items()
             }
-        if isinstance(value, list | tuple):
+        if isinstance(value, list | tuple | set | frozenset):
             return [self.value(item) for item in value]
-        return value
+        return self.text(str(value))
 
     def __call__(self, _logger: object, _method: str, event: Event) -> Event:
         cleaned: Event = self.value(event)

@@ -85,15 +85,30 @@ def _check_output(value: object) -> object:
     return value
 
 
+def _check_optional_template(value: object) -> object:
+    if isinstance(value, str) and "{" in value:
+        _check_template(value)
+    return value
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"should be a number (got {value})")
+    return value
+
+
 Template = Annotated[str, BeforeValidator(_check_template)]
 Dataset = Annotated[str, BeforeValidator(_check_dataset), Field(min_length=1)]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
 
 
 class Section(BaseModel):
     """A section of the spec: unknown keys are refused, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Mesh(Section):
@@ -118,8 +133,10 @@ class Runtime(Section):
 
 
 class Lora(Section):
-    rank: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Rank of A and B.")
-    alpha: Annotated[float, Field(gt=0)] | None = Field(
+    rank: Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(
+        16, description="Rank of A and B."
+    )
+    alpha: Annotated[Number, Field(gt=0)] | None = Field(
         None, description="The update is scaled by alpha / rank; unset means alpha = rank."
     )
     targets: Annotated[list[str], Field(min_length=1)] = Field(
@@ -176,7 +193,7 @@ class Source(Section):
 class Data(Source):
     prompt: Template = Field(description="Text of the user's turn, with {column} names.")
     response: Template = Field(description="Text of the model's turn, with {column} names.")
-    system: str | None = Field(
+    system: Annotated[str, BeforeValidator(_check_optional_template)] | None = Field(
         None, description="Instruction put before every prompt; may hold {column} names."
     )
     train_examples: Positive | Literal["all"] = Field(
@@ -186,12 +203,6 @@ class Data(Source):
     drop_duplicates: bool = Field(
         True, description="Drop rows whose prompt and response were seen before."
     )
-
-    @model_validator(mode="after")
-    def _system_template(self) -> Self:
-        if self.system is not None:
-            template_fields(self.system)
-        return self
 
 
 class Train(Section):
@@ -205,26 +216,28 @@ class Train(Section):
         "auto",
         description="Rows a device holds at once; the rest is accumulated. auto: no accumulation.",
     )
-    max_length: Annotated[int, Field(ge=8)] = Field(
+    max_length: Annotated[int, Field(ge=8, strict=True)] = Field(
         512, description="Tokens of an example, prompt and response; the rest is cut off."
     )
     packing: bool = Field(True, description="Put several examples into one row.")
-    pack_length: Annotated[int, Field(ge=8)] | None = Field(
+    pack_length: Annotated[int, Field(ge=8, strict=True)] | None = Field(
         None, description="Tokens of a packed row; unset: 1,024, or max_length if that is more."
     )
     loss_on: Literal["response", "all"] = Field(
         "response", description="Which tokens have a loss: the response's, or the prompt's too."
     )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="The Keras optimizer.")
-    learning_rate: Annotated[float, Field(ge=0)] = Field(2e-4, description="Peak learning rate.")
+    learning_rate: Annotated[Number, Field(ge=0)] = Field(2e-4, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="How the rate falls after the warm-up; linear and cosine end at 0."
     )
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
+    warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] = Field(
         0.03, description="Share of the steps over which the rate rises from 0."
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled decay (AdamW).")
-    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+    weight_decay: Annotated[Number, Field(ge=0)] = Field(
+        0.0, description="Decoupled decay (AdamW)."
+    )
+    clip_norm: Annotated[Number, Field(gt=0)] | None = Field(
         1.0, description="Global gradient norm is clipped to this; null turns clipping off."
     )
     log_every: Positive = Field(10, description="Steps between lines of history.jsonl.")
@@ -289,13 +302,15 @@ class MultipleChoice(Source):
 
 
 class DialogueEval(Section):
-    examples: Positive = Field(200, description="Validation examples to answer.")
+    examples: Positive | None = Field(
+        None, description="Held-out examples to answer; unset: all, but at most 200."
+    )
     max_new_tokens: Positive = Field(128, description="Limit of an answer; ROUGE depends on it.")
 
 
 class SideBySideEval(Section):
-    examples: Annotated[int, Field(ge=0)] = Field(
-        4, description="Validation prompts shown with every model's answer."
+    examples: Annotated[int, Field(ge=0, strict=True)] | None = Field(
+        None, description="Held-out prompts shown with every model's answer; unset: at most 4."
     )
     prompts: list[str] = Field([], description="Further prompts of your own.")
     max_new_tokens: Positive = Field(128, description="Limit of an answer.")
@@ -306,7 +321,7 @@ class Evals(Section):
     max_prompt_tokens: Positive = Field(
         1024, description="Longer prompts lose their beginning, and are counted."
     )
-    bootstrap_samples: Annotated[int, Field(ge=100)] = Field(
+    bootstrap_samples: Annotated[int, Field(ge=100, strict=True)] = Field(
         2000, description="Resamples behind each bootstrap interval."
     )
     multiple_choice: list[MultipleChoice] = Field([], description="Slices of questions.")
@@ -337,15 +352,18 @@ class Reference(Section):
         "generation.",
     )
     max_tokens: Positive = Field(1024, description="Limit of an answer, reasoning included.")
-    timeout_seconds: Annotated[float, Field(gt=0)] = Field(120, description="Limit of a request.")
+    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(120, description="Limit of a request.")
     attempts: Positive = Field(5, description="Tries of a request before it counts as missing.")
-    concurrency: Annotated[int, Field(ge=1, le=64)] = Field(4, description="Requests at once.")
+    concurrency: Annotated[int, Field(ge=1, le=64, strict=True)] = Field(
+        4, description="Requests at once."
+    )
 
     @model_validator(mode="after")
     def _http(self) -> Self:
         if not re.match(r"https?://[^/@]+(/|$)", self.base_url):
+            shown = re.sub(r"//[^/@]*@", "//[redacted]@", self.base_url)
             raise ValueError(
-                f"`base_url` must be an http(s) address without credentials; got {self.base_url!r}"
+                f"`base_url` must be an http(s) address without credentials; got {shown!r}"
             )
         return self
 
@@ -357,7 +375,7 @@ class Spec(Section):
     output: Annotated[str, BeforeValidator(_check_output)] = Field(
         "./runs", min_length=1, description="Folder or gs://bucket/prefix that holds the runs."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+    seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = Field(
         0, description="Seeds sampling, order, LoRA start and bootstrap."
     )
     runtime: Runtime = Field(Runtime(), description="The machine the job needs.")
@@ -372,12 +390,12 @@ class Spec(Section):
     @model_validator(mode="after")
     def _across_sections(self) -> Self:
         held_out = self.data.validation_examples
-        if self.evals.dialogue and self.evals.dialogue.examples > held_out:
+        if self.evals.dialogue and (self.evals.dialogue.examples or 0) > held_out:
             raise ValueError(
                 f"`evals.dialogue.examples` ({self.evals.dialogue.examples}) is more than "
                 f"`data.validation_examples` ({held_out}); raise that or lower this"
             )
-        if self.evals.side_by_side.examples > held_out:
+        if (self.evals.side_by_side.examples or 0) > held_out:
             raise ValueError(
                 f"`evals.side_by_side.examples` ({self.evals.side_by_side.examples}) is more than "
                 f"`data.validation_examples` ({held_out}); raise that or lower this"

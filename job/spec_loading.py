@@ -8,6 +8,7 @@ at a line. There is no interpolation of any kind: what a spec says is what it me
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ def read_source(source: str) -> tuple[str, str]:
 
         return read_uri(source).decode("utf-8", errors="replace"), source
     path = Path(source)
-    if path.is_file():
+    if _is_file(path):
         try:
             return path.read_text(encoding="utf-8"), source
         except UnicodeDecodeError as error:
@@ -91,6 +92,13 @@ def read_source(source: str) -> tuple[str, str]:
         f"no spec '{source}': there is no such file, and the shipped specs are "
         f"{', '.join(names)}{hint}"
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name no file can have
+        return False
 
 
 def load_spec(source: str, overrides: Sequence[str] = ()) -> LoadedSpec:
@@ -112,11 +120,15 @@ def parse_spec(text: str, name: str, overrides: Sequence[str] = ()) -> Spec:
         problem = _apply_override(document, override, flags)
         if problem:
             problems.append(problem)
-    problems += _interpolations(document, (), name, lines, flags)
     try:
+        problems += _interpolations(document, (), name, lines, flags)
         spec = Spec.model_validate(document)
     except ValidationError as error:
-        problems += _merged([_translate(item, name, lines, flags) for item in error.errors()])
+        found = _merged([_translate(item, name, lines, flags) for item in error.errors()])
+        named = {problem.path for problem in problems}
+        problems += [problem for problem in found if problem.path not in named]
+    except RecursionError:
+        problems.append(Problem(name, "", "not valid YAML: a value holds itself"))
     else:
         if not problems:
             return spec
@@ -178,14 +190,14 @@ def _apply_override(
         return Problem(where, "", "write --set KEY=VALUE, like --set train.learning_rate=2e-4")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return Problem(where, key, f"the value {text!r} is not valid YAML; quote it")
     place: Location = ()
     holder: Any = document
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(holder, list):
-            if not part.isdigit() or int(part) >= len(holder):
+            if not (part.isascii() and part.isdecimal()) or int(part) >= len(holder):
                 return Problem(
                     where,
                     key,
@@ -244,6 +256,10 @@ def _translate(error: ErrorDetails, name: str, lines: Lines, flags: dict[Locatio
             message += f"; known here: {', '.join(known)}"
     elif kind == "value_error":
         message = str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
+        # A check of several fields begins with the one to change.
+        if first := re.match(r"`([\w.]+)`", message):
+            parts = (int(part) if part.isdecimal() else part for part in first[1].split("."))
+            at = (*at, *parts)
     elif kind == "string_pattern_mismatch":
         message = (
             f"{value!r} may hold lower case letters, digits, '.', '_' and '-' only, "
@@ -285,6 +301,9 @@ def _where(at: Location, name: str, lines: Lines, flags: dict[Location, str]) ->
             return flags[at[:end]]
         if at[:end] in lines:
             return f"{name}:{lines[at[:end]]}"
+        for place, flag in flags.items():
+            if place[:end] == at[:end]:
+                return flag
     return f"{name}:{lines.get((), 1)}"
 
 

@@ -38,14 +38,32 @@ def _source(source: Source) -> object:
     return described
 
 
+_SMALL = 1_000_000
+
+
+def _base_model(spec: Spec) -> object:
+    """The model without the adapter. Of a local preset's large files the size must do."""
+    described = spec.model.model_dump(mode="json", exclude={"lora"})
+    folder = Path(spec.model.preset)
+    if spec.model.preset != "tiny" and folder.is_dir():
+        described["files"] = {
+            path.relative_to(folder).as_posix(): file_sha256(path)
+            if path.stat().st_size <= _SMALL
+            else path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+    return described
+
+
 def _evals(spec: Spec) -> object:
     slices = [_source(item) for item in spec.evals.multiple_choice]
-    base = spec.model.model_dump(mode="json", exclude={"lora"})
-    return [spec.seed, base, spec.evals.model_dump(mode="json"), slices]
+    return [spec.seed, _base_model(spec), spec.evals.model_dump(mode="json"), slices]
 
 
 def _training(spec: Spec) -> object:
-    return [spec.seed, spec.model.model_dump(mode="json"), spec.train.model_dump(mode="json")]
+    lora = spec.model.lora.model_dump(mode="json")
+    return [spec.seed, _base_model(spec), lora, spec.train.model_dump(mode="json")]
 
 
 def _reference(spec: Spec) -> object:

@@ -154,8 +154,11 @@ class LocalStore:
         source = self._path(key)
         if not source.is_file():
             return False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, path)
+        except OSError as error:
+            raise StageError(f"cannot copy {source} to {path}: {error.strerror}") from error
         return True
 
     def size(self, key: str) -> int | None:
@@ -171,7 +174,10 @@ class LocalStore:
                 yield path.relative_to(self.root).as_posix()
 
     def delete(self, key: str) -> None:
-        self._path(key).unlink(missing_ok=True)
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError as error:
+            raise StageError(f"cannot remove {self._path(key)}: {error.strerror}") from error
 
 
 class BucketStore:
@@ -214,7 +220,7 @@ class BucketStore:
         return blob
 
     def _guard(self, action: str, key: str, call: Any) -> Any:
-        """Run one request; a missing object is None, a refusal names the object and the way out."""
+        """Run one request; what is missing is None, a refusal names the object and the way out."""
         from google.api_core import exceptions
         from google.auth.exceptions import GoogleAuthError
 
@@ -226,13 +232,15 @@ class BucketStore:
                 raise EnvironmentProblem(
                     f"there is no bucket gs://{self._name}; create it first"
                 ) from error
+            if action == "write":
+                raise StageError(f"cannot write {place}: the upload was lost") from error
             return None
-        except (exceptions.Forbidden, exceptions.Unauthorized) as error:
+        except (exceptions.Forbidden, exceptions.Unauthorized, GoogleAuthError) as error:
             raise EnvironmentProblem(
                 f"not allowed to {action} {place}: the account in use needs "
                 "roles/storage.objectUser on the bucket"
             ) from error
-        except (exceptions.GoogleAPIError, GoogleAuthError, OSError) as error:
+        except (exceptions.GoogleAPIError, OSError) as error:
             raise StageError(f"cannot {action} {place}: {error}") from error
 
     def read(self, key: str) -> bytes | None:

@@ -20,7 +20,11 @@ _CONTROL = re.compile(
 
 def neutralise(text: str) -> str:
     """`text` with every control token of the known chat formats broken by a space."""
-    return _CONTROL.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    while True:
+        broken = _CONTROL.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        if broken == text:
+            return text
+        text = broken  # breaking one token may lay another bare, like <|[INST]|>
 
 
 @dataclass(frozen=True)

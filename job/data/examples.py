@@ -1,6 +1,8 @@
 """From a row to an example: templates filled in, what cannot be used named and counted."""
 
 import hashlib
+import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +34,7 @@ def field_text(row: Row, field: str) -> str:
     if field not in row:
         raise Dropped(f"no column '{field}'")
     value = row[field]
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         raise Dropped(f"null in '{field}'")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise Dropped(f"not text in '{field}'")
@@ -74,6 +76,6 @@ class ExampleMapper:
         prompt = fill(self._data.prompt, row)
         response = fill(self._data.response, row)
         system = fill(self._data.system, row) if self._data.system else None
-        content = "\0".join((system or "", prompt, response))
-        identity = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+        content = json.dumps([system, prompt, response]).encode()
+        identity = hashlib.blake2b(content, digest_size=8).hexdigest()
         return Example(identity, system, prompt, response)

@@ -30,41 +30,54 @@ class Split:
 
 
 class Sampler:
-    """Keeps the examples with the smallest seeded hashes seen so far."""
+    """Keeps the examples with the smallest seeded hashes seen so far.
+
+    Copies of an example have its hash; they are counted, not kept.
+    """
 
     def __init__(self, seed: int, train: int | Literal["all"], validation: int) -> None:
         self._seed = seed
         self._train = train
         self._validation = validation
-        # A copy of a held-out example takes a place and is then left out; leave room for some.
-        self._room = None if train == "all" else train + 2 * validation + 64
-        self._heap: list[tuple[int, int, Example]] = []
+        self._room = None if train == "all" else train + validation
+        self._largest_first: list[tuple[int, str]] = []
+        self._kept: dict[str, tuple[Example, int]] = {}
         self._seen = 0
 
     def add(self, example: Example) -> None:
         """Consider one example."""
         self._seen += 1
-        entry = (-sample_key(self._seed, example.id), -self._seen, example)
-        if self._room is None or len(self._heap) < self._room:
-            heapq.heappush(self._heap, entry)
+        if example.id in self._kept:
+            first, copies = self._kept[example.id]
+            self._kept[example.id] = (first, copies + 1)
+            return
+        entry = (-sample_key(self._seed, example.id), example.id)
+        if self._room is not None and len(self._kept) == self._room:
+            dropped = heapq.heappushpop(self._largest_first, entry)
+            if dropped == entry:
+                return
+            del self._kept[dropped[1]]
         else:
-            heapq.heappushpop(self._heap, entry)
+            heapq.heappush(self._largest_first, entry)
+        self._kept[example.id] = (example, 1)
 
     def split(self) -> Split:
-        """The choice.
+        """The choice: held-out examples are all different, and none is trained on.
 
         Raises:
             UsageError: there are fewer examples than the spec asks for.
         """
-        ordered = [entry[2] for entry in sorted(self._heap, key=lambda e: (-e[0], -e[1]))]
-        validation = ordered[: self._validation]
-        held_out = {example.id for example in validation}
-        train = [example for example in ordered[self._validation :] if example.id not in held_out]
+        ordered = [
+            self._kept[identity] for _, identity in sorted(self._largest_first, reverse=True)
+        ]
+        validation = [example for example, _ in ordered[: self._validation]]
+        train = [example for example, copies in ordered[self._validation :] for _ in range(copies)]
         wanted = 1 if self._train == "all" else self._train
         if len(validation) < self._validation or len(train) < wanted:
             raise UsageError(
                 f"data: the spec asks for {self._train} examples to train on and "
-                f"{self._validation} held out, but the dataset has {self._seen} usable rows; "
+                f"{self._validation} held out, but the dataset has {self._seen} usable rows, "
+                f"{len(train) + len(validation)} of which are enough apart; "
                 "lower data.train_examples or data.validation_examples"
             )
         return Split(train if self._train == "all" else train[: self._train], validation)

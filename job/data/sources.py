@@ -69,7 +69,7 @@ def _as_row(value: object, where: str) -> Row:
 def _json_array(path: Path) -> Iterator[Row]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(
             f"{path}: not valid JSON: {error}; for a row a line name it .jsonl"
         ) from None
@@ -94,8 +94,14 @@ def _json_lines(path: Path) -> Iterator[Row]:
 def _csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            for row in csv.DictReader(file):
-                yield {key: value for key, value in row.items() if key is not None}
+            reader = csv.DictReader(file)
+            for row in reader:
+                if None in row:
+                    raise UsageError(
+                        f"{path}:{reader.line_num}: more fields than the header names; "
+                        "quote fields that hold commas"
+                    )
+                yield dict(row)
         except (csv.Error, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: not a readable CSV file: {error}") from None
 

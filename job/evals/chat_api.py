@@ -74,7 +74,7 @@ class ChatClient:
             try:
                 return self._attempt(body)
             except _Retry as retry:
-                reason = str(retry)
+                reason = self._clean(str(retry))
                 if attempt + 1 < self.attempts:
                     wait = min(_LONGEST_WAIT, 2.0**attempt) * random.uniform(0.5, 1.0)
                     wait = min(_LONGEST_WAIT, max(wait, retry.after or 0.0))
@@ -82,7 +82,11 @@ class ChatClient:
                         "asking again", reason=reason, attempt=attempt + 1, seconds=wait
                     )
                     self.sleep(wait)
-        return Reply(None, error=f"{reason} (tried {self.attempts} times)")
+        return Reply(None, error=self._clean(f"{reason} (tried {self.attempts} times)"))
+
+    def _clean(self, text: str) -> str:
+        """A server may repeat the key in its messages, and errors are kept on file."""
+        return text.replace(self.key, "[redacted]")
 
     def _attempt(self, body: dict[str, Any]) -> Reply:
         try:
@@ -109,7 +113,7 @@ class ChatClient:
         except ValueError:
             raise _Retry("the body is not JSON") from None
         if status != 200:
-            return Reply(None, error=f"HTTP {status}: {_message(document)}")
+            return Reply(None, error=self._clean(f"HTTP {status}: {_message(document)}"))
         return _reply(document)
 
 
@@ -134,13 +138,14 @@ def _reply(document: Any) -> Reply:
     """
     if not isinstance(document, dict) or document.get("error"):
         raise _Retry(f"an error with status 200: {_message(document)}")
-    choices = document.get("choices") or []
-    if not choices:
+    choices = document.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict):
         raise _Retry("no choices")
-    choice = choices[0]
     if choice.get("error") or choice.get("finish_reason") == "error":
         raise _Retry(f"an error in the choice: {_message(choice)}")
-    usage = document.get("usage") or {}
+    usage = document.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
     fields: dict[str, Any] = {
         "provider": document.get("provider"),
         "model": document.get("model"),
@@ -148,7 +153,8 @@ def _reply(document: Any) -> Reply:
         "completion_tokens": int(usage.get("completion_tokens") or 0),
         "cost_usd": float(usage.get("cost") or 0.0),
     }
-    content = (choice.get("message") or {}).get("content")
+    message = choice.get("message")
+    content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, str) or not content.strip():
         # Asking again would spend the same again for the same nothing.
         finish = choice.get("finish_reason")

@@ -1,14 +1,16 @@
 """Which letter a generated answer chose, or that it chose none. Nothing is ever guessed.
 
 The rules, in order; the first that applies decides:
-1. The answer begins with a lone letter: `B`, `(b)`, `B.`, `B) because`, `**B**`. A letter
-   followed by a plain word counts only with punctuation between, so the article in
-   `A common cause is` is no answer.
-2. A phrase names it: `the answer is B`, `answer: (C)`, `correct option is D`, `I choose A`.
+1. The whole answer is the text of exactly one option.
+2. The answer begins with a lone letter: `B`, `(b)`, `B.`, `B) because`, `**B**`, `B - text`. A
+   letter followed by a plain word needs punctuation between, so the article in `A common
+   cause is` is no answer; a letter joined to another (`B, C`, `(A) and (B)`) is none either.
+3. A phrase names it: `the answer is B`, `answer: (C)`, `correct option is D`, `I choose A`.
    If such phrases name different letters, there is no answer.
-3. Exactly one letter stands alone in capitals, not negated (`not B`, `B is wrong`) and not
-   the article `A`.
-4. The text of exactly one option occurs in the answer.
+4. Exactly one letter stands alone in capitals: not negated (`not B`, `B is wrong`, `neither A
+   nor B`), not the article `A`, not part of an option's own text (`Vitamin C`). Several
+   letters are no answer.
+5. The text of exactly one option occurs in the answer.
 """
 
 import re
@@ -17,18 +19,29 @@ from collections.abc import Sequence
 from job.spec import LETTERS
 
 _MARKUP = re.compile(r"[*_`#>]+")
+_OPEN, _CLOSE = r"[\(\[\"'‘“]", r"[\)\]\"'’”]"
+_LEADING = re.compile(
+    rf"{_OPEN}?([A-Za-z])(?:{_CLOSE}+[.:,;]*|[.:,;](?=\s|$)|\s*$|\s*\n|\s+[-–—]\s)"
+)
+_JOINED = re.compile(rf"^\s*(?:,|/|&|and\b|or\b|nor\b)+\s*(?:and\s+|or\s+)?{_OPEN}?[A-Z](?![\w'’])")
 _PHRASE = re.compile(
     r"\b(?:answer|choice|option|choose|select|pick|chose)\b"
     r"(?:\s+(?:is|would\s+be|will\s+be|should\s+be|choice|option|letter|answer|the|correct|right))*"
-    r"\s*[:=-]?\s*[\(\[\"']?([A-Za-z])\b(?!['’][a-z])"
+    rf"\s*[:=-]?\s*{_OPEN}?([A-Za-z])(?![\w'’])"
 )
+_CONNECTIVES = r"(?:because|since|as|is|was|for|due|which|and|or|nor|but|given|based|seems|would)\b"
+_ARTICLE = re.compile(rf"^\s+(?!{_CONNECTIVES})[a-z]")
 _NEGATED_BEFORE = re.compile(
-    r"\b(?:not|isn't|rather than|instead of|except|excludes?)\s*(?:option\s*)?[\(\[\"']?$", re.I
+    r"(?:\bnot|n['’]t|\bcannot|\bnever|\bneither|\bnor|\bwithout|\brather than|\binstead of|"
+    r"\bexcept|\bexclud\w*|\brul\w* out|\beliminat\w*)\s+"
+    rf"(?:be\s+|choose\s+|option\s+|answer\s+|choice\s+|the\s+)*{_OPEN}?$",
+    re.IGNORECASE,
 )
 _NEGATED_AFTER = re.compile(
-    r"^[\)\]\"'.:]*\s*(?:(?:is|are|was|would be)\s+)?"
-    r"(?:not\b|wrong|incorrect|false|excluded|ruled out)",
-    re.I,
+    rf"^(?:{_CLOSE}|[.:])*\s*(?:(?:is|are|was|would be|can be|must be)\s+)?"
+    r"(?:not\b|isn['’]t|aren['’]t|wasn['’]t|cannot|can['’]t|never\b|wrong|incorrect|false|"
+    r"excluded|eliminated|ruled out|nor\b)",
+    re.IGNORECASE,
 )
 
 
@@ -41,46 +54,63 @@ def parse_choice(answer: str, options: Sequence[str]) -> str | None:
     """
     letters = LETTERS[: len(options)]
     text = _MARKUP.sub("", answer).strip()
-    for rule in (_leading, _phrased, _alone):
-        found = rule(text, letters)
-        if found is not None:
-            return found or None
+    exact = [
+        letter
+        for letter, option in zip(letters, options, strict=True)
+        if _folded(option) == _folded(text)
+    ]
+    if len(exact) == 1:
+        return exact[0]
+    bare = _without_options(text, options)
+    for named in (_leading(bare, letters), _phrased(bare, letters), _alone(bare, letters)):
+        if named:
+            return named.pop() if len(named) == 1 else None
     return _quoted(text, letters, options)
 
 
-def _leading(text: str, letters: str) -> str | None:
-    match = re.match(r"[\(\[\"']?([A-Za-z])(?:[\)\]\"'.:,;]|\s*$|\s*[-–—\n])", text)
-    if match and match[1].upper() in letters and not _NEGATED_AFTER.match(text[match.end(1) :]):
-        return match[1].upper()
-    return None
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".")
 
 
-def _phrased(text: str, letters: str) -> str | None:
+def _without_options(text: str, options: Sequence[str]) -> str:
+    """The text without those options that hold a letter of their own, like `Vitamin C`."""
+    for option in sorted(options, key=len, reverse=True):
+        if len(option) > 1 and re.search(r"(?<!\w)[A-Z](?!\w)", option):
+            text = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", "…", text, flags=re.IGNORECASE)
+    return text
+
+
+def _leading(text: str, letters: str) -> set[str]:
+    match = _LEADING.match(text)
+    if not match or match[1].upper() not in letters:
+        return set()
+    if _JOINED.match(text[match.end(1) :].lstrip(")]\"'")) or _negated(text, *match.span(1)):
+        return set()
+    return {match[1].upper()}
+
+
+def _phrased(text: str, letters: str) -> set[str]:
     named = set()
     for match in _PHRASE.finditer(text):
-        letter = match[1]
-        rest = text[match.end(1) :]
-        article = letter in "Aa" and re.match(r"\s+[a-z]", rest)
-        lower_word = letter.islower() and not re.match(r"[\)\]\"'.,;:]|\s*$", rest)
-        if letter.upper() not in letters or article or lower_word:
+        letter, rest = match[1], text[match.end(1) :]
+        if letter.upper() not in letters or _negated(text, *match.span(1)):
             continue
-        if _negated(text, match.start(1), match.end(1)):
+        if letter.islower() and not re.match(rf"{_CLOSE}|[.,;:]|\s*$", rest):
+            continue
+        if letter == "A" and _ARTICLE.match(rest):
             continue
         named.add(letter.upper())
-    if not named:
-        return None
-    return named.pop() if len(named) == 1 else ""
+        named |= set(re.findall(r"[A-Z]$", joined[0])) if (joined := _JOINED.match(rest)) else set()
+    return named
 
 
-def _alone(text: str, letters: str) -> str | None:
-    named = set()
-    for match in re.finditer(rf"(?<![\w'’])([{letters}])(?![\w'’])", text):
-        article = match[1] == "A" and re.match(r"\s+[a-z]", text[match.end() :])
-        if not article and not _negated(text, match.start(), match.end()):
-            named.add(match[1])
-    if not named:
-        return None
-    return named.pop() if len(named) == 1 else ""
+def _alone(text: str, letters: str) -> set[str]:
+    return {
+        match[1]
+        for match in re.finditer(rf"(?<![\w'’-])([{letters}])(?![\w'’-])", text)
+        if not (match[1] == "A" and _ARTICLE.match(text[match.end() :]))
+        and not _negated(text, *match.span(1))
+    }
 
 
 def _negated(text: str, start: int, end: int) -> bool:
@@ -88,12 +118,12 @@ def _negated(text: str, start: int, end: int) -> bool:
 
 
 def _quoted(text: str, letters: str, options: Sequence[str]) -> str | None:
-    folded = " ".join(text.casefold().split())
-    found = []
-    for letter, option in zip(letters, options, strict=True):
-        words = " ".join(option.casefold().split())
-        if words and re.search(rf"(?<!\w){re.escape(words)}(?!\w)", folded):
-            found.append((letter, words))
+    folded = _folded(text)
+    found = [
+        (letter, words)
+        for letter, option in zip(letters, options, strict=True)
+        if (words := _folded(option)) and re.search(rf"(?<!\w){re.escape(words)}(?!\w)", folded)
+    ]
     # An option whose text lies within another's that also occurs was not itself named.
     kept = [a for a in found if not any(a[1] != b[1] and a[1] in b[1] for b in found)]
     return kept[0][0] if len(kept) == 1 else None

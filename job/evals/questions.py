@@ -97,6 +97,8 @@ def _options(entry: MultipleChoice, row: Row) -> tuple[str, ...]:
         value = row.get(entry.options)
         if not isinstance(value, list | tuple) or not 2 <= len(value) <= len(LETTERS):
             raise Dropped(f"no list of options in '{entry.options}'")
+        if any(option is None for option in value):
+            raise Dropped("empty option")
         options = tuple(str(option).strip() for option in value)
     else:
         options = tuple(field_text(row, column).strip() for column in entry.options)
@@ -115,7 +117,7 @@ def _gold(row: Row, column: str, options: tuple[str, ...]) -> str:
             return stripped.upper()
         if options.count(stripped) == 1:
             return letters[options.index(stripped)]
-        if stripped.isdigit():
+        if stripped.isascii() and stripped.isdecimal():
             value = int(stripped)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
         return letters[value]

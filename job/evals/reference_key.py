@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 
+from job.errors import EnvironmentProblem
 from job.spec import Reference
 
 KEY = "OPENROUTER_API_KEY"
@@ -10,7 +11,10 @@ KEY = "OPENROUTER_API_KEY"
 
 def missing_key(reference: Reference) -> str | None:
     """What to tell the user if the key is not set."""
-    if os.environ.get(KEY, "").strip():
+    key = os.environ.get(KEY, "").strip()
+    if key and not (key.isascii() and key.isprintable()):
+        raise EnvironmentProblem(f"{KEY} holds characters that no key has; set it again")
+    if key:
         return None
     return f"{KEY} is not set: the comparison with {reference.model} will be skipped"
 

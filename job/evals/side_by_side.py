@@ -5,6 +5,9 @@ from pydantic import BaseModel
 from job.data.stage import VALIDATION, read_examples
 from job.run import Run
 
+MOST_SHOWN = 4
+"""Held-out prompts shown where the spec says nothing."""
+
 
 class SidePrompt(BaseModel):
     """A prompt, and the expected answer where one is known."""
@@ -18,7 +21,8 @@ class SidePrompt(BaseModel):
 def side_prompts(run: Run) -> list[SidePrompt]:
     """Held-out prompts first, then the spec's own."""
     wanted = run.spec.evals.side_by_side
-    held_out = read_examples(run, VALIDATION, wanted.examples) if wanted.examples else []
+    count = MOST_SHOWN if wanted.examples is None else wanted.examples
+    held_out = read_examples(run, VALIDATION, count)
     return [
         SidePrompt(id=e.id, prompt=e.prompt, system=e.system, expected=e.response) for e in held_out
     ] + [

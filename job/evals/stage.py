@@ -30,6 +30,9 @@ from job.model.lora import Weights
 from job.run import Run
 from job.train.stage import ADAPTER
 
+MOST_DIALOGUES = 200
+"""Held-out examples answered where the spec says nothing."""
+
 
 class SliceOutcome(BaseModel):
     """Where the questions of a slice are from."""
@@ -107,7 +110,7 @@ def _dialogue(
 ) -> Sequence[DialogueLine]:
     wanted = run.spec.evals.dialogue
     assert wanted is not None
-    examples = read_examples(run, VALIDATION, wanted.examples)
+    examples = read_examples(run, VALIDATION, wanted.examples or MOST_DIALOGUES)
     prompts, _ = engine.encode([model.codec.template.prompt(e.prompt, e.system) for e in examples])
     answers = engine.generate(weights, prompts, wanted.max_new_tokens, DIALOGUE)
     lines = []

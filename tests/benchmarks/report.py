@@ -1,0 +1,37 @@
+"""How a benchmark says what it found: a table for people, one flat JSON object for tools."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with the option every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    return parser
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table; floats get four significant digits."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
+    print(f"\n{title}")
+    for row in [list(columns), *cells]:
+        padded = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+        print("  ".join(padded).rstrip())
+
+
+def finish(figures: Mapping[str, Any], path: Path | None) -> None:
+    """Print the figures, and write them where `--json` says."""
+    print()
+    for name, value in figures.items():
+        print(f"{name} = {_cell(value)}")
+    if path is not None:
+        path.write_text(json.dumps(dict(figures), indent=2) + "\n", encoding="utf-8")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,239 @@
+"""Training speed: the published notebook's loop against this project's step, on one machine.
+
+The published loop is KerasHub's task `fit`: one example a step padded to 256 tokens, logits for
+every position, SGD; and the same at batch 8. Both sides train the same LoRA on the same random
+examples with the lengths of real dialogues (mean 210 tokens of at most 256, 43 % response).
+Only tokens that are not padding count. FLOPs and memory are the compiler's own figures, the
+same on every machine; seconds are this machine's.
+
+    uv run python -m tests.benchmarks.train_speed [--shape proxy|1b] [--dtype float32]
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from tests.benchmarks import report
+
+os.environ["KERAS_BACKEND"] = "jax"
+
+LENGTH = 256
+SHAPES: dict[str, dict[str, Any]] = {
+    "proxy": {
+        "vocabulary_size": 32_768, "num_layers": 6, "hidden_dim": 512, "intermediate_dim": 3072,
+        "num_query_heads": 4, "num_key_value_heads": 1, "head_dim": 128,
+    },
+    "1b": {
+        "vocabulary_size": 262_144, "num_layers": 26, "hidden_dim": 1152,
+        "intermediate_dim": 6912, "num_query_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+    },
+}  # fmt: skip
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+"""Dense bfloat16 FLOP/s by the vendor's data sheets."""
+
+
+@dataclass
+class Figures:
+    """What one way of training costs; FLOPs an example, memory in bytes."""
+
+    tokens_per_second: float
+    flops: float
+    temporary: int
+    compile_seconds: float
+    loss: float
+
+
+def make_task(shape: str, dtype: str) -> Any:
+    """A random Gemma 3 of the shape, the same every time."""
+    import keras
+    import keras_hub
+
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.Gemma3Backbone(
+        **SHAPES[shape], image_size=0, use_post_ffw_norm=True, use_post_attention_norm=True,
+        use_sliding_window_attention=True, sliding_window_size=512, dtype=dtype,
+    )  # fmt: skip
+    return keras_hub.models.Gemma3CausalLM(preprocessor=None, backbone=backbone)
+
+
+def make_examples(count: int, vocabulary: int) -> list[Any]:
+    """Random tokens with the lengths of real dialogues."""
+    import numpy as np
+
+    from job.data.packing import TokenExample
+
+    generator = np.random.default_rng(0)
+    lengths = np.clip(generator.normal(225, 60, size=count), 40, LENGTH).astype(int)
+    return [
+        TokenExample(str(i), generator.integers(10, vocabulary, size=n).tolist(), n - int(0.43 * n))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def published(shape: str, dtype: str, examples: list[Any], batch: int, repeats: int) -> Figures:
+    """The notebook's loop at a batch size."""
+    import jax
+    import keras
+    import numpy as np
+
+    from job.runtime import CompileClock
+
+    task = make_task(shape, dtype)
+    task.backbone.enable_lora(16)
+    tokens = np.zeros((len(examples), LENGTH), np.int32)
+    for row, example in enumerate(examples):
+        tokens[row, : len(example.tokens)] = example.tokens
+    mask = (tokens > 0).astype(np.int32)
+    x = {"token_ids": tokens, "padding_mask": mask}
+    y, weights = np.roll(tokens, -1, axis=1), np.roll(mask, -1, axis=1)
+    weights[:, -1] = 0
+    task.compile(
+        optimizer=keras.optimizers.SGD(1e-4),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()],
+    )
+    clock = CompileClock()
+    clock.listen()
+    settings = {"batch_size": batch, "shuffle": False, "verbose": 0}
+
+    def fit(count: int) -> float:
+        # The plain method: a KerasHub task's own wants another library just for arrays.
+        part = {name: array[:count] for name, array in x.items()}
+        history = keras.Model.fit(
+            task, part, y[:count], sample_weight=weights[:count], epochs=1, **settings
+        )
+        return float(history.history["loss"][0])
+
+    fit(batch)
+    compiled = clock.seconds
+    seconds, loss = [], 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        loss = fit(len(examples))
+        seconds.append(time.perf_counter() - start)
+    rows = {name: array[:batch] for name, array in x.items()}
+    state = (
+        [v.value for v in task.trainable_variables],
+        [v.value for v in task.non_trainable_variables],
+        [v.value for v in task.optimizer.variables],
+        [v.value for v in task.metrics_variables],
+    )
+    program = jax.jit(task.train_step, donate_argnums=0)
+    costs = program.lower(state, (rows, y[:batch], weights[:batch])).compile()
+    return Figures(
+        tokens_per_second=sum(len(e.tokens) for e in examples) / min(seconds),
+        flops=costs.cost_analysis()["flops"] / batch,
+        temporary=costs.memory_analysis().temp_size_in_bytes,
+        compile_seconds=compiled,
+        loss=loss,
+    )
+
+
+def ours(
+    shape: str, dtype: str, examples: list[Any], rows_a_step: int, length: int, repeats: int
+) -> Figures:
+    """This project's step on packed rows."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh
+
+    from job.data.packing import make_rows
+    from job.model.language_model import LanguageModel
+    from job.model.lora import flatten
+    from job.model.presets import Preset
+    from job.model.text import TextCodec
+    from job.model.tiny import train_tokenizer
+    from job.runtime import CompileClock
+    from job.spec import Lora, Model, Train
+    from job.train.loop import Plan
+    from job.train.optimizer import make_optimizer
+    from job.train.step import TrainState, make_train_step, place
+
+    import keras_hub  # isort: skip
+
+    tokenizer = keras_hub.tokenizers.Gemma3Tokenizer(train_tokenizer(), has_vision_tokens=False)
+    spec = Model(preset="benchmark", dtype=dtype, lora=Lora(rank=16))
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    preset = Preset("benchmark", None)
+    model = LanguageModel(make_task(shape, dtype), TextCodec(tokenizer), spec, preset, mesh)
+    rows = make_rows(examples, length, packing=True)
+    plan = Plan(len(rows.batch), rows_a_step, 1, 0)
+    start = model.lora.start(0)
+    train = Train(optimizer="sgd", learning_rate=1e-4, schedule="constant", warmup_ratio=0)
+    optimizer, _ = make_optimizer(train, plan.steps, start)
+    state = TrainState(*jax.tree.map(
+        lambda a: jax.numpy.array(a, copy=True),
+        (start, tuple(v.value for v in optimizer.variables)),
+    ))  # fmt: skip
+    batches = [rows.batch.take(plan.rows_of(step)) for step in range(plan.steps)]
+    step = make_train_step(model, optimizer, packed=True)
+    clock = CompileClock()
+    clock.listen()
+    program = step.lower(state, model.weights, place(model, batches[0], 1)).compile()
+    compiled = clock.seconds
+    state, figures = program(state, model.weights, place(model, batches[0], 1))
+    jax.block_until_ready(flatten(state.lora))
+    seconds, loss = [], 0.0
+    for _ in range(repeats):
+        sums = []
+        begin = time.perf_counter()
+        for batch in batches:
+            state, figures = program(state, model.weights, place(model, batch, 1))
+            sums.append(figures)
+        jax.block_until_ready(flatten(state.lora))
+        seconds.append(time.perf_counter() - begin)
+        loss = sum(float(f.loss) for f in sums) / sum(float(f.tokens) for f in sums)
+    return Figures(
+        tokens_per_second=sum(len(e.tokens) for e in examples) / min(seconds),
+        flops=program.cost_analysis()["flops"] * plan.steps / len(examples),
+        temporary=program.memory_analysis().temp_size_in_bytes,
+        compile_seconds=compiled,
+        loss=loss,
+    )
+
+
+def main() -> None:
+    """Measure all ways and print the ratios."""
+    parser = report.arguments(__doc__ or "")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="proxy")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3, help="the fastest one counts")
+    parser.add_argument("--rows", type=int, default=4, help="packed rows a step")
+    parser.add_argument("--pack-length", type=int, default=512)
+    given = parser.parse_args()
+    examples = make_examples(given.examples, SHAPES[given.shape]["vocabulary_size"])
+    common = (given.shape, given.dtype, examples)
+    one = published(*common, 1, given.repeats)
+    eight = published(*common, 8, given.repeats)
+    mine = ours(*common, given.rows, given.pack_length, given.repeats)
+
+    import jax
+
+    device = jax.devices()[0]
+    report.show(
+        f"{given.shape}, {given.dtype}, {len(examples)} examples, {device.device_kind}",
+        ("loop", "tokens/s", "GFLOPs/example", "temporary MB", "compile s", "loss"),
+        [
+            (name, f.tokens_per_second, f.flops / 1e9, f.temporary / 1e6, f.compile_seconds, f.loss)
+            for name, f in (("published", one), ("published, batch 8", eight), ("ours", mine))
+        ],
+    )
+    peak = next((v for k, v in PEAK_FLOPS.items() if k in device.device_kind), None)
+    mean = sum(len(e.tokens) for e in examples) / len(examples)
+    best = max(one.tokens_per_second, eight.tokens_per_second)
+    report.finish(
+        {
+            "speed_vs_published": mine.tokens_per_second / one.tokens_per_second,
+            "speed_vs_published_best": mine.tokens_per_second / best,
+            "flops_vs_published": mine.flops / one.flops,
+            "memory_vs_published": mine.temporary / eight.temporary,
+            "mfu": mine.tokens_per_second / mean * mine.flops / peak if peak else None,
+        },
+        given.json,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""A row becomes an example or is dropped for a reason that can be counted; nothing in between."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.data.examples import Dropped, Example, ExampleMapper, field_text, fill
+from job.spec import Data
+
+ROW = {"instruction": "Be brief.", "input": "My knee hurts.", "output": "Rest it."}
+
+
+def mapper(**fields: Any) -> ExampleMapper:
+    given_fields = {"prompt": "{input}", "response": "{output}", **fields}
+    return ExampleMapper(Data(dataset="samples", **given_fields))
+
+
+def test_templates_are_filled_from_the_row() -> None:
+    example = mapper(system="{instruction}", prompt="Q: {input} ({age})")(ROW | {"age": 42})
+    assert (example.system, example.prompt, example.response) == (
+        "Be brief.",
+        "Q: My knee hurts. (42)",
+        "Rest it.",
+    )
+
+
+def test_space_around_the_whole_is_removed_and_that_within_is_kept() -> None:
+    example = mapper()({"input": " \n a\n\n b\t", "output": "\tc "})
+    assert (example.prompt, example.response) == ("a\n\n b", "c")
+
+
+def test_without_an_instruction_there_is_none() -> None:
+    assert mapper()(ROW).system is None
+    assert mapper(system="Be kind.")(ROW).system == "Be kind."
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"output": "a"}, "no column 'input'"),
+        ({"input": "a"}, "no column 'output'"),
+        ({"input": None, "output": "a"}, "null in 'input'"),
+        ({"input": "", "output": "a"}, "empty prompt"),
+        ({"input": " \n\t", "output": "a"}, "empty prompt"),
+        ({"input": "a", "output": "  "}, "empty response"),
+        ({"input": "a", "output": ["b"]}, "not text in 'output'"),
+        ({"input": {"text": "a"}, "output": "b"}, "not text in 'input'"),
+        ({"input": True, "output": "b"}, "not text in 'input'"),
+        ({"input": b"a", "output": "b"}, "not text in 'input'"),
+        ({"input": "a\ud800", "output": "b"}, "undecodable text in 'input'"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_dropped_with_its_reason(
+    row: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(Dropped) as dropped:
+        mapper()(row)
+    assert str(dropped.value) == reason
+
+
+def test_one_field_of_several_may_be_empty() -> None:
+    both = mapper(prompt="{instruction}\n{input}")
+    assert both(ROW | {"input": ""}).prompt == "Be brief."
+    with pytest.raises(Dropped, match="empty prompt"):
+        both(ROW | {"input": " ", "instruction": ""})
+
+
+def test_text_around_an_empty_field_is_no_prompt() -> None:
+    with pytest.raises(Dropped, match="empty prompt"):
+        mapper(prompt="Question: {input}")(ROW | {"input": ""})
+
+
+@pytest.mark.parametrize(("value", "text"), [("a", "a"), (3, "3"), (1.5, "1.5"), (0, "0")])
+def test_text_and_numbers_are_text(value: object, text: str) -> None:
+    assert field_text({"a": value}, "a") == text
+
+
+@given(st.text(), st.text())
+def test_braces_and_percent_signs_in_a_row_are_text(first: str, second: str) -> None:
+    row = {"a": f"{{b}} {first} {{a.__class__}} %s", "b": f"{{0}} {second}"}
+    try:
+        filled = fill("[{a}|{b}] {{a}}", row)
+    except Dropped:
+        return
+    assert filled == f"[{row['a']}|{row['b']}] {{a}}"
+
+
+def test_columns_with_spaces_can_be_named() -> None:
+    assert fill("{Question Text}", {"Question Text": "a"}) == "a"
+
+
+def test_the_id_is_of_the_content_alone() -> None:
+    first = mapper(system="{instruction}")(ROW)
+    assert first.id == mapper(system="{instruction}")({**ROW, "unused": 1}).id
+    same = {"input": "My knee hurts. ", "output": "Rest it."}
+    assert first.id == mapper(system="Be brief.")(same).id
+    assert len(first.id) == 16
+    others = [
+        mapper()(ROW),
+        mapper(system="{instruction}")(ROW | {"input": "My foot hurts."}),
+        mapper(system="{instruction}")(ROW | {"output": "Rest."}),
+        mapper(system="{instruction}")(ROW | {"instruction": "Be long."}),
+        mapper(prompt="{output}", response="{input}")(ROW),
+    ]
+    assert len({first.id, *(example.id for example in others)}) == 6
+
+
+def test_the_id_stays_the_same_from_version_to_version() -> None:
+    assert mapper(system="{instruction}")(ROW) == Example(
+        "a26a722d7686201c", "Be brief.", "My knee hurts.", "Rest it."
+    )

@@ -1,0 +1,237 @@
+"""Rows hold every token once, and the loss is on the tokens it should be on and no other."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job.data.examples import Example
+from job.data.packing import PackedRows, TokenExample, Tokenized, best_fit, make_rows, tokenize
+from job.errors import UsageError
+from job.model.text import TextCodec
+
+WORDS = ["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
+PAD, BOS, EOS, START, END = range(5)
+
+
+class Letters:
+    """A tokenizer with one token a character, and the control tokens of Gemma."""
+
+    pad_token_id, start_token_id, end_token_id = PAD, BOS, EOS
+
+    def get_vocabulary(self) -> list[str]:
+        return WORDS
+
+    def token_to_id(self, token: str) -> int:
+        return WORDS.index(token)
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> list[int]:
+        for number, word in enumerate(WORDS):
+            text = text.replace(word, chr(0xE000 + number))
+        return [ord(c) - 0xE000 if "\ue000" <= c <= "\ue004" else ord(c) + 10 for c in text]
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        return "".join(WORDS[token] if token < 5 else chr(token - 10) for token in tokens)
+
+
+class PlainLetters(Letters):
+    """The same without the tokens of a chat, and without a start token."""
+
+    start_token_id = None
+
+    def get_vocabulary(self) -> list[str]:
+        return WORDS[:3]
+
+
+GEMMA, PLAIN = TextCodec(Letters()), TextCodec(PlainLetters())
+
+
+def tokenized(
+    prompt: str,
+    response: str,
+    loss_on: Literal["response", "all"] = "response",
+    max_length: int = 500,
+    codec: TextCodec = GEMMA,
+) -> Tokenized:
+    return tokenize([Example("a", None, prompt, response)], codec, max_length, loss_on)
+
+
+def test_a_codec_takes_the_chat_of_its_tokenizer() -> None:
+    assert (GEMMA.template.name, GEMMA.stop_ids) == ("gemma", (EOS, END))
+    assert (PLAIN.template.name, PLAIN.stop_ids) == ("plain", (EOS,))
+    assert TextCodec(Letters(), "plain").template.name == "plain"
+    with pytest.raises(UsageError, match="needs the tokens <start_of_turn>, <end_of_turn>"):
+        TextCodec(PlainLetters(), "gemma")
+
+
+def test_an_example_is_the_wrapped_prompt_the_response_and_the_end_of_the_turn() -> None:
+    (example,) = tokenized("Hi.", "Yes.").examples
+    assert Letters().detokenize(example.tokens) == (
+        "<bos><start_of_turn>user\nHi.<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>"
+    )
+    (plain,) = tokenized("Hi.", "Yes.", codec=PLAIN).examples
+    assert Letters().detokenize(plain.tokens) == "Hi.\nYes.<eos>"
+
+
+@pytest.mark.parametrize("codec", [GEMMA, PLAIN])
+def test_the_loss_is_on_the_response_and_its_end_alone(codec: TextCodec) -> None:
+    (example,) = tokenized("Hi.", "Yes.", codec=codec).examples
+    targets = example.tokens[example.loss_from :]
+    assert Letters().detokenize(targets[:-1]) == "Yes."
+    assert targets[-1] == codec.stop_ids[-1]
+
+
+@pytest.mark.parametrize("codec", [GEMMA, PLAIN])
+def test_the_loss_on_all_tokens_leaves_out_only_the_first(codec: TextCodec) -> None:
+    (example,) = tokenized("Hi.", "Yes.", "all", codec=codec).examples
+    assert example.loss_from == 1
+
+
+def test_control_tokens_in_a_text_are_no_control_tokens_of_the_example() -> None:
+    (example,) = tokenized("a<end_of_turn>\n<start_of_turn>model\nb", "c<end_of_turn>d").examples
+    assert [token for token in example.tokens if token < 5] == [BOS, START, END, START, END]
+
+
+def test_long_examples_are_cut_and_counted_and_those_without_a_loss_dropped() -> None:
+    whole = tokenized("Hi.", "Yes.")
+    length = len(whole.examples[0].tokens)
+    assert (whole.truncated, whole.dropped) == (0, 0)
+    exact = tokenized("Hi.", "Yes.", max_length=length)
+    assert (exact.examples, exact.truncated) == (whole.examples, 0)
+    cut = tokenized("Hi.", "Yes.", max_length=length - 2)
+    assert cut.examples[0].tokens == whole.examples[0].tokens[:-2]
+    assert (cut.truncated, cut.dropped) == (1, 0)
+    none = tokenized("Hi.", "Yes.", max_length=length - 5)
+    assert (none.examples, none.truncated, none.dropped) == ([], 1, 1)
+    prompt_only = tokenized("Hi.", "Yes.", "all", max_length=length - 5)
+    assert len(prompt_only.examples[0].tokens) == length - 5
+    assert tokenize([], GEMMA, 9, "all") == Tokenized([], 0, 0)
+
+
+LENGTHS = st.lists(st.integers(1, 40), max_size=60)
+
+
+@given(LENGTHS, st.integers(40, 100))
+def test_every_item_is_in_one_bin_and_no_bin_is_too_full(lengths: list[int], room: int) -> None:
+    bins = best_fit(lengths, room)
+    assert sorted(item for numbers in bins for item in numbers) == list(range(len(lengths)))
+    filled = [sum(lengths[item] for item in numbers) for numbers in bins]
+    assert all(0 < total <= room for total in filled)
+    assert all(a + b > room for n, a in enumerate(filled) for b in filled[:n])
+    assert bins == best_fit(lengths, room)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "capacity", "bins"),
+    [
+        ([], 10, []),
+        ([10], 10, [[0]]),
+        ([6, 4, 5, 5], 10, [[0, 1], [2, 3]]),
+        ([7, 6, 3, 4], 10, [[0, 2], [1, 3]]),
+        ([7, 6, 3], 10, [[0, 2], [1]]),
+        ([1, 1, 1], 2, [[0, 1], [2]]),
+    ],
+)
+def test_the_fullest_bin_that_has_room_is_taken(
+    lengths: list[int], capacity: int, bins: list[list[int]]
+) -> None:
+    assert best_fit(lengths, capacity) == bins
+
+
+def test_an_item_that_fits_nowhere_is_an_error() -> None:
+    with pytest.raises(ValueError, match="item 1 of length 11 does not fit into 10"):
+        best_fit([3, 11], 10)
+
+
+@st.composite
+def token_examples(draw: st.DrawFn) -> list[TokenExample]:
+    """Examples whose tokens are all different, so that each can be found again."""
+    sizes = draw(st.lists(st.integers(2, 20), min_size=1, max_size=25))
+    examples, at = [], 1
+    for number, size in enumerate(sizes):
+        loss_from = draw(st.integers(1, size - 1))
+        examples.append(TokenExample(f"id-{number}", list(range(at, at + size)), loss_from))
+        at += size
+    return examples
+
+
+@given(token_examples(), st.integers(20, 64), st.booleans())
+@settings(deadline=None)
+def test_rows_hold_every_token_of_every_example_once(
+    examples: list[TokenExample], length: int, packing: bool
+) -> None:
+    rows = make_rows(examples, length, packing=packing)
+    by_id = {example.id: example.tokens for example in examples}
+    assert sorted(name for names in rows.examples for name in names) == sorted(by_id)
+    assert rows.batch.token_ids.shape == rows.batch.segments.shape == (len(rows.examples), length)
+    assert packing or rows.examples == [[example.id] for example in examples]
+    for names, tokens, segments in zip(
+        rows.examples, rows.batch.token_ids, rows.batch.segments, strict=True
+    ):
+        for segment, name in enumerate(names, 1):
+            assert tokens[segments == segment].tolist() == by_id[name]
+        assert segments.max() == len(names)
+        assert (tokens[segments == 0] == 0).all()
+    assert rows.batch.tokens == sum(len(tokens) for tokens in by_id.values())
+    assert rows.fill == rows.batch.tokens / (len(rows.examples) * length)
+
+
+@given(token_examples(), st.integers(20, 64), st.booleans())
+@settings(deadline=None)
+def test_a_loss_position_stands_before_its_target_in_the_same_example(
+    examples: list[TokenExample], length: int, packing: bool
+) -> None:
+    batch = make_rows(examples, length, packing=packing).batch
+    row, place = np.nonzero(batch.weights)
+    at = batch.positions[row, place]
+    assert (batch.token_ids[row, at + 1] == batch.targets[row, place]).all()
+    assert (batch.segments[row, at + 1] == batch.segments[row, at]).all()
+    assert (batch.segments[row, at] > 0).all()
+    wanted = sorted(token for e in examples for token in e.tokens[e.loss_from :])
+    assert sorted(batch.targets[row, place].tolist()) == wanted
+    assert set(np.unique(batch.weights)) <= {0.0, 1.0}
+    empty = batch.weights == 0
+    assert (batch.targets[empty] == 0).all()
+    assert (batch.positions[empty] == 0).all()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_number_of_losses_follows_from_what_they_are_on(packing: bool) -> None:
+    source = [Example(str(n), None, "Hi." * n, "Yes." * n) for n in range(1, 6)]
+    found = {}
+    for loss_on in ("response", "all"):
+        examples = tokenize(source, GEMMA, 200, loss_on).examples
+        found[loss_on] = make_rows(examples, 256, packing=packing).batch.weights.sum()
+    tokens = sum(len(example.tokens) for example in tokenize(source, GEMMA, 200, "all").examples)
+    assert found == {"response": 4 * (1 + 2 + 3 + 4 + 5) + 5, "all": tokens - 5}
+
+
+def three_rows(losses: int | None = None) -> PackedRows:
+    examples = [TokenExample(str(n), [7, 8, 9], 1) for n in range(3)]
+    return make_rows(examples, 4, packing=False, losses=losses)
+
+
+def test_lists_of_losses_are_as_wide_as_asked_for_or_the_next_multiple_of_8() -> None:
+    assert three_rows().batch.targets.shape == (3, 8)
+    assert three_rows(losses=20).batch.targets.shape == (3, 20)
+    long = make_rows([TokenExample("a", list(range(1, 11)), 1)], 10, packing=True)
+    assert long.batch.targets.shape == (1, 16)
+
+
+def test_taking_rows_keeps_them_whole_and_minus_one_is_an_empty_row() -> None:
+    batch = three_rows().batch
+    taken = batch.take(np.array([2, -1, 0, -1]))
+    assert len(taken) == 4
+    for name in ("token_ids", "segments", "positions", "targets", "weights"):
+        before, after = getattr(batch, name), getattr(taken, name)
+        assert after.dtype == before.dtype
+        assert (after[[0, 2]] == before[[2, 0]]).all()
+        assert (after[[1, 3]] == 0).all()
+        assert before.any()
+    assert (taken.tokens, batch.tokens) == (6, 9)

@@ -1,0 +1,247 @@
+"""The same rows come out of every kind of file and of the Hub, and a bad one says where it is."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job.data.sources import open_rows
+from job.errors import UsageError
+from job.spec import Source
+from tests.services.hub import Hub
+
+Rows = list[dict[str, Any]]
+
+ROWS: Rows = [
+    {"input": "My knee hurts.", "output": "Rest it."},
+    {"input": 'Two\nlines, a comma, "quotes"', "output": "\u4f60\u597d \U0001f600 \u00e9"},
+    {"input": " spaces ", "output": "\u2028 and \x85 are no line breaks"},
+]
+
+
+def as_json(rows: Rows) -> bytes:
+    return json.dumps(rows, ensure_ascii=False).encode()
+
+
+def as_jsonl(rows: Rows) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def as_csv(rows: Rows) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["input", "output"])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def as_parquet(rows: Rows) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+WRITERS = {
+    "rows.json": as_json,
+    "rows.jsonl": as_jsonl,
+    "rows.ndjson": as_jsonl,
+    "rows.csv": as_csv,
+    "rows.parquet": as_parquet,
+    "ROWS.JSONL": as_jsonl,
+}
+
+
+def read(path: Path | str) -> Rows:
+    found = open_rows(Source(dataset=str(path)), "dialogues")
+    assert found.revision is None
+    return list(found)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(WRITERS[name](ROWS))
+    assert read(tmp_path / name) == ROWS
+
+
+FIELDS = st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"))
+
+
+@given(st.lists(st.fixed_dictionaries({"input": FIELDS, "output": FIELDS}), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=40)
+def test_any_text_survives_every_kind_of_file(
+    tmp_path_factory: pytest.TempPathFactory, rows: Rows
+) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    for name, write in WRITERS.items():
+        (folder / name).write_bytes(write(rows))
+        assert read(folder / name) == rows
+
+
+def test_a_row_keeps_numbers_lists_and_nulls_where_the_file_has_them(tmp_path: Path) -> None:
+    rows: Rows = [{"a": 1, "b": [1, 2], "c": None}, {"a": 2, "b": [], "c": None}]
+    for name in ("rows.json", "rows.jsonl", "rows.parquet"):
+        (tmp_path / name).write_bytes(WRITERS[name](rows))
+        assert read(tmp_path / name) == rows
+
+
+def test_a_parquet_file_of_many_batches_comes_whole_and_in_order(tmp_path: Path) -> None:
+    rows: Rows = [{"input": str(n)} for n in range(3000)]
+    (tmp_path / "rows.parquet").write_bytes(as_parquet(rows))
+    assert read(tmp_path / "rows.parquet") == rows
+
+
+def test_blank_lines_and_a_missing_last_line_break_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'\n{"a": 1}\r\n  \n{"a": 2}')
+    assert read(tmp_path / "rows.jsonl") == [{"a": 1}, {"a": 2}]
+
+
+def test_a_csv_of_a_spreadsheet_has_no_mark_in_its_first_column(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbfinput,output\r\na,b\r\n")
+    assert read(tmp_path / "rows.csv") == [{"input": "a", "output": "b"}]
+
+
+def test_a_csv_row_that_ends_early_has_nulls(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"input,output\na\n")
+    assert read(tmp_path / "rows.csv") == [{"input": "a", "output": None}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", b'{"a": 1}\n{"a": \n', r"rows\.jsonl:2: not valid JSON"),
+        ("rows.jsonl", b'{"a": 1}\n\n[1, 2]\n', r"rows\.jsonl:3: a row must be an object"),
+        ("rows.jsonl", b'{"a": 1}\n"text"\n', r"rows\.jsonl:2: a row must be an object"),
+        ("rows.jsonl", b'{"a": "\xff"}\n', r"rows\.jsonl: not UTF-8 text"),
+        ("rows.jsonl", b'[{"a": 1}]\n', r"rows\.jsonl:1: a row must be an object"),
+        ("rows.json", b'[\n{"a": 1},\n{"a": }\n]', r"rows\.json: not valid JSON: .*line 3"),
+        ("rows.json", b'{"a": 1}\n{"a": 2}\n', r"rows\.json: not valid JSON.*name it \.jsonl"),
+        ("rows.json", b'{"rows": []}', r"rows\.json: must hold one array of rows"),
+        ("rows.json", b'[{"a": 1}, 5]', r"rows\.json: row 1: a row must be an object"),
+        ("rows.json", b"", r"rows\.json: not valid JSON"),
+        ("rows.json", b'[{"a": "\xff"}]', r"rows\.json: not valid JSON"),
+        ("rows.csv", b"a,b\n\xff,1\n", r"rows\.csv: not a readable CSV file"),
+        ("rows.parquet", b"a,b\n1,2\n", r"rows\.parquet: not a readable Parquet file"),
+        ("rows.parquet", b"", r"rows\.parquet: not a readable Parquet file"),
+        ("rows.txt", b"a\n", r"rows\.txt: cannot tell the format; name it \.csv, \.json"),
+        ("rows", b"a\n", r"rows: cannot tell the format"),
+    ],
+)
+def test_a_bad_file_says_what_is_wrong_and_where(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path / name)
+
+
+def test_the_rows_before_a_bad_line_are_given(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(as_jsonl(ROWS) + b"{")
+    rows: Iterator[dict[str, Any]] = iter(
+        open_rows(Source(dataset=str(tmp_path / "rows.jsonl")), "dialogues")
+    )
+    assert [next(rows) for _ in ROWS] == ROWS
+    with pytest.raises(UsageError, match=r"rows\.jsonl:4"):
+        next(rows)
+
+
+def test_the_samples_are_dialogues_or_questions() -> None:
+    dialogues = list(open_rows(Source(dataset="samples"), "dialogues"))
+    questions = list(open_rows(Source(dataset="samples"), "questions"))
+    assert {tuple(row) for row in dialogues} == {("instruction", "input", "output")}
+    assert {"id", "question", "opa", "opb", "opc", "opd", "cop"} <= set(questions[0])
+    assert len({row["id"] for row in questions}) == len(questions)
+
+
+READ_FROM_THE_HUB = """
+import json, os
+from job.data.sources import open_rows
+from job.errors import JobError
+from job.spec import Source
+def read(name, **options):
+    try:
+        found = open_rows(Source(dataset=f"hf://{name}", **options), "dialogues")
+        return [found.revision, list(found)]
+    except JobError as error:
+        return [type(error).__name__, str(error)]
+seen = {
+    "jsonl": read("org/lines"),
+    "first commit": read("org/lines", revision=os.environ["FIRST"]),
+    "branch": read("org/lines", revision="main"),
+    "parquet": read("org/table"),
+    "one file": read("org/two", data_files=["second.jsonl"]),
+    "other split": read("org/table", split="validation"),
+    "missing": read("org/none"),
+    "no revision": read("org/lines", revision="v9"),
+    "no split": read("org/lines", split="test"),
+    "no config": read("org/lines", config="large"),
+    "bad row": read("org/broken"),
+}
+os.environ["HF_TOKEN"] = "hf_stand_in"
+seen["gated, with the token"] = read("org/gated")
+print(json.dumps(seen))
+"""
+
+
+def test_the_hub_gives_the_same_rows_at_the_commit_it_names_and_errors_with_a_way_out(
+    tmp_path: Path,
+) -> None:
+    with Hub() as hub:
+        first = hub.add_repo("datasets", "org/lines", {"train.jsonl": as_jsonl(ROWS[:1])})
+        second = hub.add_repo("datasets", "org/lines", {"train.jsonl": as_jsonl(ROWS)})
+        table = hub.add_repo(
+            "datasets",
+            "org/table",
+            {
+                "data/train-00000-of-00001.parquet": as_parquet(ROWS),
+                "data/validation-00000-of-00001.parquet": as_parquet(ROWS[1:]),
+            },
+        )
+        files = {"first.jsonl": as_jsonl(ROWS[:1]), "second.jsonl": as_jsonl(ROWS)}
+        two = hub.add_repo("datasets", "org/two", files)
+        gated = hub.add_repo("datasets", "org/gated", {"train.jsonl": as_jsonl(ROWS)}, gated=True)
+        hub.add_repo("datasets", "org/broken", {"train.jsonl": b'{"a": 1}\n{"a": }\n'})
+        seen = read_from(hub, tmp_path, FIRST=first)
+    assert seen["jsonl"] == seen["branch"] == [second, ROWS]
+    assert seen["one file"] == [two, ROWS]
+    assert seen["first commit"] == [first, ROWS[:1]]
+    assert seen["parquet"] == [table, ROWS]
+    assert seen["other split"] == [table, ROWS[1:]]
+    assert seen["gated, with the token"] == [gated, ROWS]
+    for case, words in {
+        "missing": "there is no dataset hf://org/none, or it is private: check the name",
+        "no revision": "the dataset hf://org/lines has no revision 'v9'; see https://",
+        "no split": "the dataset hf://org/lines is not as the spec says: Bad split: test.",
+        "no config": "the dataset hf://org/lines is not as the spec says: BuilderConfig 'large'",
+        "bad row": "the dataset hf://org/broken is not as the spec says",
+    }.items():
+        kind, message = seen[case]
+        assert (case, kind) == (case, "UsageError")
+        assert words in message
+
+
+def read_from(hub: Hub, home: Path, **variables: str) -> dict[str, list[Any]]:
+    """Run READ_FROM_THE_HUB against the stand-in, in a process and a cache of its own."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", READ_FROM_THE_HUB],
+        env={**env, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    seen: dict[str, list[Any]] = json.loads(done.stdout.splitlines()[-1])
+    return seen

@@ -1,0 +1,1 @@
+"""Tests of the evaluations: questions, answers, scores and their certainty."""

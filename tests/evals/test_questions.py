@@ -1,0 +1,177 @@
+"""Questions of any dataset come out with the right option, or are left out and counted."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from job import logs
+from job.errors import UsageError
+from job.evals.questions import Question, Slice, load_slice, user_turn
+from job.spec import MultipleChoice
+
+Row = dict[str, Any]
+
+COLUMNS = ["opa", "opb", "opc", "opd"]
+ROW: Row = {"question": "Which one?", "opa": "Red", "opb": "Green", "opc": "Blue", "opd": "12"}
+
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    stream = io.StringIO()
+    logs.configure(logs.RunLog(), stream)
+    yield stream
+    structlog.reset_defaults()
+
+
+def load(folder: Path, rows: list[Row], **entry: Any) -> Slice:
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    fields: Row = {"options": COLUMNS, "answer": "cop", **entry}
+    return load_slice(MultipleChoice(name="first", dataset=str(path), **fields))
+
+
+def ids(found: Slice) -> list[str]:
+    return [question.id for question in found.questions]
+
+
+def test_a_row_becomes_a_question(tmp_path: Path) -> None:
+    found = load(tmp_path, [ROW | {"cop": 1, "id": "q-7"}], id="id")
+    expected = Question("q-7", "Which one?", ("Red", "Green", "Blue", "12"), "B")
+    assert (found.questions, found.revision) == ([expected], None)
+    assert found.questions[0].letters == "ABCD"
+
+
+@pytest.mark.parametrize(
+    ("given", "gold"),
+    [
+        *((0, "A"), (3, "D")),
+        *(("A", "A"), ("d", "D"), (" b ", "B")),
+        *(("0", "A"), ("3", "D"), (" 2 ", "C")),
+        *(("Green", "B"), (" Blue ", "C"), ("12", "D")),
+    ],
+)
+def test_the_right_option_is_given_as_index_letter_digits_or_text(
+    given: object, gold: str, tmp_path: Path
+) -> None:
+    assert load(tmp_path, [ROW | {"cop": given}]).questions[0].gold == gold
+
+
+@pytest.mark.parametrize(
+    "given", [-1, 4, "4", "-1", "E", "", "Grey", "green", True, None, ["A"], 1.5, "AB"]
+)
+def test_a_row_without_a_right_option_is_left_out_and_counted(
+    given: object, tmp_path: Path, log: io.StringIO
+) -> None:
+    rows = [ROW | {"cop": given}, ROW | {"cop": 0}]
+    assert ids(load(tmp_path, rows)) == ["1"]
+    assert json.loads(log.getvalue())["reasons"] == {"no right option in 'cop'": 1}
+
+
+def test_a_text_that_two_options_have_is_no_right_option(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no right option in 'cop'"):
+        load(tmp_path, [ROW | {"opb": "Red", "cop": "Red"}])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"question": ""}, "empty question"),
+        ({"question": None}, "null in 'question'"),
+        ({"opb": "  "}, "empty option"),
+        ({"opb": None}, "null in 'opb'"),
+        ({"opb": ["x"]}, "not text in 'opb'"),
+        ({"cop": None}, "no right option in 'cop'"),
+        ({"key": None}, "null in 'key'"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_left_out_and_counted(
+    change: Row, reason: str, tmp_path: Path, log: io.StringIO
+) -> None:
+    whole = ROW | {"cop": 0}
+    found = load(tmp_path, [whole | {"key": "a"}, whole | {"key": "b"} | change], id="key")
+    assert ids(found) == ["a"]
+    assert json.loads(log.getvalue())["reasons"] == {reason: 1}
+
+
+def test_options_may_be_one_column_with_a_list(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Q", "choices": ["x", " y ", 3], "cop": "y"},
+        {"question": "Q", "choices": ["x"], "cop": 0},
+        {"question": "Q", "choices": "x, y, z", "cop": 0},
+        {"question": "Q", "choices": ["x"] * 27, "cop": 0},
+        {"question": "Q", "choices": ["x", "", "z"], "cop": 0},
+        {"question": "Q", "cop": 0},
+    ]
+    found = load(tmp_path, rows, options="choices")
+    assert [(q.options, q.gold) for q in found.questions] == [(("x", "y", "3"), "B")]
+
+
+def test_questions_with_different_numbers_of_options_are_refused(tmp_path: Path) -> None:
+    rows = [{"question": "Q", "choices": list("xyz"[:n]), "cop": 0} for n in (3, 2)]
+    with pytest.raises(UsageError, match="'first': the questions have different numbers"):
+        load(tmp_path, rows, options="choices")
+
+
+def test_the_limit_takes_the_first_usable_questions(tmp_path: Path) -> None:
+    rows = [ROW | {"cop": -1 if n in (0, 2) else 0} for n in range(9)]
+    assert ids(load(tmp_path, rows, limit=3)) == ["1", "3", "4"]
+    assert ids(load(tmp_path, rows, limit=7)) == ["1", "3", "4", "5", "6", "7", "8"]
+    assert ids(load(tmp_path, rows)) == ["1", "3", "4", "5", "6", "7", "8"]
+
+
+def test_rows_after_the_limit_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(ROW | {"cop": 0}) + "\n" + json.dumps(ROW | {"cop": 1}) + "\n{")
+    entry = MultipleChoice(name="a", dataset=str(path), options=COLUMNS, answer="cop", limit=1)
+    assert ids(load_slice(entry)) == ["0"]
+
+
+def test_fewer_questions_than_the_limit_are_taken_with_a_warning(
+    tmp_path: Path, log: io.StringIO
+) -> None:
+    assert len(load(tmp_path, [ROW | {"cop": 0}], limit=5).questions) == 1
+    line = json.loads(log.getvalue())
+    assert (line["severity"], line["questions"], line["limit"]) == ("WARNING", 1, 5)
+
+
+def test_a_repeated_id_is_asked_once(tmp_path: Path, log: io.StringIO) -> None:
+    rows = [ROW | {"cop": n, "id": identity} for n, identity in enumerate(["a", "b", "a"])]
+    found = load(tmp_path, rows, id="id")
+    assert [(question.id, question.gold) for question in found.questions] == [
+        ("a", "A"),
+        ("b", "B"),
+    ]
+    assert json.loads(log.getvalue())["reasons"] == {"repeated id": 1}
+
+
+def test_a_slice_without_a_usable_question_names_the_reasons_and_the_columns(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        load(tmp_path, [ROW | {"cop": 9}, {"question": "Q"}])
+    message = str(refused.value)
+    assert message.startswith("evals.multiple_choice 'first': no usable question in ")
+    assert "no right option in 'cop' (1), no column 'opa' (1)" in message
+    assert "the columns are cop, opa, opb, opc, opd, question" in message
+    with pytest.raises(UsageError, match="no rows"):
+        load(tmp_path, [])
+
+
+def test_the_users_turn_lists_the_options_by_letter(tmp_path: Path) -> None:
+    row = ROW | {"question": "A {b} or {0}?", "opa": "{question}", "cop": 0}
+    found = load(tmp_path, [row], prompt="{options}\n--\n{question}")
+    assert user_turn(found.entry, found.questions[0]) == (
+        "A. {question}\nB. Green\nC. Blue\nD. 12\n--\nA {b} or {0}?"
+    )
+
+
+def test_the_samples_are_usable_questions() -> None:
+    entry = MultipleChoice(name="a", dataset="samples", options=COLUMNS, answer="cop", id="id")
+    questions = load_slice(entry).questions
+    assert len(questions) >= 20
+    assert {question.gold for question in questions} == set("ABCD")

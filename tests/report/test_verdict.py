@@ -1,0 +1,115 @@
+"""The verdict says 'no measurable change' when that is the case, and never more than was found."""
+
+import pytest
+
+from job.report.verdict import decide
+from job.results import (
+    Comparison,
+    Dialogue,
+    DialogueComparison,
+    DialogueScore,
+    Estimate,
+    Evaluation,
+    Finding,
+    ModelScore,
+    MultipleChoice,
+    Nulls,
+)
+
+
+def score(correct: int, questions: int) -> ModelScore:
+    accuracy = correct / questions
+    return ModelScore(
+        correct=correct, unparsed=0, missing=0, accuracy=accuracy, ci95=(0, 1), letters={}
+    )
+
+
+def questions(finding: Finding, number: int = 100, name: str = "medmcqa") -> MultipleChoice:
+    comparison = Comparison(
+        a="baseline", b="finetuned", questions=number, gained=9, lost=5, p_value=0.42,
+        difference=0.04, ci95=(-0.03, 0.11), finding=finding,
+    )  # fmt: skip
+    return MultipleChoice(
+        name=name, scoring="letters", dataset="d", revision=None, questions=number, chance=0.25,
+        majority_letter="A", majority_accuracy=0.322, comparisons=[comparison],
+        models={"baseline": score(30, number), "finetuned": score(34, number)},
+    )  # fmt: skip
+
+
+def dialogue(finding: Finding, after: float = 0.2) -> Dialogue:
+    def scores(value: float) -> DialogueScore:
+        estimate = Estimate(mean=value, ci95=(value, value))
+        return DialogueScore(
+            rouge1=estimate, rouge2=estimate, rougeL=estimate, mean_tokens=9, truncated=0
+        )
+
+    null = Estimate(mean=0.106, ci95=(0.1, 0.11))
+    return Dialogue(
+        examples=20, max_new_tokens=64,
+        models={"baseline": scores(0.05), "finetuned": scores(after)},
+        nulls=Nulls(echoed_prompt=null, other_answer=null),
+        comparison=DialogueComparison(
+            a="baseline", b="finetuned", difference=0.15, ci95=(0.1, 0.2), finding=finding
+        ),
+    )  # fmt: skip
+
+
+SAME: Finding = "no measurable change"
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "style", "headline"),
+    [
+        (SAME, SAME, "Fine-tuning made no measurable change:"),
+        (SAME, None, "Fine-tuning made no measurable change to the benchmark:"),
+        ("worse", None, "Fine-tuning made the benchmark worse:"),
+        (None, "improved", "Fine-tuning improved how close the answers are to the held-out ones:"),
+        ("improved", "improved", "Fine-tuning improved the benchmark and how close"),
+        (SAME, "improved", "but made no measurable change to the benchmark:"),
+        ("worse", "improved", "but made the benchmark worse:"),
+        (
+            "improved",
+            "worse",
+            "Fine-tuning made how close the answers are to the held-out ones worse",
+        ),
+    ],
+)
+def test_headline_says_what_each_test_found(
+    benchmark: Finding | None, style: Finding | None, headline: str
+) -> None:
+    verdict = decide(
+        Evaluation(
+            multiple_choice=[questions(benchmark)] if benchmark else [],
+            dialogue=dialogue(style) if style else None,
+            side_by_side=[],
+        )
+    )
+    assert headline in verdict.sentence
+    assert (verdict.benchmark, verdict.style) == (benchmark, style)
+
+
+def test_benchmark_is_judged_by_the_slice_with_the_most_questions() -> None:
+    slices = [questions("improved", 100, "small"), questions(SAME, 4183, "large")]
+    verdict = decide(Evaluation(multiple_choice=slices, dialogue=None, side_by_side=[]))
+    assert verdict.benchmark == SAME
+    assert "large accuracy (letters)" in verdict.sentence
+    assert "on 4183 questions" in verdict.sentence
+
+
+def test_figures_stand_beside_what_knows_nothing() -> None:
+    slices = [questions(SAME)]
+    found = decide(
+        Evaluation(multiple_choice=slices, dialogue=dialogue("improved"), side_by_side=[])
+    )
+    assert "30.0% to 34.0%" in found.sentence
+    assert "p = 0.42; always answering A scores 32.2%" in found.sentence
+    assert "answers that know nothing score 0.106" in found.sentence
+    low = decide(
+        Evaluation(multiple_choice=[], dialogue=dialogue("improved", 0.09), side_by_side=[])
+    )
+    assert "both below the 0.106 of answers that know nothing" in low.sentence
+
+
+def test_nothing_measured_is_said() -> None:
+    verdict = decide(Evaluation(multiple_choice=[], dialogue=None, side_by_side=[]))
+    assert verdict.sentence == "Nothing was measured."

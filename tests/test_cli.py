@@ -1,0 +1,115 @@
+"""The command answers at once where it only reads, and refuses in one line what it cannot do."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = {"keras", "keras_hub", "jax", "jaxlib", "datasets", "matplotlib", "pyarrow", "tensorflow"}
+LIGHT = [["--help"], ["run", "--help"], ["validate", "smoke"], ["schema"]]
+CPU_SECONDS = 0.5
+
+Done = subprocess.CompletedProcess[str]
+
+
+def job(*arguments: str, options: tuple[str, ...] = (), **variables: str) -> Done:
+    """Run the command in a process of its own, on one CPU device."""
+    hidden = ("XLA_FLAGS", "JAX_PLATFORMS", "KERAS_BACKEND")
+    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    return subprocess.run(
+        [sys.executable, *options, "-m", "job", *arguments],
+        env={**env, "JAX_PLATFORMS": "cpu", **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def cpu_seconds(*arguments: str) -> float:
+    """User and system time of one run of the command."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert job(*arguments).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["validate", "smoke"], ["schema"]], ids=" ".join)
+def test_commands_that_only_read_answer_at_once(arguments: list[str]) -> None:
+    assert min(cpu_seconds(*arguments) for _ in range(3)) < CPU_SECONDS
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
+def test_commands_that_only_read_import_nothing_heavy(arguments: list[str]) -> None:
+    done = job(*arguments, options=("-X", "importtime"))
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0
+    assert "job.cli" in modules
+    assert {module.partition(".")[0] for module in modules} & HEAVY == set()
+
+
+def test_help_names_every_command_and_exit_code() -> None:
+    text = job("--help").stdout
+    for word in (
+        "run",
+        "validate",
+        "schema",
+        "fetch",
+        "0 done",
+        "2 wrong",
+        "3 wrong",
+        "75 stopped",
+    ):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["frobnicate"], "Error: No such command 'frobnicate'."),
+        (["run"], "Error: Missing argument 'spec'."),
+        (["validate", "smoke", "--sett", "a=1"], "Error: No such option: --sett"),
+        (["validate", "none.yaml"], "error: no spec 'none.yaml': there is no such file"),
+        (
+            ["run", "smoke", "--until", "tranning"],
+            "error: --until tranning: there is no such stage",
+        ),
+        (["run", "smoke", "--run-id", "../x"], "error: --run-id '../x': use up to 128 letters"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_wrong_arguments_exit_2_with_one_clear_line(arguments: list[str], line: str) -> None:
+    done = job(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [text for text in done.stderr.splitlines() if text.lower().startswith("error:")] == [
+        text for text in done.stderr.splitlines() if text.startswith(line)
+    ]
+    assert done.stderr.count(line) == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("platform", "said"),
+    [
+        ("tpu", ["runtime.platform is tpu", "--set runtime.platform=any"]),
+        ("any", ["runtime.devices is 8", "--set runtime.devices=1"]),
+    ],
+)
+def test_a_machine_that_is_not_the_one_asked_for_exits_3_and_says_the_way_out(
+    platform: str, said: list[str], tmp_path: Path
+) -> None:
+    done = job(
+        *("run", "smoke", "--output", str(tmp_path / "runs")),
+        *("--set", f"runtime.platform={platform}", "--set", "runtime.devices=8"),
+        JOB_CACHE=str(tmp_path / "cache"),
+    )
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    for words in (*said, "found 1 cpu device (cpu)"):
+        assert words in done.stderr
+    assert "Traceback" not in done.stdout
+    assert not (tmp_path / "runs").exists()
