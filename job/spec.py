@@ -216,6 +216,11 @@ class Train(Section):
         "auto",
         description="Rows a device holds at once; the rest is accumulated. auto: no accumulation.",
     )
+    remat: Literal["none", "matmuls", "blocks"] = Field(
+        "matmuls",
+        description="What a block keeps for the backward pass: everything (none), the results of "
+        "matrix products (matmuls), or only its input (blocks: least memory, a quarter more work).",
+    )
     max_length: Annotated[int, Field(ge=8, strict=True)] = Field(
         512, description="Tokens of an example, prompt and response; the rest is cut off."
     )

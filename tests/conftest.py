@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import jax
 import pytest
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("OPENROUTER_API_KEY", None)
 os.environ.pop("HF_TOKEN", None)
 
-VIRTUAL_DEVICES = 8
+# In this process only, and before anything asks JAX for its devices.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", f"{_cache}/xla")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 MakeModel = Callable[..., "LanguageModel"]
 
@@ -32,12 +36,6 @@ MakeModel = Callable[..., "LanguageModel"]
 @pytest.fixture(scope="session")
 def make_model() -> MakeModel:
     """Loads a model on the first `devices` virtual devices of this process."""
-    import jax
-
-    jax.config.update("jax_num_cpu_devices", VIRTUAL_DEVICES)
-    jax.config.update("jax_compilation_cache_dir", f"{_cache}/xla")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
     import numpy as np
     from jax.sharding import Mesh
 

@@ -71,6 +71,42 @@ class Batch:
         """Tokens that are not padding."""
         return int(np.count_nonzero(self.segments))
 
+    def losses(self, groups: int) -> np.ndarray:
+        """Loss positions of each of `groups` equal parts of the rows."""
+        counts: np.ndarray = np.count_nonzero(self.weights, axis=1).reshape(groups, -1).sum(axis=1)
+        return counts
+
+    def flat_losses(self, groups: int, width: int) -> dict[str, np.ndarray]:
+        """The loss positions of each part of the rows in one list, padded to `width`.
+
+        Part after part of the rows lies on one device: a list a part lets each device apply
+        the head to its own tokens only, and averages out how many losses a row has.
+
+        Returns:
+            `positions` (into the part's tokens, row after row), `targets` and `weights`,
+            `[groups, width]` each.
+        """
+        rows, length = self.token_ids.shape
+        part = rows // groups
+        offsets = (np.arange(rows) % part * length)[:, None]
+        made = {
+            "positions": np.zeros((groups, width), np.int32),
+            "targets": np.zeros((groups, width), np.int32),
+            "weights": np.zeros((groups, width), np.float32),
+        }
+        sources = {
+            "positions": self.positions + offsets,
+            "targets": self.targets,
+            "weights": self.weights,
+        }
+        for group in range(groups):
+            chosen = slice(group * part, (group + 1) * part)
+            held = self.weights[chosen] > 0
+            for name, array in sources.items():
+                values = array[chosen][held]
+                made[name][group, : len(values)] = values
+        return made
+
 
 @dataclass(frozen=True)
 class PackedRows:

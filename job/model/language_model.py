@@ -4,8 +4,9 @@ KerasHub's layers hold the structure; the weights are passed in as a tuple, so o
 function serves the base model, training and the tuned model, and nothing is assigned.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,16 @@ from job.model.lora import LoraLayout, LoraWeights, Weights, plan_lora
 from job.model.presets import Preset, load_task, resolve
 from job.model.segments import can_pack, segment_attention
 from job.model.text import TextCodec
+from job.model.tracing import Remat, lora_beside, rematerialized
 from job.spec import Model
+
+
+class Forward(NamedTuple):
+    """How rows go through the backbone in training."""
+
+    packed: bool
+    """Rows hold several examples; else segments are an ordinary padding mask."""
+    remat: Remat = "matmuls"
 
 
 class LanguageModel:
@@ -91,6 +101,32 @@ class LanguageModel:
         """
         with self._scope(weights), segment_attention(self._backbone):
             outputs: jax.Array = self._backbone({"token_ids": token_ids, "padding_mask": segments})
+        return outputs
+
+    def train_hidden(
+        self, weights: Weights, lora: LoraWeights, rows: Mapping[str, jax.Array], settings: Forward
+    ) -> jax.Array:
+        """The last hidden states of the model with an adapter, for differentiation.
+
+        Args:
+            weights: the frozen variables.
+            lora: the adapter.
+            rows: `token_ids` and `segments`, int32 `[batch, length]`, as for `hidden`.
+            settings: whether rows are packed, and what is kept for the backward pass.
+        """
+        inside = self.lora.inside()
+        pairs = zip(self.lora.targets, lora, strict=True)
+        merged = tuple(pair for target, pair in pairs if target.equations is None)
+        segments = segment_attention(self._backbone) if settings.packed else nullcontext()
+        with (
+            self._scope(inside.merge(weights, merged)),
+            segments,
+            lora_beside(self._backbone, self.lora, lora),
+            rematerialized(self._backbone, settings.remat),
+        ):
+            outputs: jax.Array = self._backbone(
+                {"token_ids": rows["token_ids"], "padding_mask": rows["segments"]}
+            )
         return outputs
 
     def plain_hidden(self, weights: Weights, token_ids: jax.Array, mask: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ training and the tuned model.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -36,6 +36,8 @@ class LoraTarget:
     weight_index: int
     """The place of its kernel in the backbone's variables."""
     kernel_shape: tuple[int, ...]
+    equations: tuple[str, str] | None = None
+    """The einsums of A and B beside the kernel; None where only merging will do."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,14 @@ class LoraLayout:
             pairs.append((a, jnp.zeros(b_shape, jnp.float32)))
         return tuple(pairs)
 
+    def scaled(self, lora: LoraWeights) -> LoraWeights:
+        """The adapter with the factor of `A @ B` multiplied into B."""
+        return tuple((a, self.scale * b) for a, b in lora)
+
+    def inside(self) -> "LoraLayout":
+        """The part of the layout that can only be merged into the kernels."""
+        return replace(self, targets=tuple(t for t in self.targets if t.equations is None))
+
     def merge(self, weights: Weights, lora: LoraWeights) -> Weights:
         """The backbone's variables with the adapter added to the kernels it adapts."""
         merged = list(weights)
@@ -105,6 +115,7 @@ def plan_lora(backbone: Any, lora: Lora) -> LoraLayout:
             layer.path,
             index_of[id(layer._kernel)],
             tuple(int(size) for size in layer._kernel.shape),
+            _equations(layer),
         )
         for index, layer in adaptable
         if layer.name in lora.targets
@@ -118,6 +129,24 @@ def plan_lora(backbone: Any, lora: Lora) -> LoraLayout:
             )
     alpha = float(lora.rank if lora.alpha is None else lora.alpha)
     return LoraLayout(lora.rank, alpha, tuple(targets))
+
+
+def _equations(layer: Any) -> tuple[str, str] | None:
+    """Einsums that give `x @ A @ B` for a layer whose kernel is factored on its last axis."""
+    if keras.activations.serialize(layer.activation) != "linear":
+        return None
+    if isinstance(layer, keras.layers.Dense):
+        return "...i,ir->...r", "...r,ro->...o"
+    if not isinstance(layer, keras.layers.EinsumDense) or "." in layer.equation:
+        return None
+    inputs, _, rest = layer.equation.partition(",")
+    kernel, _, output = rest.partition("->")
+    last = kernel[-1]
+    rank = next(letter for letter in "rzyxwvu" if letter not in layer.equation)
+    if last in inputs or last not in output:
+        return None
+    inner = output.replace(last, rank)
+    return f"{inputs},{kernel[:-1]}{rank}->{inner}", f"{inner},{rank}{last}->{output}"
 
 
 def flatten(lora: LoraWeights) -> list[jax.Array]:

@@ -8,6 +8,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from job import logs
 from job.data.packing import Batch, PackedRows
 from job.errors import StageError
-from job.model.language_model import LanguageModel
+from job.model.language_model import Forward, LanguageModel
 from job.model.lora import LoraWeights, flatten, unflatten
 from job.progress import progress as show_progress
 from job.run import Run
@@ -24,9 +25,21 @@ from job.runtime import COMPILE_CLOCK
 from job.spec import Train
 from job.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from job.train.optimizer import make_optimizer
-from job.train.step import StepFigures, TrainState, make_train_step, make_validation, place
+from job.train.step import (
+    StepFigures,
+    TrainState,
+    loss_width,
+    make_train_step,
+    make_validation,
+    place,
+)
 
 HISTORY = "train/history.jsonl"
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ class Plan:
     def rows_of(self, step: int) -> np.ndarray:
         """Row numbers of a step; the last step of an epoch is filled up with -1."""
         epoch, place_in_epoch = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        order = _order(self.seed, epoch, self.rows)
         chosen = order[place_in_epoch * self.batch_size : (place_in_epoch + 1) * self.batch_size]
         return np.pad(chosen, (0, self.batch_size - len(chosen)), constant_values=-1)
 
@@ -90,9 +103,18 @@ class Trainer:
         start = model.lora.start(run.spec.seed)
         self._optimizer, self._schedule = make_optimizer(self._train, self._plan.steps, start)
         self._state = self._place(flatten(start), [v.value for v in self._optimizer.variables])
-        self._step = make_train_step(model, self._optimizer, packed=packed)
-        self._validate_rows = make_validation(model, packed=packed)
+        settings = Forward(packed, self._train.remat)
+        self._step = make_train_step(model, self._optimizer, settings)
+        self._validate_rows = make_validation(model, settings)
+        self._losses = self._most_losses()
         self._progress = Progress()
+
+    def _most_losses(self) -> int:
+        """The width that holds the losses of a device in any part of any step."""
+        groups = self._accumulation * self._model.devices
+        counts = np.append(np.count_nonzero(self._rows.batch.weights, axis=1), 0)
+        steps = (counts[self._plan.rows_of(step)] for step in range(self._plan.steps))
+        return loss_width(max(int(step.reshape(groups, -1).sum(axis=1).max()) for step in steps))
 
     @property
     def _accumulation(self) -> int:
@@ -148,7 +170,7 @@ class Trainer:
         mark, compiled = time.monotonic(), COMPILE_CLOCK.seconds
         while progress.step < total:
             batch = self._rows.batch.take(self._plan.rows_of(progress.step))
-            placed = place(self._model, batch, self._accumulation)
+            placed = place(self._model, batch, self._accumulation, self._losses)
             self._state, figures = self._step(self._state, self._model.weights, placed)
             # The step before is looked at while this one runs.
             if pending is not None:
@@ -218,11 +240,13 @@ class Trainer:
     def _validate(self) -> tuple[float, float]:
         """Mean loss and token accuracy over the validation rows."""
         rows, batch_size = self._validation.batch, self._model.devices * self._validation_rows
+        most = np.sort(np.count_nonzero(rows.weights, axis=1))[::-1][: self._validation_rows]
+        width = loss_width(int(most.sum()))
         loss = correct = 0.0
         for start in range(0, len(rows), batch_size):
             numbers = np.arange(start, min(start + batch_size, len(rows)))
             numbers = np.pad(numbers, (0, batch_size - len(numbers)), constant_values=-1)
-            placed = place(self._model, rows.take(numbers), 1)
+            placed = place(self._model, rows.take(numbers), 1, width)
             sums = jax.device_get(
                 self._validate_rows(self._state.lora, self._model.weights, placed)
             )

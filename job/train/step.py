@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from job.data.packing import Batch
-from job.model.language_model import LanguageModel
+from job.model.language_model import Forward, LanguageModel
 from job.model.lora import LoraWeights, Weights, flatten, unflatten
 from job.train.loss import LossSums, gather, head_loss, slice_length
 
@@ -36,42 +36,56 @@ class StepFigures(NamedTuple):
     gradient_norm: jax.Array
 
 
-def place(model: LanguageModel, batch: Batch, accumulation: int) -> Arrays:
-    """A batch on the devices, `[accumulation, rows, ...]`, rows split over the devices."""
+def place(model: LanguageModel, batch: Batch, accumulation: int, losses: int) -> Arrays:
+    """A batch on the devices.
+
+    Args:
+        accumulation: parts that go through the model one after the other.
+        losses: width of a device's list of loss positions in each part.
+
+    Returns:
+        `token_ids` and `segments` `[accumulation, rows, length]`, rows split over the devices,
+        and the lists of `Batch.flat_losses` `[accumulation, devices, losses]`, split likewise.
+    """
     arrays = {
-        name: getattr(batch, name).reshape(accumulation, -1, getattr(batch, name).shape[-1])
-        for name in batch.__dataclass_fields__
+        name: getattr(batch, name).reshape(accumulation, -1, batch.token_ids.shape[1])
+        for name in ("token_ids", "segments")
     }
+    flat = batch.flat_losses(accumulation * model.devices, losses)
+    arrays |= {name: array.reshape(accumulation, model.devices, -1) for name, array in flat.items()}
     placed: Arrays = model.split_batch(arrays, axis=1)
     return placed
 
 
-def _sums(model: LanguageModel, weights: Weights, rows: Arrays, *, packed: bool) -> LossSums:
-    forward = model.hidden if packed else model.plain_hidden
-    hidden = forward(weights, rows["token_ids"], rows["segments"])
+def loss_width(most: int) -> int:
+    """A width for lists of at most `most` loss positions; a multiple of 8 suits every device."""
+    return max(8, -(-most // 8) * 8)
+
+
+def _sums(
+    model: LanguageModel, weights: Weights, lora: LoraWeights, rows: Arrays, settings: Forward
+) -> LossSums:
+    hidden = model.train_hidden(weights, lora, rows, settings)
     states = gather(hidden, rows["positions"])
-    per_device = max(1, states.shape[0] // model.devices)
     return head_loss(
         model.logits,
         weights,
         states,
         rows["targets"],
         rows["weights"],
-        length=slice_length(per_device, states.shape[1], model.vocabulary),
+        length=slice_length(1, states.shape[1], model.vocabulary),
         unroll=model.platform == "cpu",
     )
 
 
 def make_train_step(
-    model: LanguageModel, optimizer: Any, *, packed: bool
+    model: LanguageModel, optimizer: Any, settings: Forward
 ) -> Callable[[TrainState, Weights, Arrays], tuple[TrainState, StepFigures]]:
     """The compiled step. A step whose loss or gradient is not finite changes nothing."""
-    layout = model.lora
     unroll = model.platform == "cpu"
 
     def loss(lora: LoraWeights, weights: Weights, rows: Arrays) -> tuple[jax.Array, LossSums]:
-        # The head and everything else but the adapted kernels are constants here.
-        sums = _sums(model, layout.merge(weights, lora), rows, packed=packed)
+        sums = _sums(model, weights, lora, rows, settings)
         return sums.loss, sums
 
     def step(state: TrainState, weights: Weights, batch: Arrays) -> tuple[TrainState, StepFigures]:
@@ -97,12 +111,12 @@ def make_train_step(
 
 
 def make_validation(
-    model: LanguageModel, *, packed: bool
+    model: LanguageModel, settings: Forward
 ) -> Callable[[LoraWeights, Weights, Arrays], LossSums]:
-    """The compiled sums over rows `[1, rows, ...]` for an adapter."""
+    """The compiled sums over one part `[1, ...]` for an adapter."""
 
     def sums(lora: LoraWeights, weights: Weights, batch: Arrays) -> LossSums:
         rows = {name: array[0] for name, array in batch.items()}
-        return _sums(model, model.lora.merge(weights, lora), rows, packed=packed)
+        return _sums(model, weights, lora, rows, settings)
 
     return jax.jit(sums)

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from job.data.packing import PackedRows, TokenExample, make_rows
-from job.model.language_model import LanguageModel
+from job.model.language_model import Forward, LanguageModel
 from job.model.lora import LoraWeights, flatten
+from job.model.tracing import Remat
 from job.spec import Train
 from job.train.loss import gather, head_loss, slice_length
 from job.train.optimizer import WarmupSchedule, make_optimizer
-from job.train.step import TrainState, make_train_step, make_validation, place
+from job.train.step import TrainState, loss_width, make_train_step, make_validation, place
 
 
 def examples(count: int = 8, longest: int = 90) -> list[TokenExample]:
@@ -36,8 +37,8 @@ def trained_start(model: LanguageModel) -> LoraWeights:
 
 def sums_and_gradients(model: LanguageModel, rows: PackedRows, *, packed: bool) -> tuple:
     """Summed loss and gradients by plain differentiation of the validation function."""
-    function = make_validation(model, packed=packed)
-    batch = place(model, rows.batch, 1)
+    function = make_validation(model, Forward(packed))
+    batch = place(model, rows.batch, 1, loss_width(int(rows.batch.losses(1).max())))
 
     def loss(lora: LoraWeights) -> jax.Array:
         return function(lora, model.weights, batch).loss
@@ -85,6 +86,8 @@ def test_only_positions_with_a_loss_reach_the_head() -> None:
     hidden = jnp.arange(24.0).reshape(1, 8, 3)
     picked = gather(hidden, jnp.array([[6, 2]]))
     np.testing.assert_array_equal(picked[0], hidden[0, np.array([6, 2])])
+    parts = gather(hidden.reshape(4, 2, 3), jnp.array([[3], [0]]))
+    np.testing.assert_array_equal(parts[:, 0], hidden[0, np.array([3, 4])])
 
 
 def test_packed_loss_and_gradients_equal_unpacked_ones(tiny: LanguageModel) -> None:
@@ -101,7 +104,7 @@ def test_packed_loss_and_gradients_equal_unpacked_ones(tiny: LanguageModel) -> N
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale)
 
 
-def step_once(model: LanguageModel, accumulation: int) -> tuple:
+def step_once(model: LanguageModel, accumulation: int, remat: Remat = "matmuls") -> tuple:
     rows = make_rows(examples(), 128, packing=False)
     start = trained_start(model)
     train = Train(optimizer="sgd", learning_rate=1.0, schedule="constant", warmup_ratio=0)
@@ -111,8 +114,9 @@ def step_once(model: LanguageModel, accumulation: int) -> tuple:
             jax.tree.map(np.array, (start, tuple(v.value for v in optimizer.variables)))
         )
     )
-    step = make_train_step(model, optimizer, packed=True)
-    state, figures = step(state, model.weights, place(model, rows.batch, accumulation))
+    step = make_train_step(model, optimizer, Forward(packed=True, remat=remat))
+    width = loss_width(int(rows.batch.losses(accumulation * model.devices).max()))
+    state, figures = step(state, model.weights, place(model, rows.batch, accumulation, width))
     return [np.asarray(a) for a in flatten(state.lora)], jax.device_get(figures)
 
 
@@ -121,6 +125,17 @@ def test_accumulated_step_equals_the_step_of_the_whole_batch(tiny: LanguageModel
     parts, same = step_once(tiny, 4)
     np.testing.assert_allclose(figures, same, rtol=1e-5)
     for ours, theirs in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "blocks"])
+def test_what_is_kept_for_the_backward_pass_changes_no_figure(
+    tiny: LanguageModel, remat: Remat
+) -> None:
+    usual, figures = step_once(tiny, 1)
+    other, same = step_once(tiny, 1, remat)
+    np.testing.assert_allclose(figures, same, rtol=1e-5)
+    for ours, theirs in zip(other, usual, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 

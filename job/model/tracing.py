@@ -1,0 +1,84 @@
+"""How a backbone is traced for training: LoRA beside the kernels, blocks rematerialized.
+
+KerasHub's layers are the structure; while a function is traced inside these blocks, some of
+their `call` methods are replaced, and afterwards they are as before.
+
+Beside the kernel (`x @ W + scale * (x @ A) @ B`) rather than inside it (`x @ (W + ...)`), the
+gradient of a frozen kernel is never formed, and a small update is not rounded away when the
+kernel is bfloat16.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+from keras import ops
+
+from job.model.lora import LoraLayout, LoraWeights, weighted_layers
+
+Remat = Literal["none", "matmuls", "blocks"]
+
+
+@contextlib.contextmanager
+def _calls(replacements: list[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    """Within this block, layers run these functions instead of their own `call`."""
+    for layer, function in replacements:
+        # Straight into the instance's dictionary: Keras tracks ordinary attributes.
+        layer.__dict__["call"] = function
+    try:
+        yield
+    finally:
+        for layer, _ in replacements:
+            del layer.__dict__["call"]
+
+
+def lora_beside(
+    backbone: Any, layout: LoraLayout, lora: LoraWeights
+) -> contextlib.AbstractContextManager[None]:
+    """Within this block the adapted layers add their adapter's output to their own."""
+    layers = weighted_layers(backbone)
+    replacements = []
+    for target, (a, b) in zip(layout.targets, layout.scaled(lora), strict=True):
+        if target.equations is not None:
+            layer = layers[target.layer_index]
+            replacements.append((layer, _beside(layer, target.equations, a, b)))
+    return _calls(replacements)
+
+
+def _beside(layer: Any, equations: tuple[str, str], a: Any, b: Any) -> Callable[..., Any]:
+    frozen = layer.call
+
+    def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+        inner = ops.einsum(equations[0], x, ops.cast(a, x.dtype))
+        return frozen(x, *args, **kwargs) + ops.einsum(equations[1], inner, ops.cast(b, x.dtype))
+
+    return call
+
+
+def rematerialized(backbone: Any, remat: Remat) -> contextlib.AbstractContextManager[None]:
+    """Within this block each decoder block keeps less for the backward pass.
+
+    `matmuls` keeps the results of matrix products with weights and computes the rest again:
+    elementwise work and attention scores, a few percent of the time for a third of the
+    memory. `blocks` keeps only each block's input: least memory, one more forward pass.
+    """
+    if remat == "none":
+        return contextlib.nullcontext()
+    policies = jax.checkpoint_policies
+    policy = (
+        policies.dots_with_no_batch_dims_saveable
+        if remat == "matmuls"
+        else policies.nothing_saveable
+    )
+    blocks = getattr(backbone, "transformer_layers", [])
+    return _calls([(block, _checkpointed(block, policy)) for block in blocks])
+
+
+def _checkpointed(block: Any, policy: Any) -> Callable[..., Any]:
+    whole = block.call
+
+    def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+        return jax.checkpoint(lambda h: whole(h, *args, **kwargs), policy=policy)(x)
+
+    return call
