@@ -5,13 +5,15 @@ Heavy imports (keras, jax, datasets) happen inside the command that needs them, 
 """
 
 import json
+import os
 import sys
 from typing import Annotated, NoReturn
 
 import typer
 
 from job import __version__
-from job.errors import EXIT_RESUMABLE, JobError
+from job.errors import EXIT_RESUMABLE, Interrupted, JobError
+from job.redact import Redactor
 
 app = typer.Typer(
     name="job",
@@ -71,7 +73,7 @@ def run(
 
     changes = list(overrides or [])
     if output is not None:
-        changes.append(f"output={json.dumps(output)}")
+        changes.append(f"output={json.dumps(output, ensure_ascii=False)}")
     run_job(load_spec(spec, changes), run_id=run_id, until=until, fresh=fresh)
 
 
@@ -106,11 +108,10 @@ def fetch(
 def main() -> NoReturn:
     """The entry point: errors of users become one message and their exit code."""
     try:
-        app()
+        sys.exit(app())
     except JobError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted; run the same command to go on\n")
-        sys.exit(EXIT_RESUMABLE)
-    sys.exit(0)
+        message, code = str(error), error.exit_code
+    except Interrupted as stopped:
+        message, code = str(stopped), EXIT_RESUMABLE
+    sys.stderr.write(f"error: {Redactor(os.environ).text(message)}\n")
+    sys.exit(code)

@@ -60,7 +60,10 @@ class StageError(JobError):
     exit_code = EXIT_STAGE
 
 
-class Interrupted(JobError):
-    """Stopped early on request; the same command goes on from what was kept."""
+class Interrupted(BaseException):
+    """Stopped early on request; the same command goes on from what was kept.
+
+    Not an `Exception`, so that no library takes it for a failure of its own.
+    """
 
     exit_code = EXIT_RESUMABLE

@@ -7,9 +7,7 @@ run. Secrets are redacted before anything is written anywhere.
 
 import json
 import logging
-import math
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -18,51 +16,9 @@ from typing import Any, TextIO
 
 import structlog
 
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENROUTER_API_KEY", "KAGGLE_KEY")
-REDACTED = "[redacted]"
-
-_TOKEN_SHAPES = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|ya29\.[A-Za-z0-9_.-]{16,}|AIza[A-Za-z0-9_-]{30,})"
-    r"|(?i:(?<=bearer ))[A-Za-z0-9._~+/-]{8,}=*"
-)
-_SECRET_NAMES = re.compile(r"(?i)(^|[_-])(token|api[_-]?key|secret|password|authorization)$")
+from job.redact import Redactor
 
 Event = MutableMapping[str, Any]
-
-
-class Redactor:
-    """Replaces secrets in any value: those of the environment, and anything shaped like one."""
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        values = (environment.get(name, "").strip() for name in SECRET_VARIABLES)
-        self._values = sorted((value for value in values if len(value) >= 6), key=len, reverse=True)
-
-    def text(self, text: str) -> str:
-        """`text` with every secret in it replaced, and lone surrogates made printable."""
-        for value in self._values:
-            text = text.replace(value, REDACTED)
-        return _TOKEN_SHAPES.sub(REDACTED, text).encode("utf-8", "backslashreplace").decode()
-
-    def value(self, value: Any) -> Any:
-        """The same for nested values; what JSON has no form for becomes text first."""
-        if value is None or isinstance(value, bool | int):
-            return value
-        if isinstance(value, float):
-            return value if math.isfinite(value) else str(value)
-        if isinstance(value, Mapping):
-            return {
-                self.text(str(key)): REDACTED
-                if _SECRET_NAMES.search(str(key)) and isinstance(item, str)
-                else self.value(item)
-                for key, item in value.items()
-            }
-        if isinstance(value, list | tuple | set | frozenset):
-            return [self.value(item) for item in value]
-        return self.text(str(value))
-
-    def __call__(self, _logger: object, _method: str, event: Event) -> Event:
-        cleaned: Event = self.value(event)
-        return cleaned
 
 
 class RunLog:
@@ -102,6 +58,11 @@ def configure(run_log: RunLog, stream: TextIO | None = None) -> None:
     `stream` defaults to stdout as it is at each line, so that a progress bar can sit below.
     """
     redactor = Redactor(os.environ)
+
+    def redact(_logger: object, _method: str, event: Event) -> Event:
+        cleaned: Event = redactor.value(event)
+        return cleaned
+
     terminal = (stream or sys.stdout).isatty()
     for noisy in ("absl", "jax", "datasets", "huggingface_hub", "urllib3", "filelock", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -110,7 +71,7 @@ def configure(run_log: RunLog, stream: TextIO | None = None) -> None:
         run_log.line(json.dumps(_cloud(event), ensure_ascii=False, default=str) + "\n")
         return event
 
-    processors: list[Any] = [structlog.contextvars.merge_contextvars, _stamp, redactor, tee]
+    processors: list[Any] = [structlog.contextvars.merge_contextvars, _stamp, redact, tee]
     processors.append(_for_people if terminal else _as_json)
     structlog.configure(
         processors=processors,

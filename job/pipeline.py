@@ -10,8 +10,10 @@ import contextlib
 import re
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -19,11 +21,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from job import logs, runtime
-from job.errors import EnvironmentProblem, Interrupted, JobError, UsageError
-from job.results import EnvironmentInfo, Results
+from job.errors import EnvironmentProblem, Interrupted, JobError, StageError, UsageError
+from job.results import Results
+from job.revisions import resolve_all
 from job.run import Marker, Preflight, Run, StopSignal
-from job.spec import SAMPLES, Spec
+from job.spec import Spec
 from job.spec_loading import LoadedSpec, digest, run_id
+from job.spec_types import SAMPLES
 from job.stages import NAMES, STAGES, Stage, dependents, stage_digests
 from job.storage import LocalStore, Store, child_uri, open_store
 
@@ -94,16 +98,17 @@ def run_job(
     log = logs.get()
     wanted = NAMES[: NAMES.index(until) + 1] if until else NAMES
 
-    digests = stage_digests(spec)
     markers = {} if fresh else read_markers(store)
+    revisions = _earlier(markers).revisions
+    digests = stage_digests(spec, revisions)
     stale = stale_stages(spec, store, markers, digests)
-    whole = store.size(RESULTS) is not None
+    whole = _read_results(store) is not None and _is_there(store, markers.get("preflight"))
+    if not whole and "report" not in stale:
+        stale.append("report")
     to_do = [stage for stage in STAGES if stage.name in stale and stage.name in wanted]
-    if "report" in wanted and not whole and not to_do:
-        to_do = [STAGES[-1]]
     if not to_do and "preflight" in markers:
         _say_skipped(wanted)
-        _say_end(store)
+        _say_end(store, "report" in wanted)
         return
 
     log.info(
@@ -111,20 +116,56 @@ def run_job(
     )
     environment = runtime.start(spec)
     with tempfile.TemporaryDirectory(prefix="job-") as work:
-        run = Run(identity, spec, store, Path(work), stop, lambda: runtime.make_mesh(spec))
-        run.markers, run.digests = markers, digests
+        mesh_of = partial(runtime.make_mesh, spec)
+        run = Run(identity, spec, store, Path(work), stop, environment, mesh_of)
+        run.markers = markers
         if fresh:
             _forget(store)
         keeper = _LogKeeper(store, run_log, Path(work))
         try:
-            _preflight(run, environment)
+            _preflight(run, resumed=bool(markers) and not whole)
+            run.digests |= stage_digests(spec, run.revisions)
             _run_stages(run, to_do, wanted, keeper.keep)
-            _say_end(store)
-        except Exception as error:
-            _say_failure(error)
+            _say_end(store, "report" in wanted)
+        except Interrupted as stopped:
+            log.warning(str(stopped))
             raise
+        except JobError as error:
+            log.error("stage failed", error=str(error))
+            raise
+        except Exception as error:
+            log.error("stage failed", error=repr(error), traceback=traceback.format_exc())
+            raise StageError(
+                f"unexpected {type(error).__name__}: {error}; this is a defect, and its traceback "
+                f"is in {child_uri(store.uri, LOG)}"
+            ) from error
         finally:
             keeper.close()
+
+
+def _earlier(markers: dict[str, Marker]) -> Preflight:
+    """The outcome of the earlier preflight; an empty one where there was none."""
+    if "preflight" in markers:
+        with contextlib.suppress(ValidationError):
+            return Preflight.model_validate(markers["preflight"].outcome)
+    return Preflight(first_started=_now(), resumes=0, revisions={})
+
+
+def _is_there(store: Store, marker: Marker | None) -> bool:
+    return marker is not None and all(
+        store.size(item.path) == item.bytes for item in marker.outputs
+    )
+
+
+def _read_results(store: Store) -> Results | None:
+    """The results of a whole run; unreadable ones count as absent."""
+    content = store.read(RESULTS)
+    if content is None:
+        return None
+    try:
+        return Results.model_validate_json(content)
+    except ValidationError:
+        return None
 
 
 def _checked_id(given: str | None, spec: Spec) -> str:
@@ -171,26 +212,28 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _preflight(run: Run, environment: EnvironmentInfo) -> None:
-    """Record the machine; this stage runs whenever another one does."""
-    before = run.markers.get("preflight")
+def _preflight(run: Run, *, resumed: bool) -> None:
+    """Record the machine and the commits to read; runs whenever another stage does."""
     started = _now()
-    earlier = Preflight.model_validate(before.outcome) if before else None
+    earlier = _earlier(run.markers)
+    run.revisions = resolve_all(run.spec, earlier.revisions)
     outcome = Preflight(
-        environment=environment,
-        first_started=earlier.first_started if earlier else started,
-        starts=(earlier.starts if earlier else 0) + 1,
+        first_started=earlier.first_started,
+        resumes=earlier.resumes + resumed,
+        revisions=dict(run.revisions),
     )
+    run.store.delete(RESULTS)
     run.written = []
     run.put(SPEC, _spec_text(run.spec))
-    run.digests["preflight"] = digest(environment.model_dump(mode="json"))
+    run.digests["preflight"] = digest([run.environment.model_dump(mode="json"), run.revisions])
     _write_marker(run, "preflight", started, 0.0, outcome)
     logs.get().info(
         "machine is as the spec asks",
-        platform=environment.platform,
-        devices=environment.devices,
-        kind=environment.device_kind,
-        packages=environment.packages,
+        platform=run.environment.platform,
+        devices=run.environment.devices,
+        kind=run.environment.device_kind,
+        packages=run.environment.packages,
+        **({"revisions": dict(run.revisions)} if run.revisions else {}),
     )
     if run.spec.reference is not None:
         from job.evals.reference_key import missing_key
@@ -215,7 +258,9 @@ def _run_stages(
             logs.get().info("skipped: done before with the same inputs")
             continue
         run.stop.check()
-        run.store.delete(RESULTS)
+        before = run.markers.get(stage.name)
+        same = before is not None and before.digest == run.digests[stage.name]
+        run.previous = before if same else None
         for name in (*dependents(stage.name), stage.name):
             run.store.delete(f"stages/{name}.json")
             run.markers.pop(name, None)
@@ -238,6 +283,7 @@ def _write_marker(run: Run, name: str, started: str, seconds: float, outcome: Ba
         outputs=run.written,
         started=started,
         seconds=round(seconds, 3),
+        environment=run.environment,
         outcome=outcome.model_dump(mode="json"),
     )
     run.store.write(f"stages/{name}.json", marker.model_dump_json(indent=2).encode())
@@ -260,28 +306,20 @@ def _write_results(run: Run) -> None:
     run.store.write(RESULTS, whole.model_dump_json(indent=2).encode())
 
 
-def _say_failure(error: Exception) -> None:
-    if isinstance(error, Interrupted):
-        logs.get().warning(str(error))
-    else:
-        logs.get().error("stage failed", error=str(error) or type(error).__name__)
-
-
 def _say_skipped(wanted: Sequence[str]) -> None:
     for name in wanted:
         structlog.contextvars.bind_contextvars(stage=name)
         logs.get().info("skipped: done before with the same inputs")
 
 
-def _say_end(store: Store) -> None:
+def _say_end(store: Store, reported: bool) -> None:
     """The last lines: the verdict, and where things are."""
     structlog.contextvars.unbind_contextvars("stage")
     log = logs.get()
-    content = store.read(RESULTS)
-    if content is None:
+    results = _read_results(store) if reported else None
+    if results is None:
         log.info("stopped before the report, as asked", run=store.uri)
         return
-    results = Results.model_validate_json(content)
     log.info(f"verdict: {results.verdict.sentence}")
     for what, key in (
         ("results", RESULTS),

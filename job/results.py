@@ -220,9 +220,9 @@ class Reference(Record):
     failed: int
     tokens: ReferenceTokens
     cost_usd: float
-    status: Literal["complete", "partial", "skipped"]
+    status: Literal["complete", "partial", "failed", "skipped"]
     reason: str | None
-    """Why it was skipped or is partial."""
+    """Why it is not complete."""
 
 
 class Artifact(Record):

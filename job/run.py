@@ -4,10 +4,9 @@ Stages talk to each other only through the files of the run and through the outc
 their markers, both reached from here.
 """
 
-import contextlib
 import hashlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -17,6 +16,7 @@ from pydantic import BaseModel
 
 from job.errors import Interrupted, StageError
 from job.results import Artifact, EnvironmentInfo
+from job.revisions import Revisions
 from job.spec import Spec
 from job.storage import Store, file_sha256
 
@@ -29,15 +29,14 @@ Outcome = TypeVar("Outcome", bound=BaseModel)
 
 
 class StopSignal:
-    """SIGTERM and SIGINT, turned into `Interrupted` at a moment when it does no harm.
+    """SIGTERM and SIGINT, turned into `Interrupted` where the work says that it does no harm.
 
-    By default that is at once: every file is written whole or not at all. Code that has
-    something to keep defers it, looks at `requested`, saves, and calls `check`.
+    The handler only notes the signal: an exception out of nowhere can be swallowed, or leave a
+    library in pieces. Loops call `check` each time round. A second SIGINT does not wait.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self._deferred = 0
 
     def install(self) -> None:
         """Handle the signals from now on."""
@@ -47,22 +46,13 @@ class StopSignal:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         repeated = self.requested is not None
         self.requested = signal.Signals(number).name
-        if not self._deferred or (repeated and number == signal.SIGINT):
+        if repeated and number == signal.SIGINT:
             self.check()
 
     def check(self) -> None:
         """Raise if a stop was requested."""
         if self.requested:
             raise Interrupted(f"stopped by {self.requested}; run the same command to go on")
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Within this block a signal only sets `requested`."""
-        self._deferred += 1
-        try:
-            yield
-        finally:
-            self._deferred -= 1
 
 
 class Marker(BaseModel):
@@ -73,15 +63,19 @@ class Marker(BaseModel):
     outputs: list[Artifact]
     started: str
     seconds: float
+    environment: EnvironmentInfo
+    """The machine it was finished on."""
     outcome: dict[str, object]
 
 
 class Preflight(BaseModel):
-    """The outcome of the preflight stage: the machine, and how often the run was started."""
+    """The outcome of the preflight stage: how often the run was started, and what it reads."""
 
-    environment: EnvironmentInfo
     first_started: str
-    starts: int
+    resumes: int
+    """Times that an unfinished run was started again."""
+    revisions: dict[str, str]
+    """The commit of each Hub repository (see `job.revisions`)."""
 
 
 @dataclass
@@ -94,10 +88,15 @@ class Run:
     work: Path
     """A scratch folder of this process; nothing in it outlives it."""
     stop: StopSignal
+    environment: EnvironmentInfo
     mesh_of: "Callable[[], Mesh]"
     markers: dict[str, Marker] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     """Digest of the inputs of each stage, this spec's."""
+    revisions: Revisions = field(default_factory=dict)
+    """The commits of what the spec names on the Hub."""
+    previous: Marker | None = None
+    """The marker of the stage at work, if it was finished with the same inputs before."""
     written: list[Artifact] = field(default_factory=list)
     """The files that the stage at work has put into the run."""
     _model: "LanguageModel | None" = None
@@ -118,7 +117,7 @@ class Run:
         if self._model is None:
             from job.model.language_model import load
 
-            self._model = load(self.spec.model, self.spec.seed, self.mesh_of())
+            self._model = load(self.spec.model, self.spec.seed, self.mesh_of(), self.revisions)
         return self._model
 
     def put(self, key: str, content: bytes) -> None:

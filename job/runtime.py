@@ -92,10 +92,11 @@ def start(spec: Spec) -> EnvironmentInfo:
         import jax
 
         devices = jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         wanted = os.environ.get("JAX_PLATFORMS", "")
         raise EnvironmentProblem(
-            f"JAX found no usable device (JAX_PLATFORMS={wanted!r}): {str(error).splitlines()[0]}"
+            f"JAX found no usable device (JAX_PLATFORMS={wanted!r}): "
+            f"{str(error).partition(chr(10))[0] or 'there is no such platform'}"
         ) from error
     found = _platform(devices[0].platform)
     check_devices(spec.runtime, found, len(devices), devices[0].device_kind)

@@ -6,101 +6,21 @@ Every field has a sentence that says what it does, which `job schema` hands to e
 """
 
 import re
-import string
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    model_validator,
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from job.spec_types import (
+    HUB,
+    Dataset,
+    Name,
+    Number,
+    OptionalTemplate,
+    Output,
+    Positive,
+    Template,
+    template_fields,
 )
-
-SAMPLES = "samples"
-"""The value of `dataset` that names the data shipped with the package."""
-
-LETTERS = string.ascii_uppercase
-
-_NAME = r"^[a-z0-9]([a-z0-9._-]*[a-z0-9])?$"
-Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=63)]
-
-
-def template_fields(template: str) -> list[str]:
-    """The field names a text template uses, in order.
-
-    A template is text with `{field}` in it; `{{` and `}}` stand for braces.
-
-    Raises:
-        ValueError: for anything but plain field names (no attributes, indices, conversions
-            or formats), so that a spec can never reach into Python objects.
-    """
-    fields = []
-    for _, field, form, conversion in string.Formatter().parse(template):
-        if field is None:
-            continue
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ -]*", field) or form or conversion:
-            shown = field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
-            raise ValueError(
-                f"the template may hold plain field names only, like {{question}}; got {{{shown}}}"
-            )
-        fields.append(field)
-    return fields
-
-
-def _check_template(value: object) -> object:
-    if isinstance(value, str):
-        try:
-            fields = template_fields(value)
-        except ValueError as error:
-            if "template may hold" in str(error):
-                raise
-            raise ValueError(f"the template {value!r} has unbalanced braces ({error})") from None
-        if not fields:
-            raise ValueError(
-                f"the template {value!r} names no field; "
-                "write a column in braces, like {question}"
-            )
-    return value
-
-
-def _check_dataset(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    if value.startswith("hf://"):
-        if not re.fullmatch(r"hf://[\w.-]+/[\w.-]+", value):
-            raise ValueError(f"{value!r} is not a Hub dataset; write hf://owner/name")
-    elif value != SAMPLES and "://" in value:
-        scheme = value.split("://")[0]
-        raise ValueError(
-            f"{scheme}:// is not supported here; use hf://owner/name, a local file, or '{SAMPLES}'"
-        )
-    return value
-
-
-def _check_output(value: object) -> object:
-    if isinstance(value, str) and "://" in value and not re.match(r"gs://[a-z0-9][\w.-]+", value):
-        raise ValueError(f"{value!r} is neither a local folder nor gs://bucket/prefix")
-    return value
-
-
-def _check_optional_template(value: object) -> object:
-    if isinstance(value, str) and "{" in value:
-        _check_template(value)
-    return value
-
-
-def _no_bool(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError(f"should be a number (got {value})")
-    return value
-
-
-Template = Annotated[str, BeforeValidator(_check_template)]
-Dataset = Annotated[str, BeforeValidator(_check_dataset), Field(min_length=1)]
-Positive = Annotated[int, Field(gt=0, strict=True)]
-Number = Annotated[float, BeforeValidator(_no_bool)]
 
 
 class Section(BaseModel):
@@ -163,6 +83,8 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _revision_needs_hub(self) -> Self:
+        if self.preset.startswith("hf://") and not re.fullmatch(HUB, self.preset):
+            raise ValueError(f"`preset` {self.preset!r} is not hf://owner/name")
         if self.revision is not None and not self.preset.startswith("hf://"):
             raise ValueError("`revision` applies to an hf:// preset only; remove it")
         return self
@@ -193,13 +115,15 @@ class Source(Section):
 class Data(Source):
     prompt: Template = Field(description="Text of the user's turn, with {column} names.")
     response: Template = Field(description="Text of the model's turn, with {column} names.")
-    system: Annotated[str, BeforeValidator(_check_optional_template)] | None = Field(
+    system: OptionalTemplate | None = Field(
         None, description="Instruction put before every prompt; may hold {column} names."
     )
     train_examples: Positive | Literal["all"] = Field(
         "all", description="Examples to train on, sampled by a seeded hash of the row."
     )
-    validation_examples: Positive = Field(200, description="Examples held out, sampled likewise.")
+    validation_examples: Annotated[int, Field(ge=2, strict=True)] = Field(
+        200, description="Examples held out, sampled likewise."
+    )
     drop_duplicates: bool = Field(
         True, description="Drop rows whose prompt and response were seen before."
     )
@@ -288,8 +212,11 @@ class MultipleChoice(Source):
     options: Annotated[list[str], Field(min_length=2, max_length=26)] | str = Field(
         description="Columns of the options in order, or the one column that holds their list."
     )
-    answer: str = Field(
-        description="Column of the right option: its 0-based index, its letter, or its text."
+    answer: str = Field(description="Column that names the right option.")
+    answer_is: Literal["auto", "index", "number", "letter", "text"] = Field(
+        "auto",
+        description="How `answer` names it: 0-based index, 1-based number, letter or the option's "
+        "text; auto is any but number, where only one of them fits.",
     )
     id: str | None = Field(None, description="Column of the id; unset: the row's number.")
     prompt: Template = Field(
@@ -307,7 +234,7 @@ class MultipleChoice(Source):
 
 
 class DialogueEval(Section):
-    examples: Positive | None = Field(
+    examples: Annotated[int, Field(ge=2, strict=True)] | None = Field(
         None, description="Held-out examples to answer; unset: all, but at most 200."
     )
     max_new_tokens: Positive = Field(128, description="Limit of an answer; ROUGE depends on it.")
@@ -377,7 +304,7 @@ class Spec(Section):
     """A whole job."""
 
     name: Name = Field(description="Begins the run id: lower case letters, digits, '.', '_', '-'.")
-    output: Annotated[str, BeforeValidator(_check_output)] = Field(
+    output: Output = Field(
         "./runs", min_length=1, description="Folder or gs://bucket/prefix that holds the runs."
     )
     seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = Field(
@@ -415,3 +342,13 @@ class Spec(Section):
                         f"entry (there are: {listed})"
                     )
         return self
+
+    @property
+    def reference_slices(self) -> list[MultipleChoice]:
+        """What the reference model is asked: the spec's choice, or the slices it can answer."""
+        if self.reference is None:
+            return []
+        slices = self.evals.multiple_choice
+        if self.reference.evals is None:
+            return [item for item in slices if item.scoring == "generate"]
+        return [item for item in slices if item.name in self.reference.evals]

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from job.errors import Problem, SpecError, UsageError
+from job.redact import TOKEN_SHAPES
 from job.spec import Spec
 
 Location = tuple[str | int, ...]
@@ -121,7 +122,7 @@ def parse_spec(text: str, name: str, overrides: Sequence[str] = ()) -> Spec:
         if problem:
             problems.append(problem)
     try:
-        problems += _interpolations(document, (), name, lines, flags)
+        problems += _forbidden_text(document, (), name, lines, flags)
         spec = Spec.model_validate(document)
     except ValidationError as error:
         found = _merged([_translate(item, name, lines, flags) for item in error.errors()])
@@ -220,13 +221,16 @@ def _apply_override(
     return None
 
 
-def _interpolations(
+def _forbidden_text(
     value: object, at: Location, name: str, lines: Lines, flags: dict[Location, str]
 ) -> list[Problem]:
     if isinstance(value, dict):
         children: list[tuple[str | int, object]] = list(value.items())
     elif isinstance(value, list):
         children = list(enumerate(value))
+    elif isinstance(value, str) and TOKEN_SHAPES.search(value):
+        message = "looks like a secret; secrets come from the environment alone (HF_TOKEN, ...)"
+        return [Problem(_where(at, name, lines, flags), _dotted(at), message)]
     elif isinstance(value, str) and "${" in value:
         message = f"{value!r} holds ${{...}}, which is not filled in; write the value, or use --set"
         return [Problem(_where(at, name, lines, flags), _dotted(at), message)]
@@ -235,7 +239,7 @@ def _interpolations(
     return [
         problem
         for key, child in children
-        for problem in _interpolations(child, (*at, key), name, lines, flags)
+        for problem in _forbidden_text(child, (*at, key), name, lines, flags)
     ]
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from job.revisions import NONE, Revisions, model_key, source_key
 from job.run import Marker, Run
-from job.spec import SAMPLES, Source, Spec
+from job.spec import MultipleChoice, Source, Spec
 from job.spec_loading import digest
+from job.spec_types import SAMPLES
 from job.storage import file_sha256
 
 
@@ -22,54 +24,74 @@ class Stage:
 
     name: str
     needs: tuple[str, ...]
-    inputs: Callable[[Spec], object]
+    inputs: Callable[[Spec, Revisions], object]
     """The parts of the spec (and of local input files) that it is a function of."""
     run: Callable[[Run], BaseModel]
     unfinished: Callable[[Marker, Spec], bool] = lambda _marker, _spec: False
     """Whether a finished stage could do more now than it could then."""
 
 
-def _source(source: Source) -> object:
-    """A source of rows, with the content of a local file: it may change under the same name."""
-    described = source.model_dump(mode="json")
-    path = Path(source.dataset)
-    if source.dataset != SAMPLES and not source.dataset.startswith("hf://") and path.is_file():
-        described["sha256"] = file_sha256(path)
+def _source(source: Source, revisions: Revisions) -> object:
+    """A source of rows: its commit, or the content of a local file, which may change in place."""
+    described = source.model_dump(mode="json", include=set(Source.model_fields))
+    if key := source_key(source):
+        described["commit"] = revisions.get(key)
+    elif source.dataset != SAMPLES and Path(source.dataset).is_file():
+        described["sha256"] = file_sha256(Path(source.dataset))
     return described
 
 
 _SMALL = 1_000_000
 
 
-def _base_model(spec: Spec) -> object:
-    """The model without the adapter. Of a local preset's large files the size must do."""
+def _base_model(spec: Spec, revisions: Revisions) -> object:
+    """The model without the adapter: its commit, or what can be told of its files quickly."""
     described = spec.model.model_dump(mode="json", exclude={"lora"})
     folder = Path(spec.model.preset)
-    if spec.model.preset != "tiny" and folder.is_dir():
-        described["files"] = {
-            path.relative_to(folder).as_posix(): file_sha256(path)
-            if path.stat().st_size <= _SMALL
-            else path.stat().st_size
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
+    if key := model_key(spec):
+        described["commit"] = revisions.get(key)
+    elif spec.model.preset != "tiny" and folder.is_dir():
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        described["files"] = {path.relative_to(folder).as_posix(): _content(path) for path in files}
     return described
 
 
-def _evals(spec: Spec) -> object:
-    slices = [_source(item) for item in spec.evals.multiple_choice]
-    return [spec.seed, _base_model(spec), spec.evals.model_dump(mode="json"), slices]
+def _content(path: Path) -> object:
+    status = path.stat()
+    return file_sha256(path) if status.st_size <= _SMALL else [status.st_size, status.st_mtime_ns]
 
 
-def _training(spec: Spec) -> object:
+def _slices(items: Sequence[MultipleChoice], revisions: Revisions) -> object:
+    return [[item.model_dump(mode="json"), _source(item, revisions)] for item in items]
+
+
+def _data(spec: Spec, revisions: Revisions) -> object:
+    return [spec.seed, spec.data.model_dump(mode="json"), _source(spec.data, revisions)]
+
+
+def _evals(spec: Spec, revisions: Revisions) -> object:
+    # How many prompts go at once, and how intervals are made later, change no prediction.
+    asked = spec.evals.model_dump(
+        mode="json", exclude={"multiple_choice", "batch_size", "bootstrap_samples"}
+    )
+    slices = _slices(spec.evals.multiple_choice, revisions)
+    return [spec.seed, _base_model(spec, revisions), asked, slices]
+
+
+def _training(spec: Spec, revisions: Revisions) -> object:
     lora = spec.model.lora.model_dump(mode="json")
-    return [spec.seed, _base_model(spec), lora, spec.train.model_dump(mode="json")]
+    train = spec.train.model_dump(mode="json")
+    return [spec.seed, _base_model(spec, revisions), lora, train]
 
 
-def _reference(spec: Spec) -> object:
-    asked = None if spec.reference is None else spec.reference.model_dump(mode="json")
-    evals = spec.evals.model_dump(mode="json", exclude={"dialogue", "batch_size"})
-    return [asked, evals, [_source(item) for item in spec.evals.multiple_choice]]
+def _reference(spec: Spec, revisions: Revisions) -> object:
+    if spec.reference is None:
+        return None
+    asked = spec.reference.model_dump(
+        mode="json", include={"model", "base_url", "evals", "max_tokens"}
+    )
+    shown = spec.evals.side_by_side.model_dump(mode="json", include={"examples", "prompts"})
+    return [asked, shown, _slices(spec.reference_slices, revisions)]
 
 
 def _run_data(run: Run) -> BaseModel:
@@ -115,7 +137,7 @@ def _reference_unfinished(marker: Marker, spec: Spec) -> bool:
 
 
 STAGES = (
-    Stage("data", (), lambda spec: [spec.seed, _source(spec.data)], _run_data),
+    Stage("data", (), _data, _run_data),
     Stage("baseline", ("data",), _evals, _run_baseline),
     Stage("train", ("data",), _training, _run_train),
     Stage("finetuned", ("data", "train"), _evals, _run_finetuned),
@@ -123,19 +145,21 @@ STAGES = (
     Stage(
         "report",
         ("data", "baseline", "train", "finetuned", "reference"),
-        lambda spec: spec.model_dump(mode="json", exclude={"output"}),
+        lambda spec, _: spec.model_dump(mode="json", exclude={"output"}),
         _run_report,
     ),
 )
 NAMES = ("preflight", *(stage.name for stage in STAGES))
 
 
-def stage_digests(spec: Spec, stages: Sequence[Stage] = STAGES) -> dict[str, str]:
+def stage_digests(
+    spec: Spec, revisions: Revisions = NONE, stages: Sequence[Stage] = STAGES
+) -> dict[str, str]:
     """The digest of every stage's inputs: its own, and through those it needs, theirs."""
     digests: dict[str, str] = {}
     for stage in stages:
         needed = {name: digests[name] for name in stage.needs}
-        digests[stage.name] = digest([stage.name, stage.inputs(spec), needed])
+        digests[stage.name] = digest([stage.name, stage.inputs(spec, revisions), needed])
     return digests
 
 

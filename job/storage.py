@@ -223,6 +223,7 @@ class BucketStore:
         """Run one request; what is missing is None, a refusal names the object and the way out."""
         from google.api_core import exceptions
         from google.auth.exceptions import GoogleAuthError
+        from google.cloud.storage.exceptions import DataCorruption
 
         place = f"{self.uri}/{key}"
         try:
@@ -240,7 +241,7 @@ class BucketStore:
                 f"not allowed to {action} {place}: the account in use needs "
                 "roles/storage.objectUser on the bucket"
             ) from error
-        except (exceptions.GoogleAPIError, OSError) as error:
+        except (exceptions.GoogleAPIError, DataCorruption, OSError) as error:
             raise StageError(f"cannot {action} {place}: {error}") from error
 
     def read(self, key: str) -> bytes | None:

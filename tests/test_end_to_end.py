@@ -113,6 +113,33 @@ def test_same_command_skips_every_stage_and_says_so(smoke: Finished) -> None:
     assert {p: p.stat().st_mtime_ns for p in smoke.folder.rglob("*") if p.is_file()} == before
 
 
+def test_missing_spec_and_damaged_results_are_made_again(smoke: Finished) -> None:
+    arguments = ("run", "smoke", "--output", str(smoke.folder.parent))
+    whole = (smoke.folder / "results.json").read_bytes()
+    (smoke.folder / "spec.yaml").unlink()
+    (smoke.folder / "results.json").write_bytes(whole[:500])
+    done = job(*arguments)
+    assert done.code == 0, done.err
+    assert done.stages("stage done") == ["report"]
+    fetched = job("fetch", str(smoke.folder), str(smoke.folder.parent.parent / "fetched"))
+    assert fetched.code == 0, fetched.err
+    assert smoke.results.verdict == Results.model_validate_json(whole).verdict
+
+
+def test_stopped_while_measuring_the_job_ends_at_once_and_can_go_on(tmp_path: Path) -> None:
+    arguments = ("run", "smoke", "--output", str(tmp_path), "--until", "baseline")
+    stopped = job_stopped(
+        *arguments, when=lambda e: e["message"] == "answered", number=signal.SIGTERM
+    )
+    assert stopped.code == 75
+    assert stopped.err == "error: stopped by SIGTERM; run the same command to go on\n"
+    assert not (only_run(tmp_path) / "stages/baseline.json").exists()
+    done = job(*arguments)
+    assert done.code == 0, done.err
+    assert done.stages("stage done") == ["baseline"]
+    assert done.events[-1]["message"] == "stopped before the report, as asked"
+
+
 def test_killed_in_training_and_started_again_ends_with_the_same_bytes(
     smoke: Finished, tmp_path: Path
 ) -> None:
@@ -164,7 +191,7 @@ def test_job_from_the_hub_into_a_bucket_stopped_and_resumed_equals_the_local_one
 
     hub, bucket, router = services
     samples = resources.files("job") / "samples"
-    hub.add_repo(
+    data_commit = hub.add_repo(
         "datasets", "clinic/dialogues", {"data.jsonl": (samples / "dialogues.jsonl").read_bytes()}
     )
     preset = tiny_preset()
@@ -187,6 +214,7 @@ def test_job_from_the_hub_into_a_bucket_stopped_and_resumed_equals_the_local_one
         "run", "smoke", "--output", "gs://runs/here", "--run-id", "r", *short,
         "--set", "data.dataset=hf://clinic/dialogues", "--set", "model.preset=hf://clinic/tiny",
         "--set", f"reference.base_url={router.url}/api/v1",
+        "--set", "reference.attempts=1", "--set", "reference.concurrency=1",
     )  # fmt: skip
 
     stopped = job_stopped(
@@ -201,19 +229,32 @@ def test_job_from_the_hub_into_a_bucket_stopped_and_resumed_equals_the_local_one
     checkpoints = [n for n in bucket.names("runs") if n.startswith("here/r/train/checkpoints/")]
     assert len(checkpoints) == 1
 
+    # The branch moves on; the run does not. And the endpoint is down for a while.
+    rows = (samples / "dialogues.jsonl").read_bytes().splitlines(keepends=True)
+    hub.add_repo("datasets", "clinic/dialogues", {"data.jsonl": b"".join(rows[5:])})
+    router.script.extend(["502"] * 6)
     done = job(*arguments, environment=environment)
     assert done.code == 0, done.err
     assert any(event["message"] == "resumed from a checkpoint" for event in done.events)
+    partial = Results.model_validate_json(bucket.objects["runs", "here/r/results.json"].data)
+    assert (partial.reference.status, partial.reference.requests) == ("partial", 22)
+    chats = len(router.chats)
+    again = job(*arguments, environment=environment)
+    assert again.code == 0, again.err
+    assert again.stages("stage done") == ["reference", "report"]
+    assert len(router.chats) - chats == partial.reference.failed
 
     fetched = job("fetch", "gs://runs/here/r", str(tmp_path / "copy"), environment=environment)
     assert fetched.code == 0, fetched.err
     results = Results.model_validate_json((tmp_path / "copy/results.json").read_bytes())
     assert results.model.revision == model_commit
-    assert results.data.revision == hub.add_repo(
-        "datasets", "clinic/dialogues", {"data.jsonl": (samples / "dialogues.jsonl").read_bytes()}
-    )
+    assert results.data.revision == data_commit
     reference = results.reference
-    assert (reference.status, reference.local, reference.requests) == ("complete", False, 22)
+    assert (reference.status, reference.local, reference.requests) == (
+        "complete",
+        False,
+        22 + partial.reference.failed,
+    )
     assert reference.cost_usd > 0
     asked = results.evaluation.multiple_choice[1].models["reference"]
     assert asked.letters == {"B": 20}

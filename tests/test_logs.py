@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job import logs
-from job.logs import REDACTED, Redactor, RunLog
+from job.logs import RunLog
+from job.redact import REDACTED, SECRET_VARIABLES, Redactor
 
 SECRET = "correct-horse-battery"
 SHAPES = [
@@ -43,7 +44,7 @@ def restored() -> Iterator[None]:
 @pytest.fixture
 def stream(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What goes to stdout where no terminal is."""
-    for name in logs.SECRET_VARIABLES:
+    for name in SECRET_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENROUTER_API_KEY", f" {SECRET}\n")
     stream = io.StringIO()

@@ -8,7 +8,7 @@ import pytest
 
 from job.errors import UsageError
 from job.pipeline import read_markers, run_job, stale_stages
-from job.results import Artifact
+from job.results import Artifact, EnvironmentInfo
 from job.run import Marker
 from job.spec import Spec
 from job.spec_loading import LoadedSpec, parse_spec
@@ -60,10 +60,14 @@ def changed_stages(before: Spec, after: Spec) -> list[str]:
         ("model.chat_template=plain", ["baseline", "train", "finetuned", "report"]),
         ("train.epochs=2", ["train", "finetuned", "report"]),
         ("train.learning_rate=1e-3", ["train", "finetuned", "report"]),
-        ("evals.multiple_choice.0.limit=3", ["baseline", "finetuned", "reference", "report"]),
+        ("evals.multiple_choice.0.limit=3", ["baseline", "finetuned", "report"]),
+        ("evals.multiple_choice.0.max_new_tokens=3", ["baseline", "finetuned", "report"]),
         ("evals.side_by_side.examples=2", ["baseline", "finetuned", "reference", "report"]),
+        ("evals.side_by_side.max_new_tokens=2", ["baseline", "finetuned", "report"]),
+        ("evals.bootstrap_samples=500", ["report"]),
+        ("reference.concurrency=2", ["report"]),
         ("evals.dialogue.max_new_tokens=9", ["baseline", "finetuned", "report"]),
-        ("evals.batch_size=2", ["baseline", "finetuned", "report"]),
+        ("evals.batch_size=2", ["report"]),
         ("reference.model=larger", ["reference", "report"]),
         ("reference=null", ["reference", "report"]),
         ("runtime.devices=8", ["report"]),
@@ -110,7 +114,13 @@ def store(tmp_path: Path) -> LocalStore:
     return LocalStore(tmp_path / "run")
 
 
-def finish(store: LocalStore, spec: Spec, status: str = "complete") -> None:
+MACHINE = EnvironmentInfo(
+    platform="cpu", device_kind="cpu", devices=1, processes=1, python="3.12", packages={},
+    git_commit=None, image=None,
+)  # fmt: skip
+
+
+def finish(store: LocalStore, spec: Spec, *, open_questions: bool = False) -> None:
     """Leave what a run leaves whose stages are all done: markers, and two files a stage."""
     for name, digest in stage_digests(spec).items():
         outputs = []
@@ -118,9 +128,15 @@ def finish(store: LocalStore, spec: Spec, status: str = "complete") -> None:
             path = f"{name}/{kind}"
             store.write(path, b"content")
             outputs.append(Artifact(path=path, bytes=7, sha256="0" * 64))
-        outcome: dict[str, object] = {"status": status} if name == "reference" else {}
+        outcome: dict[str, object] = {"open": open_questions} if name == "reference" else {}
         marker = Marker(
-            stage=name, digest=digest, outputs=outputs, started="", seconds=1.0, outcome=outcome
+            stage=name,
+            digest=digest,
+            outputs=outputs,
+            started="",
+            seconds=1.0,
+            outcome=outcome,
+            environment=MACHINE,
         )
         store.write(f"stages/{name}.json", marker.model_dump_json().encode())
 
@@ -182,7 +198,7 @@ def local_spec(path: Path, where: str) -> Spec:
     ("where", "expected"),
     [
         ("data", ALL),
-        ("evals.multiple_choice.0", ["baseline", "finetuned", "reference", "report"]),
+        ("evals.multiple_choice.0", ["baseline", "finetuned", "report"]),
     ],
 )
 def test_a_local_file_that_changed_under_its_name_makes_its_readers_stale(
@@ -198,19 +214,17 @@ def test_a_local_file_that_changed_under_its_name_makes_its_readers_stale(
 
 
 @pytest.mark.parametrize(
-    ("status", "key", "overrides", "expected"),
+    ("open_questions", "key", "overrides", "expected"),
     [
-        ("skipped", None, [], []),
-        ("skipped", "  ", [], []),
-        ("skipped", "sk-or-key", [], ["reference", "report"]),
-        ("partial", None, [], []),
-        ("partial", "sk-or-key", [], ["reference", "report"]),
-        ("complete", "sk-or-key", [], []),
-        ("skipped", "sk-or-key", ["reference=null"], []),
+        (True, None, [], []),
+        (True, "  ", [], []),
+        (True, "sk-or-key", [], ["reference", "report"]),
+        (False, "sk-or-key", [], []),
+        (True, "sk-or-key", ["reference=null"], []),
     ],
 )
 def test_the_reference_is_asked_again_only_where_there_is_more_to_get(
-    status: str,
+    open_questions: bool,
     key: str | None,
     overrides: list[str],
     expected: list[str],
@@ -220,7 +234,7 @@ def test_the_reference_is_asked_again_only_where_there_is_more_to_get(
     if key is not None:
         monkeypatch.setenv(KEY, key)
     spec = spec_with(*overrides)
-    finish(store, spec, status)
+    finish(store, spec, open_questions=open_questions)
     assert stale(store, spec) == expected
 
 

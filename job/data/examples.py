@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from job.data.sources import Row
-from job.spec import Data, template_fields
+from job.spec import Data
+from job.spec_types import template_fields
 
 
 @dataclass(frozen=True)

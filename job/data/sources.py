@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 from job.errors import UsageError
 from job.hub import hub_errors
-from job.spec import SAMPLES, Source
+from job.revisions import NONE, Revisions, resolve_commit, source_key
+from job.spec import Source
+from job.spec_types import SAMPLES
 
 Row = dict[str, Any]
 
@@ -31,8 +33,10 @@ class Rows:
         return self.iterate()
 
 
-def open_rows(source: Source, samples: Literal["dialogues", "questions"]) -> Rows:
-    """The rows of a source.
+def open_rows(
+    source: Source, samples: Literal["dialogues", "questions"], revisions: Revisions = NONE
+) -> Rows:
+    """The rows of a source, of the commit in `revisions` if it has one.
 
     Raises:
         UsageError: there is no such file or dataset, or it is not what its name says.
@@ -43,7 +47,7 @@ def open_rows(source: Source, samples: Literal["dialogues", "questions"]) -> Row
         path = Path(str(resources.files("job") / "samples" / f"{samples}.jsonl"))
         return Rows(None, lambda: _json_lines(path))
     if source.dataset.startswith("hf://"):
-        return _hub_rows(source)
+        return _hub_rows(source, revisions)
     path = Path(source.dataset)
     readers = {
         ".json": _json_array,
@@ -69,7 +73,7 @@ def _as_row(value: object, where: str) -> Row:
 def _json_array(path: Path) -> Iterator[Row]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"{path}: not valid JSON: {error}; for a row a line name it .jsonl"
         ) from None
@@ -85,16 +89,16 @@ def _json_lines(path: Path) -> Iterator[Row]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _as_row(json.loads(line), f"{path}:{number}")
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}:{number}: not valid JSON: {error.msg}") from None
         except UnicodeDecodeError as error:
             raise UsageError(f"{path}: not UTF-8 text: {error.reason}") from None
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}:{number}: not valid JSON: {error}") from None
 
 
 def _csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, strict=True)
             for row in reader:
                 if None in row:
                     raise UsageError(
@@ -114,17 +118,17 @@ def _parquet(path: Path) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(1024):
                 yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{path}: not a readable Parquet file: {error}") from None
 
 
-def _hub_rows(source: Source) -> Rows:
+def _hub_rows(source: Source, revisions: Revisions) -> Rows:
     import datasets
-    from huggingface_hub import HfApi
 
     repository = source.dataset.removeprefix("hf://")
-    with hub_errors("dataset", repository, source.revision):
-        commit = HfApi().dataset_info(repository, revision=source.revision).sha
+    commit = revisions.get(source_key(source) or "") or resolve_commit(
+        "dataset", repository, source.revision
+    )
 
     def iterate() -> Iterator[Row]:
         with hub_errors("dataset", repository, source.revision):

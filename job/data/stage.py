@@ -38,7 +38,7 @@ def run_stage(run: Run) -> DataInfo:
         UsageError: the templates do not fit the rows, or there are too few.
     """
     data = run.spec.data
-    rows = open_rows(data, "dialogues")
+    rows = open_rows(data, "dialogues", run.revisions)
     to_example = ExampleMapper(data)
     sampler = Sampler(run.spec.seed, data.train_examples, data.validation_examples)
     tally = _Tally()
@@ -46,6 +46,8 @@ def run_stage(run: Run) -> DataInfo:
     clock = time.monotonic()
     for row in rows:
         tally.raw += 1
+        if tally.raw % 256 == 0:
+            run.stop.check()
         try:
             example = to_example(row)
             if data.drop_duplicates:

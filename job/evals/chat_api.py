@@ -8,15 +8,15 @@ for an answer. Error statuses are OpenRouter's: https://openrouter.ai/docs/api-r
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import requests
 
 from job import logs
-from job.errors import EnvironmentProblem
 
 RETRYABLE = (408, 409, 425, 429, 500, 502, 503, 504)
+_REFUSALS = {401: "the key is refused", 402: "the account has no credit left"}
 _LONGEST_WAIT = 60.0
 
 
@@ -31,6 +31,10 @@ class Reply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost_usd: float = 0.0
+    final: bool = False
+    """There is no answer, and asking the same again would change nothing."""
+    sent: bool = True
+    """The question left this machine."""
 
 
 class _Retry(Exception):
@@ -52,13 +56,11 @@ class ChatClient:
     timeout_seconds: float
     attempts: int
     sleep: Callable[[float], None] = time.sleep
+    refused: str | None = None
+    """Why no further question is sent: the key is refused, or there is no credit."""
 
     def ask(self, prompt: str, system: str | None = None) -> Reply:
-        """One question, with retries.
-
-        Raises:
-            EnvironmentProblem: the key is refused, or the account has no credit left.
-        """
+        """One question, with retries; never raises for what the endpoint does."""
         messages = [{"role": "user", "content": prompt}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
@@ -67,10 +69,11 @@ class ChatClient:
             "messages": messages,
             "temperature": 0,
             "max_tokens": self.max_tokens,
-            "usage": {"include": True},
         }
         reason = ""
         for attempt in range(self.attempts):
+            if self.refused:
+                return Reply(None, error=self.refused, sent=False)
             try:
                 return self._attempt(body)
             except _Retry as retry:
@@ -79,10 +82,10 @@ class ChatClient:
                     wait = min(_LONGEST_WAIT, 2.0**attempt) * random.uniform(0.5, 1.0)
                     wait = min(_LONGEST_WAIT, max(wait, retry.after or 0.0))
                     logs.get().info(
-                        "asking again", reason=reason, attempt=attempt + 1, seconds=wait
+                        "asking again", reason=reason, attempt=attempt + 1, seconds=round(wait, 1)
                     )
                     self.sleep(wait)
-        return Reply(None, error=self._clean(f"{reason} (tried {self.attempts} times)"))
+        return Reply(None, error=f"{reason} (tried {self.attempts} times)")
 
     def _clean(self, text: str) -> str:
         """A server may repeat the key in its messages, and errors are kept on file."""
@@ -101,20 +104,21 @@ class ChatClient:
         status = response.status_code
         if status in RETRYABLE:
             raise _Retry(f"HTTP {status}", _retry_after(response))
-        if status in (401, 402, 403):
-            meaning = {401: "the key is refused", 402: "the account has no credit left"}
-            raise EnvironmentProblem(
-                f"reference: {self.base_url} answered {status}: "
-                f"{meaning.get(status, 'access is refused')}; check OPENROUTER_API_KEY"
-                " and the account"
-            )
+        if status in _REFUSALS:
+            self.refused = f"HTTP {status}: {_REFUSALS[status]}"
+            return Reply(None, error=self.refused)
         try:
             document = response.json()
         except ValueError:
-            raise _Retry("the body is not JSON") from None
+            if status == 200:
+                raise _Retry("the body is not JSON") from None
+            document = response.text
         if status != 200:
-            return Reply(None, error=self._clean(f"HTTP {status}: {_message(document)}"))
-        return _reply(document)
+            return Reply(
+                None, error=self._clean(f"HTTP {status}: {_message(document)}"), final=True
+            )
+        reply = _reply(document)
+        return replace(reply, error=self._clean(reply.error)) if reply.error else reply
 
 
 def _retry_after(response: requests.Response) -> float | None:
@@ -149,9 +153,9 @@ def _reply(document: Any) -> Reply:
     fields: dict[str, Any] = {
         "provider": document.get("provider"),
         "model": document.get("model"),
-        "prompt_tokens": int(usage.get("prompt_tokens") or 0),
-        "completion_tokens": int(usage.get("completion_tokens") or 0),
-        "cost_usd": float(usage.get("cost") or 0.0),
+        "prompt_tokens": int(_number(usage.get("prompt_tokens"))),
+        "completion_tokens": int(_number(usage.get("completion_tokens"))),
+        "cost_usd": _number(usage.get("cost")),
     }
     message = choice.get("message")
     content = message.get("content") if isinstance(message, dict) else None
@@ -159,5 +163,10 @@ def _reply(document: Any) -> Reply:
         # Asking again would spend the same again for the same nothing.
         finish = choice.get("finish_reason")
         hint = "; raise reference.max_tokens" if finish == "length" else ""
-        return Reply(None, error=f"empty answer, finish_reason {finish!r}{hint}", **fields)
+        error = f"empty answer, finish_reason {finish!r}{hint}"
+        return Reply(None, error=error, final=True, **fields)
     return Reply(content, **fields)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and value == value else 0.0

@@ -47,7 +47,7 @@ def compare(
         b="finetuned",
         difference=found.mean,
         ci95=found.ci95,
-        finding=finding_of_interval(found.ci95),
+        finding=finding_of_interval(found.ci95, len(baseline)),
     )
 
 

@@ -50,11 +50,18 @@ class _Batch:
 class Engine:
     """Scores and generates with a model's structure and the weights it is given."""
 
-    def __init__(self, model: LanguageModel, batch_size: int, max_prompt_tokens: int) -> None:
-        """Args: batch_size: prompts a device holds at once."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        batch_size: int,
+        max_prompt_tokens: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Args: batch_size: prompts a device holds at once; check: called before each batch."""
         self._model = model
         self._rows = batch_size * model.devices
         self._limit = max_prompt_tokens
+        self._check = check
 
     def encode(self, prompts: Sequence[str]) -> tuple[list[list[int]], int]:
         """Tokens of wrapped prompts, and how many lost their beginning to the limit."""
@@ -78,6 +85,7 @@ class Engine:
             )
             for row, number in enumerate(filled):
                 tokens[row, : lengths[row]] = prompts[number]
+            self._check()
             yield _Batch(numbers, tokens, lengths)
 
     @cached_property

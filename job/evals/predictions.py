@@ -36,6 +36,8 @@ class ChoiceLine(Line):
     """What was generated, where generation was scored."""
     error: str | None = None
     """Why there is no answer; such a line counts as missing, not as wrong."""
+    final: bool = False
+    """Asking the same again would not give an answer either."""
 
 
 class DialogueLine(Line):
@@ -60,6 +62,7 @@ class SideLine(Line):
     expected: str | None
     answer: str | None
     error: str | None = None
+    final: bool = False
 
 
 def predictions_key(model: ModelName, name: str) -> str:

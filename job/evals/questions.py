@@ -9,7 +9,9 @@ from job import logs
 from job.data.examples import Dropped, field_text, fill
 from job.data.sources import Row, open_rows
 from job.errors import UsageError
-from job.spec import LETTERS, MultipleChoice
+from job.revisions import NONE, Revisions
+from job.spec import MultipleChoice
+from job.spec_types import LETTERS
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,13 @@ class Slice:
     questions: list[Question]
 
 
-def load_slice(entry: MultipleChoice) -> Slice:
+def load_slice(entry: MultipleChoice, revisions: Revisions = NONE) -> Slice:
     """The first `limit` usable questions of the entry's dataset.
 
     Raises:
         UsageError: none is usable.
     """
-    rows = open_rows(entry, "questions")
+    rows = open_rows(entry, "questions", revisions)
     questions: list[Question] = []
     dropped: Counter[str] = Counter()
     columns: list[str] = []
@@ -87,7 +89,7 @@ def _question(entry: MultipleChoice, row: Row, number: int) -> Question:
     if not text:
         raise Dropped("empty question")
     options = _options(entry, row)
-    gold = _gold(row, entry.answer, options)
+    gold = _gold(row, entry, options)
     identity = field_text(row, entry.id) if entry.id else str(number)
     return Question(identity, text, options, gold)
 
@@ -107,21 +109,40 @@ def _options(entry: MultipleChoice, row: Row) -> tuple[str, ...]:
     return options
 
 
-def _gold(row: Row, column: str, options: tuple[str, ...]) -> str:
-    """The letter of the right option: given as 0-based index, as letter, or as text."""
-    value: Any = row.get(column)
+def _gold(row: Row, entry: MultipleChoice, options: tuple[str, ...]) -> str:
+    """The letter of the right option, given as the entry says.
+
+    `auto` takes a number for a 0-based index and text for a letter or an option's text, and
+    refuses what could be both.
+    """
+    value: Any = row.get(entry.answer)
     letters = LETTERS[: len(options)]
-    if isinstance(value, str):
-        stripped = value.strip()
-        if stripped.upper() in letters and len(stripped) == 1:
-            return stripped.upper()
-        if options.count(stripped) == 1:
-            return letters[options.index(stripped)]
-        if stripped.isascii() and stripped.isdecimal():
-            value = int(stripped)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
-        return letters[value]
-    raise Dropped(f"no right option in '{column}'")
+    text = value.strip() if isinstance(value, str) else ""
+    number: int | None = None
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    elif text.isascii() and text.isdecimal():
+        number = int(text)
+    found: dict[str, str | None] = {
+        "index": _at(letters, number),
+        "number": _at(letters, None if number is None else number - 1),
+        "letter": text.upper() if len(text) == 1 and text.upper() in letters else None,
+        "text": letters[options.index(text)] if options.count(text) == 1 else None,
+    }
+    if entry.answer_is != "auto":
+        chosen = found[entry.answer_is]
+    else:
+        meanings = {found[kind] for kind in ("index", "letter", "text")} - {None}
+        if len(meanings) > 1:
+            raise Dropped(f"ambiguous '{entry.answer}': set answer_is to index or text")
+        chosen = next(iter(meanings), None)
+    if chosen is None:
+        raise Dropped(f"no right option in '{entry.answer}'")
+    return chosen
+
+
+def _at(letters: str, place: int | None) -> str | None:
+    return letters[place] if place is not None and 0 <= place < len(letters) else None
 
 
 def user_turn(entry: MultipleChoice, question: Question) -> str:

@@ -10,7 +10,11 @@ KEY = "OPENROUTER_API_KEY"
 
 
 def missing_key(reference: Reference) -> str | None:
-    """What to tell the user if the key is not set."""
+    """What to tell the user if the key is not set.
+
+    Raises:
+        EnvironmentProblem: it is set to something that no key is.
+    """
     key = os.environ.get(KEY, "").strip()
     if key and not (key.isascii() and key.isprintable()):
         raise EnvironmentProblem(f"{KEY} holds characters that no key has; set it again")
@@ -20,7 +24,7 @@ def missing_key(reference: Reference) -> str | None:
 
 
 def could_do_more(outcome: Mapping[str, object], reference: Reference | None) -> bool:
-    """Whether a stage that was skipped or incomplete should be tried again."""
+    """Whether a stage that left questions open could have them answered now."""
     if reference is None or missing_key(reference) is not None:
         return False
-    return outcome.get("status") != "complete"
+    return outcome.get("open") is True

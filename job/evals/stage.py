@@ -54,10 +54,10 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     model = run.model()
     weights = model.weights if name == "baseline" else _tuned(run, model)
     evals = run.spec.evals
-    engine = Engine(model, evals.batch_size, evals.max_prompt_tokens)
+    engine = Engine(model, evals.batch_size, evals.max_prompt_tokens, run.stop.check)
     slices = {}
     for entry in evals.multiple_choice:
-        found = load_slice(entry)
+        found = load_slice(entry, run.revisions)
         lines, cut = _multiple_choice(engine, model, weights, found)
         write_predictions(run, name, entry.name, lines)
         slices[entry.name] = SliceOutcome(
@@ -71,7 +71,6 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
             questions=len(lines),
             correct=correct,
         )
-        run.stop.check()
     if evals.dialogue is not None:
         write_predictions(run, name, DIALOGUE, _dialogue(run, engine, model, weights))
     write_predictions(run, name, SIDE_BY_SIDE, _side_by_side(run, engine, model, weights))
@@ -111,7 +110,9 @@ def _dialogue(
     wanted = run.spec.evals.dialogue
     assert wanted is not None
     examples = read_examples(run, VALIDATION, wanted.examples or MOST_DIALOGUES)
-    prompts, _ = engine.encode([model.codec.template.prompt(e.prompt, e.system) for e in examples])
+    prompts, cut = engine.encode(
+        [model.codec.template.prompt(e.prompt, e.system) for e in examples]
+    )
     answers = engine.generate(weights, prompts, wanted.max_new_tokens, DIALOGUE)
     lines = []
     for example, answer in zip(examples, answers, strict=True):
@@ -126,7 +127,7 @@ def _dialogue(
                 **rouge_scores(example.response, answer.text),
             )
         )
-    logs.get().info("dialogues answered", examples=len(lines))
+    logs.get().info("dialogues answered", examples=len(lines), prompts_cut=cut)
     return lines
 
 

@@ -11,6 +11,8 @@ from scipy import stats
 from job.results import Estimate, Finding, Interval
 
 ALPHA = 0.05
+FEWEST = 10
+"""Items below which a bootstrap interval shows no finding."""
 _BLOCK = 4_000_000
 """Random numbers drawn at once by the bootstrap."""
 
@@ -64,8 +66,13 @@ def finding_of_test(difference: float, p_value: float) -> Finding:
     return "improved" if difference > 0 else "worse"
 
 
-def finding_of_interval(interval: Interval) -> Finding:
-    """What the interval of a paired difference shows: a change if 0 lies outside."""
+def finding_of_interval(interval: Interval, items: int) -> Finding:
+    """What the bootstrap interval of a paired difference shows: a change if 0 lies outside.
+
+    Of fewer than 10 items the bootstrap knows too little to tell a change from chance.
+    """
+    if items < FEWEST:
+        return "no measurable change"
     low, high = interval
     if low > 0:
         return "improved"

@@ -20,6 +20,7 @@ from job.model.presets import Preset, load_task, resolve
 from job.model.segments import can_pack, segment_attention
 from job.model.text import TextCodec
 from job.model.tracing import Remat, lora_beside, rematerialized
+from job.revisions import NONE, Revisions
 from job.spec import Model
 
 
@@ -170,13 +171,13 @@ class LanguageModel:
         return merged
 
 
-def load(model: Model, seed: int, mesh: Mesh) -> LanguageModel:
-    """Load the model of the spec.
+def load(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE) -> LanguageModel:
+    """Load the model of the spec, of the commit in `revisions` if it has one.
 
     Raises:
         UsageError: it cannot be loaded as a causal LM, or the spec does not fit it.
     """
-    preset = resolve(model)
+    preset = resolve(model, revisions)
     keras.utils.set_random_seed(seed)
     task, tokenizer = load_task(preset, model.dtype)
     codec = TextCodec(tokenizer, model.chat_template)

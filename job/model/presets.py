@@ -7,6 +7,7 @@ from typing import Any
 from job import logs, runtime
 from job.errors import StageError, UsageError
 from job.hub import hub_errors
+from job.revisions import Revisions, resolve_commit, revision_key
 from job.spec import Model
 
 
@@ -18,7 +19,7 @@ class Preset:
     revision: str | None
 
 
-def resolve(model: Model) -> Preset:
+def resolve(model: Model, revisions: Revisions) -> Preset:
     """Find the model of the spec and bring it to this machine where needed.
 
     KerasHub itself would fetch the files of a Hub repository one by one without a revision;
@@ -35,17 +36,19 @@ def resolve(model: Model) -> Preset:
 
         return Preset(str(tiny_preset()), None)
     if model.preset.startswith("hf://"):
-        return _snapshot(model.preset.removeprefix("hf://"), model.revision)
+        return _snapshot(model, revisions)
     if Path(model.preset).is_dir():
         return Preset(str(Path(model.preset).absolute()), None)
     return Preset(model.preset, None)
 
 
-def _snapshot(repository: str, revision: str | None) -> Preset:
-    from huggingface_hub import HfApi, snapshot_download
+def _snapshot(model: Model, revisions: Revisions) -> Preset:
+    from huggingface_hub import snapshot_download
 
+    repository, revision = model.preset.removeprefix("hf://"), model.revision
+    key = revision_key("model", repository, revision)
+    commit = revisions.get(key) or resolve_commit("model", repository, revision)
     with hub_errors("model", repository, revision):
-        commit = HfApi().model_info(repository, revision=revision).sha
         folder = snapshot_download(
             repository, revision=commit, ignore_patterns=["*.gguf", "*.bin", "*.pth", "original/*"]
         )
@@ -68,7 +71,7 @@ def load_task(preset: Preset, dtype: str) -> tuple[Any, Any]:
     except (ValueError, KeyError, ImportError) as error:
         raise UsageError(
             f"model.preset: KerasHub cannot load {preset.handle!r} as a causal language "
-            f"model: {str(error).splitlines()[0]}"
+            f"model: {str(error).partition(' A preset must')[0]}"
         ) from error
     except OSError as error:
         raise StageError(f"the files of {preset.handle!r} cannot be read: {error}") from error

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from job.errors import EnvironmentProblem
 from job.runtime import cache_folder
 
 VERSION = 1
@@ -49,8 +50,14 @@ def tiny_preset() -> Path:
     folder = cache_folder("presets", f"tiny-{key}")
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".tiny-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=".tiny-", dir=folder.parent))
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"cannot write to the cache {folder.parent}: {error.strerror}; set JOB_CACHE to a "
+            "folder that can be written"
+        ) from error
     try:
         _build(building)
         building.replace(folder)

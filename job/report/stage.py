@@ -11,9 +11,10 @@ from job.evals.predictions import (
     ChoiceLine,
     DialogueLine,
     SideLine,
+    answered,
     read_predictions,
 )
-from job.evals.reference import asked_slices
+from job.evals.reference import ReferenceOutcome
 from job.evals.stage import EvalOutcome
 from job.report.page import Flip, render_html, render_markdown
 from job.report.verdict import decide
@@ -21,17 +22,17 @@ from job.results import (
     Cost,
     DataInfo,
     Dialogue,
-    EnvironmentInfo,
     Evaluation,
     MultipleChoice,
     Reference,
     Results,
     RunInfo,
     SideBySide,
+    Training,
 )
 from job.run import Preflight, Run
-from job.spec import LETTERS
 from job.spec_loading import digest
+from job.spec_types import LETTERS
 from job.train.loop import HISTORY
 from job.train.stage import TrainOutcome
 
@@ -41,21 +42,21 @@ MARKDOWN = "report.md"
 
 def run_stage(run: Run) -> Results:
     """Put the results together from the predictions on file, and write the report."""
-    reference = run.outcome("reference", Reference)
+    reference = run.outcome("reference", ReferenceOutcome).result
     evaluation = _evaluation(run, reference)
     trained = run.outcome("train", TrainOutcome)
     preflight = run.outcome("preflight", Preflight)
     results = Results(
         verdict=decide(evaluation),
         run=_run_info(run, preflight),
-        environment=preflight.environment,
+        environment=run.markers["train"].environment,
         model=trained.model,
         data=run.outcome("data", DataInfo),
         training=trained.training,
         evaluation=evaluation,
         reference=reference,
         artifacts=[item for marker in run.markers.values() for item in marker.outputs],
-        cost=_cost(run, preflight.environment, reference),
+        cost=_cost(run, trained.training, reference),
     )
     history = [json.loads(line) for line in (run.store.read(HISTORY) or b"").splitlines()]
     flips = _flips(run)
@@ -77,7 +78,7 @@ def _run_info(run: Run, preflight: Preflight) -> RunInfo:
         stage_seconds=seconds,
         spec_digest=digest(spec),
         spec=spec,
-        resumes=preflight.starts - 1,
+        resumes=preflight.resumes,
     )
 
 
@@ -97,7 +98,7 @@ def _slice(run: Run, number: int, reference: Reference) -> MultipleChoice:
         "baseline": read_predictions(run, "baseline", entry.name, ChoiceLine),
         "finetuned": read_predictions(run, "finetuned", entry.name, ChoiceLine),
     }
-    if reference.status != "skipped" and entry in asked_slices(run.spec):
+    if reference.status != "skipped" and entry in run.spec.reference_slices:
         models["reference"] = read_predictions(run, "reference", entry.name, ChoiceLine)
     revision = run.outcome("baseline", EvalOutcome).slices[entry.name].revision
     return choices.summarise(
@@ -152,11 +153,11 @@ def _flips(run: Run) -> list[Flip]:
     found = []
     for entry in run.spec.evals.multiple_choice:
         before = read_predictions(run, "baseline", entry.name, ChoiceLine)
-        after = read_predictions(run, "finetuned", entry.name, ChoiceLine)
+        after = answered(read_predictions(run, "finetuned", entry.name, ChoiceLine))
         found += [
             Flip(entry.name, a.id, with_options(a), a.gold, a.choice, b.choice, gained=b.correct)
-            for a, b in zip(before, after, strict=True)
-            if a.correct != b.correct
+            for a in before
+            if (b := after.get(a.id)) and a.correct != b.correct
         ]
     return found
 
@@ -167,9 +168,15 @@ def with_options(line: ChoiceLine) -> str:
     return "\n".join([line.question, *(f"{letter}. {option}" for letter, option in options)])
 
 
-def _cost(run: Run, environment: EnvironmentInfo, reference: Reference) -> Cost:
-    """Chip hours of the stages that hold the accelerator, and dollars where they are known."""
-    seconds = sum(run.markers[name].seconds for name in run.markers)
-    chips = 0 if environment.platform == "cpu" else environment.devices
-    usd = reference.cost_usd if reference.status != "skipped" or chips == 0 else None
-    return Cost(chip_hours=round(chips * seconds / 3600, 4), usd=usd)
+def _cost(run: Run, training: Training, reference: Reference) -> Cost:
+    """Chip hours of all stages, each on the machine it ran on; dollars where they are known.
+
+    Training that was resumed took what its checkpoints add up to, not only its last part.
+    """
+    hours = 0.0
+    for name, marker in run.markers.items():
+        chips = 0 if marker.environment.platform == "cpu" else marker.environment.devices
+        seconds = max(marker.seconds, training.seconds.total if name == "train" else 0.0)
+        hours += chips * seconds / 3600
+    usd = reference.cost_usd if hours == 0 else None
+    return Cost(chip_hours=round(hours, 4), usd=usd)

@@ -18,7 +18,7 @@ def decide(evaluation: Evaluation) -> Verdict:
     if not parts:
         return Verdict(sentence="Nothing was measured.", benchmark=None, style=None)
     return Verdict(
-        sentence=f"{_headline(benchmark, style)}: {'; '.join(parts)}.",
+        sentence=f"{_headline(benchmark, style, dialogue)}: {'; '.join(parts)}.",
         benchmark=benchmark,
         style=style,
     )
@@ -35,8 +35,10 @@ _SAID: dict[Finding, str] = {
 }
 
 
-def _headline(benchmark: Finding | None, style: Finding | None) -> str:
+def _headline(benchmark: Finding | None, style: Finding | None, dialogue: Dialogue | None) -> str:
     the_benchmark, the_style = "the benchmark", "how close the answers are to the held-out ones"
+    if style == "improved" and dialogue is not None and _below_null(dialogue):
+        the_style += " (still short of answers that know nothing)"
     if benchmark is None or style is None:
         only = benchmark or style
         assert only is not None
@@ -47,8 +49,15 @@ def _headline(benchmark: Finding | None, style: Finding | None) -> str:
             return "Fine-tuning made no measurable change"
         return f"Fine-tuning {_SAID[benchmark].format(what=f'{the_benchmark} and {the_style}')}"
     first, second = _SAID[style].format(what=the_style), _SAID[benchmark].format(what=the_benchmark)
-    joint = "but" if "no measurable change" in (benchmark, style) or benchmark != style else "and"
-    return f"Fine-tuning {first} {joint} {second}"
+    return f"Fine-tuning {first} but {second}"
+
+
+def _null(dialogue: Dialogue) -> float:
+    return max(dialogue.nulls.echoed_prompt.mean, dialogue.nulls.other_answer.mean)
+
+
+def _below_null(dialogue: Dialogue) -> bool:
+    return max(score.rougeL.mean for score in dialogue.models.values()) < _null(dialogue)
 
 
 def _benchmark(found: tuple[MultipleChoice, Comparison] | None) -> str | None:
@@ -71,10 +80,10 @@ def _style(dialogue: Dialogue | None) -> str | None:
         return None
     before, after = dialogue.models["baseline"], dialogue.models["finetuned"]
     low, high = dialogue.comparison.ci95
-    null = max(dialogue.nulls.echoed_prompt.mean, dialogue.nulls.other_answer.mean)
+    null = _null(dialogue)
     beside = (
         f"both below the {null:.3f} of answers that know nothing"
-        if max(before.rougeL.mean, after.rougeL.mean) < null
+        if _below_null(dialogue)
         else f"answers that know nothing score {null:.3f}"
     )
     return (

@@ -136,13 +136,13 @@ class Trainer:
         """
         self._resume()
         total = self._plan.steps
-        with self._run.stop.deferred():
-            if self._progress.validation_before is None:
-                self._progress.validation_before = self._validate()
-            with show_progress("training", total, self._progress.step) as advance:
-                self._loop(total, advance)
-            after = self._validate()
-        self._run.stop.check()
+        if self._progress.validation_before is None:
+            self._progress.validation_before = self._validate()
+            self._log_validation(self._progress.validation_before)
+        with show_progress("training", total, self._progress.step) as advance:
+            self._loop(total, advance)
+        after = self._validate()
+        self._log_validation(after)
         return Trained(
             lora=jax.device_get(self._state.lora),
             progress=self._progress,
@@ -185,12 +185,11 @@ class Trainer:
             if saving or validating:
                 advance(1, **self._account(*pending))
                 pending = None
+            progress.seconds += time.monotonic() - mark
+            progress.compile_seconds += COMPILE_CLOCK.seconds - compiled
             if validating and progress.step < total:
                 self._log_validation(self._validate())
-            now = time.monotonic()
-            progress.seconds += now - mark
-            progress.compile_seconds += COMPILE_CLOCK.seconds - compiled
-            mark, compiled = now, COMPILE_CLOCK.seconds
+            mark, compiled = time.monotonic(), COMPILE_CLOCK.seconds
             if saving:
                 self._save()
             if stopping:
@@ -270,8 +269,9 @@ class Trainer:
 
     def _save(self) -> None:
         arrays = jax.device_get([*flatten(self._state.lora), *self._state.optimizer])
-        save_checkpoint(self._run.store, self._run.digests["train"], self._progress, arrays)
+        # First the history: what it says beyond the checkpoint is dropped on resuming.
         self._run.store.write(HISTORY, self.history())
+        save_checkpoint(self._run.store, self._run.digests["train"], self._progress, arrays)
 
     def history(self) -> bytes:
         """The lines of history.jsonl so far."""

@@ -9,7 +9,6 @@ import pytest
 import structlog
 
 from job import logs
-from job.errors import EnvironmentProblem
 from job.evals.chat_api import ChatClient, Reply
 from tests.services.openrouter import PRICE, ROUTE, Misbehaviour, OpenRouter
 
@@ -163,13 +162,14 @@ def test_a_200_of_another_shape_is_no_answer(
     assert 1 <= len(service.requests) <= ATTEMPTS
 
 
-@pytest.mark.parametrize("status", [400, 404, 413, 422])
+@pytest.mark.parametrize("status", [400, 403, 404, 413, 422])
 def test_a_request_that_will_never_work_is_not_repeated(
     status: int, client: ChatClient, service: OpenRouter
 ) -> None:
     body = json.dumps({"error": {"message": "No such model"}}).encode()
     service.faults.add("POST", status=status, body=body)
-    assert client.ask("hello") == Reply(None, error=f"HTTP {status}: No such model")
+    reply = client.ask("hello")
+    assert reply == Reply(None, error=f"HTTP {status}: No such model", final=True)
     assert len(service.requests) == 1
 
 
@@ -224,22 +224,30 @@ def test_the_waits_grow_and_end_at_a_minute(
     assert all(before < after * 2 for before, after in itertools.pairwise(waits))
 
 
-def test_a_refused_key_stops_the_stage_at_once(service: OpenRouter, waits: list[float]) -> None:
+def test_after_a_refused_key_nothing_more_is_sent(service: OpenRouter, waits: list[float]) -> None:
     client = client_of(service, waits, key="sk-or-v1-stranger-0123456789")
-    with pytest.raises(EnvironmentProblem, match="answered 401: the key is refused") as stopped:
-        client.ask("hello")
-    assert "OPENROUTER_API_KEY" in str(stopped.value)
-    assert stopped.value.exit_code == 3
+    first, second = client.ask("hello"), client.ask("again")
+    assert first == Reply(None, error="HTTP 401: the key is refused")
+    assert second == Reply(None, error="HTTP 401: the key is refused", sent=False)
     assert (len(service.requests), waits) == (1, [])
 
 
-def test_an_account_without_credit_stops_the_stage_at_once(
+def test_without_credit_nothing_more_is_sent(
     client: ChatClient, service: OpenRouter, waits: list[float]
 ) -> None:
     service.script.append("402")
-    with pytest.raises(EnvironmentProblem, match="answered 402: the account has no credit left"):
-        client.ask("hello")
+    assert client.ask("hello").error == "HTTP 402: the account has no credit left"
+    assert not client.ask("again").sent
     assert (len(service.chats), waits) == (1, [])
+
+
+def test_an_error_page_in_another_form_is_told_once(
+    client: ChatClient, service: OpenRouter, waits: list[float]
+) -> None:
+    service.faults.add("POST", status=404, body=b"<html>not here</html>")
+    reply = client.ask("hello")
+    assert (reply.error, reply.final) == ("HTTP 404: <html>not here</html>", True)
+    assert waits == []
 
 
 def test_the_key_is_in_the_header_and_nowhere_else(
@@ -250,12 +258,10 @@ def test_the_key_is_in_the_header_and_nowhere_else(
     said += [repr(client.ask("hello")) for _ in range(2)]
     service.script.extend(["502"] * ATTEMPTS)
     said.append(repr(client.ask("hello")))
-    for status in (401, 402, 403):
+    for status in (403, 400, 401):
         body = json.dumps({"error": {"message": f"the key {KEY} is refused"}}).encode()
         service.faults.add("POST", status=status, body=body)
-        with pytest.raises(EnvironmentProblem) as stopped:
-            client.ask("hello")
-        said.append(f"{stopped.value!r} {stopped.value.__cause__!r}")
+        said.append(repr(client.ask("hello")))
     assert service.requests[0].bearer == KEY
     assert KEY not in "".join(said)
     assert KEY not in json.dumps(service.chats)

@@ -76,7 +76,6 @@ ALONE = {
     "A is false. B is true.": "B",
     "I'm sure that it is B": "B",
     "Correct: B": "B",
-    "A patient needs B": "B",
 }
 QUOTED = {
     "Paracetamol": "C",
@@ -152,7 +151,7 @@ def test_an_answer_that_names_none_or_several_is_not_guessed(answer: str) -> Non
         ("Z", [f"option {n}" for n in range(26)], "Z"),
         ("the heart rate", ["heart", "heart rate"], "B"),
         ("heart", ["heart", "heart rate"], "A"),
-        ("the heart, not the heart rate alone", ["heart", "heart rate"], "B"),
+        ("the heart, not the heart rate alone", ["heart", "heart rate"], "A"),
         ("5 mg (twice)", ["5 mg (twice)", "15 mg (twice)"], "A"),
         ("15 mg", ["5 mg", "15 mg"], "B"),
         ("10+", ["10", "20+"], "A"),
@@ -198,4 +197,23 @@ def test_space_around_an_answer_changes_nothing(letter: str, form: str) -> None:
     ],
 )
 def test_letters_in_company_are_not_guessed_from(answer: str, letter: str | None) -> None:
+    assert parse_choice(answer, ["Iron", "Vitamin C", "Zinc", "Copper"]) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("A. Iron\nB. Vitamin C\nC. Zinc", None),
+        ("A. Iron\nB. Vitamin C\nThe answer is B", "B"),
+        ("The answer is (A) or (B)", None),
+        ("(B) is the wrong choice", None),
+        ("not zinc", None),
+        ("It is not zinc but I don't know", None),
+        ("Hepatitis B virus", None),
+        ("Group B streptococcus", None),
+        ("Vitamin D is low", None),
+        ("A patient needs B", None),
+    ],
+)
+def test_letters_and_texts_that_only_occur_are_not_chosen(answer: str, letter: str | None) -> None:
     assert parse_choice(answer, ["Iron", "Vitamin C", "Zinc", "Copper"]) == letter

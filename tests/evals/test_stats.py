@@ -125,14 +125,15 @@ def test_the_interval_covers_the_true_mean_about_95_times_in_100() -> None:
         (finding_of_test, (0.1, 0.05), "no measurable change"),
         (finding_of_test, (0.0, 0.001), "no measurable change"),
         (finding_of_test, (-0.1, 1.0), "no measurable change"),
-        (finding_of_interval, ((0.01, 0.2),), "improved"),
-        (finding_of_interval, ((-0.2, -0.01),), "worse"),
-        (finding_of_interval, ((-0.1, 0.1),), "no measurable change"),
-        (finding_of_interval, ((0.0, 0.1),), "no measurable change"),
-        (finding_of_interval, ((-0.1, 0.0),), "no measurable change"),
+        (finding_of_interval, ((0.01, 0.2), 10), "improved"),
+        (finding_of_interval, ((-0.2, -0.01), 99), "worse"),
+        (finding_of_interval, ((-0.1, 0.1), 99), "no measurable change"),
+        (finding_of_interval, ((0.0, 0.1), 99), "no measurable change"),
+        (finding_of_interval, ((-0.1, 0.0), 99), "no measurable change"),
+        (finding_of_interval, ((0.01, 0.2), 9), "no measurable change"),
     ],
 )
 def test_a_change_is_claimed_only_where_it_was_shown(
-    judge: Callable[..., Finding], arguments: tuple[float | Interval, ...], finding: Finding
+    judge: Callable[..., Finding], arguments: tuple[float | int | Interval, ...], finding: Finding
 ) -> None:
     assert judge(*arguments) == finding
