@@ -12,12 +12,17 @@ from job.data.packing import make_rows, tokenize
 from job.errors import Interrupted, StageError
 from job.model.language_model import LanguageModel
 from job.model.lora import flatten
+from job.results import EnvironmentInfo
 from job.run import Run, StopSignal
 from job.spec import Spec, Train
 from job.storage import LocalStore
 from job.train.checkpoint import FOLDER, load_checkpoint
 from job.train.loop import HISTORY, Trained, Trainer
 
+MACHINE = EnvironmentInfo(
+    platform="cpu", device_kind="cpu", devices=1, processes=1, python="3.12", packages={},
+    git_commit=None, image=None,
+)  # fmt: skip
 SAMPLES = [
     Example(str(i), None, f"I have had pain in my {part} for {i} days.", f"Rest your {part} well.")
     for i, part in enumerate(["knee", "back", "neck", "hand", "foot", "head", "hip", "arm"] * 2)
@@ -35,7 +40,8 @@ def trainer(folder: Path, model: LanguageModel, **train: object) -> tuple[Traine
         "data": {"dataset": "samples", "prompt": "{input}", "response": "{output}"},
         "train": settings.model_dump(),
     })  # fmt: skip
-    run = Run("t", spec, LocalStore(folder), folder, StopSignal(), lambda: model.mesh)
+    store, stop = LocalStore(folder), StopSignal()
+    run = Run("t", spec, store, folder, stop, MACHINE, lambda: model.mesh)
     run.digests["train"] = "inputs"
     found = tokenize(SAMPLES, model.codec, 64, "response")
     rows = make_rows(found.examples[:12], 64, packing=False)
@@ -48,12 +54,12 @@ def values(trained: Trained) -> list[np.ndarray]:
 
 
 def test_loss_falls_and_every_step_is_in_the_history(tmp_path: Path, tiny: LanguageModel) -> None:
-    made, run = trainer(tmp_path, tiny, validate_every=3)
+    made, _ = trainer(tmp_path, tiny, validate_every=3)
     trained = made.run()
-    lines = [json.loads(line) for line in (run.store.read(HISTORY) or b"").splitlines()]
+    lines = [json.loads(line) for line in made.history().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 10))
-    assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0, 3, 6, 9]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
     before = trained.progress.validation_before
     assert before is not None
@@ -99,7 +105,8 @@ def test_stopped_and_resumed_training_ends_with_the_same_adapter(
     assert resumed.progress.tokens == unbroken.progress.tokens
     assert resumed.progress.epoch_loss == pytest.approx(unbroken.progress.epoch_loss)
     history = (LocalStore(tmp_path / "broken").read(HISTORY) or b"").splitlines()
-    assert [json.loads(line)["step"] for line in history] == list(range(1, 10))
+    lines = [json.loads(line) for line in history]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 10))
 
 
 def test_loss_that_is_not_finite_stops_and_names_step_and_examples(
