@@ -59,8 +59,15 @@ class Lora(Section):
     alpha: Annotated[Number, Field(gt=0)] | None = Field(
         None, description="The update is scaled by alpha / rank; unset means alpha = rank."
     )
-    targets: Annotated[list[str], Field(min_length=1)] = Field(
-        ["query", "value"], description="Names of the Keras layers that get an adapter."
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
+        ["query", "value"],
+        description="Names of the Keras layers that get an adapter, or all-linear.",
+    )
+    rslora: bool = Field(
+        False, description="Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."
+    )
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of an adapter's inputs that are dropped in training."
     )
 
 
@@ -155,7 +162,16 @@ class Train(Section):
     loss_on: Literal["response", "all"] = Field(
         "response", description="Which tokens have a loss: the response's, or the prompt's too."
     )
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="The Keras optimizer.")
+    optimizer: Literal["adamw", "sgd", "lion", "adafactor", "muon"] = Field(
+        "adamw",
+        description="The Keras optimizer; muon leaves what is not a matrix to AdamW.",
+    )
+    lora_plus_ratio: Annotated[Number, Field(gt=0)] = Field(
+        1.0, description="Learning rate of B over that of A (LoRA+)."
+    )
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of the target that is spread over the vocabulary, in training."
+    )
     learning_rate: Annotated[Number, Field(ge=0)] = Field(2e-4, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="How the rate falls after the warm-up; linear and cosine end at 0."
@@ -164,7 +180,7 @@ class Train(Section):
         0.03, description="Share of the steps over which the rate rises from 0."
     )
     weight_decay: Annotated[Number, Field(ge=0)] = Field(
-        0.0, description="Decoupled decay (AdamW)."
+        0.0, description="Decoupled weight decay; not for sgd."
     )
     clip_norm: Annotated[Number, Field(gt=0)] | None = Field(
         1.0, description="Global gradient norm is clipped to this; null turns clipping off."
@@ -186,7 +202,7 @@ class Train(Section):
             )
         if self.optimizer == "sgd" and self.weight_decay:
             raise ValueError(
-                "`weight_decay` applies to adamw only; remove it or change `optimizer`"
+                "`weight_decay` does not apply to sgd; remove it or change `optimizer`"
             )
         return self
 

@@ -171,7 +171,7 @@ BAD = {
     "weight decay of sgd": Bad(
         BASE + "train:\n  optimizer: sgd\n  weight_decay: 0.1 # <-\n",
         "train.weight_decay",
-        "adamw only",
+        "does not apply to sgd",
     ),
     "one name for two evaluations": Bad(
         BASE

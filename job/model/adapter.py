@@ -54,4 +54,4 @@ def load_adapter(path: Path, layout: LoraLayout) -> tuple[LoraLayout, LoraWeight
                 pairs.append((jnp.asarray(a), jnp.asarray(b)))
     except (OSError, KeyError) as error:
         raise StageError(f"{path.name} is not a LoRA file of this model: {error}") from error
-    return replace(layout, alpha=float(rank)), tuple(pairs)
+    return replace(layout, alpha=float(rank), rslora=False), tuple(pairs)

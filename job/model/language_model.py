@@ -19,7 +19,7 @@ from job.model.lora import LoraLayout, LoraWeights, Weights, plan_lora
 from job.model.presets import Preset, load_task, resolve
 from job.model.segments import can_pack, segment_attention
 from job.model.text import TextCodec
-from job.model.tracing import Remat, lora_beside, rematerialized
+from job.model.tracing import Dropout, Remat, lora_beside, rematerialized
 from job.revisions import NONE, Revisions
 from job.spec import Model
 
@@ -105,7 +105,12 @@ class LanguageModel:
         return outputs
 
     def train_hidden(
-        self, weights: Weights, lora: LoraWeights, rows: Mapping[str, jax.Array], settings: Forward
+        self,
+        weights: Weights,
+        lora: LoraWeights,
+        rows: Mapping[str, jax.Array],
+        settings: Forward,
+        dropout: Dropout | None = None,
     ) -> jax.Array:
         """The last hidden states of the model with an adapter, for differentiation.
 
@@ -114,6 +119,7 @@ class LanguageModel:
             lora: the adapter.
             rows: `token_ids` and `segments`, int32 `[batch, length]`, as for `hidden`.
             settings: whether rows are packed, and what is kept for the backward pass.
+            dropout: of the adapters' inputs.
         """
         inside = self.lora.inside()
         pairs = zip(self.lora.targets, lora, strict=True)
@@ -122,7 +128,7 @@ class LanguageModel:
         with (
             self._scope(inside.merge(weights, merged)),
             segments,
-            lora_beside(self._backbone, self.lora, lora),
+            lora_beside(self._backbone, self.lora, lora, dropout),
             rematerialized(self._backbone, settings.remat),
         ):
             outputs: jax.Array = self._backbone(

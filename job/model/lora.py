@@ -7,6 +7,7 @@ but the model's layers are never changed, and one set of frozen weights serves t
 training and the tuned model.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,11 +48,15 @@ class LoraLayout:
     rank: int
     alpha: float
     targets: tuple[LoraTarget, ...]
+    rslora: bool = False
 
     @property
     def scale(self) -> float:
-        """The factor of `A @ B`."""
-        return self.alpha / self.rank
+        """The factor of `A @ B`.
+
+        alpha / rank, or alpha / sqrt(rank) for rank-stabilized LoRA (Kalajdzievski 2023).
+        """
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def parameters(self) -> int:
@@ -118,17 +123,17 @@ def plan_lora(backbone: Any, lora: Lora) -> LoraLayout:
             _equations(layer),
         )
         for index, layer in adaptable
-        if layer.name in lora.targets
+        if lora.targets == "all-linear" or layer.name in lora.targets
     ]
     names = sorted({layer.name for _, layer in adaptable})
-    for wanted in lora.targets:
+    for wanted in () if lora.targets == "all-linear" else lora.targets:
         if wanted not in names:
             raise UsageError(
                 f"model.lora.targets: no layer is named '{wanted}'; "
                 f"this model has {', '.join(names)}"
             )
     alpha = float(lora.rank if lora.alpha is None else lora.alpha)
-    return LoraLayout(lora.rank, alpha, tuple(targets))
+    return LoraLayout(lora.rank, alpha, tuple(targets), lora.rslora)
 
 
 def _equations(layer: Any) -> tuple[str, str] | None:

@@ -10,7 +10,7 @@ kernel is bfloat16.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from keras import ops
@@ -33,8 +33,15 @@ def _calls(replacements: list[tuple[Any, Callable[..., Any]]]) -> Iterator[None]
             del layer.__dict__["call"]
 
 
+class Dropout(NamedTuple):
+    """A share of the adapters' inputs to drop, and the random key that says which."""
+
+    rate: float
+    key: jax.Array
+
+
 def lora_beside(
-    backbone: Any, layout: LoraLayout, lora: LoraWeights
+    backbone: Any, layout: LoraLayout, lora: LoraWeights, dropout: Dropout | None
 ) -> contextlib.AbstractContextManager[None]:
     """Within this block the adapted layers add their adapter's output to their own."""
     layers = weighted_layers(backbone)
@@ -42,15 +49,31 @@ def lora_beside(
     for target, (a, b) in zip(layout.targets, layout.scaled(lora), strict=True):
         if target.equations is not None:
             layer = layers[target.layer_index]
-            replacements.append((layer, _beside(layer, target.equations, a, b)))
+            drop = _dropper(dropout, target.layer_index)
+            replacements.append((layer, _beside(layer, target.equations, a, b, drop)))
     return _calls(replacements)
 
 
-def _beside(layer: Any, equations: tuple[str, str], a: Any, b: Any) -> Callable[..., Any]:
+def _dropper(dropout: Dropout | None, number: int) -> Callable[[Any], Any]:
+    """Inverted dropout (Srivastava et al. 2014) with a key of the layer's own."""
+    if dropout is None or not dropout.rate:
+        return lambda x: x
+    key, keep = jax.random.fold_in(dropout.key, number), 1.0 - dropout.rate
+
+    def drop(x: Any) -> Any:
+        kept = jax.random.bernoulli(key, keep, x.shape)
+        return ops.where(kept, x / ops.cast(keep, x.dtype), ops.zeros_like(x))
+
+    return drop
+
+
+def _beside(
+    layer: Any, equations: tuple[str, str], a: Any, b: Any, drop: Callable[[Any], Any]
+) -> Callable[..., Any]:
     frozen = layer.call
 
     def call(x: Any, *args: Any, **kwargs: Any) -> Any:
-        inner = ops.einsum(equations[0], x, ops.cast(a, x.dtype))
+        inner = ops.einsum(equations[0], drop(x), ops.cast(a, x.dtype))
         return frozen(x, *args, **kwargs) + ops.einsum(equations[1], inner, ops.cast(b, x.dtype))
 
     return call

@@ -26,6 +26,7 @@ from job.spec import Train
 from job.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from job.train.optimizer import make_optimizer
 from job.train.step import (
+    Recipe,
     StepFigures,
     TrainState,
     loss_width,
@@ -103,9 +104,16 @@ class Trainer:
         start = model.lora.start(run.spec.seed)
         self._optimizer, self._schedule = make_optimizer(self._train, self._plan.steps, start)
         self._state = self._place(flatten(start), [v.value for v in self._optimizer.variables])
-        settings = Forward(packed, self._train.remat)
-        self._step = make_train_step(model, self._optimizer, settings)
-        self._validate_rows = make_validation(model, settings)
+        forward = Forward(packed, self._train.remat)
+        recipe = Recipe(
+            forward,
+            dropout=run.spec.model.lora.dropout,
+            label_smoothing=self._train.label_smoothing,
+            lora_plus_ratio=self._train.lora_plus_ratio,
+            seed=run.spec.seed,
+        )
+        self._step = make_train_step(model, self._optimizer, recipe)
+        self._validate_rows = make_validation(model, forward)
         self._losses = self._most_losses()
         self._progress = Progress()
 
@@ -170,7 +178,7 @@ class Trainer:
         mark, compiled = time.monotonic(), COMPILE_CLOCK.seconds
         while progress.step < total:
             batch = self._rows.batch.take(self._plan.rows_of(progress.step))
-            placed = place(self._model, batch, self._accumulation, self._losses)
+            placed = place(self._model, batch, self._accumulation, self._losses, progress.step)
             self._state, figures = self._step(self._state, self._model.weights, placed)
             # The step before is looked at while this one runs.
             if pending is not None:

@@ -30,6 +30,13 @@ class LossSums(NamedTuple):
     correct: jax.Array
 
 
+class Way(NamedTuple):
+    """How the sums are made; fixed when the program is compiled."""
+
+    unroll: bool
+    smoothing: float
+
+
 def slice_length(rows: int, losses: int, vocabulary: int) -> int:
     """Positions of each row for which logits are held at once: a divisor-friendly bound."""
     fits = max(1, SLICE_BYTES // (4 * rows * vocabulary))
@@ -60,6 +67,7 @@ def head_loss(
     *,
     length: int,
     unroll: bool,
+    smoothing: float = 0.0,
 ) -> LossSums:
     """Summed cross-entropy and count of right predictions.
 
@@ -70,6 +78,7 @@ def head_loss(
         targets: int32 `[batch, losses]`.
         weights: float32 `[batch, losses]`.
         length: positions of each row handled at once.
+        smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2015).
         unroll: slices one after the other in the program instead of in a loop; faster on CPUs.
     """
     batch, losses = targets.shape
@@ -80,15 +89,22 @@ def head_loss(
         padded = jnp.pad(array, ((0, 0), (0, pad)) + ((0, 0),) * (array.ndim - 2))
         return jnp.moveaxis(padded.reshape(batch, slices, length, *array.shape[2:]), 1, 0)
 
-    sums = _sliced(head, unroll, frozen, cut(hidden), cut(targets), cut(weights))
+    sums = _sliced(head, Way(unroll, smoothing), frozen, cut(hidden), cut(targets), cut(weights))
     return LossSums(*sums)
 
 
 def _slice_sums(
-    head: Head, frozen: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+    head: Head,
+    way: Way,
+    frozen: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
 ) -> _Pair:
     logits = head(frozen, hidden)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    if way.smoothing:
+        chosen = (1 - way.smoothing) * chosen + way.smoothing * jnp.mean(logits, axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1) - chosen
     correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
     return jnp.sum(losses * weights), jnp.sum(correct * weights)
@@ -97,24 +113,24 @@ def _slice_sums(
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sliced(
     head: Head,
-    unroll: bool,
+    way: Way,
     frozen: Any,
     hidden: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
 ) -> _Pair:
     def add(total: _Pair, part: _Part) -> tuple[_Pair, None]:
-        loss, correct = _slice_sums(head, frozen, *part)
+        loss, correct = _slice_sums(head, way, frozen, *part)
         return (total[0] + loss, total[1] + correct), None
 
     zero = jnp.zeros((), jnp.float32)
-    total, _ = jax.lax.scan(add, (zero, zero), (hidden, targets, weights), unroll=unroll)
+    total, _ = jax.lax.scan(add, (zero, zero), (hidden, targets, weights), unroll=way.unroll)
     return total
 
 
 def _forward(
     head: Head,
-    unroll: bool,
+    way: Way,
     frozen: Any,
     hidden: jax.Array,
     targets: jax.Array,
@@ -123,17 +139,17 @@ def _forward(
     def add(total: _Pair, part: _Part) -> tuple[_Pair, jax.Array]:
         states, target, weight = part
         loss, pull, correct = jax.vjp(
-            lambda h: _slice_sums(head, frozen, h, target, weight), states, has_aux=True
+            lambda h: _slice_sums(head, way, frozen, h, target, weight), states, has_aux=True
         )
         (gradient,) = pull(jnp.ones((), jnp.float32))
         return (total[0] + loss, total[1] + correct), gradient
 
     zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(add, (zero, zero), (hidden, targets, weights), unroll=unroll)
+    return jax.lax.scan(add, (zero, zero), (hidden, targets, weights), unroll=way.unroll)
 
 
 def _backward(
-    _head: Head, _unroll: bool, gradients: jax.Array, cotangents: _Pair
+    _head: Head, _way: Way, gradients: jax.Array, cotangents: _Pair
 ) -> tuple[None, jax.Array, None, None]:
     return (None, gradients * cotangents[0].astype(gradients.dtype), None, None)
 

@@ -1,6 +1,7 @@
 """The Keras optimizer of the spec, and the learning rate over the steps."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -41,16 +42,34 @@ class WarmupSchedule(keras.optimizers.schedules.LearningRateSchedule):  # type: 
         return {"peak": self.peak, "shape": self.shape, "warmup": self.warmup, "steps": self.steps}
 
 
+_OPTIMIZERS: dict[str, Callable[[WarmupSchedule, Train], Any]] = {
+    "sgd": lambda rate, train: keras.optimizers.SGD(rate, global_clipnorm=train.clip_norm),
+    "adamw": lambda rate, train: keras.optimizers.AdamW(
+        rate, weight_decay=train.weight_decay, global_clipnorm=train.clip_norm
+    ),
+    "lion": lambda rate, train: keras.optimizers.Lion(
+        rate, weight_decay=train.weight_decay, global_clipnorm=train.clip_norm
+    ),
+    "adafactor": lambda rate, train: keras.optimizers.Adafactor(
+        rate,
+        relative_step=False,  # the schedule is the spec's
+        weight_decay=train.weight_decay,
+        global_clipnorm=train.clip_norm,
+    ),
+    "muon": lambda rate, train: keras.optimizers.Muon(
+        rate,
+        weight_decay=train.weight_decay,
+        adam_weight_decay=train.weight_decay,
+        global_clipnorm=train.clip_norm,
+    ),
+}
+
+
 def make_optimizer(train: Train, steps: int, lora: LoraWeights) -> tuple[Any, WarmupSchedule]:
     """The optimizer, built for the adapter's weights, and its schedule over `steps` steps."""
     schedule = WarmupSchedule(
         train.learning_rate, train.schedule, math.ceil(train.warmup_ratio * steps), steps
     )
-    if train.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(schedule, global_clipnorm=train.clip_norm)
-    else:
-        optimizer = keras.optimizers.AdamW(
-            schedule, weight_decay=train.weight_decay, global_clipnorm=train.clip_norm
-        )
+    optimizer = _OPTIMIZERS[train.optimizer](schedule, train)
     optimizer.build([keras.Variable(array, dtype="float32") for array in flatten(lora)])
     return optimizer, schedule

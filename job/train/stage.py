@@ -91,7 +91,7 @@ def _model_info(run: Run, model: LanguageModel) -> ModelInfo:
         dtype=spec.dtype,
         lora_rank=model.lora.rank,
         lora_alpha=model.lora.alpha,
-        lora_targets=spec.lora.targets,
+        lora_targets=sorted({target.path.rsplit("/", 1)[-1] for target in model.lora.targets}),
         parameters=ParameterCounts(total=model.parameters, trainable=model.lora.parameters),
     )
 

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from job.data.packing import Batch
 from job.model.language_model import Forward, LanguageModel
 from job.model.lora import LoraWeights, Weights, flatten, unflatten
+from job.model.tracing import Dropout
 from job.train.loss import LossSums, gather, head_loss, slice_length
 
 Arrays = dict[str, jax.Array]
@@ -36,16 +38,30 @@ class StepFigures(NamedTuple):
     gradient_norm: jax.Array
 
 
-def place(model: LanguageModel, batch: Batch, accumulation: int, losses: int) -> Arrays:
+class Recipe(NamedTuple):
+    """What a training step does besides the optimizer's part."""
+
+    forward: Forward
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
+    lora_plus_ratio: float = 1.0
+    seed: int = 0
+
+
+def place(
+    model: LanguageModel, batch: Batch, accumulation: int, losses: int, step: int = 0
+) -> Arrays:
     """A batch on the devices.
 
     Args:
         accumulation: parts that go through the model one after the other.
         losses: width of a device's list of loss positions in each part.
+        step: its number, from which the parts' dropout follows.
 
     Returns:
         `token_ids` and `segments` `[accumulation, rows, length]`, rows split over the devices,
-        and the lists of `Batch.flat_losses` `[accumulation, devices, losses]`, split likewise.
+        the lists of `Batch.flat_losses` `[accumulation, devices, losses]`, split likewise, and
+        the number of each part, `[accumulation]`.
     """
     arrays = {
         name: getattr(batch, name).reshape(accumulation, -1, batch.token_ids.shape[1])
@@ -53,7 +69,8 @@ def place(model: LanguageModel, batch: Batch, accumulation: int, losses: int) ->
     }
     flat = batch.flat_losses(accumulation * model.devices, losses)
     arrays |= {name: array.reshape(accumulation, model.devices, -1) for name, array in flat.items()}
-    placed: Arrays = model.split_batch(arrays, axis=1)
+    parts = np.arange(accumulation, dtype=np.int32) + step * accumulation
+    placed: Arrays = model.split_batch(arrays, axis=1) | {"part": model.replicate(parts)}
     return placed
 
 
@@ -63,9 +80,11 @@ def loss_width(most: int) -> int:
 
 
 def _sums(
-    model: LanguageModel, weights: Weights, lora: LoraWeights, rows: Arrays, settings: Forward
+    model: LanguageModel, weights: Weights, lora: LoraWeights, rows: Arrays, recipe: Recipe
 ) -> LossSums:
-    hidden = model.train_hidden(weights, lora, rows, settings)
+    key = jax.random.fold_in(jax.random.key(recipe.seed), rows["part"])
+    dropout = Dropout(recipe.dropout, key) if recipe.dropout else None
+    hidden = model.train_hidden(weights, lora, rows, recipe.forward, dropout)
     states = gather(hidden, rows["positions"])
     return head_loss(
         model.logits,
@@ -75,17 +94,18 @@ def _sums(
         rows["weights"],
         length=slice_length(1, states.shape[1], model.vocabulary),
         unroll=model.platform == "cpu",
+        smoothing=recipe.label_smoothing,
     )
 
 
 def make_train_step(
-    model: LanguageModel, optimizer: Any, settings: Forward
+    model: LanguageModel, optimizer: Any, recipe: Recipe
 ) -> Callable[[TrainState, Weights, Arrays], tuple[TrainState, StepFigures]]:
     """The compiled step. A step whose loss or gradient is not finite changes nothing."""
     unroll = model.platform == "cpu"
 
     def loss(lora: LoraWeights, weights: Weights, rows: Arrays) -> tuple[jax.Array, LossSums]:
-        sums = _sums(model, weights, lora, rows, settings)
+        sums = _sums(model, weights, lora, rows, recipe)
         return sums.loss, sums
 
     def step(state: TrainState, weights: Weights, batch: Arrays) -> tuple[TrainState, StepFigures]:
@@ -103,11 +123,20 @@ def make_train_step(
             list(state.optimizer), flatten(gradients), flatten(state.lora)
         )
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
-        changed = TrainState(unflatten(arrays), tuple(variables))
+        lora = _faster_b(state.lora, unflatten(arrays), recipe.lora_plus_ratio)
+        changed = TrainState(lora, tuple(variables))
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
         return kept, StepFigures(sums.loss, sums.correct, tokens, norm)
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _faster_b(before: LoraWeights, after: LoraWeights, ratio: float) -> LoraWeights:
+    """The step of B times `ratio` (LoRA+, Hayou et al. 2024)."""
+    if ratio == 1.0:
+        return after
+    pairs = zip(before, after, strict=True)
+    return tuple((a, old + ratio * (b - old)) for (_, old), (a, b) in pairs)
 
 
 def make_validation(
@@ -117,6 +146,6 @@ def make_validation(
 
     def sums(lora: LoraWeights, weights: Weights, batch: Arrays) -> LossSums:
         rows = {name: array[0] for name, array in batch.items()}
-        return _sums(model, weights, lora, rows, settings)
+        return _sums(model, weights, lora, rows, Recipe(settings))
 
     return jax.jit(sums)

@@ -149,7 +149,7 @@ def ours(
     from job.spec import Lora, Model, Train
     from job.train.loop import Plan
     from job.train.optimizer import make_optimizer
-    from job.train.step import TrainState, loss_width, make_train_step, place
+    from job.train.step import Recipe, TrainState, loss_width, make_train_step, place
 
     import keras_hub  # isort: skip
 
@@ -168,7 +168,7 @@ def ours(
         (start, tuple(v.value for v in optimizer.variables)),
     ))  # fmt: skip
     batches = [rows.batch.take(plan.rows_of(step)) for step in range(plan.steps)]
-    step = make_train_step(model, optimizer, Forward(packed=True, remat=remat))
+    step = make_train_step(model, optimizer, Recipe(Forward(packed=True, remat=remat)))
     width = loss_width(max(int(batch.losses(1).max()) for batch in batches))
     clock = CompileClock()
     clock.listen()
@@ -202,8 +202,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3, help="the fastest one counts")
-    parser.add_argument("--rows", type=int, default=4, help="packed rows a step")
-    parser.add_argument("--pack-length", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=8, help="packed rows a step")
+    parser.add_argument("--pack-length", type=int, default=256)
     given = parser.parse_args()
     examples = make_examples(given.examples, SHAPES[given.shape]["vocabulary_size"])
     common = (given.shape, given.dtype, examples)

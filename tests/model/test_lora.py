@@ -126,3 +126,23 @@ def test_gemma_3_1b_has_the_published_parameter_counts() -> None:
     )
     assert backbone.count_params() == 999_885_952
     assert plan_lora(backbone, Lora(rank=16)).parameters == 2_609_152
+
+
+def test_all_linear_adapts_every_matrix_of_every_block_and_no_embedding(make_model) -> None:
+    layout = plan_lora(make_model()._backbone, Lora(rank=4, targets="all-linear"))
+    names = [target.path.rsplit("/", 1)[-1] for target in layout.targets]
+    assert sorted(set(names)) == [
+        "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear", "key", "query", "value",
+    ]  # fmt: skip
+    assert len(names) == 7 * 6
+    assert all(target.equations is not None for target in layout.targets)
+
+
+def test_rank_stabilized_scale_is_kept_by_the_file(make_model, tmp_path: Path) -> None:
+    layout = plan_lora(make_model()._backbone, Lora(rank=4, alpha=8, rslora=True))
+    assert layout.scale == 4.0
+    lora = random_lora(layout)
+    save_adapter(tmp_path / "a.lora.h5", layout, lora)
+    back, weights = load_adapter(tmp_path / "a.lora.h5", layout)
+    assert back.scale == 1.0
+    np.testing.assert_allclose(weights[0][1], 4.0 * lora[0][1])

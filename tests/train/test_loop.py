@@ -130,3 +130,16 @@ def test_loss_that_is_not_finite_stops_and_names_step_and_examples(
     assert kept is not None
     assert kept.progress.step == 2
     assert all(np.isfinite(array).all() for array in kept.arrays)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate"), [("sgd", 3.0), ("lion", 3e-3), ("adafactor", 1.0), ("muon", 3e-2)]
+)
+def test_every_optimizer_lowers_the_loss(
+    tmp_path: Path, tiny: LanguageModel, optimizer: str, rate: float
+) -> None:
+    made, _ = trainer(tmp_path, tiny, optimizer=optimizer, learning_rate=rate)
+    trained = made.run()
+    before = trained.progress.validation_before
+    assert before is not None
+    assert trained.validation_after[0] < before[0] - 0.1

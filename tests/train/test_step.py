@@ -12,7 +12,7 @@ from job.model.tracing import Remat
 from job.spec import Train
 from job.train.loss import gather, head_loss, slice_length
 from job.train.optimizer import WarmupSchedule, make_optimizer
-from job.train.step import TrainState, loss_width, make_train_step, make_validation, place
+from job.train.step import Recipe, TrainState, loss_width, make_train_step, make_validation, place
 
 
 def examples(count: int = 8, longest: int = 90) -> list[TokenExample]:
@@ -104,7 +104,9 @@ def test_packed_loss_and_gradients_equal_unpacked_ones(tiny: LanguageModel) -> N
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale)
 
 
-def step_once(model: LanguageModel, accumulation: int, remat: Remat = "matmuls") -> tuple:
+def step_once(
+    model: LanguageModel, accumulation: int, remat: Remat = "matmuls", **recipe: float
+) -> tuple:
     rows = make_rows(examples(), 128, packing=False)
     start = trained_start(model)
     train = Train(optimizer="sgd", learning_rate=1.0, schedule="constant", warmup_ratio=0)
@@ -114,7 +116,7 @@ def step_once(model: LanguageModel, accumulation: int, remat: Remat = "matmuls")
             jax.tree.map(np.array, (start, tuple(v.value for v in optimizer.variables)))
         )
     )
-    step = make_train_step(model, optimizer, Forward(packed=True, remat=remat))
+    step = make_train_step(model, optimizer, Recipe(Forward(packed=True, remat=remat), **recipe))
     width = loss_width(int(rows.batch.losses(accumulation * model.devices).max()))
     state, figures = step(state, model.weights, place(model, rows.batch, accumulation, width))
     return [np.asarray(a) for a in flatten(state.lora)], jax.device_get(figures)
@@ -174,3 +176,36 @@ def test_learning_rate_rises_and_falls_as_the_spec_says(
 ) -> None:
     schedule = WarmupSchedule(1.0, shape, warmup=4, steps=14)
     assert float(schedule(step)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_label_smoothing_spreads_the_target_over_the_vocabulary() -> None:
+    generator = np.random.default_rng(0)
+    table = jnp.asarray(generator.normal(size=(50, 16)), jnp.float32)
+    hidden = jnp.asarray(generator.normal(size=(2, 24, 16)), jnp.float32)
+    targets = jnp.asarray(generator.integers(0, 50, size=(2, 24)))
+    smoothed = 0.9 * jax.nn.one_hot(targets, 50) + 0.1 / 50
+    expected = -jnp.sum(smoothed * jax.nn.log_softmax(hidden @ table.T))
+    found = head_loss(
+        lambda table, h: h @ table.T, table, hidden, targets, jnp.ones((2, 24)),
+        length=7, unroll=True, smoothing=0.1,
+    )  # fmt: skip
+    np.testing.assert_allclose(found.loss, expected, rtol=1e-5)
+
+
+def test_lora_plus_takes_larger_steps_with_b_only(tiny: LanguageModel) -> None:
+    start = [np.asarray(a) for a in flatten(trained_start(tiny))]
+    usual, _ = step_once(tiny, 1)
+    faster, _ = step_once(tiny, 1, lora_plus_ratio=4.0)
+    for number, (old, one, four) in enumerate(zip(start, usual, faster, strict=True)):
+        factor = 4.0 if number % 2 else 1.0
+        np.testing.assert_allclose(four - old, factor * (one - old), atol=1e-5)
+
+
+def test_dropout_follows_from_the_seed_and_changes_the_step(tiny: LanguageModel) -> None:
+    usual, _ = step_once(tiny, 1)
+    dropped, _ = step_once(tiny, 1, dropout=0.5)
+    again, _ = step_once(tiny, 1, dropout=0.5)
+    other, _ = step_once(tiny, 1, dropout=0.5, seed=1)
+    np.testing.assert_array_equal(dropped[0], again[0])
+    assert not np.allclose(dropped[0], usual[0], atol=1e-5)
+    assert not np.allclose(dropped[0], other[0], atol=1e-5)
