@@ -5,9 +5,11 @@ its metadata) written whole through the store. It carries the digest of the trai
 and a hash of its own arrays, so neither another training's nor a damaged file is ever used.
 """
 
+import contextvars
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -75,6 +77,51 @@ def save_checkpoint(store: Store, inputs: str, progress: Progress, arrays: Seque
     store.write(_key(progress.step), content)
     for key in sorted(store.list(FOLDER))[:-KEPT]:
         store.delete(key)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background, one at a time, so that steps go on meanwhile.
+
+    Leaving its block waits for the last one. What went wrong is raised by the next call.
+    """
+
+    def __init__(self, store: Store, inputs: str) -> None:
+        self._store = store
+        self._inputs = inputs
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        self._worker.shutdown()
+        self.wait()
+
+    def save(self, progress: Progress, arrays: Sequence[Any], beside: Mapping[str, bytes]) -> None:
+        """Begin to write a checkpoint, once the one before is there.
+
+        Args:
+            arrays: as for `save_checkpoint`, already on the host.
+            beside: files to write first, by key.
+        """
+        self.wait()
+        copied = progress.model_copy()
+        context = contextvars.copy_context()
+        self._pending = self._worker.submit(context.run, self._write, copied, arrays, beside)
+
+    def _write(
+        self, progress: Progress, arrays: Sequence[Any], beside: Mapping[str, bytes]
+    ) -> None:
+        for key, content in beside.items():
+            self._store.write(key, content)
+        save_checkpoint(self._store, self._inputs, progress, arrays)
+
+    def wait(self) -> None:
+        """Return once what was begun is written; raise if it could not be."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
 
 def load_checkpoint(store: Store, inputs: str) -> Checkpoint | None:

@@ -19,11 +19,12 @@ from job.data.packing import Batch, PackedRows
 from job.errors import StageError
 from job.model.language_model import Forward, LanguageModel
 from job.model.lora import LoraWeights, flatten, unflatten
+from job.progress import Advance
 from job.progress import progress as show_progress
 from job.run import Run
 from job.runtime import COMPILE_CLOCK
 from job.spec import Train
-from job.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from job.train.checkpoint import CheckpointWriter, Progress, load_checkpoint
 from job.train.optimizer import make_optimizer
 from job.train.step import (
     Recipe,
@@ -147,8 +148,11 @@ class Trainer:
         if self._progress.validation_before is None:
             self._progress.validation_before = self._validate()
             self._log_validation(self._progress.validation_before)
-        with show_progress("training", total, self._progress.step) as advance:
-            self._loop(total, advance)
+        with (
+            CheckpointWriter(self._run.store, self._run.digests["train"]) as writer,
+            show_progress("training", total, self._progress.step) as advance,
+        ):
+            self._loop(total, advance, writer)
         after = self._validate()
         self._log_validation(after)
         return Trained(
@@ -172,7 +176,7 @@ class Trainer:
         ]
         logs.get().info("resumed from a checkpoint", step=found.progress.step, of=self._plan.steps)
 
-    def _loop(self, total: int, advance: Any) -> None:
+    def _loop(self, total: int, advance: Advance, writer: CheckpointWriter) -> None:
         train, progress = self._train, self._progress
         pending: tuple[int, Batch, StepFigures] | None = None
         mark, compiled = time.monotonic(), COMPILE_CLOCK.seconds
@@ -199,8 +203,11 @@ class Trainer:
                 self._log_validation(self._validate())
             mark, compiled = time.monotonic(), COMPILE_CLOCK.seconds
             if saving:
-                self._save()
+                arrays = jax.device_get([*flatten(self._state.lora), *self._state.optimizer])
+                # What the history says beyond the checkpoint is dropped on resuming.
+                writer.save(progress, arrays, {HISTORY: self.history()})
             if stopping:
+                writer.wait()
                 self._run.stop.check()
 
     def _account(self, step: int, batch: Batch, figures: StepFigures) -> dict[str, float | str]:
@@ -274,12 +281,6 @@ class Trainer:
         }
         self._history.append(line)
         logs.get().info("validation", **line)
-
-    def _save(self) -> None:
-        arrays = jax.device_get([*flatten(self._state.lora), *self._state.optimizer])
-        # First the history: what it says beyond the checkpoint is dropped on resuming.
-        self._run.store.write(HISTORY, self.history())
-        save_checkpoint(self._run.store, self._run.digests["train"], self._progress, arrays)
 
     def history(self) -> bytes:
         """The lines of history.jsonl so far."""

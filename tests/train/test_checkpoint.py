@@ -1,12 +1,20 @@
 """A checkpoint is whole or not used, belongs to one training, and only the newest are kept."""
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from job.errors import StageError
 from job.storage import LocalStore
-from job.train.checkpoint import FOLDER, Progress, load_checkpoint, save_checkpoint
+from job.train.checkpoint import (
+    FOLDER,
+    CheckpointWriter,
+    Progress,
+    load_checkpoint,
+    save_checkpoint,
+)
 from job.train.loop import Plan
 
 
@@ -71,3 +79,38 @@ def test_every_row_is_trained_on_once_an_epoch_in_an_order_of_the_seed() -> None
     assert epochs[0].tolist() != epochs[1].tolist()
     other = Plan(rows=10, batch_size=4, epochs=2, seed=4)
     assert plan.rows_of(0).tolist() != other.rows_of(0).tolist()
+
+
+class SlowStore(LocalStore):
+    """A store whose writes take a while, or fail."""
+
+    failing = False
+
+    def write(self, key: str, content: bytes) -> None:
+        time.sleep(0.2)
+        if self.failing:
+            raise StageError("no room left")
+        super().write(key, content)
+
+
+def test_checkpoints_are_written_while_training_goes_on(tmp_path: Path) -> None:
+    store = SlowStore(tmp_path)
+    progress = Progress(step=1)
+    with CheckpointWriter(store, "inputs") as writer:
+        clock = time.monotonic()
+        writer.save(progress, arrays(1), {"train/history.jsonl": b"{}"})
+        assert time.monotonic() - clock < 0.1
+        progress.step = 2
+        assert store.list(FOLDER) == []
+    found = load_checkpoint(store, "inputs")
+    assert found is not None
+    assert found.progress.step == 1
+    assert store.read("train/history.jsonl") == b"{}"
+
+
+def test_checkpoint_that_cannot_be_written_stops_the_training(tmp_path: Path) -> None:
+    store = SlowStore(tmp_path)
+    store.failing = True
+    with pytest.raises(StageError, match="no room left"), CheckpointWriter(store, "i") as writer:
+        writer.save(Progress(step=1), arrays(1), {})
+        writer.wait()

@@ -116,8 +116,12 @@ def test_loss_that_is_not_finite_stops_and_names_step_and_examples(
     broken = made._model.weights
     step = made._step
 
+    calls = 0
+
     def poisoned(state: object, weights: tuple, batch: dict) -> object:
-        if len(run.store.list(FOLDER)) == 2:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
             weights = tuple(
                 jax.numpy.full_like(w, jax.numpy.nan) if w.ndim > 1 else w for w in broken
             )
