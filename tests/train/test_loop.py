@@ -16,7 +16,7 @@ from job.results import EnvironmentInfo
 from job.run import Run, StopSignal
 from job.spec import Spec, Train
 from job.storage import LocalStore
-from job.train.checkpoint import FOLDER, load_checkpoint
+from job.train.checkpoint import load_checkpoint
 from job.train.loop import HISTORY, Trained, Trainer
 
 MACHINE = EnvironmentInfo(
