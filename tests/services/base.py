@@ -13,6 +13,7 @@ import re
 import socket
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -153,7 +154,7 @@ class _Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-class Service:
+class Service(ABC):
     """A stand-in service: subclasses answer requests in `respond`."""
 
     def __init__(self) -> None:
@@ -163,9 +164,9 @@ class Service:
         self._requests: list[Request] = []
         self._server: _Server | None = None
 
+    @abstractmethod
     def respond(self, request: Request, body: bytes) -> Reply:
         """Answer one request; called from many threads at once."""
-        raise NotImplementedError
 
     @property
     def url(self) -> str:
