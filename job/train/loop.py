@@ -279,6 +279,12 @@ class Trainer:
             "validation_loss": found[0],
             "validation_token_accuracy": found[1],
         }
+        # A training resumed after its last step measures again what is on file already.
+        self._history = [
+            old
+            for old in self._history
+            if old["step"] != line["step"] or "validation_loss" not in old
+        ]
         self._history.append(line)
         logs.get().info("validation", **line)
 

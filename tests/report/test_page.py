@@ -236,3 +236,11 @@ def test_the_curve_takes_what_there_is_of_a_history() -> None:
     assert "0.5000 at step 3." in loss_curve([{"step": 3, "validation_loss": 0.5}])
     resumed = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 2.0}]
     assert "3.0000 at step 1, 2.0000 at step 2." in loss_curve(resumed)
+
+
+@pytest.mark.parametrize("render", [render_html, render_markdown])
+def test_a_reference_that_failed_says_why(render: Callable[..., str]) -> None:
+    run = full()
+    run["reference"] |= {"status": "failed", "reason": "22 of 22 have no answer: HTTP 401"}
+    text = render(Results.model_validate(run), HISTORY, FLIPS)
+    assert "failed: 22 of 22 have no answer: HTTP 401" in text

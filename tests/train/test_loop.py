@@ -147,3 +147,16 @@ def test_every_optimizer_lowers_the_loss(
     before = trained.progress.validation_before
     assert before is not None
     assert trained.validation_after[0] < before[0] - 0.1
+
+
+def test_training_resumed_after_its_last_step_ends_the_same(
+    tmp_path: Path, tiny: LanguageModel
+) -> None:
+    first, run = trainer(tmp_path, tiny, epochs=1)
+    trained = first.run()
+    run.store.write(HISTORY, first.history())
+    second, _ = trainer(tmp_path, tiny, epochs=1)
+    again = second.run()
+    for ours, theirs in zip(values(again), values(trained), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    assert second.history() == first.history()
