@@ -114,4 +114,12 @@ def main() -> NoReturn:
     except Interrupted as stopped:
         message, code = str(stopped), EXIT_RESUMABLE
     sys.stderr.write(f"error: {Redactor(os.environ).text(message)}\n")
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    """End with an error; one of several processes does not wait for the others to end."""
+    processes = sys.modules.get("job.processes")
+    if processes is not None and processes.is_joined():
+        processes.end_now(code)
     sys.exit(code)

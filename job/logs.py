@@ -31,6 +31,7 @@ class RunLog:
     def __init__(self) -> None:
         self._waiting: list[str] = []
         self._file: TextIO | None = None
+        self._discarding = False
 
     def attach(self, file: TextIO) -> None:
         """Send the lines so far, and from now on, to an open text file."""
@@ -43,18 +44,25 @@ class RunLog:
         """Keep further lines in memory again."""
         self._file = None
 
+    def discard(self) -> None:
+        """Keep no lines: another process has them."""
+        self._discarding = True
+        self._waiting = []
+
     def line(self, text: str) -> None:
         """Add one line, with its line break."""
         if self._file is None:
-            self._waiting.append(text)
+            if not self._discarding:
+                self._waiting.append(text)
         else:
             self._file.write(text)
             self._file.flush()
 
 
-def configure(run_log: RunLog, stream: TextIO | None = None) -> None:
+def configure(run_log: RunLog, stream: TextIO | None = None, *, least: int = logging.INFO) -> None:
     """Set up structlog for this process, and quieten the libraries.
 
+    Lines below the level `least` are left out.
     `stream` defaults to stdout as it is at each line, so that a progress bar can sit below.
     """
     redactor = Redactor(os.environ)
@@ -76,7 +84,7 @@ def configure(run_log: RunLog, stream: TextIO | None = None) -> None:
     structlog.configure(
         processors=processors,
         logger_factory=lambda *_: _Printer(stream),
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(least),
         cache_logger_on_first_use=False,
     )
 

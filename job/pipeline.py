@@ -7,6 +7,8 @@ depends on it, because their markers are removed before it begins.
 """
 
 import contextlib
+import json
+import logging
 import re
 import tempfile
 import time
@@ -22,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 
 from job import logs, runtime
 from job.errors import EnvironmentProblem, Interrupted, JobError, StageError, UsageError
+from job.processes import join
 from job.results import Results
 from job.revisions import resolve_all
 from job.run import Marker, Preflight, Run, StopSignal
@@ -29,7 +32,7 @@ from job.spec import Spec
 from job.spec_loading import LoadedSpec, digest, run_id
 from job.spec_types import SAMPLES
 from job.stages import NAMES, STAGES, Stage, dependents, stage_digests
-from job.storage import LocalStore, Store, child_uri, open_store
+from job.storage import LocalStore, ReadingStore, Store, child_uri, open_store
 
 RESULTS = "results.json"
 SPEC = "spec.yaml"
@@ -89,57 +92,98 @@ def run_job(
             f"--until {until}: there is no such stage; write one of {', '.join(NAMES)}"
         )
     _check_inputs(spec)
-    store = open_store(child_uri(spec.output, identity))
-    stop = StopSignal()
-    stop.install()
     run_log = logs.RunLog()
     logs.configure(run_log)
     structlog.contextvars.bind_contextvars(run_id=identity, stage="preflight")
-    log = logs.get()
-    wanted = NAMES[: NAMES.index(until) + 1] if until else NAMES
+    stop = StopSignal()
+    stop.install()
+    processes = join(spec.runtime)
+    store = open_store(child_uri(spec.output, identity))
+    if not processes.leads:
+        structlog.contextvars.bind_contextvars(process=processes.index)
+        logs.configure(run_log, least=logging.WARNING)
+        run_log.discard()
+        store = ReadingStore(store)
+    with processes.together():
+        standing = Standing.model_validate_json(
+            processes.share(lambda: _standing(spec, store, fresh=fresh).model_dump_json())
+        )
+        wanted = NAMES[: NAMES.index(until) + 1] if until else NAMES
+        to_do = [s for s in STAGES if s.name in standing.stale and s.name in wanted]
+        if not to_do and "preflight" in standing.markers:
+            _say_skipped(wanted)
+            _say_end(store, "report" in wanted)
+            return
+        logs.get().info(
+            "job started", spec=loaded.source, run=store.uri, to_do=[stage.name for stage in to_do]
+        )
+        environment = runtime.start(spec)
+        with tempfile.TemporaryDirectory(prefix="job-") as work:
+            mesh_of = partial(runtime.make_mesh, spec.runtime)
+            run = Run(
+                identity, spec, store, Path(work), stop, environment, mesh_of, processes=processes
+            )
+            run.markers = standing.markers
+            _run_whole(run, standing, to_do, wanted, run_log, fresh=fresh)
 
+
+class Standing(BaseModel):
+    """What there is of a run when the command begins."""
+
+    markers: dict[str, Marker]
+    stale: list[str]
+    """Stages that must run, in order."""
+    whole: bool
+    """Whether the results are there."""
+
+
+def _standing(spec: Spec, store: Store, *, fresh: bool) -> Standing:
     markers = {} if fresh else read_markers(store)
-    revisions = _earlier(markers).revisions
-    digests = stage_digests(spec, revisions)
+    digests = stage_digests(spec, _earlier(markers).revisions)
     stale = stale_stages(spec, store, markers, digests)
     whole = _read_results(store) is not None and _is_there(store, markers.get("preflight"))
     if not whole and "report" not in stale:
         stale.append("report")
-    to_do = [stage for stage in STAGES if stage.name in stale and stage.name in wanted]
-    if not to_do and "preflight" in markers:
-        _say_skipped(wanted)
-        _say_end(store, "report" in wanted)
-        return
+    return Standing(markers=markers, stale=stale, whole=whole)
 
-    log.info(
-        "job started", spec=loaded.source, run=store.uri, to_do=[stage.name for stage in to_do]
-    )
-    environment = runtime.start(spec)
-    with tempfile.TemporaryDirectory(prefix="job-") as work:
-        mesh_of = partial(runtime.make_mesh, spec)
-        run = Run(identity, spec, store, Path(work), stop, environment, mesh_of)
-        run.markers = markers
-        if fresh:
-            _forget(store)
-        keeper = _LogKeeper(store, run_log, Path(work))
-        try:
-            _preflight(run, resumed=bool(markers) and not whole)
-            run.digests |= stage_digests(spec, run.revisions)
-            _run_stages(run, to_do, wanted, keeper.keep)
-            _say_end(store, "report" in wanted)
-        except Interrupted as stopped:
-            log.warning(str(stopped))
-            raise
-        except JobError as error:
-            log.error("stage failed", error=str(error))
-            raise
-        except Exception as error:
-            log.error("stage failed", error=repr(error), traceback=traceback.format_exc())
-            raise StageError(
-                f"unexpected {type(error).__name__}: {error}; this is a defect, and its traceback "
-                f"is in {child_uri(store.uri, LOG)}"
-            ) from error
-        finally:
+
+def _run_whole(
+    run: Run,
+    standing: Standing,
+    to_do: Sequence[Stage],
+    wanted: Sequence[str],
+    run_log: logs.RunLog,
+    *,
+    fresh: bool,
+) -> None:
+    """Run the stages, and keep the log whatever becomes of them."""
+    log = logs.get()
+    if fresh:
+        _forget(run.store)
+    keeper = _LogKeeper(run.store, run_log, run.work) if run.processes.leads else None
+    keep = keeper.keep if keeper else lambda: None
+    run.processes.before_exit = keep
+    try:
+        _preflight(run, resumed=bool(standing.markers) and not standing.whole)
+        _run_stages(run, to_do, wanted, keep)
+        _say_end(run.store, "report" in wanted)
+    except Interrupted as stopped:
+        log.warning(str(stopped))
+        raise
+    except JobError as error:
+        log.error("stage failed", error=str(error))
+        raise
+    except Exception as error:
+        if gone := run.processes.lost(error):
+            log.error(str(gone), error=repr(error))
+            raise gone from error
+        log.error("stage failed", error=repr(error), traceback=traceback.format_exc())
+        raise StageError(
+            f"unexpected {type(error).__name__}: {error}; this is a defect, and its traceback "
+            f"is in {child_uri(run.store.uri, LOG)}"
+        ) from error
+    finally:
+        if keeper:
             keeper.close()
 
 
@@ -214,6 +258,20 @@ def _now() -> str:
 
 def _preflight(run: Run, *, resumed: bool) -> None:
     """Record the machine and the commits to read; runs whenever another stage does."""
+    made = run.processes.share(lambda: _lead_preflight(run, resumed=resumed).model_dump_json())
+    marker = Marker.model_validate_json(made)
+    run.markers["preflight"] = marker
+    run.revisions = Preflight.model_validate(marker.outcome).revisions
+    digests = run.processes.share(lambda: json.dumps(stage_digests(run.spec, run.revisions)))
+    run.digests |= json.loads(digests)
+    if run.store.size(SPEC) is None:
+        raise EnvironmentProblem(
+            f"process {run.processes.index} does not see what process 0 wrote to {run.store.uri}: "
+            "`output` must be a bucket, or a folder that all machines share"
+        )
+
+
+def _lead_preflight(run: Run, *, resumed: bool) -> Marker:
     started = _now()
     earlier = _earlier(run.markers)
     run.revisions = resolve_all(run.spec, earlier.revisions)
@@ -226,7 +284,7 @@ def _preflight(run: Run, *, resumed: bool) -> None:
     run.written = []
     run.put(SPEC, _spec_text(run.spec))
     run.digests["preflight"] = digest([run.environment.model_dump(mode="json"), run.revisions])
-    _write_marker(run, "preflight", started, 0.0, outcome)
+    marker = _write_marker(run, "preflight", started, 0.0, outcome)
     logs.get().info(
         "machine is as the spec asks",
         platform=run.environment.platform,
@@ -240,6 +298,7 @@ def _preflight(run: Run, *, resumed: bool) -> None:
 
         if missing := missing_key(run.spec.reference):
             logs.get().warning(missing)
+    return marker
 
 
 def _spec_text(spec: Spec) -> bytes:
@@ -257,7 +316,7 @@ def _run_stages(
         if stage not in to_do:
             logs.get().info("skipped: done before with the same inputs")
             continue
-        run.stop.check()
+        run.check()
         before = run.markers.get(stage.name)
         same = before is not None and before.digest == run.digests[stage.name]
         run.previous = before if same else None
@@ -267,16 +326,23 @@ def _run_stages(
         logs.get().info("stage started")
         started, clock = _now(), time.monotonic()
         run.written = []
-        outcome = stage.run(run)
-        seconds = time.monotonic() - clock
-        _write_marker(run, stage.name, started, seconds, outcome)
-        if stage.name == "report":
-            _write_results(run)
-        logs.get().info("stage done", seconds=round(seconds, 1))
-        keep()
+        if stage.everywhere or run.processes.leads:
+            outcome = stage.run(run)
+            seconds = time.monotonic() - clock
+            _write_marker(run, stage.name, started, seconds, outcome)
+            if stage.name == "report":
+                _write_results(run)
+            logs.get().info("stage done", seconds=round(seconds, 1))
+            keep()
+        made = run.processes.share(partial(_marker_text, run, stage), run.stop.check)
+        run.markers[stage.name] = Marker.model_validate_json(made)
 
 
-def _write_marker(run: Run, name: str, started: str, seconds: float, outcome: BaseModel) -> None:
+def _marker_text(run: Run, stage: Stage) -> str:
+    return run.markers[stage.name].model_dump_json()
+
+
+def _write_marker(run: Run, name: str, started: str, seconds: float, outcome: BaseModel) -> Marker:
     marker = Marker(
         stage=name,
         digest=run.digests[name],
@@ -288,6 +354,7 @@ def _write_marker(run: Run, name: str, started: str, seconds: float, outcome: Ba
     )
     run.store.write(f"stages/{name}.json", marker.model_dump_json(indent=2).encode())
     run.markers[name] = marker
+    return marker
 
 
 def _write_results(run: Run) -> None:

@@ -105,6 +105,9 @@ class Accuracies(Record):
 
 class Training(Record):
     steps: int
+    kept_step: int
+    """The step after which the adapter is as it was kept."""
+    stopped_early: bool
     examples: int
     truncated: int
     dropped: int

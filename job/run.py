@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import BaseModel
 
 from job.errors import Interrupted, StageError
+from job.processes import Processes
 from job.results import Artifact, EnvironmentInfo
 from job.revisions import Revisions
 from job.spec import Spec
@@ -90,6 +91,7 @@ class Run:
     stop: StopSignal
     environment: EnvironmentInfo
     mesh_of: "Callable[[], Mesh]"
+    processes: Processes = field(default_factory=Processes)
     markers: dict[str, Marker] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     """Digest of the inputs of each stage, this spec's."""
@@ -111,6 +113,12 @@ class Run:
         if marker is None:
             raise StageError(f"the stage '{stage}' has not been run")
         return kind.model_validate(marker.outcome)
+
+    def check(self) -> None:
+        """Raise if a stop was requested of any process; all must check at the same point."""
+        if self.processes.any(self.stop.requested is not None):
+            self.stop.check()
+            raise Interrupted("stopped with another process; run the same command to go on")
 
     def model(self) -> "LanguageModel":
         """The model of the spec, loaded once a process."""

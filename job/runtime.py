@@ -132,16 +132,24 @@ def check_devices(wanted: Runtime, platform: str, devices: int, kind: str) -> No
             f"runtime.devices is {wanted.devices}, but JAX {found}; use a machine with "
             f"{wanted.devices}, or run with --set runtime.devices={devices}"
         )
-    if wanted.mesh.data != "auto" and wanted.mesh.data > devices:
+    mesh = wanted.mesh
+    if devices % mesh.model and mesh.data == "auto":
         raise EnvironmentProblem(
-            f"runtime.mesh.data is {wanted.mesh.data}, but JAX {found}; "
-            f"run with --set runtime.mesh.data={devices}"
+            f"runtime.mesh.model is {mesh.model}, but JAX {found}, which it does not divide; "
+            "set runtime.mesh.data too, or another runtime.mesh.model"
+        )
+    if data_parallel(wanted, devices) * mesh.model > devices:
+        beside = f" times runtime.mesh.model {mesh.model}" if mesh.model > 1 else ""
+        raise EnvironmentProblem(
+            f"runtime.mesh.data is {mesh.data}{beside}, but JAX {found}; "
+            f"run with --set runtime.mesh.data={max(1, devices // mesh.model)}"
         )
 
 
 def data_parallel(wanted: Runtime, devices: int) -> int:
-    """Devices that the batch is split over."""
-    return devices if wanted.mesh.data == "auto" else wanted.mesh.data
+    """Parts that the batch is split into."""
+    mesh = wanted.mesh
+    return max(1, devices // mesh.model) if mesh.data == "auto" else mesh.data
 
 
 def check_batch(spec: Spec, devices: int) -> None:
@@ -158,14 +166,19 @@ def check_batch(spec: Spec, devices: int) -> None:
         )
 
 
-def make_mesh(spec: Spec) -> "Mesh":
-    """The devices as a mesh with the one axis `data`."""
+def make_mesh(wanted: Runtime) -> "Mesh":
+    """The devices as a mesh with the axes `data` and `model`."""
     import jax
-    import numpy as np
-    from jax.sharding import Mesh
+    from jax.sharding import AxisType
 
     devices = jax.devices()
-    return Mesh(np.array(devices[: data_parallel(spec.runtime, len(devices))]), ("data",))
+    shape = (data_parallel(wanted, len(devices)), wanted.mesh.model)
+    return jax.make_mesh(
+        shape,
+        ("data", "model"),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices[: shape[0] * shape[1]],
+    )
 
 
 def import_keras() -> None:

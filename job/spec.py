@@ -33,7 +33,22 @@ class Section(BaseModel):
 
 class Mesh(Section):
     data: Positive | Literal["auto"] = Field(
-        "auto", description="Devices the batch is split over; auto takes all of them."
+        "auto", description="Parts the batch is split into; auto: the devices over `model`."
+    )
+    model: Positive = Field(
+        1, description="Devices that each hold a part of the frozen weights; 1: each holds all."
+    )
+
+
+class Distributed(Section):
+    """How the processes of one job find each other, where they cannot tell by themselves."""
+
+    address: Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$")] = Field(
+        description="host:port of process 0, which all processes can reach."
+    )
+    processes: Positive = Field(description="Number of processes, one a machine as a rule.")
+    index: Annotated[int, Field(ge=0, strict=True)] | None = Field(
+        None, description="Number of this process, from 0; unset: JOB_PROCESS_INDEX has it."
     )
 
 
@@ -45,10 +60,15 @@ class Runtime(Section):
         None, description="The exact number of devices the job must find; unset takes any."
     )
     mesh: Mesh = Field(Mesh(), description="How the devices are used.")
+    distributed: Distributed | Literal["auto", "off"] = Field(
+        "auto",
+        description="Several processes as one job. auto: TPU slices by themselves, elsewhere by "
+        "JOB_COORDINATOR_ADDRESS, JOB_PROCESS_COUNT and JOB_PROCESS_INDEX.",
+    )
     compilation_cache: str | None = Field(
         "auto",
-        description="Folder of JAX's persistent compilation cache; auto is the user's cache "
-        "folder, null turns it off.",
+        description="Folder or gs://bucket/prefix of JAX's persistent compilation cache; auto is "
+        "the user's cache folder, null turns it off.",
     )
 
 
@@ -145,7 +165,8 @@ class Train(Section):
     )
     micro_batch: Positive | Literal["auto"] = Field(
         "auto",
-        description="Rows a device holds at once; the rest is accumulated. auto: no accumulation.",
+        description="Rows a device holds at once; the rest is accumulated. auto: as many as are "
+        "estimated to fit, and half of them whenever they do not.",
     )
     remat: Literal["none", "matmuls", "blocks"] = Field(
         "matmuls",
@@ -156,6 +177,11 @@ class Train(Section):
         512, description="Tokens of an example, prompt and response; the rest is cut off."
     )
     packing: bool = Field(True, description="Put several examples into one row.")
+    buckets: Annotated[int, Field(ge=1, le=16, strict=True)] = Field(
+        4,
+        description="Row lengths where rows hold one example each: every row is padded to the "
+        "next of them, and each length is compiled once.",
+    )
     pack_length: Annotated[int, Field(ge=8, strict=True)] | None = Field(
         None, description="Tokens of a packed row; unset: 1,024, or max_length if that is more."
     )
@@ -190,6 +216,12 @@ class Train(Section):
     validate_every: Positive | None = Field(
         None, description="Steps between validation losses; unset: before and after training only."
     )
+    keep: Literal["last", "best"] = Field(
+        "last", description="The adapter that is kept: the last, or that of the best validation."
+    )
+    patience: Positive | None = Field(
+        None, description="Validations without a better loss after which training stops early."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -200,6 +232,9 @@ class Train(Section):
                 f"`pack_length` ({self.pack_length}) must hold an example of `max_length` "
                 f"({self.max_length}) tokens; raise it or lower `max_length`"
             )
+        for name, used in (("patience", self.patience), ("keep", self.keep == "best")):
+            if used and self.validate_every is None:
+                raise ValueError(f"`{name}` needs validations to go by; set `validate_every`")
         if self.optimizer == "sgd" and self.weight_decay:
             raise ValueError(
                 "`weight_decay` does not apply to sgd; remove it or change `optimizer`"

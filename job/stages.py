@@ -29,6 +29,8 @@ class Stage:
     run: Callable[[Run], BaseModel]
     unfinished: Callable[[Marker, Spec], bool] = lambda _marker, _spec: False
     """Whether a finished stage could do more now than it could then."""
+    everywhere: bool = False
+    """Whether it uses the devices, and so runs on every process; others run on the first."""
 
 
 def _source(source: Source, revisions: Revisions) -> object:
@@ -138,9 +140,9 @@ def _reference_unfinished(marker: Marker, spec: Spec) -> bool:
 
 STAGES = (
     Stage("data", (), _data, _run_data),
-    Stage("baseline", ("data",), _evals, _run_baseline),
-    Stage("train", ("data",), _training, _run_train),
-    Stage("finetuned", ("data", "train"), _evals, _run_finetuned),
+    Stage("baseline", ("data",), _evals, _run_baseline, everywhere=True),
+    Stage("train", ("data",), _training, _run_train, everywhere=True),
+    Stage("finetuned", ("data", "train"), _evals, _run_finetuned, everywhere=True),
     Stage("reference", ("data",), _reference, _run_reference, _reference_unfinished),
     Stage(
         "report",

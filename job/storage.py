@@ -98,6 +98,26 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class ReadingStore:
+    """Another store that is only read: what is written or deleted here has no effect."""
+
+    def __init__(self, store: Store) -> None:
+        self.uri = store.uri
+        self.read = store.read
+        self.download = store.download
+        self.size = store.size
+        self.list = store.list
+
+    def write(self, key: str, content: bytes) -> None:
+        """Does nothing."""
+
+    def upload(self, path: Path, key: str) -> None:
+        """Does nothing."""
+
+    def delete(self, key: str) -> None:
+        """Does nothing."""
+
+
 class LocalStore:
     """A folder of the local file system; missing folders are made when first written to."""
 

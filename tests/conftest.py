@@ -35,7 +35,7 @@ MakeModel = Callable[..., "LanguageModel"]
 
 @pytest.fixture(scope="session")
 def make_model() -> MakeModel:
-    """Loads a model on the first `devices` virtual devices of this process."""
+    """Loads a model on the first virtual devices: its batch over `devices` times `split`."""
     import numpy as np
     from jax.sharding import Mesh
 
@@ -49,10 +49,12 @@ def make_model() -> MakeModel:
         alpha: float | None = None,
         targets: Sequence[str] = ("query", "value"),
         devices: int = 1,
+        split: int = 1,
     ) -> "LanguageModel":
         lora = Lora(rank=rank, alpha=alpha, targets=list(targets))
         model = Model(preset=preset, dtype="float32", lora=lora)
-        return load(model, 0, Mesh(np.array(jax.devices()[:devices]), ("data",)))
+        mesh = np.array(jax.devices()[: devices * split]).reshape(devices, split)
+        return load(model, 0, Mesh(mesh, ("data", "model")))
 
     return make
 

@@ -15,6 +15,7 @@ from job.data.examples import Example
 from job.model.text import TextCodec
 
 _POSITION_MULTIPLE = 8
+_LENGTH_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,22 @@ class Batch:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def take(self, rows: np.ndarray) -> "Batch":
-        """The rows with these numbers; -1 is an empty row."""
+    def take(self, rows: np.ndarray, length: int | None = None) -> "Batch":
+        """The rows with these numbers, cut to `length` tokens; -1 is an empty row."""
         empty = rows < 0
 
-        def pick(array: np.ndarray) -> np.ndarray:
-            chosen: np.ndarray = array[rows]
+        def pick(array: np.ndarray, end: int | None = None) -> np.ndarray:
+            chosen: np.ndarray = array[rows, :end]
             chosen[empty] = 0
             return chosen
 
-        return Batch(*(pick(getattr(self, name)) for name in self.__dataclass_fields__))
+        return Batch(
+            token_ids=pick(self.token_ids, length),
+            segments=pick(self.segments, length),
+            positions=pick(self.positions),
+            targets=pick(self.targets),
+            weights=pick(self.weights),
+        )
 
     @property
     def tokens(self) -> int:
@@ -114,11 +121,18 @@ class PackedRows:
 
     batch: Batch
     examples: list[list[str]]
+    lengths: np.ndarray
+    """int32 `[rows]`: what each row is padded to, if its step holds no longer one."""
 
     @property
     def fill(self) -> float:
         """Share of the token slots that hold a token."""
-        return self.batch.tokens / self.batch.token_ids.size
+        return self.batch.tokens / int(self.lengths.sum())
+
+    @property
+    def ladder(self) -> list[int]:
+        """The lengths that rows are padded to."""
+        return sorted(set(self.lengths.tolist()))
 
 
 def tokenize(
@@ -172,13 +186,26 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def ladder(lengths: Sequence[int], longest: int, rungs: int) -> list[int]:
+    """At most `rungs` lengths to pad to, `longest` the last: each holds as many of the examples."""
+    marks = np.quantile(lengths, np.arange(1, rungs) / rungs) if rungs > 1 else np.zeros(0)
+    rounded = -(-marks.astype(int) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    return sorted({min(int(mark), longest) for mark in rounded} | {longest})
+
+
 def make_rows(
-    examples: Sequence[TokenExample], length: int, *, packing: bool, losses: int | None = None
+    examples: Sequence[TokenExample],
+    length: int,
+    *,
+    packing: bool,
+    losses: int | None = None,
+    lengths: Sequence[int] = (),
 ) -> PackedRows:
     """Rows of `length` tokens, packed or with one example each.
 
     Args:
         losses: width of the lists of loss positions; unset, the most any row needs.
+        lengths: shorter lengths that rows of one example are padded to where they fit.
     """
     if packing:
         bins = best_fit([len(example.tokens) for example in examples], length)
@@ -209,4 +236,7 @@ def make_rows(
             batch.positions[row, places] = np.arange(at + example.loss_from - 1, end - 1)
             batch.weights[row, places] = 1.0
             at, count = end, count + len(targets)
-    return PackedRows(batch, [[examples[number].id for number in row] for row in bins])
+    used = np.count_nonzero(batch.segments, axis=1)
+    steps = np.array([length] if packing else sorted({*lengths, length}), np.int32)
+    padded = steps[np.searchsorted(steps, used)]
+    return PackedRows(batch, [[examples[number].id for number in row] for row in bins], padded)

@@ -98,7 +98,7 @@ class Engine:
             last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
             return jax.nn.log_softmax(model.logits(weights, last))[:, letters]
 
-        return jax.jit(score)
+        return jax.jit(score, out_shardings=model.whole)
 
     def letter_log_probabilities(
         self, weights: Weights, prompts: Sequence[list[int]], letters: str, label: str
@@ -122,7 +122,7 @@ class Engine:
             mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
             return model.generate(weights, tokens, mask, model.codec.stop_ids)
 
-        return jax.jit(generate)
+        return jax.jit(generate, out_shardings=model.whole)
 
     def generate(
         self, weights: Weights, prompts: Sequence[list[int]], max_new_tokens: int, label: str

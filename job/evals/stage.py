@@ -54,7 +54,7 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     model = run.model()
     weights = model.weights if name == "baseline" else _tuned(run, model)
     evals = run.spec.evals
-    engine = Engine(model, evals.batch_size, evals.max_prompt_tokens, run.stop.check)
+    engine = Engine(model, evals.batch_size, evals.max_prompt_tokens, run.check)
     slices = {}
     for entry in evals.multiple_choice:
         found = load_slice(entry, run.revisions)

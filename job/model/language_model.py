@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from job import logs
@@ -18,6 +19,7 @@ from job.errors import UsageError
 from job.model.lora import LoraLayout, LoraWeights, Weights, plan_lora
 from job.model.presets import Preset, load_task, resolve
 from job.model.segments import can_pack, segment_attention
+from job.model.sharding import check_split, loading_to, put, weight_sharding
 from job.model.text import TextCodec
 from job.model.tracing import Dropout, Remat, lora_beside, rematerialized
 from job.revisions import NONE, Revisions
@@ -45,7 +47,10 @@ class LanguageModel:
         self.mesh = mesh
         self.lora: LoraLayout = plan_lora(self._backbone, model.lora)
         self.parameters: int = self._backbone.count_params()
-        self.weights: Weights = self.replicate(tuple(v.value for v in self._backbone.variables))
+        check_split(self._backbone.variables, mesh)
+        self.weights: Weights = tuple(
+            put(v.value, weight_sharding(v.shape, mesh)) for v in self._backbone.variables
+        )
 
     @property
     def can_pack(self) -> bool:
@@ -72,13 +77,28 @@ class LanguageModel:
         """Devices that a batch is split over."""
         return int(self.mesh.shape["data"])
 
+    @property
+    def whole(self) -> NamedSharding:
+        """The sharding of an array that every device has whole."""
+        return self._sharding()
+
     def replicate(self, tree: Any) -> Any:
         """Arrays, whole on every device of the mesh."""
-        return jax.device_put(tree, self._sharding())
+        return jax.tree.map(lambda array: put(array, self.whole), tree)
 
     def split_batch(self, tree: Any, axis: int = 0) -> Any:
-        """Arrays whose axis `axis` is the batch, split over the devices."""
-        return jax.device_put(tree, self._sharding(*([None] * axis), "data"))
+        """Host arrays whose axis `axis` is the batch, split over the data-parallel devices.
+
+        Each process copies only the rows of its own devices.
+        """
+        sharding = self._sharding(*([None] * axis), "data")
+        return jax.tree.map(lambda array: put(array, sharding), tree)
+
+    def on_each_device(self, value: int) -> jax.Array:
+        """int32 `[data, model]` on the mesh: each process's own value on its own devices."""
+        sharding = self._sharding(*self.mesh.axis_names)
+        one = np.full((1, 1), value, np.int32)
+        return jax.make_array_from_callback(self.mesh.devices.shape, sharding, lambda _: one)
 
     def _sharding(self, *axes: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, jax.P(*axes))  # type: ignore[no-untyped-call]
@@ -173,7 +193,9 @@ class LanguageModel:
 
     def adapted(self, layout: LoraLayout, lora: LoraWeights) -> Weights:
         """The frozen weights with an adapter merged in, on the devices."""
-        merged: Weights = jax.jit(layout.merge)(self.weights, self.replicate(lora))
+        shardings = tuple(weight.sharding for weight in self.weights)
+        merge = jax.jit(layout.merge, out_shardings=shardings)
+        merged: Weights = merge(self.weights, self.replicate(lora))
         return merged
 
 
@@ -185,7 +207,8 @@ def load(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE) -> La
     """
     preset = resolve(model, revisions)
     keras.utils.set_random_seed(seed)
-    task, tokenizer = load_task(preset, model.dtype)
+    with loading_to(mesh):
+        task, tokenizer = load_task(preset, model.dtype)
     codec = TextCodec(tokenizer, model.chat_template)
     loaded = LanguageModel(task, codec, model, preset, mesh)
     if max(*codec.stop_ids, codec.pad_id) >= loaded.vocabulary:

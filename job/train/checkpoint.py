@@ -18,10 +18,19 @@ import safetensors.numpy
 from pydantic import BaseModel
 
 from job import logs
+from job.errors import StageError
 from job.storage import Store
 
 FOLDER = "train/checkpoints/"
 KEPT = 2
+
+
+class Validation(BaseModel):
+    """Mean loss and token accuracy over the validation rows after some step."""
+
+    step: int
+    loss: float
+    token_accuracy: float
 
 
 class Progress(BaseModel):
@@ -33,12 +42,22 @@ class Progress(BaseModel):
     compile_seconds: float = 0.0
     tokens: int = 0
     """Tokens passed through the model, without padding."""
+    slots: int = 0
+    """Token slots passed through the model, padding counted."""
     loss_tokens: int = 0
     epoch_loss: float = 0.0
     epoch_correct: float = 0.0
     epoch_loss_tokens: float = 0.0
-    validation_before: tuple[float, float] | None = None
-    """Mean loss and token accuracy before the first step."""
+    validation_before: Validation | None = None
+    """Before the first step."""
+    validation: Validation | None = None
+    """The newest."""
+    best: Validation | None = None
+    """That of the lowest loss so far."""
+    stale: int = 0
+    """Validations since the best one."""
+    stopped: bool = False
+    """Whether training ended early for want of a better validation."""
 
 
 class Checkpoint(BaseModel):
@@ -124,8 +143,8 @@ class CheckpointWriter:
             pending.result()
 
 
-def load_checkpoint(store: Store, inputs: str) -> Checkpoint | None:
-    """The newest whole checkpoint of this training, or None.
+def newest_step(store: Store, inputs: str) -> int | None:
+    """The step of the newest whole checkpoint of this training, or None.
 
     Those of another training (other inputs) are removed; damaged ones are named and passed over.
     """
@@ -134,24 +153,47 @@ def load_checkpoint(store: Store, inputs: str) -> Checkpoint | None:
         if content is None:
             continue
         try:
-            metadata = _metadata(content)
-            tensors = safetensors.numpy.load(content)
-            arrays = [tensors[name] for name in sorted(tensors)]
-            progress = Progress.model_validate_json(metadata["progress"])
-            if metadata["hash"] != _hash(arrays):
-                raise ValueError("its arrays do not match its hash")
+            written_for, found = _read(content)
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
             logs.get().warning(
                 "checkpoint is damaged; going back to the one before", file=key, error=str(error)
             )
             store.delete(key)
             continue
-        if metadata["inputs"] != inputs:
-            logs.get().info("checkpoint is of another training; removed", file=key)
-            store.delete(key)
-            continue
-        return Checkpoint(progress=progress, arrays=arrays)
+        if written_for == inputs:
+            return found.progress.step
+        logs.get().info("checkpoint is of another training; removed", file=key)
+        store.delete(key)
     return None
+
+
+def read_checkpoint(store: Store, step: int) -> Checkpoint:
+    """The checkpoint of a step.
+
+    Raises:
+        StageError: it is not there, or damaged.
+    """
+    try:
+        return _read(store.read(_key(step)) or b"")[1]
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise StageError(f"the checkpoint {_key(step)} cannot be read: {error}") from error
+
+
+def load_checkpoint(store: Store, inputs: str) -> Checkpoint | None:
+    """The newest whole checkpoint of this training, or None; see `newest_step`."""
+    step = newest_step(store, inputs)
+    return None if step is None else read_checkpoint(store, step)
+
+
+def _read(content: bytes) -> tuple[str, Checkpoint]:
+    """The digest of a checkpoint's inputs, and the checkpoint, if its arrays match its hash."""
+    metadata = _metadata(content)
+    tensors = safetensors.numpy.load(content)
+    arrays = [tensors[name] for name in sorted(tensors)]
+    progress = Progress.model_validate_json(metadata["progress"])
+    if metadata["hash"] != _hash(arrays):
+        raise ValueError("its arrays do not match its hash")
+    return metadata["inputs"], Checkpoint(progress=progress, arrays=arrays)
 
 
 def _metadata(content: bytes) -> dict[str, str]:

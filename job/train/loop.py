@@ -4,12 +4,14 @@ The rows of step n follow from the seed and n alone, so a training that was stop
 goes on exactly where its newest checkpoint is.
 """
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +26,14 @@ from job.progress import progress as show_progress
 from job.run import Run
 from job.runtime import COMPILE_CLOCK
 from job.spec import Train
-from job.train.checkpoint import CheckpointWriter, Progress, load_checkpoint
+from job.train.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    Validation,
+    newest_step,
+    read_checkpoint,
+)
+from job.train.memory import device_memory, divisors, held_bytes, rows_that_fit
 from job.train.optimizer import make_optimizer
 from job.train.step import (
     Recipe,
@@ -34,24 +43,46 @@ from job.train.step import (
     make_train_step,
     make_validation,
     place,
+    row_bytes,
 )
 
 HISTORY = "train/history.jsonl"
 
 
+_WINDOW = 32
+"""Steps whose rows are sorted by length together, so that a step holds rows of like lengths."""
+
+
 @lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(rows)
+def _order(plan: "Plan", epoch: int) -> np.ndarray:
+    """The rows of an epoch, step after step: a seeded permutation.
+
+    Where lengths differ, windows of it are sorted, and then their steps permuted.
+    """
+    generator = np.random.default_rng([plan.seed, epoch])
+    order = generator.permutation(plan.rows)
+    lengths = np.array(plan.lengths, np.int32)
+    if len(set(plan.lengths)) < 2:
+        return order
+    whole = plan.rows // plan.batch_size * plan.batch_size
+    size = _WINDOW * plan.batch_size
+    windows = [order[start : start + size] for start in range(0, whole, size)]
+    windows = [window[: whole - number * size] for number, window in enumerate(windows)]
+    ordered = [window[np.argsort(lengths[window], kind="stable")] for window in windows]
+    steps = np.concatenate([np.zeros(0, int), *ordered]).reshape(-1, plan.batch_size)
+    return np.concatenate([generator.permutation(steps).reshape(-1), order[whole:]])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of the rows: seeded, one permutation an epoch."""
+    """Which rows each step takes."""
 
     rows: int
     batch_size: int
     epochs: int
     seed: int
+    lengths: tuple[int, ...] = ()
+    """What each row is padded to; nothing where all are alike."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -64,7 +95,7 @@ class Plan:
     def rows_of(self, step: int) -> np.ndarray:
         """Row numbers of a step; the last step of an epoch is filled up with -1."""
         epoch, place_in_epoch = divmod(step, self.steps_per_epoch)
-        order = _order(self.seed, epoch, self.rows)
+        order = _order(self, epoch)
         chosen = order[place_in_epoch * self.batch_size : (place_in_epoch + 1) * self.batch_size]
         return np.pad(chosen, (0, self.batch_size - len(chosen)), constant_values=-1)
 
@@ -75,10 +106,12 @@ class Trained:
 
     lora: LoraWeights
     progress: Progress
-    steps: int
-    row_slots: int
-    """Token slots of one step, padding counted."""
-    validation_after: tuple[float, float]
+    validation_after: Validation
+    """Of the adapter that is kept."""
+
+
+class _OutOfMemory(Exception):
+    """The rows that a device holds at once do not fit."""
 
 
 class Trainer:
@@ -99,12 +132,15 @@ class Trainer:
         self._rows = rows
         self._validation = validation
         self._plan = Plan(
-            len(rows.batch), self._train.batch_size, self._train.epochs, run.spec.seed
+            len(rows.batch),
+            self._train.batch_size,
+            self._train.epochs,
+            run.spec.seed,
+            tuple(rows.lengths.tolist()) if len(rows.ladder) > 1 else (),
         )
-        self._history: list[dict[str, Any]] = []
         start = model.lora.start(run.spec.seed)
         self._optimizer, self._schedule = make_optimizer(self._train, self._plan.steps, start)
-        self._state = self._place(flatten(start), [v.value for v in self._optimizer.variables])
+        self._start = flatten(start), [v.value for v in self._optimizer.variables]
         forward = Forward(packed, self._train.remat)
         recipe = Recipe(
             forward,
@@ -115,24 +151,96 @@ class Trainer:
         )
         self._step = make_train_step(model, self._optimizer, recipe)
         self._validate_rows = make_validation(model, forward)
-        self._losses = self._most_losses()
+        self._micro = self._first_micro(recipe)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Set the state to that before the first step."""
+        self._state = self._place(*self._start)
+        self._best = self._start[0]
+        self._history: list[dict[str, Any]] = []
         self._progress = Progress()
 
-    def _most_losses(self) -> int:
-        """The width that holds the losses of a device in any part of any step."""
-        groups = self._accumulation * self._model.devices
-        counts = np.append(np.count_nonzero(self._rows.batch.weights, axis=1), 0)
-        steps = (counts[self._plan.rows_of(step)] for step in range(self._plan.steps))
-        return loss_width(max(int(step.reshape(groups, -1).sum(axis=1).max()) for step in steps))
+    @property
+    def _rows_a_device(self) -> int:
+        return self._train.batch_size // self._model.devices
 
     @property
     def _accumulation(self) -> int:
-        micro = self._train.micro_batch
-        return 1 if micro == "auto" else self._train.batch_size // (micro * self._model.devices)
+        return self._rows_a_device // self._micro
 
-    def _place(self, lora: list[Any], optimizer: list[Any]) -> TrainState:
+    def _first_micro(self, recipe: Recipe) -> int:
+        """Rows a device holds at once: the spec's number, or an estimate of what fits."""
+        if self._train.micro_batch != "auto":
+            return self._train.micro_batch
+        length = self._rows.ladder[-1]
+        most = int(np.count_nonzero(self._rows.batch.weights, axis=1).max(initial=1))
+        row = row_bytes(self._model, recipe, length, loss_width(most))
+        held = held_bytes([*self._model.weights, *self._start[0], *self._start[1]])
+        memory = device_memory(self._model.mesh.local_devices[0])
+        micro = rows_that_fit(self._rows_a_device, row, held, memory)
+        logs.get().info(
+            "rows a device holds at once",
+            rows=micro,
+            accumulated=self._rows_a_device // micro,
+            estimate_mb=round((held + micro * row) / 1e6),
+            memory_mb=round(memory / 1e6),
+        )
+        return micro
+
+    def _smaller_micro(self) -> None:
+        """Take half as many rows at once, or the next divisor below.
+
+        Raises:
+            StageError: the spec fixes their number, or it is one already.
+        """
+        fixed = self._train.micro_batch != "auto"
+        if fixed or self._micro == 1:
+            ways = (
+                "lower train.micro_batch or set it to auto; " if fixed and self._micro > 1 else ""
+            )
+            raise StageError(
+                f"training: {self._micro} row{'s' if self._micro > 1 else ''} of "
+                f"{self._rows.ladder[-1]} tokens do not fit into a device's memory; {ways}"
+                "set train.remat to blocks, lower train.max_length and train.pack_length, or "
+                "split the weights with runtime.mesh.model"
+            )
+        before = self._micro
+        self._micro = next(n for n in divisors(self._rows_a_device) if n <= before // 2)
+        logs.get().warning(
+            "out of memory: fewer rows at once, the rest accumulated", rows=self._micro, was=before
+        )
+
+    @cached_property
+    def _widths(self) -> dict[tuple[int, int], int]:
+        """The width that holds the losses of a device in any part of any step.
+
+        By the number of rows a device holds at once, and their length.
+        """
+        return {}
+
+    def _width(self, length: int) -> int:
+        key = (self._micro, length)
+        if key not in self._widths:
+            groups = self._accumulation * self._model.devices
+            counts = np.append(np.count_nonzero(self._rows.batch.weights, axis=1), 0)
+            steps = (self._plan.rows_of(step) for step in range(self._plan.steps))
+            self._widths[key] = loss_width(
+                max(
+                    int(counts[rows].reshape(groups, -1).sum(axis=1).max())
+                    for rows in steps
+                    if self._length(rows) == length
+                )
+            )
+        return self._widths[key]
+
+    def _length(self, rows: np.ndarray) -> int:
+        """What the rows of a step are padded to."""
+        return int(self._rows.lengths[rows[rows >= 0]].max())
+
+    def _place(self, lora: Sequence[Any], optimizer: Sequence[Any]) -> TrainState:
         # Copied, because the step gives its state's memory away and these may be in use elsewhere.
-        copied = jax.tree.map(np.array, (lora, optimizer))
+        copied = jax.tree.map(np.array, (list(lora), list(optimizer)))
         arrays, variables = self._model.replicate(copied)
         return TrainState(unflatten(arrays), tuple(variables))
 
@@ -141,78 +249,110 @@ class Trainer:
 
         Raises:
             Interrupted: on a signal, after a checkpoint.
-            StageError: the loss or the gradient is not finite.
+            StageError: the loss or the gradient is not finite, or a row does not fit into memory.
         """
+        while True:
+            try:
+                with _memory_errors():
+                    return self._run_through()
+            except _OutOfMemory:
+                self._smaller_micro()
+
+    def _run_through(self) -> Trained:
         self._resume()
-        total = self._plan.steps
-        if self._progress.validation_before is None:
-            self._progress.validation_before = self._validate()
-            self._log_validation(self._progress.validation_before)
+        total, progress = self._plan.steps, self._progress
+        if progress.validation_before is None:
+            progress.validation_before = self._validate()
         with (
             CheckpointWriter(self._run.store, self._run.digests["train"]) as writer,
-            show_progress("training", total, self._progress.step) as advance,
+            show_progress("training", total, progress.step) as advance,
         ):
-            self._loop(total, advance, writer)
-        after = self._validate()
-        self._log_validation(after)
-        return Trained(
-            lora=jax.device_get(self._state.lora),
-            progress=self._progress,
-            steps=total,
-            row_slots=self._train.batch_size * self._rows.batch.token_ids.shape[1],
-            validation_after=after,
-        )
+            if not progress.stopped:
+                self._loop(total, advance, writer)
+        if progress.validation is None or progress.validation.step != progress.step:
+            self._validate()
+        lora, after = unflatten(self._best), progress.best
+        if self._train.keep == "last" or after is None:
+            lora, after = jax.device_get(self._state.lora), progress.validation
+        assert after is not None
+        return Trained(lora, progress, after)
 
     def _resume(self) -> None:
-        found = load_checkpoint(self._run.store, self._run.digests["train"])
-        if found is None:
+        """Go to the newest checkpoint, or to the start where there is none."""
+        self._begin()
+        run = self._run
+        inputs = run.digests["train"]
+        newest = run.processes.share(lambda: json.dumps(newest_step(run.store, inputs)))
+        step = json.loads(newest)
+        if step is None:
             return
+        found = read_checkpoint(run.store, step)
         count = 2 * len(self._model.lora.targets)
-        self._state = self._place(found.arrays[:count], found.arrays[count:])
+        kept = len(found.arrays) - (count if self._train.keep == "best" else 0)
+        self._state = self._place(found.arrays[:count], found.arrays[count:kept])
+        self._best = found.arrays[kept:]
         self._progress = found.progress
-        lines = (self._run.store.read(HISTORY) or b"").decode().splitlines()
+        lines = (run.store.read(HISTORY) or b"").decode().splitlines()
         self._history = [
             line for line in map(json.loads, lines) if line["step"] <= found.progress.step
         ]
-        logs.get().info("resumed from a checkpoint", step=found.progress.step, of=self._plan.steps)
+        logs.get().info("resumed from a checkpoint", step=step, of=self._plan.steps)
 
     def _loop(self, total: int, advance: Advance, writer: CheckpointWriter) -> None:
         train, progress = self._train, self._progress
-        pending: tuple[int, Batch, StepFigures] | None = None
+        pending: _Pending | None = None
         mark, compiled = time.monotonic(), COMPILE_CLOCK.seconds
-        while progress.step < total:
-            batch = self._rows.batch.take(self._plan.rows_of(progress.step))
-            placed = place(self._model, batch, self._accumulation, self._losses, progress.step)
+        while progress.step < total and not progress.stopped:
+            rows = self._plan.rows_of(progress.step)
+            length = self._length(rows)
+            batch = self._rows.batch.take(rows, length)
+            placed = place(
+                self._model,
+                batch,
+                self._accumulation,
+                self._width(length),
+                progress.step,
+                stop=self._run.stop.requested is not None,
+            )
             self._state, figures = self._step(self._state, self._model.weights, placed)
             # The step before is looked at while this one runs.
-            if pending is not None:
-                advance(1, **self._account(*pending))
-            pending = (progress.step, batch, figures)
+            stopping = pending is not None and self._account(pending, advance)
+            pending = _Pending(progress.step, batch, figures)
             progress.step += 1
-            stopping = self._run.stop.requested is not None
+            if self._run.processes.count == 1:
+                stopping = self._run.stop.requested is not None
             saving = (
                 progress.step % train.checkpoint_every == 0 or progress.step == total or stopping
             )
             validating = train.validate_every and progress.step % train.validate_every == 0
             if saving or validating:
-                advance(1, **self._account(*pending))
+                self._account(pending, advance)
                 pending = None
             progress.seconds += time.monotonic() - mark
             progress.compile_seconds += COMPILE_CLOCK.seconds - compiled
-            if validating and progress.step < total:
-                self._log_validation(self._validate())
+            if validating and not stopping:
+                self._validate()
             mark, compiled = time.monotonic(), COMPILE_CLOCK.seconds
-            if saving:
-                arrays = jax.device_get([*flatten(self._state.lora), *self._state.optimizer])
-                # What the history says beyond the checkpoint is dropped on resuming.
-                writer.save(progress, arrays, {HISTORY: self.history()})
+            if saving or progress.stopped:
+                self._save(writer)
             if stopping:
                 writer.wait()
-                self._run.stop.check()
+                self._run.check()
 
-    def _account(self, step: int, batch: Batch, figures: StepFigures) -> dict[str, float | str]:
-        """Add a step's figures to the sums and, if it is due, to the history."""
-        loss, correct, tokens, norm = (float(value) for value in jax.device_get(figures))
+    def _save(self, writer: CheckpointWriter) -> None:
+        state = [*flatten(self._state.lora), *self._state.optimizer]
+        best = self._best if self._train.keep == "best" else []
+        # What the history says beyond the checkpoint is dropped on resuming.
+        writer.save(self._progress, [*jax.device_get(state), *best], self.curves())
+
+    def _account(self, pending: "_Pending", advance: Advance) -> bool:
+        """Add a step's figures to the sums and, if it is due, to the history.
+
+        Returns:
+            Whether a process wants to stop.
+        """
+        step, batch, figures = pending
+        loss, correct, tokens, norm, stop = (float(value) for value in jax.device_get(figures))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._not_finite(step, loss / tokens, norm)
         progress = self._progress
@@ -223,12 +363,14 @@ class Trainer:
         progress.epoch_loss_tokens += tokens
         progress.loss_tokens += int(tokens)
         progress.tokens += batch.tokens
+        progress.slots += batch.token_ids.size
         done = step + 1
         busy = progress.seconds - progress.compile_seconds
         rate = progress.tokens / busy if busy > 0 else 0.0
         if done % self._train.log_every == 0 or done in (1, self._plan.steps):
             line = {
                 "step": done,
+                "time": round(time.time(), 3),
                 "epoch": round(done / self._plan.steps_per_epoch, 4),
                 "loss": loss / tokens,
                 "token_accuracy": correct / tokens,
@@ -240,7 +382,8 @@ class Trainer:
             }
             self._history.append(line)
             logs.get().info("step", **{k: line[k] for k in ("step", "loss", "learning_rate")})
-        return {"loss": loss / tokens, "tokens/s": round(rate)}
+        advance(1, **{"loss": loss / tokens, "tokens/s": round(rate)})
+        return stop > 0
 
     def _not_finite(self, step: int, loss: float, norm: float) -> None:
         rows = self._plan.rows_of(step)
@@ -251,43 +394,83 @@ class Trainer:
             "last good checkpoint is kept; lower train.learning_rate, or take these rows out"
         )
 
-    def _validate(self) -> tuple[float, float]:
-        """Mean loss and token accuracy over the validation rows."""
-        rows, batch_size = self._validation.batch, self._model.devices * self._validation_rows
-        most = np.sort(np.count_nonzero(rows.weights, axis=1))[::-1][: self._validation_rows]
-        width = loss_width(int(most.sum()))
+    def _validate(self) -> Validation:
+        """Measure the adapter on the validation rows, and remember it if it is the best."""
+        batch, lengths = self._validation.batch, self._validation.lengths
+        at_once = self._model.devices * self._micro
+        counts = np.count_nonzero(batch.weights, axis=1)
         loss = correct = 0.0
-        for start in range(0, len(rows), batch_size):
-            numbers = np.arange(start, min(start + batch_size, len(rows)))
-            numbers = np.pad(numbers, (0, batch_size - len(numbers)), constant_values=-1)
-            placed = place(self._model, rows.take(numbers), 1, width)
-            sums = jax.device_get(
-                self._validate_rows(self._state.lora, self._model.weights, placed)
-            )
-            loss, correct = loss + float(sums.loss), correct + float(sums.correct)
-        tokens = float(rows.weights.sum())
-        return loss / tokens, correct / tokens
+        for length in self._validation.ladder:
+            alike = np.flatnonzero(lengths == length)
+            width = loss_width(int(np.sort(counts[alike])[::-1][: self._micro].sum()))
+            for start in range(0, len(alike), at_once):
+                rows = alike[start : start + at_once]
+                rows = np.pad(rows, (0, at_once - len(rows)), constant_values=-1)
+                placed = place(self._model, batch.take(rows, length), 1, width)
+                sums = jax.device_get(
+                    self._validate_rows(self._state.lora, self._model.weights, placed)
+                )
+                loss, correct = loss + float(sums.loss), correct + float(sums.correct)
+        tokens = float(batch.weights.sum())
+        found = Validation(
+            step=self._progress.step, loss=loss / tokens, token_accuracy=correct / tokens
+        )
+        self._consider(found)
+        return found
 
-    @property
-    def _validation_rows(self) -> int:
-        """Validation rows a device takes at once: as many as a training pass holds."""
-        return max(1, self._train.batch_size // (self._accumulation * self._model.devices))
-
-    def _log_validation(self, found: tuple[float, float]) -> None:
+    def _consider(self, found: Validation) -> None:
+        """Note a validation: in the history, as the best, as a reason to stop."""
+        progress, train = self._progress, self._train
+        progress.validation = found
+        if progress.best is None or found.loss < progress.best.loss:
+            progress.best, progress.stale = found, 0
+            if train.keep == "best":
+                self._best = jax.device_get(flatten(self._state.lora))
+        else:
+            progress.stale += 1
         line = {
-            "step": self._progress.step,
-            "validation_loss": found[0],
-            "validation_token_accuracy": found[1],
+            "step": found.step,
+            "time": round(time.time(), 3),
+            "validation_loss": found.loss,
+            "validation_token_accuracy": found.token_accuracy,
         }
         # A training resumed after its last step measures again what is on file already.
         self._history = [
             old
             for old in self._history
-            if old["step"] != line["step"] or "validation_loss" not in old
+            if old["step"] != found.step or "validation_loss" not in old
         ]
         self._history.append(line)
-        logs.get().info("validation", **line)
+        logs.get().info("validation", **{k: line[k] for k in line if k != "time"})
+        enough = train.patience is not None and progress.stale >= train.patience
+        if enough and progress.step < self._plan.steps:
+            progress.stopped = True
+            logs.get().info(
+                "no better validation: stopping early",
+                validations=progress.stale,
+                best_step=progress.best.step,
+            )
 
-    def history(self) -> bytes:
-        """The lines of history.jsonl so far."""
-        return "".join(json.dumps(line) + "\n" for line in self._history).encode()
+    def curves(self) -> dict[str, bytes]:
+        """The files that show how training went so far, by key."""
+        lines = "".join(json.dumps(line) + "\n" for line in self._history)
+        return {HISTORY: lines.encode()}
+
+
+class _Pending(NamedTuple):
+    """A step that was begun and is not accounted for yet."""
+
+    step: int
+    batch: Batch
+    figures: StepFigures
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Tell a device's memory running out from other errors."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise _OutOfMemory from error
+        raise

@@ -1,9 +1,11 @@
 """The train stage: examples to rows, rows to an adapter, the adapter to its file."""
 
+from collections.abc import Sequence
+
 from pydantic import BaseModel
 
 from job import logs
-from job.data.packing import PackedRows, Tokenized, make_rows, tokenize
+from job.data.packing import PackedRows, Tokenized, ladder, make_rows, tokenize
 from job.data.stage import TRAIN, VALIDATION, read_examples
 from job.errors import UsageError
 from job.model.adapter import save_adapter
@@ -18,7 +20,7 @@ from job.results import (
     Training,
 )
 from job.run import Run
-from job.train.loop import HISTORY, Trained, Trainer
+from job.train.loop import Trained, Trainer
 
 ADAPTER = "adapter/adapter.lora.h5"
 
@@ -43,11 +45,12 @@ def run_stage(run: Run) -> TrainOutcome:
     packed = run.spec.train.packing and model.can_pack
     if run.spec.train.packing and not packed:
         logs.get().warning(
-            "packing is not known to be sound for this family of models; one example a row instead",
+            "packing is not known to be sound for this family of models: one example a row "
+            "instead, padded to the next of a few lengths",
             family=model.family,
         )
     tokenized, rows = _rows(run, model, TRAIN, packed=packed)
-    _, validation = _rows(run, model, VALIDATION, packed=packed)
+    _, validation = _rows(run, model, VALIDATION, packed=packed, lengths=rows.ladder)
     logs.get().info(
         "examples are tokens",
         examples=len(tokenized.examples),
@@ -61,7 +64,8 @@ def run_stage(run: Run) -> TrainOutcome:
     path = run.work / "adapter.lora.h5"
     save_adapter(path, model.lora, trained.lora)
     run.put_file(ADAPTER, path)
-    run.put(HISTORY, trainer.history())
+    for key, content in trainer.curves().items():
+        run.put(key, content)
     return TrainOutcome(
         model=_model_info(run, model),
         training=_training(run, tokenized, trained),
@@ -70,7 +74,7 @@ def run_stage(run: Run) -> TrainOutcome:
 
 
 def _rows(
-    run: Run, model: LanguageModel, key: str, *, packed: bool
+    run: Run, model: LanguageModel, key: str, *, packed: bool, lengths: Sequence[int] = ()
 ) -> tuple[Tokenized, PackedRows]:
     train = run.spec.train
     found = tokenize(read_examples(run, key), model.codec, train.max_length, train.loss_on)
@@ -79,7 +83,12 @@ def _rows(
             f"train.max_length: no example of {key} has a response within {train.max_length} "
             "tokens; raise it"
         )
-    return found, make_rows(found.examples, train.row_length, packing=packed)
+    if packed:
+        return found, make_rows(found.examples, train.row_length, packing=True)
+    lengths = lengths or ladder(
+        [len(example.tokens) for example in found.examples], train.max_length, train.buckets
+    )
+    return found, make_rows(found.examples, train.max_length, packing=False, lengths=lengths)
 
 
 def _model_info(run: Run, model: LanguageModel) -> ModelInfo:
@@ -99,15 +108,18 @@ def _model_info(run: Run, model: LanguageModel) -> ModelInfo:
 def _training(run: Run, tokenized: Tokenized, trained: Trained) -> Training:
     progress = trained.progress
     before, after = progress.validation_before, trained.validation_after
+    assert before is not None
     busy = max(progress.seconds - progress.compile_seconds, 1e-9)
     return Training(
-        steps=trained.steps,
+        steps=progress.step,
+        kept_step=after.step if run.spec.train.keep == "best" else progress.step,
+        stopped_early=progress.stopped,
         examples=len(tokenized.examples) * run.spec.train.epochs,
         truncated=tokenized.truncated,
         dropped=tokenized.dropped,
         tokens=TokenCounts(
             trained=progress.tokens,
-            padded=trained.steps * trained.row_slots,
+            padded=progress.slots,
             loss=progress.loss_tokens,
         ),
         seconds=Seconds(
@@ -117,10 +129,11 @@ def _training(run: Run, tokenized: Tokenized, trained: Trained) -> Training:
         mfu=None,
         loss=Losses(
             train=progress.epoch_loss / progress.epoch_loss_tokens,
-            validation_before=before[0] if before else None,
-            validation_after=after[0],
+            validation_before=before.loss,
+            validation_after=after.loss,
         ),
         token_accuracy=Accuracies(
-            train=progress.epoch_correct / progress.epoch_loss_tokens, validation=after[1]
+            train=progress.epoch_correct / progress.epoch_loss_tokens,
+            validation=after.token_accuracy,
         ),
     )

@@ -17,6 +17,7 @@ from job.model.language_model import Forward, LanguageModel
 from job.model.lora import LoraWeights, Weights, flatten, unflatten
 from job.model.tracing import Dropout
 from job.train.loss import LossSums, gather, head_loss, slice_length
+from job.train.memory import kept_bytes
 
 Arrays = dict[str, jax.Array]
 """A batch by field name (see `Batch`)."""
@@ -30,12 +31,14 @@ class TrainState(NamedTuple):
 
 
 class StepFigures(NamedTuple):
-    """Float32 scalars of one step; sums over its loss tokens."""
+    """Scalars of one step; sums over its loss tokens."""
 
     loss: jax.Array
     correct: jax.Array
     tokens: jax.Array
     gradient_norm: jax.Array
+    stop: jax.Array
+    """Above 0 where a process wants to stop."""
 
 
 class Recipe(NamedTuple):
@@ -49,7 +52,13 @@ class Recipe(NamedTuple):
 
 
 def place(
-    model: LanguageModel, batch: Batch, accumulation: int, losses: int, step: int = 0
+    model: LanguageModel,
+    batch: Batch,
+    accumulation: int,
+    losses: int,
+    step: int = 0,
+    *,
+    stop: bool = False,
 ) -> Arrays:
     """A batch on the devices.
 
@@ -57,11 +66,12 @@ def place(
         accumulation: parts that go through the model one after the other.
         losses: width of a device's list of loss positions in each part.
         step: its number, from which the parts' dropout follows.
+        stop: whether this process wants to stop; the step's figures tell all of them.
 
     Returns:
         `token_ids` and `segments` `[accumulation, rows, length]`, rows split over the devices,
-        the lists of `Batch.flat_losses` `[accumulation, devices, losses]`, split likewise, and
-        the number of each part, `[accumulation]`.
+        the lists of `Batch.flat_losses` `[accumulation, devices, losses]`, split likewise, the
+        number of each part, `[accumulation]`, and `stop` `[data, model]`.
     """
     arrays = {
         name: getattr(batch, name).reshape(accumulation, -1, batch.token_ids.shape[1])
@@ -70,8 +80,8 @@ def place(
     flat = batch.flat_losses(accumulation * model.devices, losses)
     arrays |= {name: array.reshape(accumulation, model.devices, -1) for name, array in flat.items()}
     parts = np.arange(accumulation, dtype=np.int32) + step * accumulation
-    placed: Arrays = model.split_batch(arrays, axis=1) | {"part": model.replicate(parts)}
-    return placed
+    placed: Arrays = model.split_batch(arrays, axis=1)
+    return placed | {"part": model.replicate(parts), "stop": model.on_each_device(stop)}
 
 
 def loss_width(most: int) -> int:
@@ -98,6 +108,27 @@ def _sums(
     )
 
 
+def _abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+
+
+def row_bytes(model: LanguageModel, recipe: Recipe, length: int, losses: int) -> int:
+    """Bytes that a device keeps for the backward pass of one row; only traced."""
+    integers = {"token_ids": length, "segments": length, "positions": losses, "targets": losses}
+    rows = {name: _abstract((1, width), jnp.int32) for name, width in integers.items()}
+    rows |= {"weights": _abstract((1, losses), jnp.float32), "part": _abstract((), jnp.int32)}
+    weights = tuple(_abstract(weight.shape, weight.dtype) for weight in model.weights)
+    lora = tuple(
+        tuple(_abstract(shape, jnp.float32) for shape in model.lora.shapes(target))
+        for target in model.lora.targets
+    )
+
+    def loss(lora: LoraWeights, weights: Weights, rows: Arrays) -> jax.Array:
+        return _sums(model, weights, lora, rows, recipe).loss
+
+    return kept_bytes(loss, lora, weights, rows)
+
+
 def make_train_step(
     model: LanguageModel, optimizer: Any, recipe: Recipe
 ) -> Callable[[TrainState, Weights, Arrays], tuple[TrainState, StepFigures]]:
@@ -115,7 +146,8 @@ def make_train_step(
 
         zero = jnp.zeros((), jnp.float32)
         start = (jax.tree.map(jnp.zeros_like, state.lora), LossSums(zero, zero))
-        (gradients, sums), _ = jax.lax.scan(accumulate, start, batch, unroll=unroll)
+        parts = {name: array for name, array in batch.items() if name != "stop"}
+        (gradients, sums), _ = jax.lax.scan(accumulate, start, parts, unroll=unroll)
         tokens = jnp.sum(batch["weights"])
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in flatten(gradients)))
@@ -126,9 +158,10 @@ def make_train_step(
         lora = _faster_b(state.lora, unflatten(arrays), recipe.lora_plus_ratio)
         changed = TrainState(lora, tuple(variables))
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
-        return kept, StepFigures(sums.loss, sums.correct, tokens, norm)
+        stop = jnp.sum(batch["stop"])
+        return kept, StepFigures(sums.loss, sums.correct, tokens, norm, stop)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=model.whole)
 
 
 def _faster_b(before: LoraWeights, after: LoraWeights, ratio: float) -> LoraWeights:
@@ -148,4 +181,4 @@ def make_validation(
         rows = {name: array[0] for name, array in batch.items()}
         return _sums(model, weights, lora, rows, Recipe(settings))
 
-    return jax.jit(sums)
+    return jax.jit(sums, out_shardings=model.whole)

@@ -155,7 +155,7 @@ def ours(
 
     tokenizer = keras_hub.tokenizers.Gemma3Tokenizer(train_tokenizer(), has_vision_tokens=False)
     spec = Model(preset="benchmark", dtype=dtype, lora=Lora(rank=16))
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     preset = Preset("benchmark", None)
     model = LanguageModel(make_task(shape, dtype), TextCodec(tokenizer), spec, preset, mesh)
     rows = make_rows(examples, length, packing=True)

@@ -159,6 +159,8 @@ def minimal() -> dict[str, Any]:
         },
         "training": {
             "steps": 1250,
+            "kept_step": 1250,
+            "stopped_early": False,
             "examples": 1800,
             "truncated": 0,
             "dropped": 0,

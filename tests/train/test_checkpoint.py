@@ -12,10 +12,13 @@ from job.train.checkpoint import (
     FOLDER,
     CheckpointWriter,
     Progress,
+    Validation,
     load_checkpoint,
     save_checkpoint,
 )
 from job.train.loop import Plan
+
+BEFORE = Validation(step=0, loss=1.5, token_accuracy=0.25)
 
 
 def arrays(step: int) -> list[np.ndarray]:
@@ -25,7 +28,7 @@ def arrays(step: int) -> list[np.ndarray]:
 def saved(tmp_path: Path, *steps: int) -> LocalStore:
     store = LocalStore(tmp_path)
     for step in steps:
-        progress = Progress(step=step, epoch_loss=0.1 + step, validation_before=(1.5, 0.25))
+        progress = Progress(step=step, epoch_loss=0.1 + step, validation_before=BEFORE)
         save_checkpoint(store, "inputs", progress, arrays(step))
     return store
 
@@ -33,7 +36,7 @@ def saved(tmp_path: Path, *steps: int) -> LocalStore:
 def test_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     found = load_checkpoint(saved(tmp_path, 7), "inputs")
     assert found is not None
-    assert found.progress == Progress(step=7, epoch_loss=7.1, validation_before=(1.5, 0.25))
+    assert found.progress == Progress(step=7, epoch_loss=7.1, validation_before=BEFORE)
     for ours, expected in zip(found.arrays, arrays(7), strict=True):
         np.testing.assert_array_equal(ours, expected)
         assert ours.dtype == expected.dtype

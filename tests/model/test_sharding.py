@@ -1,0 +1,114 @@
+"""Frozen weights over several devices: less on each of them, and the same model."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from job.errors import UsageError
+from job.model.language_model import Forward, LanguageModel
+from job.model.sharding import loading_to, split_axis
+from job.spec import Train
+from job.train.optimizer import make_optimizer
+from job.train.step import Recipe, TrainState, loss_width, make_train_step, place
+from tests.conftest import MakeModel
+from tests.train.test_step import examples, make_rows, trained_start
+
+
+def mesh(data: int, model: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "axis"),
+    [
+        ((262_144, 1152), 8, 0),
+        ((1152, 6912), 8, 1),
+        ((4, 1152, 256), 4, 0),
+        ((4, 1152, 256), 8, 1),
+        ((1, 1152, 256), 8, 1),
+        ((16, 256, 3840), 8, 0),
+        ((3840, 16, 256), 8, 1),
+        ((1152,), 8, None),
+        ((6, 9), 4, None),
+        ((6, 9), 1, None),
+    ],
+)
+def test_heads_are_split_where_they_divide_and_else_the_longest_axis(
+    shape: tuple[int, ...], parts: int, axis: int | None
+) -> None:
+    assert split_axis(shape, parts) == axis
+
+
+def held(model: LanguageModel) -> list[int]:
+    """Bytes of frozen weights on each device."""
+    totals = dict.fromkeys(model.mesh.devices.flat, 0)
+    for weight in model.weights:
+        for shard in weight.addressable_shards:
+            totals[shard.device] += shard.data.nbytes
+    return list(totals.values())
+
+
+def test_eight_devices_hold_at_most_a_seventh_each(make_model: MakeModel) -> None:
+    whole, split = make_model(), make_model(split=8)
+    (everything,) = held(whole)
+    assert len(held(split)) == 8
+    assert max(held(split)) <= everything / 7
+    for ours, theirs in zip(split.weights, whole.weights, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_no_device_holds_a_split_weight_whole_while_it_is_loaded() -> None:
+    import keras
+
+    on = mesh(1, 8)
+    with loading_to(on):
+        layer = keras.layers.Dense(1024, use_bias=False)
+        layer.build((None, 512))
+        started = layer.kernel.value
+        before = {id(array) for array in jax.live_arrays()}
+        layer.kernel.assign(np.ones((512, 1024)))
+        made = [array for array in jax.live_arrays() if id(array) not in before]
+    for array in (started, layer.kernel.value, *made):
+        largest = max(math.prod(shard.data.shape) for shard in array.addressable_shards)
+        assert largest == 512 * 1024 // 8
+    assert layer.kernel.value.dtype == np.float32
+    np.testing.assert_array_equal(layer.kernel.value, np.ones((512, 1024)))
+
+
+@pytest.mark.parametrize(("data", "split"), [(1, 8), (2, 4), (4, 2)])
+def test_a_step_over_split_weights_equals_the_step_on_one_device(
+    make_model: MakeModel, tiny: LanguageModel, data: int, split: int
+) -> None:
+    def step(model: LanguageModel) -> tuple[float, list[np.ndarray]]:
+        rows = make_rows(examples(16), 128, packing=True)
+        rows = rows.batch.take(np.arange(8) % len(rows.batch))
+        start = trained_start(model)
+        train = Train(optimizer="sgd", learning_rate=0.1, schedule="constant", warmup_ratio=0)
+        optimizer, _ = make_optimizer(train, 1, start)
+        variables = tuple(v.value for v in optimizer.variables)
+        state = model.replicate(jax.tree.map(lambda a: np.array(a), TrainState(start, variables)))
+        function = make_train_step(model, optimizer, Recipe(Forward(packed=True)))
+        width = loss_width(int(rows.losses(model.devices).max()))
+        state, figures = function(state, model.weights, place(model, rows, 1, width))
+        return float(figures.loss), [np.asarray(a) for pair in state.lora for a in pair]
+
+    loss, arrays = step(make_model(devices=data, split=split))
+    expected_loss, expected = step(tiny)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for ours, theirs in zip(arrays, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_adapter_merged_into_split_weights_stays_split(make_model: MakeModel) -> None:
+    model = make_model(split=8)
+    tuned = model.adapted(model.lora, trained_start(model))
+    for ours, frozen in zip(tuned, model.weights, strict=True):
+        assert ours.sharding.is_equivalent_to(frozen.sharding, ours.ndim)
+
+
+def test_what_cannot_be_split_is_named(make_model: MakeModel) -> None:
+    with pytest.raises(UsageError, match=r"runtime.mesh.model: no axis of .*divides by 7"):
+        make_model(split=7)
