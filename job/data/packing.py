@@ -123,6 +123,8 @@ class PackedRows:
     examples: list[list[str]]
     lengths: np.ndarray
     """int32 `[rows]`: what each row is padded to, if its step holds no longer one."""
+    longest: int
+    """Tokens of the longest example."""
 
     @property
     def fill(self) -> float:
@@ -239,4 +241,5 @@ def make_rows(
     used = np.count_nonzero(batch.segments, axis=1)
     steps = np.array([length] if packing else sorted({*lengths, length}), np.int32)
     padded = steps[np.searchsorted(steps, used)]
-    return PackedRows(batch, [[examples[number].id for number in row] for row in bins], padded)
+    names = [[examples[number].id for number in row] for row in bins]
+    return PackedRows(batch, names, padded, max(len(example.tokens) for example in examples))

@@ -5,7 +5,7 @@ function serves the base model, training and the tuned model, and nothing is ass
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from job import logs
 from job.errors import UsageError
+from job.model.local_attention import can_cut, local_attention
 from job.model.lora import LoraLayout, LoraWeights, Weights, plan_lora
+from job.model.narrowing import can_narrow, gather, narrowed
 from job.model.presets import Preset, load_task, resolve
 from job.model.segments import can_pack, segment_attention
 from job.model.sharding import check_split, loading_to, put, weight_sharding
@@ -32,6 +34,8 @@ class Forward(NamedTuple):
     packed: bool
     """Rows hold several examples; else segments are an ordinary padding mask."""
     remat: Remat = "matmuls"
+    reach: int | None = None
+    """Tokens of the longest example, beyond which attention need not look; None: unknown."""
 
 
 class LanguageModel:
@@ -124,7 +128,7 @@ class LanguageModel:
             outputs: jax.Array = self._backbone({"token_ids": token_ids, "padding_mask": segments})
         return outputs
 
-    def train_hidden(
+    def loss_states(
         self,
         weights: Weights,
         lora: LoraWeights,
@@ -132,29 +136,40 @@ class LanguageModel:
         settings: Forward,
         dropout: Dropout | None = None,
     ) -> jax.Array:
-        """The last hidden states of the model with an adapter, for differentiation.
+        """The last hidden states that have a loss, of the model with an adapter.
 
         Args:
             weights: the frozen variables.
-            lora: the adapter.
-            rows: `token_ids` and `segments`, int32 `[batch, length]`, as for `hidden`.
+            lora: the adapter; the states can be differentiated by it.
+            rows: `token_ids` and `segments`, int32 `[batch, length]`, as for `hidden`, and
+                `positions`, int32 `[groups, losses]` into the tokens of each equal part of them.
             settings: whether rows are packed, and what is kept for the backward pass.
             dropout: of the adapters' inputs.
+
+        Returns:
+            `[groups, losses, hidden]` in the compute type.
         """
         inside = self.lora.inside()
         pairs = zip(self.lora.targets, lora, strict=True)
         merged = tuple(pair for target, pair in pairs if target.equations is None)
-        segments = segment_attention(self._backbone) if settings.packed else nullcontext()
+        positions, narrow = rows["positions"], can_narrow(self._backbone)
         with (
             self._scope(inside.merge(weights, merged)),
-            segments,
+            segment_attention(self._backbone) if settings.packed else nullcontext(),
+            self._attention(settings),
             lora_beside(self._backbone, self.lora, lora, dropout),
+            narrowed(self._backbone, positions) if narrow else nullcontext(),
             rematerialized(self._backbone, settings.remat),
         ):
             outputs: jax.Array = self._backbone(
                 {"token_ids": rows["token_ids"], "padding_mask": rows["segments"]}
             )
-        return outputs
+        return outputs if narrow else gather(outputs, positions)
+
+    def _attention(self, settings: Forward) -> AbstractContextManager[None]:
+        if settings.reach is None or not can_cut(self._backbone):
+            return nullcontext()
+        return local_attention(self._backbone, settings.reach)
 
     def plain_hidden(self, weights: Weights, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
         """The same with an ordinary padding mask (1 and 0): for every family of models."""

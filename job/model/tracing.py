@@ -21,16 +21,20 @@ Remat = Literal["none", "matmuls", "blocks"]
 
 
 @contextlib.contextmanager
-def _calls(replacements: list[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+def replaced_calls(replacements: list[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
     """Within this block, layers run these functions instead of their own `call`."""
+    before = [(layer.__dict__, layer.__dict__.get("call")) for layer, _ in replacements]
     for layer, function in replacements:
         # Straight into the instance's dictionary: Keras tracks ordinary attributes.
         layer.__dict__["call"] = function
     try:
         yield
     finally:
-        for layer, _ in replacements:
-            del layer.__dict__["call"]
+        for attributes, function in before:
+            if function is None:
+                del attributes["call"]
+            else:
+                attributes["call"] = function
 
 
 class Dropout(NamedTuple):
@@ -51,7 +55,7 @@ def lora_beside(
             layer = layers[target.layer_index]
             drop = _dropper(dropout, target.layer_index)
             replacements.append((layer, _beside(layer, target.equations, a, b, drop)))
-    return _calls(replacements)
+    return replaced_calls(replacements)
 
 
 def _dropper(dropout: Dropout | None, number: int) -> Callable[[Any], Any]:
@@ -95,7 +99,7 @@ def rematerialized(backbone: Any, remat: Remat) -> contextlib.AbstractContextMan
         else policies.nothing_saveable
     )
     blocks = getattr(backbone, "transformer_layers", [])
-    return _calls([(block, _checkpointed(block, policy)) for block in blocks])
+    return replaced_calls([(block, _checkpointed(block, policy)) for block in blocks])
 
 
 def _checkpointed(block: Any, policy: Any) -> Callable[..., Any]:

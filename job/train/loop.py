@@ -141,7 +141,8 @@ class Trainer:
         start = model.lora.start(run.spec.seed)
         self._optimizer, self._schedule = make_optimizer(self._train, self._plan.steps, start)
         self._start = flatten(start), [v.value for v in self._optimizer.variables]
-        forward = Forward(packed, self._train.remat)
+        reach = max(rows.longest, validation.longest)
+        forward = Forward(packed, self._train.remat, reach)
         recipe = Recipe(
             forward,
             dropout=run.spec.model.lora.dropout,

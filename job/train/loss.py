@@ -44,20 +44,6 @@ def slice_length(rows: int, losses: int, vocabulary: int) -> int:
     return -(-losses // slices)
 
 
-def gather(hidden: jax.Array, positions: jax.Array) -> jax.Array:
-    """The hidden states that have a loss.
-
-    Args:
-        hidden: `[rows, length, hidden]`.
-        positions: int32 `[groups, losses]` into the tokens of each equal part of the rows.
-
-    Returns:
-        `[groups, losses, hidden]`.
-    """
-    grouped = hidden.reshape(positions.shape[0], -1, hidden.shape[-1])
-    return jnp.take_along_axis(grouped, positions[..., None], axis=1)
-
-
 def head_loss(
     head: Head,
     frozen: Any,

@@ -16,7 +16,7 @@ from job.data.packing import Batch
 from job.model.language_model import Forward, LanguageModel
 from job.model.lora import LoraWeights, Weights, flatten, unflatten
 from job.model.tracing import Dropout
-from job.train.loss import LossSums, gather, head_loss, slice_length
+from job.train.loss import LossSums, head_loss, slice_length
 from job.train.memory import kept_bytes
 
 Arrays = dict[str, jax.Array]
@@ -94,8 +94,7 @@ def _sums(
 ) -> LossSums:
     key = jax.random.fold_in(jax.random.key(recipe.seed), rows["part"])
     dropout = Dropout(recipe.dropout, key) if recipe.dropout else None
-    hidden = model.train_hidden(weights, lora, rows, recipe.forward, dropout)
-    states = gather(hidden, rows["positions"])
+    states = model.loss_states(weights, lora, rows, recipe.forward, dropout)
     return head_loss(
         model.logits,
         weights,

@@ -168,7 +168,7 @@ def ours(
         (start, tuple(v.value for v in optimizer.variables)),
     ))  # fmt: skip
     batches = [rows.batch.take(plan.rows_of(step)) for step in range(plan.steps)]
-    step = make_train_step(model, optimizer, Recipe(Forward(packed=True, remat=remat)))
+    step = make_train_step(model, optimizer, Recipe(Forward(True, remat, rows.longest)))
     width = loss_width(max(int(batch.losses(1).max()) for batch in batches))
     clock = CompileClock()
     clock.listen()
@@ -200,10 +200,10 @@ def main() -> None:
     parser = report.arguments(__doc__ or "")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="proxy")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--examples", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3, help="the fastest one counts")
-    parser.add_argument("--rows", type=int, default=8, help="packed rows a step")
-    parser.add_argument("--pack-length", type=int, default=256)
+    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=2, help="the fastest one counts")
+    parser.add_argument("--rows", type=int, default=2, help="packed rows a step")
+    parser.add_argument("--pack-length", type=int, default=1024)
     given = parser.parse_args()
     examples = make_examples(given.examples, SHAPES[given.shape]["vocabulary_size"])
     common = (given.shape, given.dtype, examples)

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import keras_hub
 import numpy as np
 import pytest
 
@@ -10,6 +9,7 @@ from job.evals.engine import Engine
 from job.model.language_model import LanguageModel
 from job.model.segments import PACKABLE, segment_attention
 from job.model.tiny import train_tokenizer
+from tests.model.families import small_backbone
 
 PROMPTS = [
     "I have had a headache for two weeks.",
@@ -97,26 +97,6 @@ def test_prompt_over_the_limit_loses_its_beginning_and_is_counted(tiny: Language
     assert len(kept) == 64
     assert kept[0] == whole[0]
     assert kept[1:] == whole[-63:]
-
-
-SHAPE = {"vocabulary_size": 64, "num_layers": 6, "hidden_dim": 16, "intermediate_dim": 32}
-HEADS = {"num_query_heads": 2, "num_key_value_heads": 1}
-WINDOW = {"use_sliding_window_attention": True, "sliding_window_size": 5}
-ARGUMENTS: dict[str, dict[str, object]] = {
-    "Gemma3Backbone": {"head_dim": 8, "image_size": 0, **WINDOW},
-    "GemmaBackbone": {"head_dim": 8, **WINDOW},
-    "LlamaBackbone": {},
-    "Llama3Backbone": {},
-    "MistralBackbone": {"sliding_window": 5},
-    "Qwen3Backbone": {"head_dim": 8},
-}
-
-
-def small_backbone(family: str) -> keras_hub.models.Backbone:
-    """A small random backbone; Gemma 3's sixth layer is its first global one."""
-    layers = 6 if family == "Gemma3Backbone" else 2
-    arguments = {**SHAPE, **HEADS, **ARGUMENTS[family], "num_layers": layers, "dtype": "float32"}
-    return getattr(keras_hub.models, family)(**arguments)
 
 
 @pytest.mark.parametrize("family", PACKABLE)

@@ -10,7 +10,7 @@ from job.model.language_model import Forward, LanguageModel
 from job.model.lora import LoraWeights, flatten
 from job.model.tracing import Remat
 from job.spec import Train
-from job.train.loss import gather, head_loss, slice_length
+from job.train.loss import head_loss, slice_length
 from job.train.optimizer import WarmupSchedule, make_optimizer
 from job.train.step import Recipe, TrainState, loss_width, make_train_step, make_validation, place
 
@@ -80,14 +80,6 @@ def test_slices_stay_within_the_memory_bound() -> None:
         length = slice_length(rows, losses, vocabulary)
         assert 1 <= length <= losses
         assert length == 1 or rows * length * vocabulary * 4 <= 256 * 1024 * 1024
-
-
-def test_only_positions_with_a_loss_reach_the_head() -> None:
-    hidden = jnp.arange(24.0).reshape(1, 8, 3)
-    picked = gather(hidden, jnp.array([[6, 2]]))
-    np.testing.assert_array_equal(picked[0], hidden[0, np.array([6, 2])])
-    parts = gather(hidden.reshape(4, 2, 3), jnp.array([[3], [0]]))
-    np.testing.assert_array_equal(parts[:, 0], hidden[0, np.array([3, 4])])
 
 
 def test_packed_loss_and_gradients_equal_unpacked_ones(tiny: LanguageModel) -> None:

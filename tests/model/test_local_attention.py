@@ -1,0 +1,66 @@
+"""Attention chunk by chunk gives the hidden states of attention over the whole row."""
+
+import jax
+import numpy as np
+import pytest
+
+from job.model import local_attention
+from job.model.segments import PACKABLE, segment_attention
+from tests.model.families import small_backbone
+
+LENGTH, LONGEST = 26, 9
+
+
+def rows() -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(1, 64, size=(2, LENGTH)).astype(np.int32)
+    segments = np.zeros((2, LENGTH), np.int32)
+    for row, parts in enumerate(([9, 5, 9], [2, 9, 7])):
+        numbers = np.repeat(np.arange(1, len(parts) + 1), parts)
+        segments[row, : len(numbers)] = numbers
+    return {"token_ids": tokens, "padding_mask": segments}
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+@pytest.mark.parametrize("chunk", [4, 7])
+def test_chunks_give_what_the_whole_row_gives(
+    monkeypatch: pytest.MonkeyPatch, family: str, chunk: int
+) -> None:
+    monkeypatch.setattr(local_attention, "CHUNK", chunk)
+    backbone, inputs = small_backbone(family), rows()
+    assert local_attention.can_cut(backbone)
+    with segment_attention(backbone):
+        whole = backbone(inputs)
+        with local_attention.local_attention(backbone, LONGEST):
+            ours = backbone(inputs)
+    real = inputs["padding_mask"] > 0
+    np.testing.assert_allclose(np.asarray(ours)[real], np.asarray(whole)[real], atol=2e-5)
+
+
+def test_a_reach_that_is_too_short_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_attention, "CHUNK", 4)
+    backbone, inputs = small_backbone("LlamaBackbone"), rows()
+    with segment_attention(backbone):
+        whole = np.asarray(backbone(inputs))
+        with local_attention.local_attention(backbone, 2):
+            ours = np.asarray(backbone(inputs))
+    assert np.abs(ours - whole).max() > 1e-3
+
+
+def test_fewer_products_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_attention, "CHUNK", 64)
+    backbone = small_backbone("Gemma3Backbone", sliding_window_size=64, head_dim=64)
+    inputs = {name: np.ones((1, 512), np.int32) for name in ("token_ids", "padding_mask")}
+
+    def flops(reach: int) -> float:
+        def forward(inputs: dict[str, jax.Array]) -> jax.Array:
+            with local_attention.local_attention(backbone, reach):
+                return backbone(inputs)
+
+        return float(jax.jit(forward).lower(inputs).compile().cost_analysis()["flops"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local_attention, "CHUNK", 512)
+        whole = flops(512)
+    assert flops(512) < 0.5 * whole  # the sliding windows
+    assert flops(128) < 0.9 * flops(512)  # the global layer too
