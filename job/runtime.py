@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from job import compilation_cache
 from job.errors import EnvironmentProblem
 from job.results import EnvironmentInfo
 from job.spec import Runtime, Spec
+from job.storage import open_store
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -197,12 +199,11 @@ def _configure_cache(wanted: Runtime) -> None:
     folder = wanted.compilation_cache
     if folder == "auto":
         folder = str(cache_folder("xla"))
-    settings = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }
-    for name, value in settings.items():
-        jax.config.update(name, value)  # type: ignore[no-untyped-call]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # type: ignore[no-untyped-call]
+    if folder.startswith("gs://"):
+        compilation_cache.use(open_store(folder))
+    else:
+        jax.config.update("jax_compilation_cache_dir", folder)  # type: ignore[no-untyped-call]
 
 
 def _versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ KerasHub's layers hold the structure; the weights are passed in as a tuple, so o
 function serves the base model, training and the tuned model, and nothing is assigned.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -70,6 +71,11 @@ class LanguageModel:
     def vocabulary(self) -> int:
         """Width of the head."""
         return int(self._backbone.token_embedding.embeddings.shape[0])
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights of the head, which is the embedding as well where they are tied."""
+        return math.prod(self._backbone.token_embedding.embeddings.shape)
 
     @property
     def platform(self) -> str:

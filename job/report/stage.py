@@ -3,6 +3,7 @@
 import json
 from datetime import UTC, datetime
 
+from job import accelerators
 from job.evals import dialogue as dialogues
 from job.evals import multiple_choice as choices
 from job.evals.predictions import (
@@ -169,14 +170,21 @@ def with_options(line: ChoiceLine) -> str:
 
 
 def _cost(run: Run, training: Training, reference: Reference) -> Cost:
-    """Chip hours of all stages, each on the machine it ran on; dollars where they are known.
+    """Chip hours of all stages, each on the machine it ran on, and dollars at list prices.
 
     Training that was resumed took what its checkpoints add up to, not only its last part.
+    Dollars are those of chips on demand and of the reference; null where a price is not known.
     """
-    hours = 0.0
+    hours, usd = 0.0, reference.cost_usd
+    known = True
     for name, marker in run.markers.items():
-        chips = 0 if marker.environment.platform == "cpu" else marker.environment.devices
+        machine = marker.environment
+        if machine.platform == "cpu":
+            continue
         seconds = max(marker.seconds, training.seconds.total if name == "train" else 0.0)
-        hours += chips * seconds / 3600
-    usd = reference.cost_usd if hours == 0 else None
-    return Cost(chip_hours=round(hours, 4), usd=usd)
+        spent = machine.devices * seconds / 3600
+        found = accelerators.find(machine.device_kind)
+        price = found.price.on_demand if found is not None and found.price is not None else None
+        known = known and price is not None
+        hours, usd = hours + spent, usd + spent * (price or 0.0)
+    return Cost(chip_hours=round(hours, 4), usd=round(usd, 6) if known else None)

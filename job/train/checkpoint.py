@@ -59,6 +59,11 @@ class Progress(BaseModel):
     stopped: bool = False
     """Whether training ended early for want of a better validation."""
 
+    @property
+    def busy(self) -> float:
+        """Seconds of training without compilation."""
+        return self.seconds - self.compile_seconds
+
 
 class Checkpoint(BaseModel):
     """A checkpoint that was read back."""

@@ -45,6 +45,8 @@ from job.train.step import (
     place,
     row_bytes,
 )
+from job.train.tensorboard import EVENTS, event_file
+from job.train.throughput import training_flops, utilization
 
 HISTORY = "train/history.jsonl"
 
@@ -108,6 +110,7 @@ class Trained:
     progress: Progress
     validation_after: Validation
     """Of the adapter that is kept."""
+    mfu: float | None
 
 
 class _OutOfMemory(Exception):
@@ -276,7 +279,7 @@ class Trainer:
         if self._train.keep == "last" or after is None:
             lora, after = jax.device_get(self._state.lora), progress.validation
         assert after is not None
-        return Trained(lora, progress, after)
+        return Trained(lora, progress, after, self.utilization())
 
     def _resume(self) -> None:
         """Go to the newest checkpoint, or to the start where there is none."""
@@ -366,8 +369,8 @@ class Trainer:
         progress.tokens += batch.tokens
         progress.slots += batch.token_ids.size
         done = step + 1
-        busy = progress.seconds - progress.compile_seconds
-        rate = progress.tokens / busy if busy > 0 else 0.0
+        rate = progress.tokens / progress.busy if progress.busy > 0 else 0.0
+        mfu = self.utilization()
         if done % self._train.log_every == 0 or done in (1, self._plan.steps):
             line = {
                 "step": done,
@@ -380,10 +383,12 @@ class Trainer:
                 "tokens": progress.tokens,
                 "seconds": round(progress.seconds, 3),
                 "tokens_per_second": round(rate, 1),
+                "mfu": None if mfu is None else round(mfu, 4),
             }
             self._history.append(line)
             logs.get().info("step", **{k: line[k] for k in ("step", "loss", "learning_rate")})
-        advance(1, **{"loss": loss / tokens, "tokens/s": round(rate)})
+        shown = {"loss": loss / tokens, "tokens/s": round(rate)}
+        advance(1, **shown if mfu is None else shown | {"MFU": f"{mfu:.1%}"})
         return stop > 0
 
     def _not_finite(self, step: int, loss: float, norm: float) -> None:
@@ -452,10 +457,18 @@ class Trainer:
                 best_step=progress.best.step,
             )
 
+    def utilization(self) -> float | None:
+        """MFU so far; see `job.train.throughput`."""
+        model, progress = self._model, self._progress
+        body = model.parameters - model.head_parameters
+        needed = training_flops(body, model.head_parameters, progress.tokens, progress.loss_tokens)
+        devices = model.mesh.devices
+        return utilization(needed, progress.busy, devices.flat[0].device_kind, devices.size)
+
     def curves(self) -> dict[str, bytes]:
         """The files that show how training went so far, by key."""
         lines = "".join(json.dumps(line) + "\n" for line in self._history)
-        return {HISTORY: lines.encode()}
+        return {HISTORY: lines.encode(), EVENTS: event_file(self._history)}
 
 
 class _Pending(NamedTuple):

@@ -109,7 +109,6 @@ def _training(run: Run, tokenized: Tokenized, trained: Trained) -> Training:
     progress = trained.progress
     before, after = progress.validation_before, trained.validation_after
     assert before is not None
-    busy = max(progress.seconds - progress.compile_seconds, 1e-9)
     return Training(
         steps=progress.step,
         kept_step=after.step if run.spec.train.keep == "best" else progress.step,
@@ -125,8 +124,8 @@ def _training(run: Run, tokenized: Tokenized, trained: Trained) -> Training:
         seconds=Seconds(
             total=round(progress.seconds, 3), compile=round(progress.compile_seconds, 3)
         ),
-        tokens_per_second=round(progress.tokens / busy, 1),
-        mfu=None,
+        tokens_per_second=round(progress.tokens / max(progress.busy, 1e-9), 1),
+        mfu=trained.mfu,
         loss=Losses(
             train=progress.epoch_loss / progress.epoch_loss_tokens,
             validation_before=before.loss,

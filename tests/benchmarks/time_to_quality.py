@@ -1,0 +1,182 @@
+"""Time to quality: how soon the recommended recipe is where the published one ends.
+
+The published recipe is the notebook's loop: KerasHub's `fit`, one example a step padded to 256
+tokens, SGD at 1e-4, loss on every token, one pass over the examples. The recommended one is that
+of the shipped spec `chatdoctor-gemma3-1b`, packed and by this project's step. Both train LoRA of
+rank 16 on the `tiny` preset and the same examples, made of the shipped dialogues at the lengths
+of real ones. After each of our steps the loss on held-out responses is measured, until it is
+what the published recipe ends with. Seconds are those of training, without compilation.
+
+    uv run python -m tests.benchmarks.time_to_quality [--json FILE]
+"""
+
+import os
+import time
+from typing import Any
+
+from tests.benchmarks import report
+
+os.environ["KERAS_BACKEND"] = "jax"
+
+LENGTH = 256
+HELD_OUT = 100
+
+
+def make_examples(count: int, codec: Any) -> list[Any]:
+    """Examples of the shipped dialogues' sentences, as long as real dialogues."""
+    import json
+    from importlib import resources
+
+    import numpy as np
+
+    from job.data.packing import TokenExample
+
+    generator = np.random.default_rng(0)
+    lines = (resources.files("job") / "samples" / "dialogues.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    prompts, responses = (codec.encode([row[key] for row in rows]) for key in ("input", "output"))
+
+    def fill(texts: list[list[int]], length: int) -> list[int]:
+        tokens: list[int] = []
+        while len(tokens) < length:
+            tokens += texts[generator.integers(len(texts))]
+        return tokens[:length]
+
+    made = []
+    for number, drawn in enumerate(generator.normal(225, 60, size=count)):
+        length = int(np.clip(drawn, 40, LENGTH))
+        asked = length - int(0.43 * length)
+        tokens = fill(prompts, asked) + fill(responses, length - asked)
+        made.append(TokenExample(str(number), tokens, asked))
+    return made
+
+
+def published(folder: str, examples: list[Any]) -> tuple[list[Any], float]:
+    """The notebook's loop over the examples: the adapter it ends with, and its seconds."""
+    import keras
+    import keras_hub
+    import numpy as np
+
+    from job.runtime import CompileClock
+
+    task = keras_hub.models.CausalLM.from_preset(folder, preprocessor=None, dtype="float32")
+    task.backbone.enable_lora(16)
+    tokens = np.zeros((len(examples), LENGTH), np.int32)
+    for row, example in enumerate(examples):
+        tokens[row, : len(example.tokens)] = example.tokens
+    mask = (tokens > 0).astype(np.int32)
+    labels, weights = np.roll(tokens, -1, axis=1), np.roll(mask, -1, axis=1)
+    weights[:, -1] = 0
+    task.compile(
+        optimizer=keras.optimizers.SGD(1e-4),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()],
+    )
+    clock = CompileClock()
+    clock.listen()
+    begin = time.perf_counter()
+    # The plain method: a KerasHub task's own wants another library just for arrays.
+    keras.Model.fit(
+        task, {"token_ids": tokens, "padding_mask": mask}, labels, sample_weight=weights,
+        batch_size=1, epochs=1, shuffle=False, verbose=0,
+    )  # fmt: skip
+    seconds = time.perf_counter() - begin - clock.seconds
+    layers = [layer for layer in task.backbone._flatten_layers() if hasattr(layer, "lora_kernel_a")]
+    return [(layer.lora_kernel_a.value, layer.lora_kernel_b.value) for layer in layers], seconds
+
+
+def main() -> None:
+    """Run both recipes and print how much sooner the recommended one is there."""
+    parser = report.arguments(__doc__ or "")
+    parser.add_argument("--examples", type=int, default=1800)
+    given = parser.parse_args()
+
+    from job.runtime import import_keras
+
+    import_keras()
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh
+
+    from job.data.packing import make_rows
+    from job.model.language_model import Forward, load
+    from job.model.lora import LoraWeights, flatten
+    from job.spec_loading import load_spec
+    from job.train.loop import Plan
+    from job.train.optimizer import make_optimizer
+    from job.train.step import (
+        Recipe,
+        TrainState,
+        loss_width,
+        make_train_step,
+        make_validation,
+        place,
+    )
+
+    settings = ["model.preset=tiny", "model.dtype=float32"]
+    spec = load_spec("chatdoctor-gemma3-1b", settings).spec
+    train = spec.train
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+    model = load(spec.model, spec.seed, mesh)
+    everything = make_examples(given.examples + HELD_OUT, model.codec)
+    examples, held_out = everything[:-HELD_OUT], everything[-HELD_OUT:]
+
+    forward = Forward(packed=True, remat=train.remat, reach=LENGTH)
+    validate = make_validation(model, forward)
+    unseen = make_rows(held_out, train.row_length, packing=True).batch
+    placed = place(model, unseen, 1, loss_width(int(unseen.losses(1).max())))
+
+    def measure(lora: LoraWeights) -> float:
+        return float(validate(lora, model.weights, placed).loss) / float(unseen.weights.sum())
+
+    start = model.lora.start(spec.seed)
+    before = measure(start)
+    theirs, their_seconds = published(model.preset.handle, examples)
+    scale = 1 / model.lora.scale  # theirs is the layer's own, whose alpha is the rank
+    goal = measure(tuple((a, b * scale) for a, b in theirs))
+
+    rows = make_rows(examples, train.row_length, packing=True)
+    plan = Plan(len(rows.batch), train.batch_size, train.epochs, spec.seed)
+    optimizer, _ = make_optimizer(train, plan.steps, start)
+    variables = tuple(variable.value for variable in optimizer.variables)
+    state = TrainState(*jax.tree.map(lambda a: jax.numpy.array(a, copy=True), (start, variables)))
+    batches = [rows.batch.take(plan.rows_of(step)) for step in range(plan.steps)]
+    width = loss_width(max(int(batch.losses(1).max()) for batch in batches))
+    step = make_train_step(model, optimizer, Recipe(forward))
+    first = place(model, batches[0], 1, width)
+    program = step.lower(state, model.weights, first).compile()
+
+    seconds, reached, curve, seen = 0.0, None, [], 0
+    for number, batch in enumerate(batches):
+        begin = time.perf_counter()
+        state, _ = program(state, model.weights, place(model, batch, 1, width))
+        jax.block_until_ready(flatten(state.lora))
+        seconds += time.perf_counter() - begin
+        taken = plan.rows_of(number)
+        seen += sum(len(rows.examples[row]) for row in taken if row >= 0)
+        loss = measure(state.lora)
+        curve.append((number + 1, seen, seconds, loss))
+        if reached is None and loss <= goal:
+            reached = (seen, seconds)
+    report.show(
+        f"validation loss on {HELD_OUT} held-out responses; {before:.4f} before training",
+        ("recipe", "examples", "seconds", "loss"),
+        [
+            ("published", len(examples), their_seconds, goal),
+            *(("recommended", *line[1:]) for line in curve[:: max(1, len(curve) // 8)]),
+            ("recommended, at its end", *curve[-1][1:]),
+        ],
+    )
+    if reached is None:
+        raise SystemExit("the recommended recipe never got there")
+    report.finish(
+        {
+            "time_ratio": their_seconds / reached[1],
+            "examples_ratio": len(examples) / reached[0],
+        },
+        given.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
