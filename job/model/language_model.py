@@ -162,7 +162,7 @@ class LanguageModel:
         with (
             self._scope(inside.merge(weights, merged)),
             segment_attention(self._backbone) if settings.packed else nullcontext(),
-            self._attention(settings),
+            self._attention(rows["segments"], settings),
             lora_beside(self._backbone, self.lora, lora, dropout),
             narrowed(self._backbone, positions) if narrow else nullcontext(),
             rematerialized(self._backbone, settings.remat),
@@ -172,10 +172,10 @@ class LanguageModel:
             )
         return outputs if narrow else gather(outputs, positions)
 
-    def _attention(self, settings: Forward) -> AbstractContextManager[None]:
+    def _attention(self, segments: jax.Array, settings: Forward) -> AbstractContextManager[None]:
         if settings.reach is None or not can_cut(self._backbone):
             return nullcontext()
-        return local_attention(self._backbone, settings.reach)
+        return local_attention(self._backbone, segments, settings.reach)
 
     def plain_hidden(self, weights: Weights, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
         """The same with an ordinary padding mask (1 and 0): for every family of models."""

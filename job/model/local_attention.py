@@ -3,8 +3,8 @@
 KerasHub's attention scores every query of a row against every key and masks most of it away:
 what comes later, and in a packed row what belongs to other examples. In training the row is
 cut into chunks instead, and each attends to itself and to the tokens before it that an example,
-or the layer's sliding window, can reach. The mask still decides; what is left out it would
-have hidden. The chunks are one more batch axis, so the program is no larger.
+or the layer's sliding window, can reach. The chunks are one more batch axis, so the program is
+no larger, and their masks are made from the segments, so that no mask of a whole row exists.
 """
 
 import contextlib
@@ -26,10 +26,12 @@ def can_cut(backbone: Any) -> bool:
 
 
 @contextlib.contextmanager
-def local_attention(backbone: Any, reach: int) -> Iterator[None]:
+def local_attention(backbone: Any, segments: Any, reach: int) -> Iterator[None]:
     """Within this block attention runs chunk by chunk, where that leaves something out.
 
     Args:
+        segments: int32 `[batch, length]`; 0 is padding, and tokens attend only to earlier tokens
+            of the same number.
         reach: tokens, its own included, that a token can see at most.
     """
     layers = [
@@ -39,7 +41,7 @@ def local_attention(backbone: Any, reach: int) -> Iterator[None]:
     ]
     for layer in layers:
         # Straight into the instance's dictionary: Keras tracks ordinary attributes.
-        layer.__dict__["_compute_attention"] = _by_chunk(layer, reach)
+        layer.__dict__["_compute_attention"] = _by_chunk(layer, segments, reach)
     try:
         yield
     finally:
@@ -47,29 +49,38 @@ def local_attention(backbone: Any, reach: int) -> Iterator[None]:
             del layer.__dict__["_compute_attention"]
 
 
-def _by_chunk(layer: Any, reach: int) -> Callable[..., Any]:
+def _by_chunk(layer: Any, segments: Any, reach: int) -> Callable[..., Any]:
     attend = layer._compute_attention
+    # Some families lay the window over the mask they are given, others over all masks before.
     placed = "cache_update_index" in inspect.signature(attend).parameters
+    window = getattr(layer, "_sliding_window", None)
     if getattr(layer, "use_sliding_window_attention", False):
-        reach = min(reach, layer.sliding_window_size)
+        window = layer.sliding_window_size
+    reach = min(reach, window or reach)
     before = -(-(reach - 1) // CHUNK) * CHUNK
 
     def by_chunk(query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
         batch, length = query.shape[:2]
         if before + CHUNK >= length:
             return attend(query, key, value, mask, **settings)
-        if placed:  # where the queries stand among the keys, for a sliding window
+        if placed:
             settings["cache_update_index"] = before
         count = -(-length // CHUNK)
         after = count * CHUNK - length
-        seen = _windows(count, before)
+        seen = CHUNK * jnp.arange(count)[:, None] + jnp.arange(before + CHUNK)
+
+        def chunks(array: Any) -> Any:
+            return _pad(array, 0, after).reshape(batch * count, CHUNK, *array.shape[2:])
+
+        def windows(array: Any) -> Any:
+            parts = _pad(array, before, after)[:, seen]
+            return parts.reshape(batch * count, before + CHUNK, *array.shape[2:])
+
         parts = attend(
-            _pad(query, 0, after).reshape(batch * count, CHUNK, *query.shape[2:]),
-            *(
-                _pad(array, before, after)[:, seen].reshape(batch * count, -1, *array.shape[2:])
-                for array in (key, value)
-            ),
-            _cut_mask(mask, seen, before, after),
+            chunks(query),
+            windows(key),
+            windows(value),
+            _mask(chunks(segments), windows(segments), window),
             **settings,
         )
         return parts.reshape(batch, count * CHUNK, *parts.shape[2:])[:, :length]
@@ -77,19 +88,21 @@ def _by_chunk(layer: Any, reach: int) -> Callable[..., Any]:
     return by_chunk
 
 
-def _windows(count: int, before: int) -> Any:
-    """The keys of each chunk, `[count, before + CHUNK]`, where `before` keys were put in front."""
-    return CHUNK * jnp.arange(count)[:, None] + jnp.arange(before + CHUNK)
+def _mask(queries: Any, keys: Any, window: int | None) -> Any:
+    """Which keys each query sees, bool `[chunks, CHUNK, keys]`, from the segments of both.
+
+    The queries are the last of the keys.
+    """
+    distance = (
+        jnp.arange(queries.shape[1])[:, None]
+        + (keys.shape[1] - queries.shape[1])
+        - jnp.arange(keys.shape[1])
+    )
+    near = (distance >= 0) & (distance < (window or keys.shape[1]))
+    same = queries[:, :, None] == keys[:, None, :]
+    return near & same & (keys > 0)[:, None, :]
 
 
 def _pad(array: Any, before: int, after: int) -> Any:
     """Zeros along the second axis."""
     return jnp.pad(array, ((0, 0), (before, after)) + ((0, 0),) * (array.ndim - 2))
-
-
-def _cut_mask(mask: Any, seen: Any, before: int, after: int) -> Any:
-    """The mask `[batch, length, length]` as `[batch * count, CHUNK, before + CHUNK]`."""
-    padded = jnp.pad(mask, ((0, 0), (0, after), (before, after)))
-    rows = padded.reshape(len(mask), len(seen), CHUNK, -1)
-    cut = jnp.take_along_axis(rows, seen[None, :, None], axis=-1)
-    return cut.reshape(-1, *cut.shape[2:])

@@ -31,7 +31,7 @@ def test_chunks_give_what_the_whole_row_gives(
     assert local_attention.can_cut(backbone)
     with segment_attention(backbone):
         whole = backbone(inputs)
-        with local_attention.local_attention(backbone, LONGEST):
+        with local_attention.local_attention(backbone, inputs["padding_mask"], LONGEST):
             ours = backbone(inputs)
     real = inputs["padding_mask"] > 0
     np.testing.assert_allclose(np.asarray(ours)[real], np.asarray(whole)[real], atol=2e-5)
@@ -42,7 +42,7 @@ def test_a_reach_that_is_too_short_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     backbone, inputs = small_backbone("LlamaBackbone"), rows()
     with segment_attention(backbone):
         whole = np.asarray(backbone(inputs))
-        with local_attention.local_attention(backbone, 2):
+        with local_attention.local_attention(backbone, inputs["padding_mask"], 2):
             ours = np.asarray(backbone(inputs))
     assert np.abs(ours - whole).max() > 1e-3
 
@@ -54,7 +54,7 @@ def test_fewer_products_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def flops(reach: int) -> float:
         def forward(inputs: dict[str, jax.Array]) -> jax.Array:
-            with local_attention.local_attention(backbone, reach):
+            with local_attention.local_attention(backbone, inputs["padding_mask"], reach):
                 return backbone(inputs)
 
         return float(jax.jit(forward).lower(inputs).compile().cost_analysis()["flops"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from job.data.packing import PackedRows, TokenExample, make_rows
+from job.model import local_attention
 from job.model.language_model import Forward, LanguageModel
 from job.model.lora import LoraWeights, flatten
 from job.model.tracing import Remat
@@ -37,7 +38,7 @@ def trained_start(model: LanguageModel) -> LoraWeights:
 
 def sums_and_gradients(model: LanguageModel, rows: PackedRows, *, packed: bool) -> tuple:
     """Summed loss and gradients by plain differentiation of the validation function."""
-    function = make_validation(model, Forward(packed))
+    function = make_validation(model, Forward(packed, reach=rows.longest))
     batch = place(model, rows.batch, 1, loss_width(int(rows.batch.losses(1).max())))
 
     def loss(lora: LoraWeights) -> jax.Array:
@@ -82,7 +83,11 @@ def test_slices_stay_within_the_memory_bound() -> None:
         assert length == 1 or rows * length * vocabulary * 4 <= 256 * 1024 * 1024
 
 
-def test_packed_loss_and_gradients_equal_unpacked_ones(tiny: LanguageModel) -> None:
+@pytest.mark.parametrize("chunk", [16, local_attention.CHUNK])
+def test_packed_loss_and_gradients_equal_unpacked_ones(
+    monkeypatch: pytest.MonkeyPatch, tiny: LanguageModel, chunk: int
+) -> None:
+    monkeypatch.setattr(local_attention, "CHUNK", chunk)
     made = examples()
     packed = make_rows(made, 128, packing=True)
     apart = make_rows(made, 128, packing=False)
