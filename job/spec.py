@@ -157,6 +157,11 @@ class Data(Source):
 
 
 class Train(Section):
+    init_adapter: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="An adapter to go on from: a run or a folder (local or gs://), or "
+        "hf://owner/name; this job's or PEFT's.",
+    )
     epochs: Positive = Field(1, description="Passes over the training examples.")
     batch_size: Positive = Field(
         8,

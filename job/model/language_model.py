@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from job import logs
 from job.errors import UsageError
+from job.model.checkpoint_names import target_matrices
+from job.model.factors import Matrix
 from job.model.local_attention import can_cut, local_attention
 from job.model.lora import LoraLayout, LoraWeights, Weights, plan_lora
 from job.model.narrowing import can_narrow, gather, narrowed
@@ -65,6 +67,14 @@ class LanguageModel:
     def family(self) -> str:
         """The class name of the backbone."""
         return type(self._backbone).__name__
+
+    def matrices(self) -> tuple[Matrix, ...]:
+        """What each adapted kernel is in the family's transformers model.
+
+        Raises:
+            UsageError: see `target_matrices`.
+        """
+        return target_matrices(self._backbone, self.lora)
 
     @property
     def vocabulary(self) -> int:
