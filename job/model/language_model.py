@@ -122,6 +122,15 @@ class LanguageModel:
             state_mapping=list(zip(self._backbone.variables, weights, strict=True))
         )
 
+    def _inputs(self, token_ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+        """What the backbone is called with; some families want positions too."""
+        inputs = {"token_ids": jnp.asarray(token_ids), "padding_mask": jnp.asarray(mask)}
+        if "position_ids" in self._backbone.input:
+            inputs["position_ids"] = jnp.broadcast_to(
+                jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape
+            )
+        return inputs
+
     def hidden(self, weights: Weights, token_ids: jax.Array, segments: jax.Array) -> jax.Array:
         """The last hidden states.
 
@@ -135,7 +144,7 @@ class LanguageModel:
             `[batch, length, hidden]` in the compute type.
         """
         with self._scope(weights), segment_attention(self._backbone):
-            outputs: jax.Array = self._backbone({"token_ids": token_ids, "padding_mask": segments})
+            outputs: jax.Array = self._backbone(self._inputs(token_ids, segments))
         return outputs
 
     def loss_states(
@@ -171,9 +180,7 @@ class LanguageModel:
             narrowed(self._backbone, positions) if narrow else nullcontext(),
             rematerialized(self._backbone, settings.remat),
         ):
-            outputs: jax.Array = self._backbone(
-                {"token_ids": rows["token_ids"], "padding_mask": rows["segments"]}
-            )
+            outputs: jax.Array = self._backbone(self._inputs(rows["token_ids"], rows["segments"]))
         return outputs if narrow else gather(outputs, positions)
 
     def _attention(self, settings: Forward) -> AbstractContextManager[None]:
@@ -184,7 +191,7 @@ class LanguageModel:
     def plain_hidden(self, weights: Weights, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
         """The same with an ordinary padding mask (1 and 0): for every family of models."""
         with self._scope(weights):
-            outputs: jax.Array = self._backbone({"token_ids": token_ids, "padding_mask": mask})
+            outputs: jax.Array = self._backbone(self._inputs(token_ids, mask))
         return outputs
 
     def logits(self, weights: Weights, hidden: jax.Array) -> jax.Array:

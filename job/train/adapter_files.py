@@ -7,6 +7,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from job import logs
 from job.errors import StageError, UsageError
 from job.model.adapter import describe, load_adapter, save_adapter
@@ -16,6 +18,7 @@ from job.model.language_model import LanguageModel
 from job.model.lora import LoraLayout, LoraWeights
 from job.model.peft import PeftAdapter, peft_files
 from job.run import Run
+from job.spec import Model
 from job.storage import file_sha256
 
 FOLDER = "adapter/"
@@ -40,7 +43,7 @@ def write_adapter(
     run.put_file(FOLDER + H5, path)
     files = {H5: file_sha256(path)}
     if matrices is not None:
-        adapter = to_peft(run, model, lora, matrices)
+        adapter = to_peft(model, run.spec.model, lora, matrices)
         for name, content in peft_files(adapter).items():
             run.put(f"{FOLDER}{PEFT}{name}", content)
             files[PEFT + name] = run.written[-1].sha256
@@ -50,12 +53,10 @@ def write_adapter(
 
 
 def to_peft(
-    run: Run, model: LanguageModel, lora: LoraWeights, matrices: Sequence[Matrix]
+    model: LanguageModel, spec: Model, lora: LoraWeights, matrices: Sequence[Matrix]
 ) -> PeftAdapter:
     """The same adapter by the names of the transformers model, exactly."""
-    import numpy as np
-
-    layout, spec = model.lora, run.spec.model
+    layout = model.lora
     return PeftAdapter(
         base=spec.preset.removeprefix("hf://"),
         revision=model.preset.revision,
