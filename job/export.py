@@ -123,15 +123,17 @@ def _export_peft(source: _Source, target: Path, rank: str) -> None:
     from job.model.peft import compress, peft_files, read_peft, uniform
 
     folder = source.peft()
+    adapter = read_peft(folder)
     if rank == "exact":
         for path in folder.iterdir():
             shutil.copyfile(path, target / path.name)
+        ranks = sorted({factors.rank for factors in adapter.modules.values()})
+        logs.get().info("exact; vLLM needs --max-lora-rank of the highest", ranks=ranks)
         return
-    adapter = read_peft(folder)
     if rank == "uniform":
         adapter = uniform(adapter)
-        ranks = {factors.rank for factors in adapter.modules.values()}
-        logs.get().info("one rank for all layers, exactly", rank=max(ranks))
+        highest = max(factors.rank for factors in adapter.modules.values())
+        logs.get().info("one rank for all layers, exactly", rank=highest)
     else:
         adapter, loss = compress(adapter, int(rank))
         logs.get().info(

@@ -230,6 +230,9 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        adapter = self.init_adapter
+        if adapter and adapter.startswith("hf://") and not re.fullmatch(HUB, adapter):
+            raise ValueError(f"`init_adapter` {adapter!r} is not hf://owner/name")
         if self.pack_length is not None and not self.packing:
             raise ValueError("`pack_length` needs `packing: true`; remove one of them")
         if self.pack_length is not None and self.pack_length < self.max_length:

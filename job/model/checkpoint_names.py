@@ -70,8 +70,9 @@ def checkpoint_ports(backbone: Any) -> list[Port]:
         )
     notes = _Notes()
     converters[0].convert_weights(backbone, notes, _config(backbone))
-    prefix = "model.language_model." if _sees_or_hears(backbone) else "model."
-    return [Port(variable, _full(name, prefix), hook) for variable, name, hook in notes.taken]
+    text_only = not _sees_or_hears(backbone)
+    full = _name_of_text_model if text_only else _name_beside_encoders
+    return [Port(variable, full(name), hook) for variable, name, hook in notes.taken]
 
 
 def _sees_or_hears(backbone: Any) -> bool:
@@ -88,10 +89,15 @@ def _config(backbone: Any) -> dict[str, Any]:
     return {"model_type": f"{family}_text" if text_only else family}
 
 
-def _full(name: str, prefix: str) -> str:
+def _name_of_text_model(name: str) -> str:
     """The name in the causal LM; some converters leave the prefix to the loader."""
     bare = bare_name(name)
-    return name if bare.startswith("lm_head.") else f"{prefix}{bare}"
+    return bare if bare.startswith("lm_head.") else f"model.{bare}"
+
+
+def _name_beside_encoders(name: str) -> str:
+    """The name in a model that sees or hears too, whose checkpoints have older names."""
+    return f"model.language_model.{bare_name(name)}" if "language_model." in name else name
 
 
 def bare_name(name: str) -> str:

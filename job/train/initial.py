@@ -42,6 +42,12 @@ def initial_lora(run: Run, model: LanguageModel) -> LoraWeights:
     if kind == "ours":
         info = read_info(folder / DESCRIPTION)
         check_model(info, run.spec.model.preset, model.family, _WHERE)
+        if info.revision != model.preset.revision:
+            logs.get().warning(
+                "the adapter was trained on another commit of the model",
+                adapter=info.revision,
+                model=model.preset.revision,
+            )
         adapted = {layer.index: layer for layer in info.layers}
         shapes = {target.layer_index: list(target.kernel_shape) for target in layout.targets}
         _check_targets(
