@@ -57,6 +57,8 @@ def _check_rank(rank: str, to: str) -> None:
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside the wanted one, which takes its place once this block is through."""
+    if re.match(r"\w+:/", str(folder)):
+        raise UsageError(f"{folder} is not a local folder; copy the export to a bucket afterwards")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"{folder} is there already; name a folder that is missing or empty")
     try:

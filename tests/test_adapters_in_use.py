@@ -1,4 +1,4 @@
-"""From `job run` to the places an adapter is used: the commands, transformers, PEFT, KerasHub.
+"""From `job run` to the places an adapter is used: the commands, transformers and PEFT.
 
 The model is a sharded transformers checkpoint in a folder, as a snapshot of the Hub is; what
 transformers and PEFT make of the exports must be what the run's own adapter file gives.
@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import jax
-import keras_hub
 import numpy as np
 import pytest
 import yaml
@@ -70,7 +69,7 @@ def test_adapter_of_a_run_is_the_same_model_everywhere(tmp_path: Path) -> None:
     assert abs(one["validation_after"] - one["validation_before"]) > 1e-3
     assert two["validation_before"] == pytest.approx(one["validation_after"], abs=1e-5)
 
-    for to in ("peft", "merged-transformers", "merged-keras"):
+    for to in ("peft", "merged-transformers"):
         succeed("export", str(runs / "second"), str(tmp_path / to), "--to", to)
     copied = {path.name for path in model.iterdir()}
     assert {path.name for path in (tmp_path / "merged-transformers").iterdir()} == copied
@@ -79,9 +78,6 @@ def test_adapter_of_a_run_is_the_same_model_everywhere(tmp_path: Path) -> None:
     ours = load(spec, 0, Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model")))
     adapter = load_adapter(runs / "second/adapter/adapter.lora.h5", ours.lora)
     weights = ours.adapted(*adapter)
-    merged = keras_hub.models.CausalLM.from_preset(
-        str(tmp_path / "merged-keras"), preprocessor=None, dtype="float32"
-    )
     requests = [
         {"model": str(base), "adapter": adapter and str(tmp_path / adapter), "merge": False,
          "prompts": PROMPTS, "out": str(tmp_path / f"{name}.npz")}
@@ -98,9 +94,6 @@ def test_adapter_of_a_run_is_the_same_model_everywhere(tmp_path: Path) -> None:
         hidden = ours.plain_hidden(weights, tokens, np.ones_like(tokens))
         expected = np.asarray(ours.logits(weights, hidden))[0]
         there = {name: found[str(number)] for name, found in answers.items()}
-        there["keras"] = np.asarray(
-            merged({"token_ids": tokens, "padding_mask": np.ones_like(tokens)})
-        )[0]
         assert np.abs(there.pop("base") - expected).max() > 0.05
         for name, logits in there.items():
             np.testing.assert_allclose(logits, expected, atol=1e-4, err_msg=name)

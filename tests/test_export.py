@@ -1,6 +1,8 @@
 """`job export`: what it writes is the tuned model, or there is one clear error."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,14 +12,18 @@ import pytest
 import yaml
 
 from job import cli
+from job.adapter_source import find_adapter
 from job.errors import StageError, UsageError
 from job.export import export_run
 from job.model.adapter import load_adapter
 from job.model.language_model import LanguageModel
 from job.model.peft import read_peft
 from job.run import Run
+from job.storage import LocalStore, open_store
 from job.train.adapter_files import write_adapter
 from tests.conftest import MakeModel
+from tests.services.bucket import Bucket
+from tests.services.hub import Hub
 from tests.train.test_initial import make_run, trained
 
 TOKENS = np.arange(20, 110, dtype=np.int32)[None]
@@ -68,6 +74,43 @@ def test_peft_adapter_is_the_runs_own_to_the_byte(run: Path, tmp_path: Path) -> 
     export_run(str(run), "peft", str(tmp_path / "out"), "exact")
     there = {path.name: path.read_bytes() for path in (run / "adapter/peft").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == there
+
+
+def test_run_in_a_bucket_is_exported_and_gone_on_from(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Bucket("runs") as service:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", service.url)
+        local, store = LocalStore(run), open_store("gs://runs/team/doctor")
+        for key in local.list():
+            store.write(key, local.read(key) or b"")
+        export_run(store.uri, "peft", str(tmp_path / "out"), "exact")
+        there = find_adapter(store.uri, "init_adapter").digests()
+    assert there == find_adapter(str(run), "init_adapter").digests()
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    with pytest.raises(UsageError, match="is not a local folder"):
+        export_run(str(run), "peft", "gs://runs/out", "exact")
+
+
+def test_adapter_on_the_hub_is_read_at_its_commit(run: Path, tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in (run / "adapter/peft").iterdir()}
+    script = (
+        "import sys; from pathlib import Path; from job.adapter_source import fetch_adapter\n"
+        "known = {'model:clinic/adapter@': sys.argv[1]}\n"
+        "print(*fetch_adapter('hf://clinic/adapter', 'init_adapter', known, Path(sys.argv[2])))"
+    )
+    with Hub("hf_token") as hub:
+        commit = hub.add_repo("models", "clinic/adapter", files)
+        hub.add_repo("models", "clinic/adapter", {"README.md": b"moved on"})
+        done = subprocess.run(
+            [sys.executable, "-c", script, commit, str(tmp_path / "out")],
+            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.stdout.split() == ["peft", str(tmp_path / "out")], done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
 
 
 def test_uniform_rank_is_exact_and_a_number_prints_its_error(

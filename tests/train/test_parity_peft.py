@@ -93,7 +93,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> Si
         optimizer="sgd", learning_rate=RATE, schedule="constant", warmup_ratio=0, clip_norm=None
     )
     optimizer, _ = make_optimizer(train, STEPS, start)
-    step = make_train_step(model, optimizer, Recipe(Forward(packed=True)))
+    step = make_train_step(model, optimizer, Recipe(Forward(packed=True, reach=max(LENGTHS))))
     variables = tuple(model.replicate([v.value for v in optimizer.variables]))
     # The step gives its state's memory away.
     state = TrainState(jax.tree.map(jnp.array, model.replicate(start)), variables)
