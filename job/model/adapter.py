@@ -17,7 +17,7 @@ import numpy as np
 
 from job.errors import StageError
 from job.model.adapter_info import AdapterInfo, AdapterLayer
-from job.model.lora import LoraLayout, LoraTarget, LoraWeights
+from job.model.lora import LoraLayout, LoraWeights
 
 
 def describe(
@@ -82,7 +82,7 @@ def load_adapter(path: Path, layout: LoraLayout) -> tuple[LoraLayout, LoraWeight
         pairs = []
         for target in layout.targets:
             a, b = _pair(file, target.layer_index)
-            _check_shapes(path, target, a, b, layout.shapes(target))
+            _check_shapes(path, target.path, a, b, layout.shapes(target))
             pairs.append((jnp.asarray(a), jnp.asarray(b)))
     return replace(layout, alpha=float(rank), rslora=False), tuple(pairs)
 
@@ -98,17 +98,16 @@ def load_layers(path: Path, info: AdapterInfo) -> dict[int, tuple[np.ndarray, np
         for layer in info.layers:
             a, b = _pair(file, layer.index)
             *front, last = layer.kernel
-            target = LoraTarget(layer.index, layer.path, -1, tuple(layer.kernel))
-            _check_shapes(path, target, a, b, ((*front, info.rank), (info.rank, last)))
+            _check_shapes(path, layer.path, a, b, ((*front, info.rank), (info.rank, last)))
             found[layer.index] = a, b
     return found
 
 
 def _check_shapes(
-    path: Path, target: LoraTarget, a: np.ndarray, b: np.ndarray, wanted: tuple[object, object]
+    path: Path, layer: str, a: np.ndarray, b: np.ndarray, wanted: tuple[object, object]
 ) -> None:
     if (a.shape, b.shape) != wanted:
         raise StageError(
-            f"{path.name}: the adapter of {target.path} has shapes {a.shape} and {b.shape}, "
+            f"{path.name}: the adapter of {layer} has shapes {a.shape} and {b.shape}, "
             f"the model needs {wanted}"
         )

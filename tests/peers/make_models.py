@@ -30,7 +30,8 @@ def configs(vocabulary: int) -> dict[str, t.PreTrainedConfig]:
         "llama3": t.LlamaConfig(**sizes, **SHAPE, **HEADS, rope_theta=500000.0),
         "mistral": t.MistralConfig(**sizes, **SHAPE, **HEADS, sliding_window=8),
         "qwen2": t.Qwen2Config(**sizes, **SHAPE, **HEADS),
-        "qwen3": t.Qwen3Config(**sizes, **SHAPE, **HEADS, head_dim=16),
+        # KerasHub's norms of queries and keys have this epsilon, whatever the checkpoint says.
+        "qwen3": t.Qwen3Config(**sizes, **SHAPE, **HEADS, head_dim=16, rms_norm_eps=1e-5),
         "gemma4": t.Gemma4TextConfig(
             **sizes,
             **GEMMA | {"num_hidden_layers": 4},
