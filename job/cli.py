@@ -105,6 +105,33 @@ def fetch(
     fetch_run(run_uri, folder)
 
 
+@app.command()
+def export(
+    run_uri: Annotated[str, typer.Argument(help="A run: a folder, or gs://bucket/prefix/run-id.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A new folder to write.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="peft: the adapter for transformers, PEFT and vLLM; merged-transformers, "
+            "merged-keras: the whole model with the adapter merged in.",
+        ),
+    ],
+    rank: Annotated[
+        str,
+        typer.Option(
+            metavar="RANK",
+            help="Of peft. exact: layers may differ in rank; uniform: one rank, filled up with "
+            "zeros; a number: the nearest adapter of that rank, with the error printed.",
+        ),
+    ] = "exact",
+) -> None:
+    """Write a run's adapter, or its merged model, for where it is to be used."""
+    from job.export import export_run
+
+    export_run(run_uri, to, folder, rank)
+
+
 def main() -> NoReturn:
     """The entry point: errors of users become one message and their exit code."""
     try:

@@ -40,6 +40,14 @@ def model_key(spec: Spec) -> str | None:
     return revision_key("model", spec.model.preset.removeprefix(_SCHEME), spec.model.revision)
 
 
+def adapter_key(spec: Spec) -> str | None:
+    """The name of the commit of the adapter to go on from; None where it is not of the Hub."""
+    adapter = spec.train.init_adapter
+    if adapter is None or not adapter.startswith(_SCHEME):
+        return None
+    return revision_key("model", adapter.removeprefix(_SCHEME), None)
+
+
 def resolve_commit(kind: Kind, repository: str, revision: str | None) -> str:
     """The commit a revision names now.
 
@@ -61,4 +69,6 @@ def resolve_all(spec: Spec, known: Revisions) -> dict[str, str]:
             wanted[key] = ("dataset", source.dataset.removeprefix(_SCHEME), source.revision)
     if key := model_key(spec):
         wanted[key] = ("model", spec.model.preset.removeprefix(_SCHEME), spec.model.revision)
+    if (key := adapter_key(spec)) and spec.train.init_adapter:
+        wanted[key] = ("model", spec.train.init_adapter.removeprefix(_SCHEME), None)
     return {key: known.get(key) or resolve_commit(*what) for key, what in wanted.items()}

@@ -74,6 +74,12 @@ def set_environment() -> None:
         _check_backend(keras.config.backend())
 
 
+def use_cpu() -> None:
+    """Keep this process off the accelerators: for work on files, which need not fit on one."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    set_environment()
+
+
 def _check_backend(found: str) -> None:
     if found != "jax":
         raise EnvironmentProblem(

@@ -157,6 +157,11 @@ class Data(Source):
 
 
 class Train(Section):
+    init_adapter: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="An adapter to go on from: a run or a folder (local or gs://), or "
+        "hf://owner/name; this job's or PEFT's.",
+    )
     epochs: Positive = Field(1, description="Passes over the training examples.")
     batch_size: Positive = Field(
         8,
@@ -225,6 +230,9 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        adapter = self.init_adapter
+        if adapter and adapter.startswith("hf://") and not re.fullmatch(HUB, adapter):
+            raise ValueError(f"`init_adapter` {adapter!r} is not hf://owner/name")
         if self.pack_length is not None and not self.packing:
             raise ValueError("`pack_length` needs `packing: true`; remove one of them")
         if self.pack_length is not None and self.pack_length < self.max_length:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from job.revisions import NONE, Revisions, model_key, source_key
+from job.adapter_source import find_adapter
+from job.revisions import NONE, Revisions, adapter_key, model_key, source_key
 from job.run import Marker, Run
 from job.spec import MultipleChoice, Source, Spec
 from job.spec_loading import digest
@@ -83,7 +84,16 @@ def _evals(spec: Spec, revisions: Revisions) -> object:
 def _training(spec: Spec, revisions: Revisions) -> object:
     lora = spec.model.lora.model_dump(mode="json")
     train = spec.train.model_dump(mode="json")
-    return [spec.seed, _base_model(spec, revisions), lora, train]
+    return [spec.seed, _base_model(spec, revisions), lora, train, _initial(spec, revisions)]
+
+
+def _initial(spec: Spec, revisions: Revisions) -> object:
+    """The adapter that training goes on from: its commit, or the content of its files."""
+    if spec.train.init_adapter is None:
+        return None
+    if key := adapter_key(spec):
+        return revisions.get(key)
+    return find_adapter(spec.train.init_adapter, "train.init_adapter").digests()
 
 
 def _reference(spec: Spec, revisions: Revisions) -> object:

@@ -58,6 +58,7 @@ def test_help_names_every_command_and_exit_code() -> None:
         "validate",
         "schema",
         "fetch",
+        "export",
         "0 done",
         "2 wrong",
         "3 wrong",

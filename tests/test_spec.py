@@ -158,6 +158,11 @@ BAD = {
         BASE + "output: s3://b/runs # <-\n", "output", "gs://bucket/prefix"
     ),
     "output without a bucket": Bad(BASE + "output: gs:// # <-\n", "output", "gs://bucket/prefix"),
+    "init_adapter of the Hub without an owner": Bad(
+        BASE + "train:\n  init_adapter: hf://adapter # <-\n",
+        "train.init_adapter",
+        "is not hf://owner/name",
+    ),
     "pack_length without packing": Bad(
         BASE + "train:\n  packing: false\n  pack_length: 512 # <-\n",
         "train.pack_length",

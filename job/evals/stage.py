@@ -24,11 +24,10 @@ from job.evals.predictions import (
 )
 from job.evals.questions import Slice, load_slice, user_turn
 from job.evals.side_by_side import side_prompts
-from job.model.adapter import load_adapter
 from job.model.language_model import LanguageModel
 from job.model.lora import Weights
 from job.run import Run
-from job.train.stage import ADAPTER
+from job.train.adapter_files import load_trained
 
 MOST_DIALOGUES = 200
 """Held-out examples answered where the spec says nothing."""
@@ -78,8 +77,7 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
 
 
 def _tuned(run: Run, model: LanguageModel) -> Weights:
-    layout, lora = load_adapter(run.fetch(ADAPTER), model.lora)
-    return model.adapted(layout, lora)
+    return model.adapted(*load_trained(run, model))
 
 
 def _multiple_choice(

@@ -17,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from job import logs
 from job.errors import UsageError
+from job.model.checkpoint_names import target_matrices
+from job.model.factors import Matrix
 from job.model.local_attention import can_cut, local_attention
 from job.model.lora import LoraLayout, LoraWeights, Weights, plan_lora
 from job.model.narrowing import can_narrow, gather, narrowed
@@ -66,6 +68,14 @@ class LanguageModel:
     def family(self) -> str:
         """The class name of the backbone."""
         return type(self._backbone).__name__
+
+    def matrices(self) -> tuple[Matrix, ...]:
+        """What each adapted kernel is in the family's transformers model.
+
+        Raises:
+            UsageError: see `target_matrices`.
+        """
+        return target_matrices(self._backbone, self.lora)
 
     @property
     def vocabulary(self) -> int:
@@ -118,6 +128,15 @@ class LanguageModel:
             state_mapping=list(zip(self._backbone.variables, weights, strict=True))
         )
 
+    def _inputs(self, token_ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+        """What the backbone is called with; some families want positions too."""
+        inputs = {"token_ids": jnp.asarray(token_ids), "padding_mask": jnp.asarray(mask)}
+        if "position_ids" in self._backbone.input:
+            inputs["position_ids"] = jnp.broadcast_to(
+                jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape
+            )
+        return inputs
+
     def hidden(self, weights: Weights, token_ids: jax.Array, segments: jax.Array) -> jax.Array:
         """The last hidden states.
 
@@ -131,7 +150,7 @@ class LanguageModel:
             `[batch, length, hidden]` in the compute type.
         """
         with self._scope(weights), segment_attention(self._backbone):
-            outputs: jax.Array = self._backbone({"token_ids": token_ids, "padding_mask": segments})
+            outputs: jax.Array = self._backbone(self._inputs(token_ids, segments))
         return outputs
 
     def loss_states(
@@ -167,9 +186,7 @@ class LanguageModel:
             narrowed(self._backbone, positions) if narrow else nullcontext(),
             rematerialized(self._backbone, settings.remat),
         ):
-            outputs: jax.Array = self._backbone(
-                {"token_ids": rows["token_ids"], "padding_mask": rows["segments"]}
-            )
+            outputs: jax.Array = self._backbone(self._inputs(rows["token_ids"], rows["segments"]))
         return outputs if narrow else gather(outputs, positions)
 
     def _attention(self, segments: jax.Array, settings: Forward) -> AbstractContextManager[None]:
@@ -180,7 +197,7 @@ class LanguageModel:
     def plain_hidden(self, weights: Weights, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
         """The same with an ordinary padding mask (1 and 0): for every family of models."""
         with self._scope(weights):
-            outputs: jax.Array = self._backbone({"token_ids": token_ids, "padding_mask": mask})
+            outputs: jax.Array = self._backbone(self._inputs(token_ids, mask))
         return outputs
 
     def logits(self, weights: Weights, hidden: jax.Array) -> jax.Array:

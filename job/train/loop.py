@@ -33,6 +33,7 @@ from job.train.checkpoint import (
     newest_step,
     read_checkpoint,
 )
+from job.train.initial import initial_lora
 from job.train.memory import device_memory, divisors, held_bytes, rows_that_fit
 from job.train.optimizer import make_optimizer
 from job.train.step import (
@@ -141,7 +142,7 @@ class Trainer:
             run.spec.seed,
             tuple(rows.lengths.tolist()) if len(rows.ladder) > 1 else (),
         )
-        start = model.lora.start(run.spec.seed)
+        start = initial_lora(run, model)
         self._optimizer, self._schedule = make_optimizer(self._train, self._plan.steps, start)
         self._start = flatten(start), [v.value for v in self._optimizer.variables]
         reach = max(rows.longest, validation.longest)

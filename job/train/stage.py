@@ -8,7 +8,6 @@ from job import logs
 from job.data.packing import PackedRows, Tokenized, ladder, make_rows, tokenize
 from job.data.stage import TRAIN, VALIDATION, read_examples
 from job.errors import UsageError
-from job.model.adapter import save_adapter
 from job.model.language_model import LanguageModel
 from job.results import (
     Accuracies,
@@ -20,9 +19,8 @@ from job.results import (
     Training,
 )
 from job.run import Run
+from job.train.adapter_files import exportable, write_adapter
 from job.train.loop import Trained, Trainer
-
-ADAPTER = "adapter/adapter.lora.h5"
 
 
 class TrainOutcome(BaseModel):
@@ -59,11 +57,10 @@ def run_stage(run: Run) -> TrainOutcome:
         rows=len(rows.batch),
         fill=round(rows.fill, 4),
     )
+    matrices = exportable(model)
     trainer = Trainer(run, model, rows, validation, packed=packed)
     trained = trainer.run()
-    path = run.work / "adapter.lora.h5"
-    save_adapter(path, model.lora, trained.lora)
-    run.put_file(ADAPTER, path)
+    write_adapter(run, model, trained.lora, matrices)
     for key, content in trainer.curves().items():
         run.put(key, content)
     return TrainOutcome(

@@ -1,0 +1,176 @@
+"""`job export`: a run's adapter for where it is to be used, or the whole model merged."""
+
+import contextlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+from job import logs, runtime
+from job.adapter_source import find_adapter
+from job.errors import StageError, UsageError
+from job.model.adapter_info import DESCRIPTION, H5, check_model, read_info
+from job.revisions import model_key
+from job.spec import Spec
+from job.spec_loading import parse_spec
+from job.storage import Store, child_uri, file_sha256, open_store
+
+Format = Literal["peft", "merged-keras", "merged-transformers"]
+FORMATS: tuple[str, ...] = get_args(Format)
+
+
+def export_run(uri: str, to: str, folder: str, rank: str) -> None:
+    """Write a run's adapter, or its merged model, into a new folder.
+
+    Args:
+        uri: the run.
+        to: one of FORMATS.
+        folder: where to write; missing or empty.
+        rank: of `peft`: `exact`, `uniform` or a number.
+
+    Raises:
+        UsageError: the arguments are wrong, or the model has no such format.
+        StageError: files of the run or the model are missing or damaged.
+    """
+    if to not in FORMATS:
+        raise UsageError(f"--to {to}: there is no such format; write one of {', '.join(FORMATS)}")
+    _check_rank(rank, to)
+    logs.configure(logs.RunLog())
+    with _new_folder(Path(folder)) as target, tempfile.TemporaryDirectory(prefix="job-") as work:
+        source = _Source(uri, Path(work))
+        if to == "peft":
+            _export_peft(source, target, rank)
+        else:
+            _export_merged(source, target, for_keras=to == "merged-keras")
+    logs.get().info("exported", format=to, folder=str(Path(folder).absolute()))
+
+
+def _check_rank(rank: str, to: str) -> None:
+    if rank not in ("exact", "uniform") and not re.fullmatch(r"[1-9]\d{0,3}", rank):
+        raise UsageError(f"--rank {rank}: write exact, uniform or a number")
+    if rank != "exact" and to != "peft":
+        raise UsageError("--rank applies to --to peft only; a merged model is always exact")
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside the wanted one, which takes its place once this block is through."""
+    if re.match(r"\w+:/", str(folder)):
+        raise UsageError(f"{folder} is not a local folder; copy the export to a bucket afterwards")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already; name a folder that is missing or empty")
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=".job-export-", dir=folder.absolute().parent))
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}") from error
+    try:
+        yield building
+        building.chmod(0o755)
+        building.replace(folder)
+    except OSError as error:
+        raise StageError(f"cannot write to {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+class _Source:
+    """The run: its spec, its adapter's description, checked copies of its files."""
+
+    def __init__(self, uri: str, work: Path) -> None:
+        found = find_adapter(uri, "job export")
+        if found.kind != "ours" or found.folder != "adapter/":
+            raise UsageError(f"{uri} is not a run; a run is <output>/<run-id>")
+        self.store: Store = open_store(uri)
+        self._work = work
+        self.spec = self._read_spec(uri)
+        self.store.download(f"adapter/{DESCRIPTION}", work / DESCRIPTION)
+        self.info = read_info(work / DESCRIPTION)
+
+    def _read_spec(self, uri: str) -> Spec:
+        text = self.store.read("spec.yaml")
+        if text is None:
+            raise UsageError(f"{uri} has no spec.yaml: it is not a run")
+        return parse_spec(text.decode("utf-8", "replace"), child_uri(uri, "spec.yaml"))
+
+    def file(self, name: str) -> Path:
+        """A copy of a file of the adapter, with the right checksum."""
+        path = self._work / name
+        if not self.store.download(f"adapter/{name}", path):
+            raise StageError(f"{self.store.uri}: the file adapter/{name} is missing")
+        if file_sha256(path) != self.info.files.get(name):
+            raise StageError(
+                f"{self.store.uri}: adapter/{name} does not have the checksum in adapter.json: "
+                "it is cut off or changed"
+            )
+        return path
+
+    def peft(self) -> Path:
+        """The folder with the adapter in PEFT's format."""
+        from job.model.peft import CONFIG, MODEL
+
+        if f"peft/{MODEL}" not in self.info.files:
+            raise UsageError(
+                f"this run has no adapter for transformers: {self.info.family} has no counterpart "
+                "there that KerasHub knows; its log says what is missing. Use --to merged-keras, "
+                "or adapter/adapter.lora.h5"
+            )
+        self.file(f"peft/{CONFIG}")
+        return self.file(f"peft/{MODEL}").parent
+
+
+def _export_peft(source: _Source, target: Path, rank: str) -> None:
+    from job.model.peft import compress, peft_files, read_peft, uniform
+
+    folder = source.peft()
+    adapter = read_peft(folder)
+    if rank == "exact":
+        for path in folder.iterdir():
+            shutil.copyfile(path, target / path.name)
+        ranks = sorted({factors.rank for factors in adapter.modules.values()})
+        logs.get().info("exact; vLLM needs --max-lora-rank of the highest", ranks=ranks)
+        return
+    if rank == "uniform":
+        adapter = uniform(adapter)
+        highest = max(factors.rank for factors in adapter.modules.values())
+        logs.get().info("one rank for all layers, exactly", rank=highest)
+    else:
+        adapter, loss = compress(adapter, int(rank))
+        logs.get().info(
+            "one rank for all layers, the nearest adapter",
+            rank=int(rank),
+            relative_error=round(loss.whole, 6),
+            worst_layer=loss.module,
+            its_relative_error=round(loss.worst, 6),
+        )
+    for name, content in peft_files(adapter).items():
+        (target / name).write_bytes(content)
+
+
+def _export_merged(source: _Source, target: Path, *, for_keras: bool) -> None:
+    runtime.use_cpu()
+    from job.model import merged
+    from job.model.adapter import load_adapter
+    from job.model.lora import plan_lora
+    from job.model.peft import read_peft
+    from job.model.presets import load_task, resolve
+
+    spec, info = source.spec, source.info
+    key = model_key(spec)
+    revisions = {key: info.revision} if key and info.revision else {}
+    preset = resolve(spec.model, revisions)
+    folder = Path(preset.handle)
+    if not for_keras and folder.is_dir() and merged.is_checkpoint(folder):
+        merged.merge_checkpoint(folder, read_peft(source.peft()), target)
+        return
+    path = source.file(H5)
+    task, tokenizer = load_task(preset, spec.model.dtype)
+    check_model(info, spec.model.preset, type(task.backbone).__name__, "job export")
+    layout, lora = load_adapter(path, plan_lora(task.backbone, spec.model.lora))
+    merged.merge_in_place(task.backbone, layout, lora)
+    if for_keras:
+        merged.write_preset(task, tokenizer, target)
+    else:
+        merged.write_checkpoint(task.backbone, tokenizer, target)
