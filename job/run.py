@@ -99,6 +99,8 @@ class Run:
     """The commits of what the spec names on the Hub."""
     previous: Marker | None = None
     """The marker of the stage at work, if it was finished with the same inputs before."""
+    guard: Callable[[], None] = lambda: None
+    """Raises if another process may be at work on this run by now."""
     written: list[Artifact] = field(default_factory=list)
     """The files that the stage at work has put into the run."""
     _model: "LanguageModel | None" = None
@@ -127,6 +129,21 @@ class Run:
 
             self._model = load(self.spec.model, self.spec.seed, self.mesh_of(), self.revisions)
         return self._model
+
+    def conclude(self, key: str, content: bytes) -> None:
+        """Write a file whose presence means that something is done: a marker, the results.
+
+        Raises:
+            Interrupted: another process has written it, or may be at work on this run.
+        """
+        if not self.processes.leads:
+            return
+        self.guard()
+        found = self.store.read_version(key)
+        if self.store.swap(key, content, found[1] if found else None) is None:
+            raise Interrupted(
+                f"another process has written {key} of this run; run the same command to go on"
+            )
 
     def put(self, key: str, content: bytes) -> None:
         """Write a file of the run, as an output of the stage at work."""

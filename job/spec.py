@@ -6,7 +6,7 @@ Every field has a sentence that says what it does, which `job schema` hands to e
 """
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -139,9 +139,49 @@ class Source(Section):
         return self
 
 
+Fault = Literal[
+    "normalised_duplicates",
+    "control_characters",
+    "html",
+    "urls",
+    "emails",
+    "phone_numbers",
+    "contaminated",
+]
+
+
+class Checks(Section):
+    """What is looked for in every example; what is not dropped is counted and reported."""
+
+    min_characters: Positive = Field(
+        1, description="Examples whose prompt or response is shorter are dropped."
+    )
+    max_characters: Positive | None = Field(
+        100_000, description="Examples with more characters in all are dropped; null: none are."
+    )
+    drop: list[Fault] = Field(
+        [],
+        description="Faults that examples are dropped for; others are only counted. "
+        "contaminated: shares a passage with a question of the evaluations.",
+    )
+
+
 class Data(Source):
-    prompt: Template = Field(description="Text of the user's turn, with {column} names.")
-    response: Template = Field(description="Text of the model's turn, with {column} names.")
+    model_config = ConfigDict(
+        json_schema_extra={
+            "required": ["dataset"],
+            "oneOf": [{"required": ["prompt", "response"]}, {"required": ["messages"]}],
+        }
+    )
+
+    prompt: Template | None = Field(description="Text of the user's turn, with {column} names.")
+    response: Template | None = Field(description="Text of the model's turn, with {column} names.")
+    messages: str | None = Field(
+        None,
+        min_length=1,
+        description="Column that holds whole dialogues instead: a list of messages with `role` "
+        "and `content`, or with `from` and `value`. Every turn of the model is trained on.",
+    )
     system: OptionalTemplate | None = Field(
         None, description="Instruction put before every prompt; may hold {column} names."
     )
@@ -151,9 +191,29 @@ class Data(Source):
     validation_examples: Annotated[int, Field(ge=2, strict=True)] = Field(
         200, description="Examples held out, sampled likewise."
     )
-    drop_duplicates: bool = Field(
-        True, description="Drop rows whose prompt and response were seen before."
-    )
+    drop_duplicates: bool = Field(True, description="Drop rows whose whole text was seen before.")
+    checks: Checks = Field(Checks(), description="What is checked, and what is dropped for it.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_templates(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("messages") is not None:
+            return {"prompt": None, "response": None} | given
+        return given
+
+    @model_validator(mode="after")
+    def _one_mapping(self) -> Self:
+        named = self.prompt is not None and self.response is not None
+        if self.messages is None and not named:
+            raise ValueError(
+                "write `prompt` and `response`, texts with {column} names in them, or name the "
+                "column of whole dialogues in `messages`"
+            )
+        if self.messages is not None and (self.prompt or self.response):
+            raise ValueError(
+                "`messages` takes the place of `prompt` and `response`; remove them or it"
+            )
+        return self
 
 
 class Train(Section):

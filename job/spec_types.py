@@ -49,6 +49,17 @@ def template_fields(template: str) -> list[str]:
     return fields
 
 
+def template_parts(template: str) -> tuple[list[str], list[str]]:
+    """A template taken apart: the texts around its fields (one more than those), the fields."""
+    literals, fields = [""], []
+    for literal, field, _, _ in string.Formatter().parse(template):
+        literals[-1] += literal
+        if field is not None:
+            fields.append(field)
+            literals.append("")
+    return literals, fields
+
+
 def _check_template(value: object) -> object:
     if isinstance(value, str):
         try:
