@@ -237,9 +237,12 @@ def _check_inputs(spec: Spec) -> None:
         ("data", spec.data),
         *((f"evals.multiple_choice.{i}", s) for i, s in enumerate(spec.evals.multiple_choice)),
     ):
-        if source.dataset == SAMPLES or source.dataset.startswith("hf://"):
+        if source.dataset == SAMPLES or "://" in source.dataset:
             continue
-        if not Path(source.dataset).is_file():
+        if source.data_files is not None:
+            if not Path(source.dataset).is_dir():
+                raise UsageError(f"{where}.dataset: there is no folder {source.dataset!r}")
+        elif not Path(source.dataset).is_file():
             raise UsageError(
                 f"{where}.dataset: there is no file {source.dataset!r}; "
                 "for a dataset of the Hub write hf://owner/name"

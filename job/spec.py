@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from job.spec_types import (
+    FORMATS,
     HUB,
+    SAMPLES,
     Dataset,
     Name,
     Number,
@@ -19,6 +21,7 @@ from job.spec_types import (
     Output,
     Positive,
     Template,
+    names_a_file,
     template_fields,
 )
 
@@ -121,21 +124,36 @@ class Source(Section):
     """Where rows come from; shared by training data and evaluation questions."""
 
     dataset: Dataset = Field(
-        description="hf://owner/name, a local .json, .jsonl, .csv or .parquet file, or `samples`."
+        description="hf://owner/name, a .json, .jsonl, .csv or .parquet file (local, or "
+        "gs://bucket/path), a folder or prefix with `data_files`, or `samples`."
     )
     revision: str | None = Field(None, description="Commit, tag or branch of a Hub dataset.")
     config: str | None = Field(None, description="Configuration name of a Hub dataset.")
     split: str = Field("train", description="Split of a Hub dataset.")
     data_files: list[str] | None = Field(
-        None, description="Files of the Hub repository to read, instead of its own layout."
+        None,
+        description="Files of the repository, folder or prefix to read, or patterns of them; "
+        "of a Hub dataset instead of its own layout.",
     )
 
     @model_validator(mode="after")
-    def _hub_only(self) -> Self:
-        if not self.dataset.startswith("hf://"):
-            for key in ("revision", "config", "data_files"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"`{key}` applies to an hf:// dataset only; remove it")
+    def _fits_the_place(self) -> Self:
+        if self.dataset.startswith("hf://"):
+            return self
+        for key in ("revision", "config"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"`{key}` applies to an hf:// dataset only; remove it")
+        is_file = self.dataset == SAMPLES or names_a_file(self.dataset)
+        if self.data_files is not None and is_file:
+            raise ValueError(
+                "`data_files` applies to an hf:// dataset, a folder or a gs:// prefix; remove it"
+            )
+        if self.data_files is None and not is_file:
+            raise ValueError(
+                f"`dataset`: cannot tell the format of {self.dataset!r}; a file ends in "
+                f"{', '.join(FORMATS)}, a folder needs `data_files`, "
+                "a dataset of the Hub is hf://owner/name"
+            )
         return self
 
 

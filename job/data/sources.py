@@ -103,7 +103,7 @@ def _chosen(source: Source, paths: list[str], readme: bytes | None = None) -> li
 
 
 def _of_bucket(source: Source) -> list[SourceFile]:
-    if source.data_files is None and format_of(source.dataset):
+    if source.data_files is None:
         folder, _, name = source.dataset.rpartition("/")
         return [_object(open_store(folder), name)]
     store = open_store(source.dataset)
