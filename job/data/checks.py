@@ -15,7 +15,6 @@ from job.data.examples import exact_hash, normal_hash
 from job.data.mapping import Mapped
 from job.data.seen import Seen
 from job.spec import Checks
-from job.threads import Threads
 
 CHAT_MARKUP = "chat_markup"
 NORMALISED = "normalised_duplicates"
@@ -51,39 +50,37 @@ _ANY = "|".join(
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What the checks found in some examples; every array is `[examples]`.
+class Looked:
+    """What the checks see in some examples without Python's own work; arrays are `[examples]`.
 
-    hashes, groups: uint64; equal where the text is the same, or has the same letters and digits.
+    contents: the whole text of each (see `examples.content`).
     faults: bool by name.
     short, long: bool.
     """
 
-    hashes: np.ndarray
-    groups: np.ndarray
+    contents: pa.Array
     faults: dict[str, np.ndarray]
     short: np.ndarray
     long: np.ndarray
 
 
-def check(mapped: Mapped, checks: Checks, pool: Threads) -> Checked:
-    """Look at every example; the pool gets what can be done beside Python's own work."""
+def look(mapped: Mapped, checks: Checks) -> Looked:
+    """Look at every example."""
     contents = mapped.contents()
-    faults = pool.submit(_faults, contents)
-    raw = contents.cast(pa.binary()).to_pylist()
-    hashes = np.frombuffer(b"".join([exact_hash(text) for text in raw]), np.uint64)
-    groups = np.frombuffer(b"".join([normal_hash(text) for text in raw]), np.uint64)
-    limit = checks.min_characters
     shortest = pc.min_element_wise(pc.utf8_length(mapped.prompt), pc.utf8_length(mapped.response))
-    return Checked(
-        hashes,
-        groups,
-        faults.result(),
-        _mask(pc.less(shortest, limit)),
-        _mask(pc.greater(pc.utf8_length(contents), checks.max_characters))
-        if checks.max_characters
-        else np.zeros(len(mapped), bool),
-    )
+    long = np.zeros(len(mapped), bool)
+    if checks.max_characters:
+        long = _mask(pc.greater(pc.utf8_length(contents), checks.max_characters))
+    short = _mask(pc.less(shortest, checks.min_characters))
+    return Looked(contents, _faults(contents), short, long)
+
+
+def hashes_of(looked: Looked) -> tuple[np.ndarray, np.ndarray]:
+    """Equal where the text is the same, and where its letters and digits are: uint64 each."""
+    raw = looked.contents.cast(pa.binary()).to_pylist()
+    exact = b"".join([exact_hash(text) for text in raw])
+    normal = b"".join([normal_hash(text) for text in raw])
+    return np.frombuffer(exact, np.uint64), np.frombuffer(normal, np.uint64)
 
 
 def _mask(array: pa.Array) -> np.ndarray:
@@ -125,9 +122,9 @@ class Judge:
         self._hashes.add(hashes)
         self._groups.add(groups)
 
-    def decide(self, checked: Checked) -> Fate:
+    def decide(self, looked: Looked, hashes: np.ndarray, groups: np.ndarray) -> Fate:
         """The fate of examples that follow those before; what is kept is remembered."""
-        left = np.ones(len(checked.hashes), bool)
+        left = np.ones(len(hashes), bool)
         dropped: dict[str, np.ndarray] = {}
 
         def drop(reason: str, mask: np.ndarray) -> None:
@@ -136,25 +133,25 @@ class Judge:
                 dropped[reason] = hit
                 left[hit] = False
 
-        drop("too short", checked.short)
-        drop("too long", checked.long)
+        drop("too short", looked.short)
+        drop("too long", looked.long)
         for name in self._checks.drop:
-            if name in checked.faults:
-                drop(name.replace("_", " "), checked.faults[name])
-        same = self._repeated(self._hashes, checked.hashes, left)
-        alike = self._repeated(self._groups, checked.groups, left)
+            if name in looked.faults:
+                drop(name.replace("_", " "), looked.faults[name])
+        same = self._repeated(self._hashes, hashes, left)
+        alike = self._repeated(self._groups, groups, left)
         if NORMALISED in self._checks.drop:
-            originals = checked.hashes[left & ~alike]
-            known = np.isin(checked.hashes, originals) | self._hashes.holds(checked.hashes)
+            originals = hashes[left & ~alike]
+            known = np.isin(hashes, originals) | self._hashes.holds(hashes)
             drop("duplicate", alike & known)
             drop("normalised duplicate", alike)
         elif self._drop_duplicates:
             drop("duplicate", same)
-            alike = self._repeated(self._groups, checked.groups, left)
-        found = {name: mask & left for name, mask in checked.faults.items()}
+            alike = self._repeated(self._groups, groups, left)
+        found = {name: mask & left for name, mask in looked.faults.items()}
         found[DUPLICATES] = same & left
         found[NORMALISED] = alike & ~same & left
-        self.remember(checked.hashes[left], checked.groups[left])
+        self.remember(hashes[left], groups[left])
         return Fate(left, dropped, found)
 
     @staticmethod

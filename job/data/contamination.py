@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from job.data.examples import Example
-from job.data.shards import open_shard
+from job.data.shards import close_shard, open_shard
 
 if TYPE_CHECKING:
     from job.data.staging import Staged
@@ -197,7 +197,7 @@ def clean_rows(run: "Run", staged: "Staged") -> np.ndarray:
                 texts = ["\n".join(_said(row)) for row in batch.to_pylist()]
                 clean[[at + hit.text for hit in passages.search(texts)]] = False
                 at += len(texts)
-        path.unlink()
+        close_shard(path, run.work)
     return clean
 
 

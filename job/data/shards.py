@@ -17,7 +17,7 @@ from job.data.blocks import Place
 from job.data.mapping import HISTORY, Mapped
 from job.data.tally import Tally
 from job.errors import StageError
-from job.storage import Store, file_sha256
+from job.storage import LocalStore, Store, file_sha256
 
 MANIFEST = "manifest.json"
 
@@ -116,14 +116,19 @@ def whole_shards(store: Store) -> list[Shard]:
 
 
 def open_shard(store: Store, shard: Shard, work: Path) -> Path:
-    """A local copy of a shard, its checksum checked.
+    """A local file with the content of a shard, its checksum checked; see `close_shard`.
 
     Raises:
         StageError: it is missing or damaged; its record is removed, so that the next run makes
             it again.
     """
     path = work / shard.path
-    if not (store.download(shard.path, path) and file_sha256(path) == shard.sha256):
+    if isinstance(store, LocalStore):
+        path = store.root / shard.path
+        there = path.is_file()
+    else:
+        there = store.download(shard.path, path)
+    if not there or file_sha256(path) != shard.sha256:
         store.delete(MANIFEST)
         store.delete(f"{shard.path.removesuffix('.parquet')}.json")
         raise StageError(
@@ -133,12 +138,18 @@ def open_shard(store: Store, shard: Shard, work: Path) -> Path:
     return path
 
 
+def close_shard(path: Path, work: Path) -> None:
+    """Remove the local copy, if it was one."""
+    if path.is_relative_to(work):
+        path.unlink()
+
+
 def read_hashes(store: Store, shards: list[Shard], work: Path) -> Iterator[np.ndarray]:
     """For each shard its hashes and groups: uint64 `[2, rows]`."""
     for shard in shards:
         path = open_shard(store, shard, work)
         table = pq.read_table(path, columns=["hash", "group"], use_threads=False)
-        path.unlink()
+        close_shard(path, work)
         yield np.stack([table["hash"].to_numpy(), table["group"].to_numpy()])
 
 

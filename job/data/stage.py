@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from job.data.contamination import clean_rows
 from job.data.examples import Example, Turn
 from job.data.mapping import HISTORY
 from job.data.sampling import split
-from job.data.shards import Shard, open_shard, read_hashes
+from job.data.shards import Shard, close_shard, open_shard
 from job.data.sources import open_rows
 from job.data.staging import Staged, stage_rows, staging_key
 from job.results import DataInfo, RowCounts
@@ -28,7 +28,7 @@ TRAIN = "data/train.parquet"
 VALIDATION = "data/validation.parquet"
 MANIFEST = "data/manifest.json"
 
-_BUCKET_ROWS = 16_384
+_PIECE_ROWS = 16_384
 """Examples that are put in order at once."""
 
 _TEXTS = ("id", "system", "prompt", "response")
@@ -46,16 +46,17 @@ def run_stage(run: Run) -> DataInfo:
     where = child_uri(child_uri(run.spec.output, "datasets"), staging_key(data, rows))
     staged = stage_rows(data, rows, open_store(where), run.work, run.stop.check)
     manifest = staged.manifest
-    hashes, groups, numbers = _hashes(run, staged)
+    hashes, groups = staged.hashes
+    numbers = np.arange(len(hashes))
     dropped = dict(manifest.tally.dropped)
     if CONTAMINATED in data.checks.drop:
         clean = clean_rows(run, staged)
         dropped[CONTAMINATED] = int((~clean).sum())
         hashes, groups, numbers = hashes[clean], groups[clean], numbers[clean]
     chosen = split(run.spec.seed, hashes, groups, data.train_examples, data.validation_examples)
-    del hashes, groups
-    for key, wanted in ((VALIDATION, chosen.validation), (TRAIN, chosen.train)):
-        run.put_file(key, _write_sample(run, staged, numbers[wanted], Path(key).name))
+    wanted = {TRAIN: numbers[chosen.train], VALIDATION: numbers[chosen.validation]}
+    for key, path in _write_samples(run, staged, wanted).items():
+        run.put_file(key, path)
     info = DataInfo(
         dataset=data.dataset,
         revision=rows.revision,
@@ -84,43 +85,52 @@ def run_stage(run: Run) -> DataInfo:
     return info
 
 
-def _hashes(run: Run, staged: Staged) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hashes and groups of all staged examples, uint64, and their numbers, int64."""
-    count = staged.manifest.rows
-    found = np.empty((2, count), np.uint64)
-    at = 0
-    for pair in read_hashes(staged.store, staged.manifest.shards, run.work):
-        run.stop.check()
-        found[:, at : at + pair.shape[1]] = pair
-        at += pair.shape[1]
-    return found[0], found[1], np.arange(count)
+def _write_samples(run: Run, staged: Staged, wanted: Mapping[str, np.ndarray]) -> dict[str, Path]:
+    """For each key a Parquet file of the examples with these numbers, in this order.
 
-
-def _write_sample(run: Run, staged: Staged, wanted: np.ndarray, name: str) -> Path:
-    """The examples with these numbers, in this order, as a Parquet file; the same each time.
-
-    One pass over the shards deals the examples into runs of the final order, each small enough
-    to be sorted in memory.
+    One pass over the shards deals the examples into pieces of the final order, each small
+    enough to be sorted in memory. The same examples give the same bytes.
     """
-    path = run.work / name
-    order = np.argsort(wanted, kind="stable")
-    ordered = wanted[order]
-    buckets = [_Bucket(run.work / f"{name}.{n}") for n in range(-(-len(wanted) // _BUCKET_ROWS))]
+    deals = {key: _Deal(run.work / Path(key).name, numbers) for key, numbers in wanted.items()}
+    everything = np.sort(np.concatenate(list(wanted.values())))
     first = 0
     for shard in staged.manifest.shards:
         run.stop.check()
-        low, high = np.searchsorted(ordered, [first, first + shard.rows])
+        low, high = np.searchsorted(everything, [first, first + shard.rows])
         if high > low:
-            picked = _pick(run, staged, shard, ordered[low:high] - first)
-            places = order[low:high]
-            for number in np.unique(places // _BUCKET_ROWS):
-                mask = places // _BUCKET_ROWS == number
-                buckets[number].add(picked.filter(pa.array(mask)), places[mask])
+            numbers = everything[low:high]
+            picked = _pick(run, staged, shard, numbers - first)
+            for deal in deals.values():
+                deal.add(picked, numbers)
         first += shard.rows
-    with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
-        for bucket in buckets:
-            writer.write_table(bucket.sorted())
-    return path
+    return {key: deal.write() for key, deal in deals.items()}
+
+
+class _Deal:
+    """One sample on its way into its order."""
+
+    def __init__(self, path: Path, wanted: np.ndarray) -> None:
+        self._path = path
+        self._order = np.argsort(wanted, kind="stable")
+        self._numbers = wanted[self._order]
+        count = -(-len(wanted) // _PIECE_ROWS)
+        self._pieces = [_Piece(path.with_name(f"{path.name}.{n}")) for n in range(count)]
+
+    def add(self, table: pa.Table, numbers: np.ndarray) -> None:
+        """Take what is wanted of the examples with these numbers, which grow."""
+        low, high = np.searchsorted(self._numbers, [numbers[0], numbers[-1] + 1])
+        rows = np.searchsorted(numbers, self._numbers[low:high])
+        places = self._order[low:high]
+        for number in np.unique(places // _PIECE_ROWS):
+            mask = places // _PIECE_ROWS == number
+            self._pieces[number].add(table.take(pa.array(rows[mask])), places[mask])
+
+    def write(self) -> Path:
+        """All of them as one file."""
+        with pq.ParquetWriter(self._path, _SCHEMA, compression="zstd") as writer:
+            for piece in self._pieces:
+                writer.write_table(piece.sorted())
+        return self._path
 
 
 def _pick(run: Run, staged: Staged, shard: Shard, rows: np.ndarray) -> pa.Table:
@@ -133,7 +143,7 @@ def _pick(run: Run, staged: Staged, shard: Shard, rows: np.ndarray) -> pa.Table:
             if high > low:
                 found.append(batch.take(pa.array(rows[low:high] - first)))
             first += batch.num_rows
-    path.unlink()
+    close_shard(path, run.work)
     table = pa.Table.from_batches(found)
     raw = table["hash"].to_numpy().tobytes().hex()
     identities = [raw[at : at + 16] for at in range(0, len(raw), 16)]
@@ -141,8 +151,8 @@ def _pick(run: Run, staged: Staged, shard: Shard, rows: np.ndarray) -> pa.Table:
     return pa.table(columns, schema=_SCHEMA)
 
 
-class _Bucket:
-    """A run of the final order, gathered in a file."""
+class _Piece:
+    """A piece of the final order, gathered in a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

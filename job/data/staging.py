@@ -7,6 +7,7 @@ end at places that depend on the rows alone, so the result is the same.
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 
 from job import logs
 from job.data.blocks import Block, Place
-from job.data.checks import Fate, Judge, check
+from job.data.checks import Fate, Judge, Looked, hashes_of, look
 from job.data.examples import ExampleMapper
 from job.data.mapping import Mapped, map_block
 from job.data.readers import read_blocks
@@ -39,7 +40,7 @@ from job.lease import Busy, Lease, leased
 from job.spec import Data
 from job.spec_loading import digest
 from job.storage import Store, file_sha256
-from job.threads import Threads
+from job.threads import AHEAD, Threads, ahead
 
 STAGING_VERSION = 1
 """Part of every key: raise it when what is staged from the same rows changes."""
@@ -67,12 +68,12 @@ def staging_key(data: Data, rows: Rows) -> str:
 
 @dataclass(frozen=True)
 class Staged:
-    """A staged dataset, and how much was done for it now."""
+    """A staged dataset."""
 
     manifest: Manifest
     store: Store
-    rows_read: int
-    seconds: float
+    hashes: np.ndarray
+    """Hashes and groups of all examples, uint64 `[2, examples]`."""
 
 
 def stage_rows(data: Data, rows: Rows, store: Store, work: Path, stop: Check) -> Staged:
@@ -89,10 +90,10 @@ def stage_rows(data: Data, rows: Rows, store: Store, work: Path, stop: Check) ->
     """
     if found := read_manifest(store):
         logs.get().info("staged before", dataset=data.dataset, rows=found.rows, staged=store.uri)
-        return Staged(found, store, 0, 0.0)
+        return _found(found, store, work)
     with _alone(store, stop) as lease:
         if found := read_manifest(store):
-            return Staged(found, store, 0, 0.0)
+            return _found(found, store, work)
         clock = time.monotonic()
         stager = _Stager(data, rows, store, work, stop, lease)
         manifest = stager.run()
@@ -104,7 +105,15 @@ def stage_rows(data: Data, rows: Rows, store: Store, work: Path, stop: Check) ->
         rows_per_second=round(stager.rows_read / max(seconds, 1e-9)),
         staged=store.uri,
     )
-    return Staged(manifest, store, stager.rows_read, seconds)
+    return Staged(manifest, store, _together(stager.hashes))
+
+
+def _found(manifest: Manifest, store: Store, work: Path) -> Staged:
+    return Staged(manifest, store, _together(list(read_hashes(store, manifest.shards, work))))
+
+
+def _together(pairs: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(pairs, axis=1) if pairs else np.zeros((2, 0), np.uint64)
 
 
 @contextlib.contextmanager
@@ -145,6 +154,8 @@ class _Stager:
         self._shards: list[Shard] = []
         self._pending: Future[None] | None = None
         self._put_away = 0
+        self.hashes: list[np.ndarray] = []
+        """Hashes and groups of what was kept, uint64 `[2, examples]`, in order."""
         self.rows_read = 0
 
     def run(self) -> Manifest:
@@ -152,12 +163,13 @@ class _Stager:
         self._shards = whole_shards(self._store)
         if self._shards:
             logs.get().info("resumed staging", shards=len(self._shards))
-            for hashes, groups in read_hashes(self._store, self._shards, self._work):
+            for pair in read_hashes(self._store, self._shards, self._work):
                 self._stop()
-                self._judge.remember(hashes, groups)
+                self._judge.remember(*pair)
+                self.hashes.append(pair)
         # A thread for each kind of work, so that everything comes in order.
         with contextlib.ExitStack() as stack:
-            threads = _Threads(*(stack.enter_context(Threads(1)) for _ in range(4)))
+            threads = _Threads(*(stack.enter_context(Threads(1)) for _ in range(3)))
             self._read(threads)
             if self._pending:
                 self._pending.result()
@@ -165,19 +177,21 @@ class _Stager:
 
     def _read(self, threads: "_Threads") -> None:
         shard = _Open(self._work, len(self._shards), threads.write)
-        for number, block in _ahead(self._blocks(), threads.read):
+        for number, read in ahead(self._blocks(), threads.read):
             self._stop()
-            if block is None:  # the end of a file
+            if read is None:  # the end of a file
                 shard.file, shard.place = number + 1, Place()
                 continue
             if self._is_full(shard):
                 shard = self._next(shard, threads)
-            mapped = map_block(block, self._mapper)
-            checked = check(mapped, self._data.checks, threads.look)
-            fate = self._judge.decide(checked)
+            block, mapped, looked = read
+            hashes, groups = hashes_of(looked)
+            fate = self._judge.decide(looked, hashes, groups)
             kept = mapped.take(fate.kept)
             self._count(shard.tally, block, mapped, kept, fate)
-            shard.write(kept, checked.hashes[fate.kept], checked.groups[fate.kept])
+            hashes, groups = hashes[fate.kept], groups[fate.kept]
+            self.hashes.append(np.stack([hashes, groups]))
+            shard.write(kept, hashes, groups)
             shard.file, shard.place = number, block.end
             self.rows_read += len(block)
             self._give_up_early(shard.tally)
@@ -188,15 +202,17 @@ class _Stager:
     def _is_full(shard: "_Open") -> bool:
         return shard.tally.raw >= SHARD_ROWS or shard.tally.text_bytes >= SHARD_BYTES
 
-    def _blocks(self) -> Iterator[tuple[int, Block | None]]:
+    def _blocks(self) -> Iterator[tuple[int, tuple[Block, Mapped, Looked] | None]]:
         """All blocks behind the last whole shard, and None behind the last of each file."""
+        checks = self._data.checks
         first, place = 0, Place()
         if self._shards:
             first, place = self._shards[-1].file, self._shards[-1].place
         for number in range(first, len(self._rows.files)):
             file = self._rows.files[number]
             for block in read_blocks(file.bring(), file.name, place, self._mapper.fields):
-                yield number, block
+                mapped = map_block(block, self._mapper)
+                yield number, (block, mapped, look(mapped, checks))
             yield number, None
             place = Place()
 
@@ -295,7 +311,6 @@ class _Threads:
     """One thread for each kind of work that goes on beside Python's own."""
 
     read: Threads
-    look: Threads
     write: Threads
     keep: Threads
 
@@ -311,29 +326,19 @@ class _Open:
         self.place = Place()
         self._thread = thread
         self._writer: ShardWriter | None = None
-        self._last: Future[None] | None = None
+        self._waiting: deque[Future[None]] = deque()
 
     def write(self, mapped: Mapped, hashes: np.ndarray, groups: np.ndarray) -> None:
         """Add examples, compressed beside the work on the next."""
         if self._writer is None:
             self._writer = ShardWriter(self.path)
-        if self._last:
-            self._last.result()
-        self._last = self._thread.submit(self._writer.write, mapped, hashes, groups)
+        while len(self._waiting) >= AHEAD:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._writer.write, mapped, hashes, groups))
 
     def close(self) -> None:
         """Finish the file."""
-        if self._last:
-            self._last.result()
+        while self._waiting:
+            self._waiting.popleft().result()
         if self._writer:
             self._writer.close()
-
-
-def _ahead(
-    blocks: Iterator[tuple[int, Block | None]], pool: Threads
-) -> Iterator[tuple[int, Block | None]]:
-    """The same, the next one read while this one is worked on."""
-    waiting = pool.submit(next, blocks, None)
-    while (item := waiting.result()) is not None:
-        waiting = pool.submit(next, blocks, None)
-        yield item

@@ -202,11 +202,11 @@ def read_json_lines(
             if not text or text.isspace():
                 continue
             try:
-                value = json.loads(text, strict=False)
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", error)
-                raise UsageError(f"{name}:{line}: not valid JSON: {reason}") from None
-            rows.append(_as_row(value, f"{name}:{line}"))
+                rows.append(_as_row(_parsed(text, f"{name}:{line}"), f"{name}:{line}"))
+            except UsageError:
+                if rows:  # whoever wants no more than these need not know
+                    yield RowBlock(rows, Place(offset - len(raw) - 1, line - 1))
+                raise
             if len(rows) == MAX_ROWS or offset - since >= MAX_BYTES:
                 since = offset
                 yield RowBlock(rows, Place(offset, line))
@@ -215,6 +215,13 @@ def read_json_lines(
             break
     if rows:
         yield RowBlock(rows, Place(offset, line))
+
+
+def _parsed(text: str, where: str) -> object:
+    try:
+        return json.loads(text, strict=False)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: not valid JSON: {getattr(error, 'msg', error)}") from None
 
 
 def read_csv(path: Path, name: str, start: Place, _: Sequence[str] | None) -> Iterator[Block]:
