@@ -1,10 +1,13 @@
 """The data stage in this process, against the stand-in services."""
 
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from job import logs
+from job.data import staging
 from job.data.stage import run_stage
 from job.results import DataInfo, EnvironmentInfo
 from job.revisions import resolve_all
@@ -56,4 +59,12 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-Stage = Callable[[Spec], DataInfo]
+def main() -> None:
+    """`python -m tests.data.staged SPEC SHARD_ROWS`: a spec as JSON, staged in this process."""
+    logs.configure(logs.RunLog())
+    staging.SHARD_ROWS = int(sys.argv[2])
+    stage(Spec.model_validate_json(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
