@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from job.data.chat import CONTROL_PATTERN
-from job.data.examples import exact_hash, normal_hash
+from job.data.examples import SEPARATOR, exact_hash, normal_hash
 from job.data.mapping import Mapped
 from job.data.seen import Seen
 from job.spec import Checks
@@ -34,6 +34,9 @@ PATTERNS = {
     CHAT_MARKUP: CONTROL_PATTERN,
 }
 """RE2 patterns of what is counted, by name."""
+
+_AROUND = 60
+"""Bytes that are shown before what was found."""
 
 _ANY = "|".join(
     (
@@ -81,6 +84,16 @@ def hashes_of(looked: Looked) -> tuple[np.ndarray, np.ndarray]:
     exact = b"".join([exact_hash(text) for text in raw])
     normal = b"".join([normal_hash(text) for text in raw])
     return np.frombuffer(exact, np.uint64), np.frombuffer(normal, np.uint64)
+
+
+def excerpt(contents: pa.Array, number: int, fault: str) -> str:
+    """The text around what a check found in one example; its beginning for other faults."""
+    text = contents[number].as_py().encode()
+    at = 0
+    if fault in PATTERNS:
+        at = max(0, pc.find_substring_regex(contents[number], PATTERNS[fault]).as_py() - _AROUND)
+    cut: str = text[at : at + 4 * _AROUND].decode(errors="ignore")
+    return cut.replace(SEPARATOR, " | ")
 
 
 def _mask(array: pa.Array) -> np.ndarray:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from job import logs
 from job.data.blocks import Block, Place
-from job.data.checks import Fate, Judge, Looked, hashes_of, look
+from job.data.checks import Fate, Judge, Looked, excerpt, hashes_of, look
 from job.data.examples import ExampleMapper
 from job.data.mapping import Mapped, map_block
 from job.data.readers import read_blocks
@@ -188,7 +188,7 @@ class _Stager:
             hashes, groups = hashes_of(looked)
             fate = self._judge.decide(looked, hashes, groups)
             kept = mapped.take(fate.kept)
-            self._count(shard.tally, block, mapped, kept, fate)
+            self._count(shard.tally, block, mapped, kept, fate, looked)
             hashes, groups = hashes[fate.kept], groups[fate.kept]
             self.hashes.append(np.stack([hashes, groups]))
             shard.write(kept, hashes, groups)
@@ -216,7 +216,15 @@ class _Stager:
             yield number, None
             place = Place()
 
-    def _count(self, tally: Tally, block: Block, mapped: Mapped, kept: Mapped, fate: Fate) -> None:
+    def _count(
+        self,
+        tally: Tally,
+        block: Block,
+        mapped: Mapped,
+        kept: Mapped,
+        fate: Fate,
+        looked: Looked,
+    ) -> None:
         tally.raw += len(block)
         tally.kept += len(kept)
         reasons: dict[str, list[int]] = {}
@@ -229,8 +237,8 @@ class _Stager:
             tally.drop(reason, len(numbers), shown)
         for fault, mask in fate.found.items():
             if mask.any():
-                number = int(mapped.rows[np.flatnonzero(mask)[0]])
-                shown = "" if tally.knows(fault) else block.rows()[number]
+                first = int(np.flatnonzero(mask)[0])
+                shown = "" if tally.knows(fault) else excerpt(looked.contents, first, fault)
                 tally.find(fault, int(mask.sum()), shown)
         for lengths, column in ((tally.prompt, kept.prompt), (tally.response, kept.response)):
             lengths.add(pc.utf8_length(column).to_numpy(zero_copy_only=False))

@@ -99,17 +99,29 @@ def write_parquet(path: Path, count: int, *, repeat: int = 0) -> None:
         writer.write_table(pa.Table.from_pylist(batch, schema))
 
 
+LAUNCH = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:], stdout=open(sys.argv[1], "w"))
+_, status, usage = os.wait4(process.pid, 0)
+print(json.dumps([os.waitstatus_to_exitcode(status), usage.ru_maxrss / 1024]))
+"""
+"""Starts a command from a small process: a child is charged for the memory of its parent."""
+
+
 def measured(command: list[str], environment: dict[str, str]) -> tuple[str, float]:
     """What a command prints, and the peak of its memory in MB."""
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(command, stdout=out, env={**os.environ, **environment})
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
+    with tempfile.NamedTemporaryFile("r") as out:
+        done = subprocess.run(
+            [sys.executable, "-c", LAUNCH, out.name, *command],
+            stdout=subprocess.PIPE,
+            env={**os.environ, **environment},
+            check=True,
+        )
+        code, peak = json.loads(done.stdout)
         printed = out.read()
-    if process.returncode:
-        raise RuntimeError(f"{command} ended with {process.returncode}: {printed[-2000:]}")
-    return printed, usage.ru_maxrss / 1024
+    if code:
+        raise RuntimeError(f"{command} ended with {code}: {printed[-2000:]}")
+    return printed, peak
 
 
 def ours(dataset: str, folder: Path, environment: dict[str, str]) -> tuple[float, float, Any]:
