@@ -6,7 +6,6 @@ Every object's CRC32C is compared in both directions, and a write whose answer w
 from one that another made.
 """
 
-import base64
 import functools
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from job.checksums import crc32c, file_crc32c
 from job.errors import EnvironmentProblem, StageError, UsageError
 from job.retry import Transient, Tries, stop_point
 from job.storage import Stat, check_key
@@ -25,25 +25,6 @@ _ENDPOINT = "https://storage.googleapis.com"
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _CHUNK = 8 * 1024 * 1024
 """Bytes of a request of a resumable upload: a multiple of 256 KiB."""
-_PIECE = 1024 * 1024
-
-
-def crc32c(content: bytes) -> str:
-    """The CRC32C of `content` as the API writes it."""
-    import google_crc32c
-
-    return base64.b64encode(google_crc32c.value(content).to_bytes(4, "big")).decode()
-
-
-def file_crc32c(path: Path) -> str:
-    """The same of a file, read in pieces."""
-    import google_crc32c
-
-    value = 0
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            value = google_crc32c.extend(value, piece)
-    return base64.b64encode(value.to_bytes(4, "big")).decode()
 
 
 class BucketStore:
