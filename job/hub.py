@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from job import logs
 from job.errors import EnvironmentProblem, StageError, UsageError
@@ -142,7 +142,10 @@ class Repository:
                     raise Transient("the reply names no commit")
                 return str(parsed["sha"]).encode(), parsed
             following = _NEXT.search(reply.headers.get("link", ""))
-            address = following[1] if following else None
+            address = None
+            if following:  # on this endpoint, whatever it calls itself: the token goes along
+                rest = urlsplit(following[1])
+                address = f"{_endpoint()}{rest.path}?{rest.query}"
             return reply.content + (address or "").encode(), (parsed, address)
 
         def twice() -> Any:

@@ -175,7 +175,7 @@ def alone(run: "Run", unchanged: Callable[[], bool]) -> Iterator[None]:
         run.stop.requested = why
 
     with leased(run.store, f"the run {run.id}", lost) as lease:
-        run.guard = lease.check
+        run.guard, run.release = lease.check, lease.release
         if not unchanged():
             raise Interrupted(
                 "another process worked on this run while this one began; "

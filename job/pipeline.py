@@ -165,7 +165,12 @@ def _run_whole(
         _forget(run.store)
     keeper = _LogKeeper(run.store, run_log, run.work) if run.processes.leads else None
     keep = keeper.keep if keeper else lambda: None
-    run.processes.before_exit = keep
+
+    def leave() -> None:
+        keep()
+        run.release()
+
+    run.processes.before_exit = leave
     try:
         _preflight(run, resumed=bool(standing.markers) and not standing.whole)
         _run_stages(run, to_do, wanted, keep)

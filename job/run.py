@@ -101,6 +101,8 @@ class Run:
     """The marker of the stage at work, if it was finished with the same inputs before."""
     guard: Callable[[], None] = lambda: None
     """Raises if another process may be at work on this run by now."""
+    release: Callable[[], None] = lambda: None
+    """Gives the run back, so that another process need not wait for the lease to expire."""
     written: list[Artifact] = field(default_factory=list)
     """The files that the stage at work has put into the run."""
     _model: "LanguageModel | None" = None
