@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from job.data.chat import CONTROL_PATTERN
-from job.data.examples import SEPARATOR, exact_hash, normal_hash
+from job.data.examples import SEPARATOR, exact_hash, normal_form
 from job.data.mapping import Mapped
 from job.data.seen import Seen
 from job.spec import Checks
@@ -82,7 +82,7 @@ def hashes_of(looked: Looked) -> tuple[np.ndarray, np.ndarray]:
     """Equal where the text is the same, and where its letters and digits are: uint64 each."""
     raw = looked.contents.cast(pa.binary()).to_pylist()
     exact = b"".join([exact_hash(text) for text in raw])
-    normal = b"".join([normal_hash(text) for text in raw])
+    normal = b"".join([exact_hash(normal_form(text)) for text in raw])
     return np.frombuffer(exact, np.uint64), np.frombuffer(normal, np.uint64)
 
 

@@ -66,12 +66,12 @@ def exact_hash(text: bytes) -> bytes:
     return hashlib.blake2b(text, digest_size=8).digest()
 
 
-def normal_hash(text: bytes) -> bytes:
-    """Eight bytes that stand for its letters and digits: case, spacing and signs do not count."""
+def normal_form(text: bytes) -> bytes:
+    """Its letters and digits: case, spacing and signs do not count."""
     if text.isascii():
-        return exact_hash(text.translate(_LOWER, _NOT_COUNTED))
+        return text.translate(_LOWER, _NOT_COUNTED)
     folded = unicodedata.normalize("NFKC", text.decode()).casefold()
-    return exact_hash(_NOT_COUNTED_WIDE.sub("", folded).encode())
+    return _NOT_COUNTED_WIDE.sub("", folded).encode()
 
 
 def field_text(row: Row, field: str) -> str:

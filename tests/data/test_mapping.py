@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.data.blocks import ArrowBlock, Place, RowBlock
-from job.data.examples import Dropped, Example, ExampleMapper, Turn, exact_hash, normal_hash
+from job.data.examples import Dropped, Example, ExampleMapper, Turn, exact_hash, normal_form
 from job.data.mapping import Mapped, map_block
 from job.spec import Data
 
@@ -147,4 +147,4 @@ def test_a_dialogue_that_cannot_be_used_says_why(row: dict[str, Any], reason: st
     ],
 )
 def test_the_normal_form_is_letters_and_digits(first: str, second: str, same: bool) -> None:
-    assert (normal_hash(first.encode()) == normal_hash(second.encode())) == same
+    assert (normal_form(first.encode()) == normal_form(second.encode())) == same

@@ -16,10 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from job.data.layout import choose_files
 from job.data.readers import read_blocks
 from job.data.sources import open_rows
 from job.errors import UsageError
 from job.spec import Source
+from tests.services.bucket import Bucket
 from tests.services.hub import Hub
 
 Rows = list[dict[str, Any]]
@@ -305,3 +307,78 @@ def read_from(hub: Hub, home: Path, **variables: str) -> dict[str, list[Any]]:
     assert done.returncode == 0, done.stderr
     seen: dict[str, list[Any]] = json.loads(done.stdout.splitlines()[-1])
     return seen
+
+
+def test_files_of_a_bucket_are_read_by_name_and_by_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOB_CACHE", str(tmp_path))
+    with Bucket("data") as bucket:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket.url)
+        bucket.put("data", "set/a.jsonl", as_jsonl(ROWS[:1]))
+        bucket.put("data", "set/b.json", as_json(ROWS[1:]))
+        bucket.put("data", "set/notes.txt", b"no rows")
+        one = open_rows(Source(dataset="gs://data/set/a.jsonl"), "dialogues")
+        assert list(one) == ROWS[:1]
+        both = Source(dataset="gs://data/set", data_files=["*.jsonl", "b.json"])
+        assert list(open_rows(both, "dialogues")) == ROWS
+        before = one.files[0].identity
+        bucket.put("data", "set/a.jsonl", as_jsonl(ROWS[2:]))
+        again = open_rows(Source(dataset="gs://data/set/a.jsonl"), "dialogues")
+        assert again.files[0].identity != before
+        assert list(again) == ROWS[2:]
+        with pytest.raises(UsageError, match=r"there is no object gs://data/none\.jsonl"):
+            open_rows(Source(dataset="gs://data/none.jsonl"), "dialogues")
+        with pytest.raises(UsageError, match=r"no readable file 'c\.csv'; it has a\."):
+            open_rows(Source(dataset="gs://data/set", data_files=["c.csv"]), "dialogues")
+
+
+def test_files_of_a_folder_are_read_by_pattern(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(ROWS[:1]))
+    (tmp_path / "deep/b.jsonl").write_bytes(as_jsonl(ROWS[1:]))
+    for pattern in (["**/*.jsonl"], ["a.jsonl", "deep/*.jsonl"]):
+        source = Source(dataset=str(tmp_path), data_files=pattern)
+        assert list(open_rows(source, "dialogues")) == ROWS
+    assert list(open_rows(Source(dataset=str(tmp_path), data_files=["*"]), "dialogues")) == ROWS[:1]
+
+
+README_HEAD = """---
+configs:
+- config_name: small
+  data_files: small/*.jsonl
+- config_name: default
+  data_files:
+  - split: train
+    path: [a.jsonl, more/*.jsonl]
+  - split: test
+    path: held.jsonl
+---
+"""
+
+
+@pytest.mark.parametrize(
+    ("paths", "wanted", "chosen"),
+    [
+        (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet",
+          "data/test-00000-of-00001.parquet"], {},
+         ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]),
+        (["train.csv", "dev.csv", "extra.json"], {"split": "validation"}, ["dev.csv"]),
+        (["validation/a.jsonl", "training/b.jsonl"], {}, ["training/b.jsonl"]),
+        (["chatdoctor200k.json", "README.md", ".gitattributes"], {}, ["chatdoctor200k.json"]),
+        (["b.jsonl", "a.jsonl", "strain.txt"], {}, ["a.jsonl", "b.jsonl"]),
+        (["rows.jsonl.gz"], {}, ["rows.jsonl.gz"]),
+        (["a.jsonl", "more/b.jsonl", "held.jsonl", "small/s.jsonl"], {"readme": README_HEAD},
+         ["a.jsonl", "more/b.jsonl"]),
+        (["a.jsonl", "more/b.jsonl", "held.jsonl", "small/s.jsonl"],
+         {"readme": README_HEAD, "split": "test"}, ["held.jsonl"]),
+        (["a.jsonl", "more/b.jsonl", "held.jsonl", "small/s.jsonl"],
+         {"readme": README_HEAD, "config": "small"}, ["small/s.jsonl"]),
+    ],
+)  # fmt: skip
+def test_the_layout_of_a_hub_dataset_says_which_files_a_split_is(
+    paths: list[str], wanted: dict[str, str], chosen: list[str]
+) -> None:
+    given = {"split": "train"} | wanted
+    readme = given.pop("readme", "").encode()
+    assert choose_files(paths, where="hf://org/set", readme=readme, **given) == chosen  # type: ignore[arg-type]
