@@ -363,7 +363,8 @@ def _write_marker(run: Run, name: str, started: str, seconds: float, outcome: Ba
         environment=run.environment,
         outcome=outcome.model_dump(mode="json"),
     )
-    run.conclude(f"stages/{name}.json", marker.model_dump_json(indent=2).encode())
+    content = marker.model_dump_json(indent=2).encode()
+    run.conclude(f"stages/{name}.json", content, again=name == "preflight")
     run.markers[name] = marker
     return marker
 

@@ -132,8 +132,11 @@ class Run:
             self._model = load(self.spec.model, self.spec.seed, self.mesh_of(), self.revisions)
         return self._model
 
-    def conclude(self, key: str, content: bytes) -> None:
+    def conclude(self, key: str, content: bytes, *, again: bool = False) -> None:
         """Write a file whose presence means that something is done: a marker, the results.
+
+        Args:
+            again: it may be there from an earlier start; otherwise this process removed it.
 
         Raises:
             Interrupted: another process has written it, or may be at work on this run.
@@ -141,7 +144,7 @@ class Run:
         if not self.processes.leads:
             return
         self.guard()
-        found = self.store.read_version(key)
+        found = self.store.read_version(key) if again else None
         if self.store.swap(key, content, found[1] if found else None) is None:
             raise Interrupted(
                 f"another process has written {key} of this run; run the same command to go on"
