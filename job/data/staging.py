@@ -194,7 +194,8 @@ class _Stager:
             shard.write(kept, hashes, groups)
             shard.file, shard.place = number, block.end
             self.rows_read += len(block)
-            self._give_up_early(shard.tally)
+            self._give_up(shard.tally, _PATIENCE)
+        self._give_up(shard.tally, 0)
         if shard.tally.raw:
             self._next(shard, threads)
 
@@ -246,8 +247,9 @@ class _Stager:
         if not self._columns and (rows := block.rows()):
             self._columns = sorted(rows[0])
 
-    def _give_up_early(self, tally: Tally) -> None:
-        if not self._shards and not tally.kept and tally.raw >= _PATIENCE:
+    def _give_up(self, tally: Tally, after: int) -> None:
+        """Keep nothing of a dataset whose first rows, so many, give no example."""
+        if not self._shards and not tally.kept and tally.raw >= after:
             raise UsageError(self._why_none(tally))
 
     def _why_none(self, tally: Tally) -> str:
