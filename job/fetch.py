@@ -1,14 +1,42 @@
 """`job fetch`: a finished run brought to this machine, every checksum checked."""
 
-import hashlib
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from job import logs
 from job.errors import StageError, UsageError
-from job.results import Results
-from job.storage import LocalStore, check_key, open_store
+from job.results import Artifact, Results
+from job.storage import LocalStore, Store, check_key, file_sha256, open_store
+from job.threads import Threads
+from job.transfer import PARTIAL
+
+_AT_ONCE = 4
+
+
+def _fetch_one(source: Store, target: LocalStore, item: Artifact) -> bool:
+    """Bring one file, unless it is there already; whether it was.
+
+    What a download that was cut off has got stays beside it, and the next goes on there.
+    """
+    path = target.root / item.path
+    if not path.resolve().is_relative_to(target.root.resolve()):
+        raise StageError(f"{path} leads out of {target.root} by a link; remove it")
+    if path.is_file() and path.stat().st_size == item.bytes and file_sha256(path) == item.sha256:
+        return True
+    arriving = path.with_name(f"{PARTIAL}{path.name}")
+    if not source.download(item.path, arriving):
+        raise StageError(f"{source.uri}: the file {item.path} is missing")
+    if arriving.stat().st_size != item.bytes or file_sha256(arriving) != item.sha256:
+        arriving.unlink()
+        raise StageError(
+            f"{source.uri}: the file {item.path} does not have the checksum in results.json"
+        )
+    try:
+        arriving.replace(path)
+    except OSError as error:
+        raise StageError(f"cannot write {path}: {error.strerror}") from error
+    return False
 
 
 def fetch_run(uri: str, folder: str) -> None:
@@ -36,19 +64,14 @@ def fetch_run(uri: str, folder: str) -> None:
         ) from error
     if target.read("results.json") != content:
         target.delete("results.json")
-    kept = 0
     checked = {check_key(item.path): item for item in results.artifacts}
-    for key, item in checked.items():
-        present = target.read(key)
-        if present is not None and hashlib.sha256(present).hexdigest() == item.sha256:
-            kept += 1
-            continue
-        found = source.read(key)
-        if found is None:
-            raise StageError(f"{uri}: the file {key} is missing")
-        if len(found) != item.bytes or hashlib.sha256(found).hexdigest() != item.sha256:
-            raise StageError(f"{uri}: the file {key} does not have the checksum in results.json")
-        target.write(key, found)
+    with Threads(_AT_ONCE) as pool:
+        jobs = [pool.submit(_fetch_one, source, target, item) for item in checked.values()]
+        try:
+            kept = sum(job.result() for job in jobs)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     for key in source.list():
         if key not in checked and key.startswith(("logs/", "stages/")):
             extra = source.read(check_key(key))

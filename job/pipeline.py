@@ -22,8 +22,9 @@ import structlog
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from job import logs, runtime
+from job import logs, retry, runtime
 from job.errors import EnvironmentProblem, Interrupted, JobError, StageError, UsageError
+from job.lease import alone
 from job.processes import join
 from job.results import Results
 from job.revisions import resolve_all
@@ -97,6 +98,7 @@ def run_job(
     structlog.contextvars.bind_contextvars(run_id=identity, stage="preflight")
     stop = StopSignal()
     stop.install()
+    retry.while_waiting(stop.check)
     processes = join(spec.runtime)
     store = open_store(child_uri(spec.output, identity))
     if not processes.leads:
@@ -124,7 +126,8 @@ def run_job(
                 identity, spec, store, Path(work), stop, environment, mesh_of, processes=processes
             )
             run.markers = standing.markers
-            _run_whole(run, standing, to_do, wanted, run_log, fresh=fresh)
+            with alone(run, lambda: _standing(spec, store, fresh=fresh) == standing):
+                _run_whole(run, standing, to_do, wanted, run_log, fresh=fresh)
 
 
 class Standing(BaseModel):
@@ -162,7 +165,12 @@ def _run_whole(
         _forget(run.store)
     keeper = _LogKeeper(run.store, run_log, run.work) if run.processes.leads else None
     keep = keeper.keep if keeper else lambda: None
-    run.processes.before_exit = keep
+
+    def leave() -> None:
+        keep()
+        run.release()
+
+    run.processes.before_exit = leave
     try:
         _preflight(run, resumed=bool(standing.markers) and not standing.whole)
         _run_stages(run, to_do, wanted, keep)
@@ -234,9 +242,12 @@ def _check_inputs(spec: Spec) -> None:
         ("data", spec.data),
         *((f"evals.multiple_choice.{i}", s) for i, s in enumerate(spec.evals.multiple_choice)),
     ):
-        if source.dataset == SAMPLES or source.dataset.startswith("hf://"):
+        if source.dataset == SAMPLES or "://" in source.dataset:
             continue
-        if not Path(source.dataset).is_file():
+        if source.data_files is not None:
+            if not Path(source.dataset).is_dir():
+                raise UsageError(f"{where}.dataset: there is no folder {source.dataset!r}")
+        elif not Path(source.dataset).is_file():
             raise UsageError(
                 f"{where}.dataset: there is no file {source.dataset!r}; "
                 "for a dataset of the Hub write hf://owner/name"
@@ -352,7 +363,8 @@ def _write_marker(run: Run, name: str, started: str, seconds: float, outcome: Ba
         environment=run.environment,
         outcome=outcome.model_dump(mode="json"),
     )
-    run.store.write(f"stages/{name}.json", marker.model_dump_json(indent=2).encode())
+    content = marker.model_dump_json(indent=2).encode()
+    run.conclude(f"stages/{name}.json", content, again=name == "preflight")
     run.markers[name] = marker
     return marker
 
@@ -370,7 +382,7 @@ def _write_results(run: Run) -> None:
         }
     )
     whole = results.model_copy(update={"artifacts": artifacts, "run": info})
-    run.store.write(RESULTS, whole.model_dump_json(indent=2).encode())
+    run.conclude(RESULTS, whole.model_dump_json(indent=2).encode())
 
 
 def _say_skipped(wanted: Sequence[str]) -> None:

@@ -74,6 +74,8 @@ class DataInfo(Record):
     validation: int
     neutralised: int
     """Rows whose text held a control token of the chat template, made harmless."""
+    found: dict[str, int] = {}
+    """Usable rows by what the checks found in them."""
 
 
 class TokenCounts(Record):

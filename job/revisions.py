@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
-from job.hub import hub_errors
 from job.spec import Source, Spec
 
 Kind = Literal["dataset", "model"]
@@ -52,13 +51,11 @@ def resolve_commit(kind: Kind, repository: str, revision: str | None) -> str:
     """The commit a revision names now.
 
     Raises:
-        UsageError, EnvironmentProblem, StageError: see `hub_errors`.
+        UsageError, EnvironmentProblem, StageError: see `job.hub.Repository.errors`.
     """
-    from huggingface_hub import HfApi
+    from job.hub import Repository
 
-    with hub_errors(kind, repository, revision):
-        info = HfApi().repo_info(repository, repo_type=kind, revision=revision)
-    return str(info.sha)
+    return Repository(kind, repository, revision).commit()
 
 
 def resolve_all(spec: Spec, known: Revisions) -> dict[str, str]:

@@ -99,6 +99,10 @@ class Run:
     """The commits of what the spec names on the Hub."""
     previous: Marker | None = None
     """The marker of the stage at work, if it was finished with the same inputs before."""
+    guard: Callable[[], None] = lambda: None
+    """Raises if another process may be at work on this run by now."""
+    release: Callable[[], None] = lambda: None
+    """Gives the run back, so that another process need not wait for the lease to expire."""
     written: list[Artifact] = field(default_factory=list)
     """The files that the stage at work has put into the run."""
     _model: "LanguageModel | None" = None
@@ -127,6 +131,24 @@ class Run:
 
             self._model = load(self.spec.model, self.spec.seed, self.mesh_of(), self.revisions)
         return self._model
+
+    def conclude(self, key: str, content: bytes, *, again: bool = False) -> None:
+        """Write a file whose presence means that something is done: a marker, the results.
+
+        Args:
+            again: it may be there from an earlier start; otherwise this process removed it.
+
+        Raises:
+            Interrupted: another process has written it, or may be at work on this run.
+        """
+        if not self.processes.leads:
+            return
+        self.guard()
+        found = self.store.read_version(key) if again else None
+        if self.store.swap(key, content, found[1] if found else None) is None:
+            raise Interrupted(
+                f"another process has written {key} of this run; run the same command to go on"
+            )
 
     def put(self, key: str, content: bytes) -> None:
         """Write a file of the run, as an output of the stage at work."""

@@ -22,7 +22,7 @@ from job.storage import open_store
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-PACKAGES = ("job", "jax", "jaxlib", "keras", "keras-hub", "datasets", "numpy", "libtpu")
+PACKAGES = ("job", "jax", "jaxlib", "keras", "keras-hub", "pyarrow", "numpy", "libtpu")
 
 _WAY_OUT = {
     "tpu": "on a TPU VM install the `tpu` extra and give the container --privileged --net=host",

@@ -8,27 +8,21 @@ Every field has a sentence that says what it does, which `job schema` hands to e
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from job.spec_data import Checks as Checks
+from job.spec_data import Data as Data
+from job.spec_data import Section as Section
+from job.spec_data import Source as Source
 from job.spec_types import (
     HUB,
-    Dataset,
     Name,
     Number,
-    OptionalTemplate,
     Output,
     Positive,
     Template,
     template_fields,
 )
-
-
-class Section(BaseModel):
-    """A section of the spec: unknown keys are refused, values do not change after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
-    )
 
 
 class Mesh(Section):
@@ -115,45 +109,6 @@ class Model(Section):
         if self.revision is not None and not self.preset.startswith("hf://"):
             raise ValueError("`revision` applies to an hf:// preset only; remove it")
         return self
-
-
-class Source(Section):
-    """Where rows come from; shared by training data and evaluation questions."""
-
-    dataset: Dataset = Field(
-        description="hf://owner/name, a local .json, .jsonl, .csv or .parquet file, or `samples`."
-    )
-    revision: str | None = Field(None, description="Commit, tag or branch of a Hub dataset.")
-    config: str | None = Field(None, description="Configuration name of a Hub dataset.")
-    split: str = Field("train", description="Split of a Hub dataset.")
-    data_files: list[str] | None = Field(
-        None, description="Files of the Hub repository to read, instead of its own layout."
-    )
-
-    @model_validator(mode="after")
-    def _hub_only(self) -> Self:
-        if not self.dataset.startswith("hf://"):
-            for key in ("revision", "config", "data_files"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"`{key}` applies to an hf:// dataset only; remove it")
-        return self
-
-
-class Data(Source):
-    prompt: Template = Field(description="Text of the user's turn, with {column} names.")
-    response: Template = Field(description="Text of the model's turn, with {column} names.")
-    system: OptionalTemplate | None = Field(
-        None, description="Instruction put before every prompt; may hold {column} names."
-    )
-    train_examples: Positive | Literal["all"] = Field(
-        "all", description="Examples to train on, sampled by a seeded hash of the row."
-    )
-    validation_examples: Annotated[int, Field(ge=2, strict=True)] = Field(
-        200, description="Examples held out, sampled likewise."
-    )
-    drop_duplicates: bool = Field(
-        True, description="Drop rows whose prompt and response were seen before."
-    )
 
 
 class Train(Section):

@@ -20,6 +20,9 @@ SAMPLES = "samples"
 FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 """Endings of local files that rows can be read from."""
 
+COMPRESSIONS = ("", ".gz", ".zst", ".bz2")
+"""Endings that may follow, but for Parquet."""
+
 LETTERS = string.ascii_uppercase
 
 HUB = r"hf://[\w.-]+/[\w.-]+"
@@ -49,6 +52,23 @@ def template_fields(template: str) -> list[str]:
     return fields
 
 
+def template_parts(template: str) -> tuple[list[str], list[str]]:
+    """A template taken apart: the texts around its fields (one more than those), the fields."""
+    literals, fields = [""], []
+    for literal, field, _, _ in string.Formatter().parse(template):
+        literals[-1] += literal
+        if field is not None:
+            fields.append(field)
+            literals.append("")
+    return literals, fields
+
+
+def names_a_file(dataset: str) -> bool:
+    """Whether a path ends as a file that rows can be read from does."""
+    text = dataset.lower()
+    return any(text.endswith(f + c) for f in FORMATS for c in COMPRESSIONS)
+
+
 def _check_template(value: object) -> object:
     if isinstance(value, str):
         try:
@@ -71,16 +91,14 @@ def _check_dataset(value: object) -> object:
     if value.startswith("hf://"):
         if not re.fullmatch(HUB, value):
             raise ValueError(f"{value!r} is not a Hub dataset; write hf://owner/name")
-    elif value != SAMPLES and "://" not in value:
-        if not value.lower().endswith(FORMATS):
-            raise ValueError(
-                f"cannot tell the format of {value!r}; a local file ends in {', '.join(FORMATS)}, "
-                "a dataset of the Hub is hf://owner/name"
-            )
-    elif value != SAMPLES:
+    elif value.startswith("gs://"):
+        if not re.fullmatch(r"gs://[a-z0-9][\w.-]+(/.*)?", value):
+            raise ValueError(f"{value!r} names no object; write gs://bucket/path")
+    elif "://" in value:
         scheme = value.split("://")[0]
         raise ValueError(
-            f"{scheme}:// is not supported here; use hf://owner/name, a local file, or '{SAMPLES}'"
+            f"{scheme}:// is not supported here; use hf://owner/name, gs://bucket/path, a local "
+            f"file, or '{SAMPLES}'"
         )
     return value
 

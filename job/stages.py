@@ -39,8 +39,10 @@ def _source(source: Source, revisions: Revisions) -> object:
     described = source.model_dump(mode="json", include=set(Source.model_fields))
     if key := source_key(source):
         described["commit"] = revisions.get(key)
-    elif source.dataset != SAMPLES and Path(source.dataset).is_file():
-        described["sha256"] = file_sha256(Path(source.dataset))
+    elif source.dataset != SAMPLES and not source.dataset.startswith("hf://"):
+        from job.data.sources import open_rows
+
+        described["files"] = [file.identity for file in open_rows(source, "dialogues").files]
     return described
 
 
@@ -69,7 +71,10 @@ def _slices(items: Sequence[MultipleChoice], revisions: Revisions) -> object:
 
 
 def _data(spec: Spec, revisions: Revisions) -> object:
-    return [spec.seed, spec.data.model_dump(mode="json"), _source(spec.data, revisions)]
+    described = [spec.seed, spec.data.model_dump(mode="json"), _source(spec.data, revisions)]
+    if "contaminated" in spec.data.checks.drop:  # then the sample depends on the questions
+        described.append(_slices(spec.evals.multiple_choice, revisions))
+    return described
 
 
 def _evals(spec: Spec, revisions: Revisions) -> object:

@@ -4,21 +4,27 @@ Keys are relative POSIX paths. A write is whole or absent: locally through a tem
 that is synced and renamed, in a bucket because an object appears only once it is complete.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from job.errors import EnvironmentProblem, StageError, UsageError
+from job.transfer import PARTIAL
 
-if TYPE_CHECKING:
-    from google.cloud.storage import Bucket
 
-_CHUNK = 8 * 1024 * 1024
-_TEMPORARY = ".partial-"
+@dataclass(frozen=True)
+class Stat:
+    """What a store says about a file; `version` changes with every write."""
+
+    bytes: int
+    version: str
 
 
 class Store(Protocol):
@@ -34,8 +40,20 @@ class Store(Protocol):
     def write(self, key: str, content: bytes) -> None:
         """Write a whole file, replacing what was there."""
 
-    def download(self, key: str, path: Path) -> bool:
-        """Copy a file to a local path; False where there is none."""
+    def swap(self, key: str, content: bytes | None, version: str | None) -> str | None:
+        """Write a file, or remove it (None), if it still is of this version (None: absent).
+
+        Returns the new version, an empty one of what was removed, None where it was not.
+        """
+
+    def read_version(self, key: str) -> tuple[bytes, str] | None:
+        """The content of a file and its version, for `swap`."""
+
+    def stat(self, key: str) -> Stat | None:
+        """What is known of a file, or None where there is none."""
+
+    def download(self, key: str, path: Path, version: str | None = None) -> bool:
+        """Copy a file to a local path; False where there is none, or none of that version."""
 
     def upload(self, path: Path, key: str) -> None:
         """Copy a local file in, replacing what was there."""
@@ -66,6 +84,8 @@ def open_store(uri: str) -> Store:
     """The store at a local path or a gs://bucket/prefix URI; nothing is created yet."""
     if uri.startswith("gs://"):
         name, _, prefix = uri.removeprefix("gs://").partition("/")
+        from job.bucket import BucketStore
+
         return BucketStore(name, prefix.strip("/"))
     if "://" in uri:
         raise UsageError(f"'{uri}' is neither a local folder nor gs://bucket/prefix")
@@ -104,6 +124,8 @@ class ReadingStore:
     def __init__(self, store: Store) -> None:
         self.uri = store.uri
         self.read = store.read
+        self.read_version = store.read_version
+        self.stat = store.stat
         self.download = store.download
         self.size = store.size
         self.list = store.list
@@ -113,6 +135,9 @@ class ReadingStore:
 
     def upload(self, path: Path, key: str) -> None:
         """Does nothing."""
+
+    def swap(self, key: str, content: bytes | None, version: str | None) -> str | None:
+        """Does nothing, and says that it could not."""
 
     def delete(self, key: str) -> None:
         """Does nothing."""
@@ -155,7 +180,7 @@ class LocalStore:
         partial = None
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=target.parent)
+            handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=target.parent)
             os.close(handle)
             partial = Path(name)
             fill(partial)
@@ -170,10 +195,50 @@ class LocalStore:
             if partial is not None:
                 partial.unlink(missing_ok=True)
 
-    def download(self, key: str, path: Path) -> bool:
-        source = self._path(key)
-        if not source.is_file():
+    def read_version(self, key: str) -> tuple[bytes, str] | None:
+        content = self.read(key)
+        return None if content is None else (content, hashlib.sha256(content).hexdigest())
+
+    def swap(self, key: str, content: bytes | None, version: str | None) -> str | None:
+        with self._locked(key):
+            found = self.read_version(key)
+            if (found[1] if found else None) != version:
+                return None
+            if content is None:
+                self.delete(key)
+                return ""
+            self.write(key, content)
+            return hashlib.sha256(content).hexdigest()
+
+    @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        """Alone among all processes that would swap a file of this folder."""
+        folder = self._path(key).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"cannot write to {folder}: {error.strerror}; choose another --output"
+            ) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def stat(self, key: str) -> Stat | None:
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        found = path.stat()
+        return Stat(found.st_size, f"{found.st_mtime_ns}-{found.st_size}")
+
+    def download(self, key: str, path: Path, version: str | None = None) -> bool:
+        found = self.stat(key)
+        if found is None or version not in (None, found.version):
             return False
+        source = self._path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, path)
@@ -190,7 +255,7 @@ class LocalStore:
 
     def _keys(self) -> Iterator[str]:
         for path in self.root.rglob("*"):
-            if path.is_file() and not path.name.startswith(_TEMPORARY):
+            if path.is_file() and not path.name.startswith(PARTIAL):
                 yield path.relative_to(self.root).as_posix()
 
     def delete(self, key: str) -> None:
@@ -198,115 +263,3 @@ class LocalStore:
             self._path(key).unlink(missing_ok=True)
         except OSError as error:
             raise StageError(f"cannot remove {self._path(key)}: {error.strerror}") from error
-
-
-class BucketStore:
-    """A prefix of a Cloud Storage bucket; the client retries what may be retried.
-
-    Credentials are the environment's (application default credentials); with
-    `STORAGE_EMULATOR_HOST` set, that server is used without any.
-    """
-
-    def __init__(self, bucket: str, prefix: str) -> None:
-        if not bucket:
-            raise UsageError("a gs:// URI needs a bucket: gs://bucket/prefix")
-        self._name = bucket
-        self._prefix = prefix
-        self._bucket: Bucket | None = None
-
-    @property
-    def uri(self) -> str:
-        return f"gs://{self._name}/{self._prefix}".rstrip("/")
-
-    def _handle(self) -> "Bucket":
-        if self._bucket is None:
-            from google.auth.exceptions import DefaultCredentialsError
-            from google.cloud import storage
-
-            try:
-                client = storage.Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT", "none"))
-            except DefaultCredentialsError as error:
-                raise EnvironmentProblem(
-                    f"no Google Cloud credentials for {self.uri}: run `gcloud auth "
-                    "application-default login`, or run on a VM with a service account"
-                ) from error
-            self._bucket = client.bucket(self._name)
-        return self._bucket
-
-    def _blob(self, key: str) -> Any:
-        check_key(key)
-        blob = self._handle().blob(f"{self._prefix}/{key}" if self._prefix else key)
-        blob.chunk_size = _CHUNK
-        return blob
-
-    def _guard(self, action: str, key: str, call: Any) -> Any:
-        """Run one request; what is missing is None, a refusal names the object and the way out."""
-        from google.api_core import exceptions
-        from google.auth.exceptions import GoogleAuthError
-        from google.cloud.storage.exceptions import DataCorruption
-
-        place = f"{self.uri}/{key}"
-        try:
-            return call()
-        except exceptions.NotFound as error:
-            if "bucket does not exist" in str(error).lower():
-                raise EnvironmentProblem(
-                    f"there is no bucket gs://{self._name}; create it first"
-                ) from error
-            if action == "write":
-                raise StageError(f"cannot write {place}: the upload was lost") from error
-            return None
-        except (exceptions.Forbidden, exceptions.Unauthorized, GoogleAuthError) as error:
-            raise EnvironmentProblem(
-                f"not allowed to {action} {place}: the account in use needs "
-                "roles/storage.objectUser on the bucket"
-            ) from error
-        except (exceptions.GoogleAPIError, DataCorruption, OSError) as error:
-            raise StageError(f"cannot {action} {place}: {error}") from error
-
-    def read(self, key: str) -> bytes | None:
-        content: bytes | None = self._guard(
-            "read", key, lambda: self._blob(key).download_as_bytes(checksum="auto")
-        )
-        return content
-
-    def write(self, key: str, content: bytes) -> None:
-        blob = self._blob(key)
-        self._guard("write", key, lambda: blob.upload_from_string(content, checksum="crc32c"))
-
-    def upload(self, path: Path, key: str) -> None:
-        blob = self._blob(key)
-        self._guard("write", key, lambda: blob.upload_from_filename(str(path), checksum="crc32c"))
-
-    def download(self, key: str, path: Path) -> bool:
-        if self.size(key) is None:
-            return False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        blob = self._blob(key)
-        self._guard("read", key, lambda: blob.download_to_filename(str(path), checksum="auto"))
-        return True
-
-    def size(self, key: str) -> int | None:
-        def stat() -> int | None:
-            blob = self._blob(key)
-            blob.reload()
-            return int(blob.size)
-
-        size: int | None = self._guard("read", key, stat)
-        return size
-
-    def list(self, prefix: str = "") -> list[str]:
-        root = f"{self._prefix}/" if self._prefix else ""
-
-        def names() -> list[str]:
-            blobs = self._handle().client.list_blobs(self._name, prefix=root + prefix)
-            return sorted(blob.name.removeprefix(root) for blob in blobs)
-
-        found: list[str] | None = self._guard("list", prefix, names)
-        if found is None:
-            raise EnvironmentProblem(f"there is no bucket gs://{self._name}; create it first")
-        return found
-
-    def delete(self, key: str) -> None:
-        blob = self._blob(key)
-        self._guard("delete", key, blob.delete)

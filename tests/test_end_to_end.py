@@ -42,7 +42,7 @@ def made_by_models(folder: Path) -> dict[str, bytes]:
 
 
 def only_run(output: Path) -> Path:
-    (run,) = output.iterdir()
+    (run,) = (path for path in output.iterdir() if path.name != "datasets")
     return run
 
 
@@ -72,6 +72,7 @@ def test_every_file_of_the_design_is_there_with_its_checksum(smoke: Finished) ->
         "data/validation.parquet", "train/history.jsonl", "adapter/adapter.lora.h5",
         "adapter/adapter.json", "adapter/peft/adapter_config.json",
         "adapter/peft/adapter_model.safetensors",
+        "evals/contamination.json",
         *(f"evals/{model}/{name}/predictions.jsonl" for model in ("baseline", "finetuned")
           for name in ("questions", "questions-generated", "dialogue", "side_by_side")),
     }  # fmt: skip

@@ -142,6 +142,41 @@ def test_a_fetch_that_was_refused_goes_on_once_the_run_is_right(
     assert {key: target.read(key) for key in FILES} == FILES
 
 
+def test_a_large_file_goes_on_where_a_fetch_was_cut_off(
+    target: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytes(range(256)) * 8000
+    monkeypatch.setenv("JOB_RETRY_SECONDS", "0.1")
+    with Bucket("runs") as service:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", service.url)
+        store = open_store("gs://runs/r")
+        leave_run(store)
+        store.write("adapter/big.bin", content)
+        store.write("results.json", results(artifact("adapter/big.bin", content)))
+        service.faults.add("big.bin?alt=media", cut_after=1_500_000)
+        service.faults.add("big.bin?alt=media", status=503, times=99)
+        with pytest.raises(StageError, match=r"big\.bin.*run the same command to go on"):
+            fetch_run(store.uri, target.uri)
+        assert target.read("adapter/big.bin") is None
+        service.faults.clear()
+        fetch_run(store.uri, target.uri)
+        last = service.requested("big.bin?alt=media")[-1]
+        assert int(last.headers["Range"].removeprefix("bytes=").rstrip("-")) >= 1_000_000
+    assert target.read("adapter/big.bin") == content
+    assert not [path for path in target.root.rglob("*") if "partial" in path.name]
+
+
+def test_a_link_that_leads_out_of_the_folder_is_refused(
+    run: Store, target: LocalStore, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    target.root.mkdir()
+    (target.root / "adapter").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StageError, match="leads out of"):
+        fetch_run(run.uri, target.uri)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_run_without_results_is_not_finished(run: Store, target: LocalStore) -> None:
     run.delete("results.json")
     with pytest.raises(UsageError, match=r"has no results\.json: it is not a run, or not finished"):

@@ -6,16 +6,20 @@ or begin another. The templates follow the models' own documentation.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-_CONTROL = re.compile(
+CONTROL_PATTERN = (
     r"<(?:bos|eos|pad|unk|mask|s|/s|start_of_turn|end_of_turn|start_of_image|end_of_image|"
     r"image_soft_token|img|unused\d+|end_of_utterance)>"
     r"|<\|[^<>|\s]{1,40}\|?>|<[^<>|\s]{1,40}\|>"
     r"|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|multimodal)\]"
     r"|<</?SYS>>"
 )
+"""The control tokens of the known chat formats, as a regular expression (of Python and RE2)."""
+
+_CONTROL = re.compile(CONTROL_PATTERN)
 
 
 def neutralise(text: str) -> str:
@@ -39,6 +43,8 @@ class ChatTemplate:
     before: str
     after: str
     stop: str | None
+    between: str = ""
+    """Stands between the end of an answer and the next turn."""
 
     def prompt(self, prompt: str, system: str | None = None) -> str:
         """The text a model is given before it answers.
@@ -50,6 +56,27 @@ class ChatTemplate:
         if system:
             text = f"{neutralise(system).strip()}\n\n{text}"
         return f"{self.before}{text}{self.after}"
+
+    def turns(
+        self, prompt: str, system: str | None = None, history: Sequence[tuple[str, str]] = ()
+    ) -> list[str]:
+        """The texts before each answer of a dialogue; the answers before go between them.
+
+        Returns:
+            One more text than `history` has pairs of prompt and response.
+        """
+        prompts = [*(said for said, _ in history), prompt]
+        first, *later = prompts
+        return [self.prompt(first, system), *(self.between + self.prompt(text) for text in later)]
+
+    def dialogue(
+        self, prompt: str, system: str | None = None, history: Sequence[tuple[str, str]] = ()
+    ) -> list[str]:
+        """All that a model is given before it answers: prompts and answers in turn."""
+        texts = self.turns(prompt, system, history)
+        for place, (_, answer) in enumerate(history):
+            texts.insert(2 * place + 1, neutralise(answer))
+        return texts
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -63,6 +90,7 @@ TEMPLATES: dict[str, ChatTemplate] = {
         before="<start_of_turn>user\n",
         after="<end_of_turn>\n<start_of_turn>model\n",
         stop="<end_of_turn>",
+        between="\n",
     ),
     "plain": ChatTemplate("plain", before="", after="\n", stop=None),
 }

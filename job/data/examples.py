@@ -1,29 +1,77 @@
-"""From a row to an example: templates filled in, what cannot be used named and counted."""
+"""From a row to an example: templates filled in or a dialogue taken apart, faults named.
+
+This is the meaning of a row, one at a time and for any type of value; `mapping` does the same
+to whole columns where all is plain text.
+"""
 
 import hashlib
-import json
 import math
+import re
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from job.data.sources import Row
+from job.data.blocks import Row
 from job.spec import Data
 from job.spec_types import template_fields
+
+SEPARATOR = "\x1f"
+"""Between the texts of an example where they are one: the ASCII unit separator."""
+
+_LOWER = bytes(range(256)).lower()
+_NOT_COUNTED = bytes(b for b in range(128) if not chr(b).isalnum() and b != ord(SEPARATOR))
+_NOT_COUNTED_WIDE = re.compile(rf"[^\w{SEPARATOR}]|_")
+
+_USERS = ("user", "human", "prompter")
+_MODELS = ("assistant", "gpt", "model", "chatgpt", "bot")
+_SYSTEMS = ("system",)
+
+
+class Turn(NamedTuple):
+    """What the user said, and what the model answered."""
+
+    prompt: str
+    response: str
 
 
 @dataclass(frozen=True)
 class Example:
-    """One dialogue turn: what the user says and what the model should answer."""
+    """A dialogue: what the user says and what the model should answer."""
 
     id: str
     """A hash of the content: the same text has the same id in any file, in any order."""
     system: str | None
     prompt: str
+    """The user's last turn."""
     response: str
+    """The model's last turn."""
+    history: tuple[Turn, ...] = ()
+    """The turns before."""
 
 
 class Dropped(Exception):
     """A row that cannot be used; the message is the reason it is counted under."""
+
+
+def content(system: str | None, history: Iterable[Turn], prompt: str, response: str) -> bytes:
+    """The texts of an example as one, which its hashes are taken of."""
+    texts = [system or "", *(text for turn in history for text in turn), prompt, response]
+    return SEPARATOR.join(texts).encode()
+
+
+def exact_hash(text: bytes) -> bytes:
+    """Eight bytes that stand for this content."""
+    return hashlib.blake2b(text, digest_size=8).digest()
+
+
+def normal_form(text: bytes) -> bytes:
+    """Its letters and digits: case, spacing and signs do not count."""
+    if text.isascii():
+        return text.translate(_LOWER, _NOT_COUNTED)
+    folded = unicodedata.normalize("NFKC", text.decode()).casefold()
+    return _NOT_COUNTED_WIDE.sub("", folded).encode()
 
 
 def field_text(row: Row, field: str) -> str:
@@ -34,7 +82,10 @@ def field_text(row: Row, field: str) -> str:
     """
     if field not in row:
         raise Dropped(f"no column '{field}'")
-    value = row[field]
+    return _text(row[field], field)
+
+
+def _text(value: object, field: str) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise Dropped(f"null in '{field}'")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -61,7 +112,14 @@ class ExampleMapper:
     """Makes examples as the `data` section says."""
 
     def __init__(self, data: Data) -> None:
-        self._data = data
+        self.data = data
+
+    @cached_property
+    def fields(self) -> list[str]:
+        """The columns that are needed, each once."""
+        templates = [self.data.prompt, self.data.response, self.data.system]
+        named = [field for text in templates if text for field in template_fields(text)]
+        return list(dict.fromkeys([*named, *([self.data.messages] if self.data.messages else [])]))
 
     def __call__(self, row: Row) -> Example:
         """The example of a row.
@@ -69,14 +127,68 @@ class ExampleMapper:
         Raises:
             Dropped: the row cannot be used.
         """
-        for name in ("prompt", "response"):
-            template = getattr(self._data, name)
-            fields = template_fields(template)
-            if not any(field_text(row, field).strip() for field in fields):
+        system = fill(self.data.system, row) if self.data.system else None
+        if self.data.messages:
+            said, turns = _turns(row, self.data.messages)
+            system = said or system
+            *history, (prompt, response) = turns
+            return self._made(system, tuple(history), prompt, response)
+        texts = []
+        for name, template in (("prompt", self.data.prompt), ("response", self.data.response)):
+            assert template is not None
+            if not any(field_text(row, field).strip() for field in template_fields(template)):
                 raise Dropped(f"empty {name}")
-        prompt = fill(self._data.prompt, row)
-        response = fill(self._data.response, row)
-        system = fill(self._data.system, row) if self._data.system else None
-        content = json.dumps([system, prompt, response]).encode()
-        identity = hashlib.blake2b(content, digest_size=8).hexdigest()
-        return Example(identity, system, prompt, response)
+            texts.append(fill(template, row))
+        return self._made(system, (), *texts)
+
+    def _made(
+        self, system: str | None, history: tuple[Turn, ...], prompt: str, response: str
+    ) -> Example:
+        identity = exact_hash(content(system, history, prompt, response)).hex()
+        return Example(identity, system, prompt, response, history)
+
+
+def _turns(row: Row, column: str) -> tuple[str | None, list[Turn]]:
+    """The system text and the turns of a dialogue: `role` and `content`, or `from` and `value`.
+
+    Messages of one side that follow each other are one turn. What the model says before the
+    user does, and what the user says last without an answer, is left out.
+    """
+    if column not in row:
+        raise Dropped(f"no column '{column}'")
+    messages = row[column]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise Dropped(f"no list of messages in '{column}'")
+    system: str | None = None
+    sides: list[tuple[str, str]] = []
+    for message in messages:
+        role = str(message.get("role") or message.get("from") or "").lower()
+        text = _message_text(message, column)
+        if role in _SYSTEMS:
+            if sides or system is not None:
+                raise Dropped(f"system message inside the dialogue in '{column}'")
+            system = text or None
+            continue
+        side = "user" if role in _USERS else "model" if role in _MODELS else ""
+        if not side:
+            raise Dropped(f"unknown role '{role[:20]}' in '{column}'")
+        if not text:
+            raise Dropped("empty prompt" if side == "user" else "empty response")
+        if sides and sides[-1][0] == side:
+            sides[-1] = (side, f"{sides[-1][1]}\n\n{text}")
+        elif sides or side == "user":
+            sides.append((side, text))
+    texts = [text for _, text in sides]
+    turns = [Turn(*pair) for pair in zip(texts[::2], texts[1::2], strict=False)]
+    if not turns:
+        raise Dropped(f"no answer in '{column}'")
+    return system, turns
+
+
+def _message_text(message: Row, column: str) -> str:
+    value = message.get("content", message.get("value"))
+    if isinstance(value, list):  # parts, of which only text can be used
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+            raise Dropped(f"not text in '{column}'")
+        value = "\n".join(_text(part.get("text"), column) for part in value)
+    return _text(value, column).strip()

@@ -25,6 +25,17 @@ class TokenExample:
     id: str
     tokens: list[int]
     loss_from: int
+    without_loss: tuple[tuple[int, int], ...] = ()
+    """Spans after that, begin and end, that have none: the later prompts of a dialogue."""
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Places of the tokens that have a loss, int64, in order."""
+        chosen = np.ones(len(self.tokens), bool)
+        chosen[: self.loss_from] = False
+        for begin, end in self.without_loss:
+            chosen[begin:end] = False
+        return np.flatnonzero(chosen)
 
 
 @dataclass(frozen=True)
@@ -143,21 +154,35 @@ def tokenize(
     max_length: int,
     loss_on: Literal["response", "all"],
 ) -> Tokenized:
-    """Examples as tokens: the wrapped prompt, the response, and the token that ends the turn."""
+    """Examples as tokens: for each turn the wrapped prompt, the response, and what ends it."""
     from job.data.chat import neutralise
 
-    prompts = codec.encode_prompts([codec.template.prompt(e.prompt, e.system) for e in examples])
-    responses = codec.encode_responses([neutralise(e.response) for e in examples])
+    turns = [codec.template.turns(e.prompt, e.system, e.history) for e in examples]
+    answers = [[*(turn.response for turn in e.history), e.response] for e in examples]
+    prompts = iter(codec.encode([text for texts in turns for text in texts]))
+    responses = iter(
+        codec.encode_responses([neutralise(text) for texts in answers for text in texts])
+    )
+    start = [] if codec.start_id is None else [codec.start_id]
     kept: list[TokenExample] = []
     truncated = dropped = 0
-    for example, prompt, response in zip(examples, prompts, responses, strict=True):
-        tokens = (prompt + response)[:max_length]
-        loss_from = len(prompt) if loss_on == "response" else 1
-        truncated += len(prompt) + len(response) > max_length
+    for example, texts in zip(examples, turns, strict=True):
+        tokens, prompt_spans = list(start), []
+        for _ in texts:
+            begin = len(tokens)
+            tokens += next(prompts)
+            prompt_spans.append((begin, len(tokens)))
+            tokens += next(responses)
+        truncated += len(tokens) > max_length
+        tokens = tokens[:max_length]
+        (_, loss_from), *later = prompt_spans
+        if loss_on == "all":
+            loss_from, later = 1, []
         if loss_from >= len(tokens):
             dropped += 1
         else:
-            kept.append(TokenExample(example.id, tokens, loss_from))
+            without = tuple((a, min(b, len(tokens))) for a, b in later if a < len(tokens))
+            kept.append(TokenExample(example.id, tokens, loss_from, without))
     return Tokenized(kept, truncated, dropped)
 
 
@@ -213,10 +238,8 @@ def make_rows(
         bins = best_fit([len(example.tokens) for example in examples], length)
     else:
         bins = [[number] for number in range(len(examples))]
-    needed = max(
-        (sum(len(examples[i].tokens) - examples[i].loss_from for i in row) for row in bins),
-        default=1,
-    )
+    targets = [example.targets for example in examples]
+    needed = max((sum(len(targets[i]) for i in row) for row in bins), default=1)
     width = -(-needed // _POSITION_MULTIPLE) * _POSITION_MULTIPLE if losses is None else losses
     batch = Batch(
         token_ids=np.zeros((len(bins), length), np.int32),
@@ -232,12 +255,12 @@ def make_rows(
             end = at + len(example.tokens)
             batch.token_ids[row, at:end] = example.tokens
             batch.segments[row, at:end] = segment
-            targets = example.tokens[example.loss_from :]
-            places = slice(count, count + len(targets))
-            batch.targets[row, places] = targets
-            batch.positions[row, places] = np.arange(at + example.loss_from - 1, end - 1)
+            wanted = targets[number]
+            places = slice(count, count + len(wanted))
+            batch.targets[row, places] = np.asarray(example.tokens, np.int32)[wanted]
+            batch.positions[row, places] = at + wanted - 1
             batch.weights[row, places] = 1.0
-            at, count = end, count + len(targets)
+            at, count = end, count + len(wanted)
     used = np.count_nonzero(batch.segments, axis=1)
     steps = np.array([length] if packing else sorted({*lengths, length}), np.int32)
     padded = steps[np.searchsorted(steps, used)]

@@ -1,83 +1,95 @@
 """Which examples are trained on and which are held out: the smallest seeded hashes.
 
-Each example is hashed with the seed; the smallest hashes are held out, the next are trained
-on. The choice does not depend on the order of the rows or on how they are stored, one pass
-is enough, and only what may be chosen is kept in memory. An example with the same content
-as a held-out one is never trained on.
+Each example has a key, a seeded hash of its letters and digits. The smallest keys are held
+out, the next are trained on. The choice does not depend on the order of the rows or on how
+they are stored, and takes a few bytes an example. Examples that differ in case, spacing or
+signs only share a key: none is trained on that has a twin among those held out.
 """
 
-import hashlib
-import heapq
 from dataclasses import dataclass
 from typing import Literal
 
-from job.data.examples import Example
+import numpy as np
+
 from job.errors import UsageError
 
 
-def sample_key(seed: int, example_id: str) -> int:
-    """A 64-bit number that orders examples at random, the same on every machine."""
-    text = f"{seed}:{example_id}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+def sample_keys(seed: int, groups: np.ndarray) -> np.ndarray:
+    """Numbers that order examples at random, the same on every machine.
+
+    SplitMix64 (Steele, Lea and Flood 2014) of each group, begun from one of the seed: different
+    groups never share a key.
+
+    Args:
+        groups: uint64 `[n]`, the hash of each example's letters and digits.
+
+    Returns:
+        uint64 `[n]`.
+    """
+    start = _mix(np.array([seed], np.uint64))
+    keys: np.ndarray = _mix(groups ^ start)
+    return keys
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        z = values + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
 
 
 @dataclass(frozen=True)
 class Split:
-    """The chosen examples, each list in the order of the seeded hashes."""
+    """Numbers of the chosen examples, int64, each list in the order of the keys."""
 
-    train: list[Example]
-    validation: list[Example]
+    train: np.ndarray
+    validation: np.ndarray
 
 
-class Sampler:
-    """Keeps the examples with the smallest seeded hashes seen so far.
+def split(
+    seed: int,
+    hashes: np.ndarray,
+    groups: np.ndarray,
+    train: int | Literal["all"],
+    validation: int,
+) -> Split:
+    """Choose among examples with these hashes, uint64 `[n]` each.
 
-    Copies of an example have its hash; they are counted, not kept.
+    Raises:
+        UsageError: there are fewer examples than the spec asks for.
     """
+    keys = sample_keys(seed, groups)
+    numbers = _smallest(keys, None if train == "all" else train + validation, validation)
+    order = numbers[np.lexsort((numbers, hashes[numbers], keys[numbers]))]
+    begins = np.ones(len(order), bool)
+    begins[1:] = keys[order][1:] != keys[order][:-1]
+    firsts = np.flatnonzero(begins)
+    held_out = order[firsts[:validation]]
+    after = firsts[validation] if len(firsts) > validation else len(order)
+    trained = order[after:]
+    wanted = 1 if train == "all" else train
+    if len(held_out) < validation or len(trained) < wanted:
+        raise UsageError(
+            f"data: the spec asks for {train} examples to train on and {validation} held out, "
+            f"but the dataset has {len(hashes)} usable rows, {len(held_out) + len(trained)} of "
+            "which are enough apart; lower data.train_examples or data.validation_examples"
+        )
+    return Split(trained if train == "all" else trained[:train], held_out)
 
-    def __init__(self, seed: int, train: int | Literal["all"], validation: int) -> None:
-        self._seed = seed
-        self._train = train
-        self._validation = validation
-        self._room = None if train == "all" else train + validation
-        self._largest_first: list[tuple[int, str]] = []
-        self._kept: dict[str, tuple[Example, int]] = {}
-        self._seen = 0
 
-    def add(self, example: Example) -> None:
-        """Consider one example."""
-        self._seen += 1
-        if example.id in self._kept:
-            first, copies = self._kept[example.id]
-            self._kept[example.id] = (first, copies + 1)
-            return
-        entry = (-sample_key(self._seed, example.id), example.id)
-        if self._room is not None and len(self._kept) == self._room:
-            dropped = heapq.heappushpop(self._largest_first, entry)
-            if dropped == entry:
-                return
-            del self._kept[dropped[1]]
-        else:
-            heapq.heappush(self._largest_first, entry)
-        self._kept[example.id] = (example, 1)
-
-    def split(self) -> Split:
-        """The choice: held-out examples are all different, and none is trained on.
-
-        Raises:
-            UsageError: there are fewer examples than the spec asks for.
-        """
-        ordered = [
-            self._kept[identity] for _, identity in sorted(self._largest_first, reverse=True)
-        ]
-        validation = [example for example, _ in ordered[: self._validation]]
-        train = [example for example, copies in ordered[self._validation :] for _ in range(copies)]
-        wanted = 1 if self._train == "all" else self._train
-        if len(validation) < self._validation or len(train) < wanted:
-            raise UsageError(
-                f"data: the spec asks for {self._train} examples to train on and "
-                f"{self._validation} held out, but the dataset has {self._seen} usable rows, "
-                f"{len(train) + len(validation)} of which are enough apart; "
-                "lower data.train_examples or data.validation_examples"
-            )
-        return Split(train if self._train == "all" else train[: self._train], validation)
+def _smallest(keys: np.ndarray, wanted: int | None, groups: int) -> np.ndarray:
+    """Numbers of at least the `wanted` smallest keys, enough of them of different groups."""
+    count = len(keys)
+    room = count if wanted is None else wanted
+    while True:
+        room = min(count, 2 * room)
+        if room == count:
+            return np.arange(count)
+        limit = np.partition(keys, room)[room]
+        numbers = np.flatnonzero(keys <= limit)  # whole groups
+        # Those held out take one of each group, and leave out its twins.
+        values, times = np.unique(keys[numbers], return_counts=True)
+        twins = int(times[:groups].sum()) - min(groups, len(values))
+        if len(values) > groups and len(numbers) - twins >= (wanted or 0):
+            return numbers

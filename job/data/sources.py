@@ -1,151 +1,157 @@
-"""Rows from where they are: a dataset of the Hub (streamed), a local file, or the samples.
+"""Where rows are: a dataset of the Hub, files of a bucket, local files, or the samples.
 
-Every source gives plain dictionaries, one a row, and says which revision they are of. What
-the rows mean is the business of `examples` and of the evaluations.
+A source is a list of files of one commit. A file of the Hub or of a bucket is brought to the
+cache, its checksum checked, just before it is read, and can be put away right after it.
 """
 
-import csv
-import gc
-import json
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from job.data.blocks import Row
+from job.data.layout import README, choose_files
+from job.data.readers import format_of, read_blocks
 from job.errors import UsageError
-from job.hub import hub_errors
+from job.hub import SCHEME, HubFile, Repository
 from job.revisions import NONE, Revisions, resolve_commit, source_key
+from job.runtime import cache_folder
 from job.spec import Source
-from job.spec_types import SAMPLES
+from job.spec_types import FORMATS, SAMPLES
+from job.storage import Store, file_sha256, open_store
 
-Row = dict[str, Any]
+__all__ = ["Row", "Rows", "SourceFile", "open_rows"]
+
+Samples = Literal["dialogues", "questions"]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a source."""
+
+    name: str
+    """What it is called in messages; its ending tells the format."""
+    bytes: int
+    identity: str
+    """Changes whenever the content does."""
+    bring: Callable[[], Path]
+    """Makes it local and gives its path; a call that was interrupted goes on where it stopped."""
+    put_away: Callable[[], None] = lambda: None
+    """Frees the disk space that `bring` took."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows to be read once, and the commit they are of (None for local files)."""
+    """The files of a source, in order, and the commit they are of (None if unversioned)."""
 
     revision: str | None
-    iterate: Callable[[], Iterator[Row]]
+    files: list[SourceFile]
 
     def __iter__(self) -> Iterator[Row]:
-        return self.iterate()
+        for file in self.files:
+            for block in read_blocks(file.bring(), file.name):
+                yield from block.rows()
 
 
-def open_rows(
-    source: Source, samples: Literal["dialogues", "questions"], revisions: Revisions = NONE
-) -> Rows:
+def open_rows(source: Source, samples: Samples, revisions: Revisions = NONE) -> Rows:
     """The rows of a source, of the commit in `revisions` if it has one.
 
     Raises:
         UsageError: there is no such file or dataset, or it is not what its name says.
-        EnvironmentProblem: the Hub asks for credentials that are not there.
-        StageError: the Hub cannot be reached.
+        EnvironmentProblem: credentials are asked for that are not there.
+        StageError: the Hub or the bucket cannot be reached.
     """
     if source.dataset == SAMPLES:
         path = Path(str(resources.files("job") / "samples" / f"{samples}.jsonl"))
-        return Rows(None, lambda: _json_lines(path))
-    if source.dataset.startswith("hf://"):
-        return _hub_rows(source, revisions)
+        return Rows(None, [_local(path, path.name)])
+    if source.dataset.startswith(SCHEME):
+        return _of_hub(source, revisions)
+    if source.dataset.startswith("gs://"):
+        return Rows(None, _of_bucket(source))
+    return Rows(None, _of_folder(source))
+
+
+def _local(path: Path, name: str) -> SourceFile:
+    return SourceFile(name, path.stat().st_size, file_sha256(path), lambda: path)
+
+
+def _of_folder(source: Source) -> list[SourceFile]:
     path = Path(source.dataset)
-    readers = {
-        ".json": _json_array,
-        ".jsonl": _json_lines,
-        ".ndjson": _json_lines,
-        ".csv": _csv,
-        ".parquet": _parquet,
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
+    if path.is_dir():
+        inside = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
+        return [_local(path / name, str(path / name)) for name in _chosen(source, inside)]
+    if format_of(path.name) is None:
         raise UsageError(
-            f"{source.dataset}: cannot tell the format; name it {', '.join(sorted(readers))}"
+            f"{source.dataset}: cannot tell the format; name it {', '.join(sorted(FORMATS))}"
         )
-    return Rows(None, lambda: reader(path))
+    if not path.is_file():
+        raise UsageError(f"there is no file {source.dataset}")
+    return [_local(path, source.dataset)]
 
 
-def _as_row(value: object, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise UsageError(f"{where}: a row must be an object with named fields, not {value!r:.60}")
-    return value
-
-
-def _json_array(path: Path) -> Iterator[Row]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{path}: not valid JSON: {error}; for a row a line name it .jsonl"
-        ) from None
-    if not isinstance(document, list):
-        raise UsageError(f"{path}: must hold one array of rows; for a row a line name it .jsonl")
-    for number, value in enumerate(document):
-        yield _as_row(value, f"{path}: row {number}")
-
-
-def _json_lines(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _as_row(json.loads(line), f"{path}:{number}")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{path}: not UTF-8 text: {error.reason}") from None
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}:{number}: not valid JSON: {error}") from None
-
-
-def _csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            reader = csv.DictReader(file, strict=True)
-            for row in reader:
-                if None in row:
-                    raise UsageError(
-                        f"{path}:{reader.line_num}: more fields than the header names; "
-                        "quote fields that hold commas"
-                    )
-                yield dict(row)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}: not a readable CSV file: {error}") from None
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(1024):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{path}: not a readable Parquet file: {error}") from None
-
-
-def _hub_rows(source: Source, revisions: Revisions) -> Rows:
-    import datasets
-
-    repository = source.dataset.removeprefix("hf://")
-    commit = revisions.get(source_key(source) or "") or resolve_commit(
-        "dataset", repository, source.revision
+def _chosen(source: Source, paths: list[str], readme: bytes | None = None) -> list[str]:
+    return choose_files(
+        paths,
+        where=source.dataset,
+        split=source.split,
+        config=source.config,
+        data_files=source.data_files,
+        readme=readme,
     )
 
-    def iterate() -> Iterator[Row]:
-        with hub_errors("dataset", repository, source.revision):
-            stream = datasets.load_dataset(
-                repository,
-                source.config,
-                split=source.split,
-                revision=commit,
-                data_files=source.data_files,
-                streaming=True,
-            )
-            try:
-                for row in stream:
-                    yield dict(row)
-            finally:
-                # A Parquet stream still alive when the interpreter exits can abort it.
-                del stream
-                gc.collect()
 
-    return Rows(commit, iterate)
+def _of_bucket(source: Source) -> list[SourceFile]:
+    if source.data_files is None:
+        folder, _, name = source.dataset.rpartition("/")
+        return [_object(open_store(folder), name)]
+    store = open_store(source.dataset)
+    return [_object(store, name) for name in _chosen(source, store.list())]
+
+
+def _object(store: Store, key: str) -> SourceFile:
+    found = store.stat(key)
+    if found is None:
+        raise UsageError(f"there is no object {store.uri}/{key}")
+    folder = cache_folder("objects", hashlib.sha256(store.uri.encode()).hexdigest()[:16])
+    path = folder / f"{found.version}-{Path(key).name}"
+
+    def bring() -> Path:
+        if not path.is_file() and not store.download(key, path, version=found.version):
+            raise UsageError(f"{store.uri}/{key} was changed while the job ran; start it again")
+        return path
+
+    def put_away() -> None:
+        path.unlink(missing_ok=True)
+
+    return SourceFile(f"{store.uri}/{key}", found.bytes, found.version, bring, put_away)
+
+
+def _of_hub(source: Source, revisions: Revisions) -> Rows:
+    name = source.dataset.removeprefix(SCHEME)
+    commit = revisions.get(source_key(source) or "") or resolve_commit(
+        "dataset", name, source.revision
+    )
+    repository = Repository("dataset", name, source.revision)
+    listed = repository.files(commit)
+    by_path = {file.path: file for file in listed}
+    folder = cache_folder("datasets", name.replace("/", "--"), commit)
+    readme = None
+    if README in by_path:
+        repository.fetch(commit, [by_path[README]], folder)
+        readme = (folder / README).read_bytes()
+    chosen = _chosen(source, list(by_path), readme)
+
+    def of_hub(file: HubFile) -> SourceFile:
+        def bring() -> Path:
+            repository.fetch(commit, [file], folder)
+            return folder / file.path
+
+        def put_away() -> None:
+            (folder / file.path).unlink(missing_ok=True)
+
+        shown = f"{source.dataset}/{file.path}"
+        return SourceFile(shown, file.size, file.sha256 or file.sha1, bring, put_away)
+
+    return Rows(commit, [of_hub(by_path[path]) for path in chosen])

@@ -1,154 +1,216 @@
-"""The data stage: rows read, checked, sampled, and kept with a manifest of what was done."""
+"""The data stage: rows staged once for all runs, and this run's sample of them."""
 
-import io
 import json
 import time
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from job import logs
-from job.data.chat import neutralise
-from job.data.examples import Dropped, Example, ExampleMapper
-from job.data.sampling import Sampler
-from job.data.sources import Row, open_rows
-from job.errors import UsageError
+from job.data.checks import CHAT_MARKUP, CONTAMINATED
+from job.data.contamination import clean_rows
+from job.data.examples import Example, Turn
+from job.data.mapping import HISTORY
+from job.data.sampling import split
+from job.data.shards import Shard, close_shard, open_shard
+from job.data.sources import open_rows
+from job.data.staging import Staged, stage_rows, staging_key
 from job.results import DataInfo, RowCounts
 from job.run import Run
+from job.storage import child_uri, open_store
 
 TRAIN = "data/train.parquet"
 VALIDATION = "data/validation.parquet"
 MANIFEST = "data/manifest.json"
 
-_PATIENCE = 1000
-"""Rows without a single usable one before the mapping is taken to be wrong."""
+_PIECE_ROWS = 16_384
+"""Examples that are put in order at once."""
 
-_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "system", "prompt", "response")])
+_TEXTS = ("id", "system", "prompt", "response")
+_SCHEMA = pa.schema([*((name, pa.string()) for name in _TEXTS), ("history", HISTORY)])
 
 
 def run_stage(run: Run) -> DataInfo:
-    """Read the dataset of the spec and write what training and evaluation use.
+    """Stage the dataset of the spec and write what training and evaluation use.
 
     Raises:
         UsageError: the templates do not fit the rows, or there are too few.
     """
-    data = run.spec.data
+    data, clock = run.spec.data, time.monotonic()
     rows = open_rows(data, "dialogues", run.revisions)
-    to_example = ExampleMapper(data)
-    sampler = Sampler(run.spec.seed, data.train_examples, data.validation_examples)
-    tally = _Tally()
-    seen: set[str] = set()
-    clock = time.monotonic()
-    for row in rows:
-        tally.raw += 1
-        if tally.raw % 256 == 0:
-            run.stop.check()
-        try:
-            example = to_example(row)
-            if data.drop_duplicates:
-                if example.id in seen:
-                    raise Dropped("duplicate")
-                seen.add(example.id)
-        except Dropped as dropped:
-            tally.drop(str(dropped), row)
-            if tally.raw >= _PATIENCE and not tally.valid:
-                break
-            continue
-        tally.keep(example)
-        sampler.add(example)
-    if not tally.valid:
-        raise UsageError(tally.why_none(data.dataset))
-    split = sampler.split()
-    seconds = time.monotonic() - clock
-    run.put(TRAIN, to_parquet(split.train))
-    run.put(VALIDATION, to_parquet(split.validation))
+    where = child_uri(child_uri(run.spec.output, "datasets"), staging_key(data, rows))
+    staged = stage_rows(data, rows, open_store(where), run.work, run.stop.check)
+    manifest = staged.manifest
+    hashes, groups = staged.hashes
+    numbers = np.arange(len(hashes))
+    dropped = dict(manifest.tally.dropped)
+    if CONTAMINATED in data.checks.drop:
+        clean = clean_rows(run, staged)
+        dropped[CONTAMINATED] = int((~clean).sum())
+        hashes, groups, numbers = hashes[clean], groups[clean], numbers[clean]
+    chosen = split(run.spec.seed, hashes, groups, data.train_examples, data.validation_examples)
+    wanted = {TRAIN: numbers[chosen.train], VALIDATION: numbers[chosen.validation]}
+    for key, path in _write_samples(run, staged, wanted).items():
+        run.put_file(key, path)
     info = DataInfo(
         dataset=data.dataset,
         revision=rows.revision,
         rows=RowCounts(
-            raw=tally.raw, valid=tally.valid, dropped=dict(sorted(tally.dropped.items()))
+            raw=manifest.tally.raw,
+            valid=len(numbers),
+            dropped=dict(sorted(item for item in dropped.items() if item[1])),
         ),
-        train=len(split.train),
-        validation=len(split.validation),
-        neutralised=tally.neutralised,
+        train=len(chosen.train),
+        validation=len(chosen.validation),
+        neutralised=manifest.tally.found.get(CHAT_MARKUP, 0),
+        found=dict(sorted(manifest.tally.found.items())),
     )
-    manifest = info.model_dump(mode="json") | {
-        "dropped_examples": tally.shown,
-        "characters": {
-            "prompt": _percentiles(len(example.prompt) for example in split.train),
-            "response": _percentiles(len(example.response) for example in split.train),
-        },
-        "seed": run.spec.seed,
-    }
-    run.put(MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode())
+    run.put(MANIFEST, json.dumps(_manifest(run, staged, info), indent=2).encode())
+    seconds = time.monotonic() - clock
     logs.get().info(
         "rows read and sampled",
-        raw=tally.raw,
-        valid=tally.valid,
-        dropped=dict(tally.dropped),
+        raw=info.rows.raw,
+        valid=info.rows.valid,
+        dropped=info.rows.dropped,
+        found=info.found,
         train=info.train,
         validation=info.validation,
-        rows_per_second=round(tally.raw / max(seconds, 1e-9)),
+        rows_per_second=round(info.rows.raw / max(seconds, 1e-9)),
     )
     return info
 
 
-class _Tally:
-    """What became of the rows."""
+def _write_samples(run: Run, staged: Staged, wanted: Mapping[str, np.ndarray]) -> dict[str, Path]:
+    """For each key a Parquet file of the examples with these numbers, in this order.
 
-    def __init__(self) -> None:
-        self.raw = 0
-        self.valid = 0
-        self.neutralised = 0
-        self.dropped: Counter[str] = Counter()
-        self.shown: dict[str, str] = {}
-        self._columns: list[str] = []
-
-    def drop(self, reason: str, row: Row) -> None:
-        self.dropped[reason] += 1
-        self._columns = self._columns or sorted(row)
-        if reason not in self.shown:
-            self.shown[reason] = json.dumps(row, default=str)[:300]
-
-    def keep(self, example: Example) -> None:
-        self.valid += 1
-        texts = (example.system or "", example.prompt, example.response)
-        if any("<" in text or "[" in text for text in texts):
-            self.neutralised += any(neutralise(text) != text for text in texts)
-
-    def why_none(self, dataset: str) -> str:
-        if not self.raw:
-            return f"data.dataset: {dataset} has no rows"
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in self.dropped.most_common(3))
-        return (
-            f"data: none of the first {self.raw} rows of {dataset} can be used: {reasons}; "
-            f"the columns are {', '.join(self._columns)}; change data.prompt and data.response"
-        )
+    One pass over the shards deals the examples into pieces of the final order, each small
+    enough to be sorted in memory. The same examples give the same bytes.
+    """
+    deals = {key: _Deal(run.work / Path(key).name, numbers) for key, numbers in wanted.items()}
+    everything = np.sort(np.concatenate(list(wanted.values())))
+    first = 0
+    for shard in staged.manifest.shards:
+        run.stop.check()
+        low, high = np.searchsorted(everything, [first, first + shard.rows])
+        if high > low:
+            numbers = everything[low:high]
+            picked = _pick(run, staged, shard, numbers - first)
+            for deal in deals.values():
+                deal.add(picked, numbers)
+        first += shard.rows
+    return {key: deal.write() for key, deal in deals.items()}
 
 
-def to_parquet(examples: list[Example]) -> bytes:
-    """Examples as a Parquet file, the same bytes for the same examples."""
-    table = pa.Table.from_pylist([asdict(example) for example in examples], schema=_SCHEMA)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
+class _Deal:
+    """One sample on its way into its order."""
+
+    def __init__(self, path: Path, wanted: np.ndarray) -> None:
+        self._path = path
+        self._order = np.argsort(wanted, kind="stable")
+        self._numbers = wanted[self._order]
+        count = -(-len(wanted) // _PIECE_ROWS)
+        self._pieces = [_Piece(path.with_name(f"{path.name}.{n}")) for n in range(count)]
+
+    def add(self, table: pa.Table, numbers: np.ndarray) -> None:
+        """Take what is wanted of the examples with these numbers, which grow."""
+        low, high = np.searchsorted(self._numbers, [numbers[0], numbers[-1] + 1])
+        rows = np.searchsorted(numbers, self._numbers[low:high])
+        places = self._order[low:high]
+        for number in np.unique(places // _PIECE_ROWS):
+            mask = places // _PIECE_ROWS == number
+            self._pieces[number].add(table.take(pa.array(rows[mask])), places[mask])
+
+    def write(self) -> Path:
+        """All of them as one file."""
+        with pq.ParquetWriter(self._path, _SCHEMA, compression="zstd") as writer:
+            for piece in self._pieces:
+                writer.write_table(piece.sorted())
+        return self._path
+
+
+def _pick(run: Run, staged: Staged, shard: Shard, rows: np.ndarray) -> pa.Table:
+    path = open_shard(staged.store, shard, run.work)
+    found: list[pa.RecordBatch] = []
+    with pq.ParquetFile(path) as file:
+        first = 0
+        for batch in file.iter_batches(4096):
+            low, high = np.searchsorted(rows, [first, first + batch.num_rows])
+            if high > low:
+                found.append(batch.take(pa.array(rows[low:high] - first)))
+            first += batch.num_rows
+    close_shard(path, run.work)
+    table = pa.Table.from_batches(found)
+    raw = table["hash"].to_numpy().tobytes().hex()
+    identities = [raw[at : at + 16] for at in range(0, len(raw), 16)]
+    columns = [pa.array(identities), *(table[name] for name in _SCHEMA.names[1:])]
+    return pa.table(columns, schema=_SCHEMA)
+
+
+class _Piece:
+    """A piece of the final order, gathered in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer: Any = None
+
+    def add(self, table: pa.Table, places: np.ndarray) -> None:
+        """Examples, and where each belongs."""
+        table = table.append_column("place", pa.array(places))
+        if self._writer is None:
+            self._writer = pyarrow.ipc.new_file(str(self._path), table.schema)
+        self._writer.write_table(table)
+
+    def sorted(self) -> pa.Table:
+        """All of them in order; the file is removed."""
+        self._writer.close()
+        with pyarrow.ipc.open_file(str(self._path)) as reader:
+            table = reader.read_all()
+        self._path.unlink()
+        return table.sort_by("place").drop_columns(["place"]).combine_chunks()
+
+
+def _manifest(run: Run, staged: Staged, info: DataInfo) -> dict[str, Any]:
+    tally = staged.manifest.tally
+    return info.model_dump(mode="json") | {
+        "examples": dict(sorted(tally.shown.items())),
+        "characters": {
+            "prompt": tally.prompt.percentiles(),
+            "response": tally.response.percentiles(),
+        },
+        "text_bytes": tally.text_bytes,
+        "columns": staged.manifest.columns,
+        "files": [file.model_dump() for file in staged.manifest.files],
+        "staged": staged.store.uri,
+        "shards": [
+            {"path": s.path, "rows": s.rows, "bytes": s.bytes, "sha256": s.sha256}
+            for s in staged.manifest.shards
+        ],
+        "seed": run.spec.seed,
+    }
 
 
 def read_examples(run: Run, key: str, limit: int | None = None) -> list[Example]:
     """The first `limit` examples of a file that this stage wrote."""
-    rows = pq.read_table(run.fetch(key)).to_pylist()
-    return [Example(**row) for row in rows[:limit]]
+    path = run.fetch(key)
+    return list(_first(iter_examples(path), limit))
 
 
-def _percentiles(lengths: Iterable[int]) -> dict[str, Any]:
-    values = np.fromiter(lengths, dtype=np.int64)
-    marks = np.percentile(values, (50, 90, 99, 100))
-    names = ("p50", "p90", "p99", "max")
-    return {"mean": round(float(values.mean()), 1)} | {
-        name: int(mark) for name, mark in zip(names, marks, strict=True)
-    }
+def iter_examples(path: Path) -> Iterator[Example]:
+    """The examples of a local copy of such a file, one after the other."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(1024):
+            for row in batch.to_pylist():
+                history = tuple(Turn(**turn) for turn in row.pop("history") or [])
+                yield Example(**row, history=history)
+
+
+def _first(examples: Iterator[Example], limit: int | None) -> Iterator[Example]:
+    for number, example in enumerate(examples):
+        if number == limit:
+            return
+        yield example

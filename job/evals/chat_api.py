@@ -7,7 +7,7 @@ for an answer. Error statuses are OpenRouter's: https://openrouter.ai/docs/api-r
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,9 +59,19 @@ class ChatClient:
     refused: str | None = None
     """Why no further question is sent: the key is refused, or there is no credit."""
 
-    def ask(self, prompt: str, system: str | None = None) -> Reply:
-        """One question, with retries; never raises for what the endpoint does."""
-        messages = [{"role": "user", "content": prompt}]
+    def ask(
+        self, prompt: str, system: str | None = None, history: Sequence[tuple[str, str]] = ()
+    ) -> Reply:
+        """One question, with retries; never raises for what the endpoint does.
+
+        Args:
+            history: what was said before, pairs of prompt and answer.
+        """
+        messages = []
+        for said, answered in history:
+            messages.append({"role": "user", "content": said})
+            messages.append({"role": "assistant", "content": answered})
+        messages.append({"role": "user", "content": prompt})
         if system:
             messages.insert(0, {"role": "system", "content": system})
         body = {

@@ -63,7 +63,7 @@ class Engine:
         self._limit = max_prompt_tokens
         self._check = check
 
-    def encode(self, prompts: Sequence[str]) -> tuple[list[list[int]], int]:
+    def encode(self, prompts: Sequence[str | Sequence[str]]) -> tuple[list[list[int]], int]:
         """Tokens of wrapped prompts, and how many lost their beginning to the limit."""
         encoded = self._model.codec.encode_prompts(prompts)
         kept = [

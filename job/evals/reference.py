@@ -105,7 +105,9 @@ class _Asking:
         known = self._known(SIDE_BY_SIDE, SideLine)
         asked = [prompt for prompt in prompts if prompt.id not in known]
         replies = self._ask_all(
-            lambda shown: self._client.ask(shown.prompt, shown.system), asked, "side by side"
+            lambda shown: self._client.ask(shown.prompt, shown.system, shown.history),
+            asked,
+            "side by side",
         )
         made = {
             p.id: SideLine(

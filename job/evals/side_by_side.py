@@ -2,6 +2,7 @@
 
 from pydantic import BaseModel
 
+from job.data.examples import Turn
 from job.data.stage import VALIDATION, read_examples
 from job.run import Run
 
@@ -16,6 +17,7 @@ class SidePrompt(BaseModel):
     prompt: str
     system: str | None
     expected: str | None
+    history: tuple[Turn, ...] = ()
 
 
 def side_prompts(run: Run) -> list[SidePrompt]:
@@ -24,7 +26,10 @@ def side_prompts(run: Run) -> list[SidePrompt]:
     count = MOST_SHOWN if wanted.examples is None else wanted.examples
     held_out = read_examples(run, VALIDATION, count)
     return [
-        SidePrompt(id=e.id, prompt=e.prompt, system=e.system, expected=e.response) for e in held_out
+        SidePrompt(
+            id=e.id, prompt=e.prompt, system=e.system, expected=e.response, history=e.history
+        )
+        for e in held_out
     ] + [
         SidePrompt(id=f"prompt-{number}", prompt=prompt, system=None, expected=None)
         for number, prompt in enumerate(wanted.prompts, 1)

@@ -9,7 +9,8 @@ from typing import Literal
 from pydantic import BaseModel
 
 from job import logs
-from job.data.stage import VALIDATION, read_examples
+from job.data import contamination
+from job.data.stage import TRAIN, VALIDATION, iter_examples, read_examples
 from job.evals.dialogue import rouge_scores
 from job.evals.engine import Engine
 from job.evals.parsing import parse_choice
@@ -55,8 +56,11 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     evals = run.spec.evals
     engine = Engine(model, evals.batch_size, evals.max_prompt_tokens, run.check)
     slices = {}
-    for entry in evals.multiple_choice:
-        found = load_slice(entry, run.revisions)
+    loaded = [load_slice(entry, run.revisions) for entry in evals.multiple_choice]
+    if name == "baseline" and loaded and run.processes.leads:
+        _look_for_overlap(run, loaded)
+    for found in loaded:
+        entry = found.entry
         lines, cut = _multiple_choice(engine, model, weights, found)
         write_predictions(run, name, entry.name, lines)
         slices[entry.name] = SliceOutcome(
@@ -74,6 +78,22 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
         write_predictions(run, name, DIALOGUE, _dialogue(run, engine, model, weights))
     write_predictions(run, name, SIDE_BY_SIDE, _side_by_side(run, engine, model, weights))
     return EvalOutcome(slices=slices)
+
+
+def _look_for_overlap(run: Run, slices: Sequence[Slice]) -> None:
+    """Keep what the training examples share with the questions, and say so if they do."""
+    found = contamination.find_overlap(slices, iter_examples(run.fetch(TRAIN)))
+    run.put(contamination.KEY, found.model_dump_json(indent=2).encode())
+    for name, overlap in found.slices.items():
+        if overlap.found:
+            logs.get().warning(
+                "questions stand in the training text; data.checks.drop: [contaminated] drops "
+                "those examples",
+                eval=name,
+                found=overlap.found,
+                questions=overlap.questions,
+                pairs=contamination.KEY,
+            )
 
 
 def _tuned(run: Run, model: LanguageModel) -> Weights:
@@ -109,7 +129,7 @@ def _dialogue(
     assert wanted is not None
     examples = read_examples(run, VALIDATION, wanted.examples or MOST_DIALOGUES)
     prompts, cut = engine.encode(
-        [model.codec.template.prompt(e.prompt, e.system) for e in examples]
+        [model.codec.template.dialogue(e.prompt, e.system, e.history) for e in examples]
     )
     answers = engine.generate(weights, prompts, wanted.max_new_tokens, DIALOGUE)
     lines = []
@@ -135,7 +155,8 @@ def _side_by_side(
     shown = side_prompts(run)
     if not shown:
         return []
-    prompts, _ = engine.encode([model.codec.template.prompt(p.prompt, p.system) for p in shown])
+    template = model.codec.template
+    prompts, _ = engine.encode([template.dialogue(p.prompt, p.system, p.history) for p in shown])
     limit = run.spec.evals.side_by_side.max_new_tokens
     answers = engine.generate(weights, prompts, limit, "side by side")
     return [

@@ -6,7 +6,7 @@ from typing import Any
 
 from job import logs, runtime
 from job.errors import StageError, UsageError
-from job.hub import hub_errors
+from job.hub import SCHEME, Repository
 from job.revisions import Revisions, resolve_commit, revision_key
 from job.spec import Model
 
@@ -43,16 +43,22 @@ def resolve(model: Model, revisions: Revisions) -> Preset:
 
 
 def _snapshot(model: Model, revisions: Revisions) -> Preset:
-    from huggingface_hub import snapshot_download
+    """The files of a commit in the cache, sizes and checksums compared."""
+    name, revision = model.preset.removeprefix(SCHEME), model.revision
+    key = revision_key("model", name, revision)
+    commit = revisions.get(key) or resolve_commit("model", name, revision)
+    repository = Repository("model", name, revision)
+    files = [file for file in repository.files(commit) if _is_needed(file.path)]
+    folder = runtime.cache_folder("models", name.replace("/", "--"), commit)
+    repository.fetch(commit, files, folder)
+    return Preset(str(folder), commit)
 
-    repository, revision = model.preset.removeprefix("hf://"), model.revision
-    key = revision_key("model", repository, revision)
-    commit = revisions.get(key) or resolve_commit("model", repository, revision)
-    with hub_errors("model", repository, revision):
-        folder = snapshot_download(
-            repository, revision=commit, ignore_patterns=["*.gguf", "*.bin", "*.pth", "original/*"]
-        )
-    return Preset(folder, commit)
+
+def _is_needed(path: str) -> bool:
+    """Whether KerasHub reads such a file: weights in other forms than its own are left out."""
+    return not path.startswith(("original/", ".")) and not path.endswith(
+        (".gguf", ".bin", ".pth", ".pt", ".onnx", ".msgpack", ".ot", ".tflite")
+    )
 
 
 def load_task(preset: Preset, dtype: str) -> tuple[Any, Any]:

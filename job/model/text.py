@@ -37,10 +37,23 @@ class TextCodec:
             return []
         return [[int(token) for token in tokens] for tokens in self._tokenizer(list(texts))]
 
-    def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Tokens of prompts that the template has wrapped, with the start token first."""
+    def encode_prompts(self, prompts: Sequence[str | Sequence[str]]) -> list[list[int]]:
+        """Tokens of prompts that the template has wrapped, with the start token first.
+
+        A prompt may be a list of texts, each tokenized apart: prompts and answers in turn.
+        """
         start = [] if self.start_id is None else [self.start_id]
-        return [start + tokens for tokens in self.encode(prompts)]
+        texts = [[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
+        encoded = iter(self.encode([piece for pieces in texts for piece in pieces]))
+        made = []
+        for pieces in texts:
+            tokens = list(start)
+            for place in range(len(pieces)):
+                tokens += next(encoded)
+                if place % 2:
+                    tokens.append(self.stop_ids[-1])
+            made.append(tokens)
+        return made
 
     def encode_responses(self, responses: Sequence[str]) -> list[list[int]]:
         """Tokens of responses, with the token that ends the turn last."""

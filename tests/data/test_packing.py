@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.data.examples import Example
+from job.data.examples import Example, Turn
 from job.data.packing import PackedRows, TokenExample, Tokenized, best_fit, make_rows, tokenize
 from job.errors import UsageError
 from job.model.text import TextCodec
@@ -112,6 +112,63 @@ def test_long_examples_are_cut_and_counted_and_those_without_a_loss_dropped() ->
     prompt_only = tokenized("Hi.", "Yes.", "all", max_length=length - 5)
     assert len(prompt_only.examples[0].tokens) == length - 5
     assert tokenize([], GEMMA, 9, "all") == Tokenized([], 0, 0)
+
+
+HISTORY = (Turn("Hi.", "Hello."), Turn("My knee.", "Which?"))
+
+
+def spoken(example: TokenExample) -> str:
+    """The text of the tokens that have a loss."""
+    return Letters().detokenize([example.tokens[place] for place in example.targets])
+
+
+def test_every_turn_of_the_model_has_a_loss_and_no_turn_of_the_user() -> None:
+    dialogue = Example("a", "Be kind.", "The left.", "Rest it.", HISTORY)
+    (example,) = tokenize([dialogue], GEMMA, 500, "response").examples
+    assert Letters().detokenize(example.tokens) == (
+        "<bos><start_of_turn>user\nBe kind.\n\nHi.<end_of_turn>\n"
+        "<start_of_turn>model\nHello.<end_of_turn>\n"
+        "<start_of_turn>user\nMy knee.<end_of_turn>\n"
+        "<start_of_turn>model\nWhich?<end_of_turn>\n"
+        "<start_of_turn>user\nThe left.<end_of_turn>\n"
+        "<start_of_turn>model\nRest it.<end_of_turn>"
+    )
+    assert spoken(example) == "Hello.<end_of_turn>Which?<end_of_turn>Rest it.<end_of_turn>"
+    (whole,) = tokenize([dialogue], GEMMA, 500, "all").examples
+    assert len(whole.targets) == len(whole.tokens) - 1
+
+
+@pytest.mark.parametrize("codec", [GEMMA, PLAIN])
+def test_training_sees_the_tokens_that_the_model_is_asked_with(codec: TextCodec) -> None:
+    dialogue = Example("a", "Be kind.", "The left.", "Rest it.", HISTORY)
+    (example,) = tokenize([dialogue], codec, 500, "response").examples
+    asked = codec.template.dialogue(dialogue.prompt, dialogue.system, dialogue.history)
+    (prompt,) = codec.encode_prompts([asked])
+    (answer,) = codec.encode_responses(["Rest it."])
+    assert example.tokens == prompt + answer
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_a_dialogue_that_is_cut_keeps_the_losses_of_what_is_left(cut: int) -> None:
+    dialogue = Example("a", None, "The left.", "Rest it.", HISTORY)
+    (whole,) = tokenize([dialogue], GEMMA, 500, "response").examples
+    length = len(whole.tokens) - cut
+    (example,) = tokenize([dialogue], GEMMA, length, "response").examples
+    assert example.tokens == whole.tokens[:length]
+    assert example.targets.tolist() == [p for p in whole.targets.tolist() if p < length]
+
+
+def test_rows_of_dialogues_have_the_losses_of_their_examples() -> None:
+    dialogues = [Example(str(n), None, "a" * n, "b", HISTORY[: n % 3]) for n in range(1, 9)]
+    found = tokenize(dialogues, GEMMA, 500, "response").examples
+    rows = make_rows(found, 400, packing=True)
+    by_id = {example.id: example for example in found}
+    for row, ids in enumerate(rows.examples):
+        held = rows.batch.weights[row] > 0
+        expected = [by_id[i].tokens[place] for i in ids for place in by_id[i].targets]
+        assert rows.batch.targets[row][held].tolist() == expected
+        at = rows.batch.positions[row][held] + 1
+        assert rows.batch.token_ids[row][at].tolist() == expected
 
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)

@@ -1,12 +1,12 @@
 """The same rows come out of every kind of file and of the Hub, and a bad one says where it is."""
 
 import csv
+import gzip
 import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from job.data.layout import choose_files
+from job.data.readers import read_blocks
 from job.data.sources import open_rows
 from job.errors import UsageError
 from job.spec import Source
+from tests.services.bucket import Bucket
 from tests.services.hub import Hub
 
 Rows = list[dict[str, Any]]
@@ -122,15 +125,17 @@ def test_a_csv_row_that_ends_early_has_nulls(tmp_path: Path) -> None:
         ("rows.jsonl", b'{"a": 1}\n{"a": \n', r"rows\.jsonl:2: not valid JSON"),
         ("rows.jsonl", b'{"a": 1}\n\n[1, 2]\n', r"rows\.jsonl:3: a row must be an object"),
         ("rows.jsonl", b'{"a": 1}\n"text"\n', r"rows\.jsonl:2: a row must be an object"),
-        ("rows.jsonl", b'{"a": "\xff"}\n', r"rows\.jsonl: not UTF-8 text"),
         ("rows.jsonl", b'[{"a": 1}]\n', r"rows\.jsonl:1: a row must be an object"),
-        ("rows.json", b'[\n{"a": 1},\n{"a": }\n]', r"rows\.json: not valid JSON: .*line 3"),
-        ("rows.json", b'{"a": 1}\n{"a": 2}\n', r"rows\.json: not valid JSON.*name it \.jsonl"),
-        ("rows.json", b'{"rows": []}', r"rows\.json: must hold one array of rows"),
+        ("rows.json", b'[\n{"a": 1},\n{"a": }\n]', r"rows\.json: row 1: not valid JSON"),
+        ("rows.json", b'[{"a": 1} {"a": 2}]', r"rows\.json: .*expected ',' behind row 0"),
+        ("rows.json", b'[{"a": 1},]', r"rows\.json: .*nothing behind the last ','"),
+        ("rows.json", b'[,{"a": 1}]', r"rows\.json: .*',' before the first row"),
+        ("rows.json", b'[{"a": 1}', r"rows\.json: .*the array has no end"),
+        ("rows.json", b'[{"a": 1}] x', r"rows\.json: .*behind the end of the array"),
         ("rows.json", b'[{"a": 1}, 5]', r"rows\.json: row 1: a row must be an object"),
         ("rows.json", b"", r"rows\.json: not valid JSON"),
-        ("rows.json", b'[{"a": "\xff"}]', r"rows\.json: not valid JSON"),
-        ("rows.csv", b"a,b\n\xff,1\n", r"rows\.csv: not a readable CSV file"),
+        ("rows.csv", b"a,b\n1,2,3\n", r"rows\.csv:2: more fields than the header names"),
+        ("rows.csv", b'a,b\n"1"2,3\n', r"rows\.csv: not a readable CSV file"),
         ("rows.parquet", b"a,b\n1,2\n", r"rows\.parquet: not a readable Parquet file"),
         ("rows.parquet", b"", r"rows\.parquet: not a readable Parquet file"),
     ],
@@ -143,14 +148,73 @@ def test_a_bad_file_says_what_is_wrong_and_where(
         read(tmp_path / name)
 
 
-def test_the_rows_before_a_bad_line_are_given(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_bytes(as_jsonl(ROWS) + b"{")
-    rows: Iterator[dict[str, Any]] = iter(
-        open_rows(Source(dataset=str(tmp_path / "rows.jsonl")), "dialogues")
-    )
-    assert [next(rows) for _ in ROWS] == ROWS
-    with pytest.raises(UsageError, match=r"rows\.jsonl:4"):
-        next(rows)
+def test_bytes_that_are_no_text_become_marks_that_cannot_be_encoded(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'{"a": "\xff"}\n{"a": "b"}\n')
+    (tmp_path / "rows.json").write_bytes(b'[{"a": "\xff"}, {"a": "b"}]')
+    (tmp_path / "rows.csv").write_bytes(b"a\n\xff\nb\n")
+    for name in ("rows.jsonl", "rows.json", "rows.csv"):
+        first, second = read(tmp_path / name)
+        assert second == {"a": "b"}
+        with pytest.raises(UnicodeEncodeError):
+            first["a"].encode()
+
+
+def test_objects_that_follow_each_other_are_rows_whatever_the_file_is_called(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "rows.json").write_bytes(b'{"a": 1}\n{"a": 2}\n')
+    assert read(tmp_path / "rows.json") == [{"a": 1}, {"a": 2}]
+
+
+def shaped(count: int) -> Rows:
+    """Rows of very different lengths, with all that must not be taken for structure."""
+    return [
+        {
+            "input": f'{n} ]}},{{[" \\ \u00e9\U0001f600' + "x" * (n % 7 * 400),
+            "output": "\n" * (n % 3),
+        }
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "rows.jsonl.gz", "rows.json.gz", "rows.csv.gz"])
+def test_reading_goes_on_at_any_place_where_a_block_ended(name: str, tmp_path: Path) -> None:
+    rows = shaped(9000)
+    content = WRITERS[name.removesuffix(".gz")](rows)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
+    blocks = list(read_blocks(path, name))
+    assert [row for block in blocks for row in block.rows()] == rows
+    assert len(blocks) > 4
+    for number in range(len(blocks)):
+        rest = list(read_blocks(path, name, blocks[number].end))
+        assert [b.end for b in rest] == [b.end for b in blocks[number + 1 :]]
+        assert [b.rows() for b in rest[:1]] == [b.rows() for b in blocks[number + 1 :][:1]]
+
+
+def test_a_row_that_is_longer_than_what_is_read_at_once_comes_whole(tmp_path: Path) -> None:
+    rows: Rows = [{"a": "b" * 5_000_000}, {"a": "c"}]
+    for name in ("rows.json", "rows.jsonl", "rows.csv", "rows.parquet"):
+        (tmp_path / name).write_bytes(
+            as_parquet(rows)
+            if name.endswith("parquet")
+            else {"rows.json": as_json, "rows.jsonl": as_jsonl}.get(
+                name, lambda r: b"a\n" + b"\n".join(row["a"].encode() for row in r)
+            )(rows)
+        )
+        assert read(tmp_path / name) == rows
+
+
+@pytest.mark.parametrize("at", [10_000, 500_000])
+def test_a_mistake_in_a_large_array_is_found_where_it_is(at: int, tmp_path: Path) -> None:
+    content = bytearray(as_json(shaped(3000)))
+    place = content.index(b'"output"', at)
+    content[place : place + 8] = b"'output'"
+    (tmp_path / "rows.json").write_bytes(content)
+    with pytest.raises(
+        UsageError, match=r"rows\.json: row \d+: not valid JSON: Expecting property"
+    ):
+        read(tmp_path / "rows.json")
 
 
 def test_the_samples_are_dialogues_or_questions() -> None:
@@ -219,9 +283,9 @@ def test_the_hub_gives_the_same_rows_at_the_commit_it_names_and_errors_with_a_wa
     for case, words in {
         "missing": "there is no dataset hf://org/none, or it is private: check the name",
         "no revision": "the dataset hf://org/lines has no revision 'v9'; see https://",
-        "no split": "the dataset hf://org/lines is not as the spec says: Bad split: test.",
-        "no config": "the dataset hf://org/lines is not as the spec says: BuilderConfig 'large'",
-        "bad row": "the dataset hf://org/broken is not as the spec says",
+        "no split": "hf://org/lines has no split 'test'; it has train",
+        "no config": "hf://org/lines has no config 'large'",
+        "bad row": "hf://org/broken/train.jsonl:2: not valid JSON",
     }.items():
         kind, message = seen[case]
         assert (case, kind) == (case, "UsageError")
@@ -243,3 +307,78 @@ def read_from(hub: Hub, home: Path, **variables: str) -> dict[str, list[Any]]:
     assert done.returncode == 0, done.stderr
     seen: dict[str, list[Any]] = json.loads(done.stdout.splitlines()[-1])
     return seen
+
+
+def test_files_of_a_bucket_are_read_by_name_and_by_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOB_CACHE", str(tmp_path))
+    with Bucket("data") as bucket:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket.url)
+        bucket.put("data", "set/a.jsonl", as_jsonl(ROWS[:1]))
+        bucket.put("data", "set/b.json", as_json(ROWS[1:]))
+        bucket.put("data", "set/notes.txt", b"no rows")
+        one = open_rows(Source(dataset="gs://data/set/a.jsonl"), "dialogues")
+        assert list(one) == ROWS[:1]
+        both = Source(dataset="gs://data/set", data_files=["*.jsonl", "b.json"])
+        assert list(open_rows(both, "dialogues")) == ROWS
+        before = one.files[0].identity
+        bucket.put("data", "set/a.jsonl", as_jsonl(ROWS[2:]))
+        again = open_rows(Source(dataset="gs://data/set/a.jsonl"), "dialogues")
+        assert again.files[0].identity != before
+        assert list(again) == ROWS[2:]
+        with pytest.raises(UsageError, match=r"there is no object gs://data/none\.jsonl"):
+            open_rows(Source(dataset="gs://data/none.jsonl"), "dialogues")
+        with pytest.raises(UsageError, match=r"no readable file 'c\.csv'; it has a\."):
+            open_rows(Source(dataset="gs://data/set", data_files=["c.csv"]), "dialogues")
+
+
+def test_files_of_a_folder_are_read_by_pattern(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(ROWS[:1]))
+    (tmp_path / "deep/b.jsonl").write_bytes(as_jsonl(ROWS[1:]))
+    for pattern in (["**/*.jsonl"], ["a.jsonl", "deep/*.jsonl"]):
+        source = Source(dataset=str(tmp_path), data_files=pattern)
+        assert list(open_rows(source, "dialogues")) == ROWS
+    assert list(open_rows(Source(dataset=str(tmp_path), data_files=["*"]), "dialogues")) == ROWS[:1]
+
+
+README_HEAD = """---
+configs:
+- config_name: small
+  data_files: small/*.jsonl
+- config_name: default
+  data_files:
+  - split: train
+    path: [a.jsonl, more/*.jsonl]
+  - split: test
+    path: held.jsonl
+---
+"""
+
+
+@pytest.mark.parametrize(
+    ("paths", "wanted", "chosen"),
+    [
+        (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet",
+          "data/test-00000-of-00001.parquet"], {},
+         ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]),
+        (["train.csv", "dev.csv", "extra.json"], {"split": "validation"}, ["dev.csv"]),
+        (["validation/a.jsonl", "training/b.jsonl"], {}, ["training/b.jsonl"]),
+        (["chatdoctor200k.json", "README.md", ".gitattributes"], {}, ["chatdoctor200k.json"]),
+        (["b.jsonl", "a.jsonl", "strain.txt"], {}, ["a.jsonl", "b.jsonl"]),
+        (["rows.jsonl.gz"], {}, ["rows.jsonl.gz"]),
+        (["a.jsonl", "more/b.jsonl", "held.jsonl", "small/s.jsonl"], {"readme": README_HEAD},
+         ["a.jsonl", "more/b.jsonl"]),
+        (["a.jsonl", "more/b.jsonl", "held.jsonl", "small/s.jsonl"],
+         {"readme": README_HEAD, "split": "test"}, ["held.jsonl"]),
+        (["a.jsonl", "more/b.jsonl", "held.jsonl", "small/s.jsonl"],
+         {"readme": README_HEAD, "config": "small"}, ["small/s.jsonl"]),
+    ],
+)  # fmt: skip
+def test_the_layout_of_a_hub_dataset_says_which_files_a_split_is(
+    paths: list[str], wanted: dict[str, str], chosen: list[str]
+) -> None:
+    given = {"split": "train"} | wanted
+    readme = given.pop("readme", "").encode()
+    assert choose_files(paths, where="hf://org/set", readme=readme, **given) == chosen  # type: ignore[arg-type]

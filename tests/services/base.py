@@ -4,8 +4,8 @@ A test starts a `Service` as a context manager, points the real client at its `u
 `requests` afterwards. Faults are injected from outside, so that what a client does about a 503
 or a connection cut in the middle of a body is shown over a socket, not assumed by a mock.
 
-Left out: TLS, HTTP/2, compression, chunked request bodies (answered 411), multi-range requests,
-and any delay. Bodies are held whole in memory, in both directions.
+Left out: TLS, HTTP/2, compression, chunked request bodies (answered 411) and multi-range
+requests. Bodies are held whole in memory, in both directions.
 """
 
 import json
@@ -22,7 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlsplit
 
-from tests.services.faults import Faults
+from tests.services.faults import Faults, Spoil
 
 _BYTE_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
@@ -64,6 +64,7 @@ class Reply:
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
     cut_after: int | None = None
+    spoil: Spoil = "none"
 
 
 def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
@@ -108,6 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, reply: Reply) -> None:
         payload = b"" if self.command == "HEAD" else reply.body
+        if reply.spoil != "none" and payload:
+            self._send_spoilt(reply, payload)
+            return
         if reply.cut_after is not None:
             self.close_connection = True
             if not payload:
@@ -119,6 +123,29 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(reply.body)))
         self.end_headers()
         self.wfile.write(payload[: reply.cut_after])
+
+    def _send_spoilt(self, reply: Reply, payload: bytes) -> None:
+        """Answer with a body that is not as it should be."""
+        middle, spoil = len(payload) // 2, reply.spoil
+        length = len(payload) + {"long": 1, "short": -1}.get(spoil, 0)
+        self.close_connection = spoil != "flip"
+        self.send_response(reply.status)
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        if spoil == "flip":
+            payload = payload[:middle] + bytes([payload[middle] ^ 1]) + payload[middle + 1 :]
+        self.wfile.write(payload[:middle])
+        if spoil == "stall":
+            self.server.service.stopping.wait(60)
+        elif spoil == "slow":
+            for at in range(middle, len(payload), len(payload) // 8 + 1):
+                self.wfile.flush()
+                self.server.service.stopping.wait(0.05)
+                self.wfile.write(payload[at : at + len(payload) // 8 + 1])
+        elif spoil != "cut":
+            self.wfile.write(payload[middle:length])
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep standard error for the tests: `Service.requests` is the log."""
@@ -163,6 +190,7 @@ class Service(ABC):
         self._lock = threading.Lock()
         self._requests: list[Request] = []
         self._server: _Server | None = None
+        self.stopping = threading.Event()
 
     @abstractmethod
     def respond(self, request: Request, body: bytes) -> Reply:
@@ -190,10 +218,12 @@ class Service(ABC):
         with self._lock:
             self._requests.append(request)
         fault = self.faults.take(str(request))
-        if fault is not None and fault.cut_after is None:
+        if fault is not None and fault.cut_after is None and fault.spoil == "none":
             return Reply(fault.status, fault.body, fault.headers)
         reply = self.respond(request, body)
-        return reply if fault is None else replace(reply, cut_after=fault.cut_after)
+        if fault is None:
+            return reply
+        return replace(reply, cut_after=fault.cut_after, spoil=fault.spoil)
 
     def start(self) -> Self:
         """Listen on a free port of 127.0.0.1 that the operating system chooses."""
@@ -209,6 +239,7 @@ class Service(ABC):
         """
         if self._server is None:
             return
+        self.stopping.set()
         self._server.shutdown()
         self._server.server_close()
         self._server.disconnect()

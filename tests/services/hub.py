@@ -5,18 +5,21 @@ It answers what `datasets.load_dataset` (streaming or not), `huggingface_hub.hf_
 `HF_ENDPOINT`, which they read at import: start them in a subprocess. As on the Hub, a gated
 repository shows its metadata and file list to everyone and withholds the files.
 
-Left out: every write, spaces, private repositories, Git LFS and Xet storage (all files are
-regular, no redirect to a CDN), the card's metadata, branches other than main, tags, listing
-pages (all entries come at once), search, and the dataset viewer, which clients look for at
-`datasets-server.<host>`: on loopback they find no such host and carry on.
+Files of at least `large` bytes are kept as the Hub keeps Git LFS: the listing has their SHA-256,
+and the reply to a request for one is a redirect to another origin, a `Cdn`.
+
+Left out: every write, spaces, Xet storage, the card's metadata, branches other than main, tags,
+search, and the dataset viewer, which clients look for at `datasets-server.<host>`: on loopback
+they find no such host and carry on.
 """
 
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qs, unquote
 
 from tests.services.base import Reply, Request, Service, json_reply, ranged_reply
@@ -48,13 +51,21 @@ class Repo:
     """A repository: its commits, each with all of its files, and the head of main."""
 
     gated: bool
+    private: bool
     head: str
     commits: dict[str, Files] = field(default_factory=dict)
 
 
+@functools.lru_cache(maxsize=64)
 def blob_id(data: bytes) -> str:
     """The id git gives to a file's content; the Hub's ETag for a file outside Git LFS."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def sha256_of(data: bytes) -> str:
+    """The id that Git LFS gives to a file's content."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def commit_id(files: Files) -> str:
@@ -63,15 +74,54 @@ def commit_id(files: Files) -> str:
     return hashlib.sha1("\n".join(lines).encode()).hexdigest()
 
 
-class Hub(Service):
-    """The Hub; `token` opens the gated repositories, and any other token is a stranger's."""
+class Cdn(Service):
+    """Where large files are: they have an address that is as good as a key."""
 
-    def __init__(self, token: str = "hf_stand_in") -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, bytes] = {}
+
+    def respond(self, request: Request, body: bytes) -> Reply:
+        """Serve a file; a token that is sent here is sent to the wrong place."""
+        data = self.files.get(request.route.strip("/"))
+        if request.bearer is not None or data is None:
+            return Reply(403, b"AccessDenied")
+        return ranged_reply(data, request.headers.get("Range"), {"ETag": f'"{blob_id(data)}"'})
+
+
+class Hub(Service):
+    """The Hub; `token` opens what is gated or private, and any other token is a stranger's.
+
+    A listing has `page_size` entries a page.
+    """
+
+    def __init__(
+        self, token: str = "hf_stand_in", large: int | None = None, page_size: int = 1000
+    ) -> None:
         super().__init__()
         self.token = token
+        self.cdn = Cdn()
+        self.page_size = page_size
+        self._large = large
         self._repos: dict[tuple[str, str], Repo] = {}
 
-    def add_repo(self, kind: str, repo_id: str, files: Files, gated: bool = False) -> str:
+    def start(self) -> Self:
+        """Listen, the other origin too."""
+        self.cdn.start()
+        return super().start()
+
+    def stop(self) -> None:
+        """Stop listening."""
+        self.cdn.stop()
+        super().stop()
+
+    def is_large(self, data: bytes) -> bool:
+        """Whether a file is kept as Git LFS keeps it."""
+        return self._large is not None and len(data) >= self._large
+
+    def add_repo(
+        self, kind: str, repo_id: str, files: Files, gated: bool = False, private: bool = False
+    ) -> str:
         """Commit `files` to main of a repository of `kind` "datasets" or "models".
 
         Returns the commit's sha. A second call for the same repository is a new commit with
@@ -82,7 +132,10 @@ class Hub(Service):
         sha = commit_id(files)
         earlier = self._repos.get((kind, repo_id))
         commits = {**(earlier.commits if earlier else {}), sha: dict(files)}
-        self._repos[kind, repo_id] = Repo(gated, sha, commits)
+        self._repos[kind, repo_id] = Repo(gated, private, sha, commits)
+        for data in files.values():
+            if self.is_large(data):
+                self.cdn.files[sha256_of(data)] = data
         return sha
 
     def respond(self, request: Request, body: bytes) -> Reply:
@@ -98,6 +151,8 @@ class Hub(Service):
 
     def _repo(self, request: Request, kind: str, repo_id: str) -> Repo:
         repo = self._repos.get((kind, repo_id))
+        if repo is not None and repo.private and request.bearer != self.token:
+            repo = None
         if repo is None and request.bearer is None:
             raise HubError(401, "RepoNotFound", "Invalid username or password.")
         if repo is None:
@@ -121,6 +176,14 @@ class Hub(Service):
         data = repo.commits[sha].get(path)
         if data is None:
             raise HubError(404, "EntryNotFound", "Entry not found")
+        if self.is_large(data):
+            headers = {
+                "Location": f"{self.cdn.url}/{sha256_of(data)}",
+                "X-Linked-Etag": f'"{sha256_of(data)}"',
+                "X-Linked-Size": str(len(data)),
+                "X-Repo-Commit": sha,
+            }
+            return Reply(302, b"", headers)
         headers = {
             "Content-Type": "application/octet-stream",
             "ETag": f'"{blob_id(data)}"',
@@ -136,10 +199,17 @@ class Hub(Service):
         if request.route.endswith("/auth-check"):
             self._open_gate(request, repo, repo_id)
             return json_reply({})
+        headers: dict[str, str] = {}
         if found["verb"] == "tree":
             recursive = query.get("recursive", "").lower() == "true"
             folder = unquote(found["path"] or "").strip("/")
             entries = _tree(files, folder, recursive)
+            first = int(query.get("cursor", 0))
+            if following := entries[first + self.page_size :]:
+                cursor = first + self.page_size
+                link = f"<{self.url}{request.route}?recursive={recursive}&cursor={cursor}>"
+                headers["Link"] = f'{link}; rel="next"'
+            entries = entries[first : len(entries) - len(following)]
         elif found["verb"] == "paths-info":
             form = _form(request, body)
             entries = [entry for path in form["paths"] for entry in _entry(files, path)]
@@ -150,7 +220,11 @@ class Hub(Service):
         if query.get("expand", "").lower() == "true":
             commit = {"id": sha, "title": "Add files", "date": _DATE}
             entries = [{**entry, "lastCommit": commit} for entry in entries]
-        return json_reply(entries)
+        for entry in entries:
+            data = files.get(entry["path"], b"")
+            if self.is_large(data):
+                entry["lfs"] = {"oid": sha256_of(data), "size": len(data), "pointerSize": 134}
+        return json_reply(entries, headers=headers)
 
 
 def _resolve(repo: Repo, revision: str) -> str:

@@ -1,0 +1,24 @@
+"""Checksums of Cloud Storage: CRC32C, as the API writes it."""
+
+import base64
+from pathlib import Path
+
+_PIECE = 1024 * 1024
+
+
+def crc32c(content: bytes) -> str:
+    """The CRC32C of `content` as the API writes it."""
+    import google_crc32c
+
+    return base64.b64encode(google_crc32c.value(content).to_bytes(4, "big")).decode()
+
+
+def file_crc32c(path: Path) -> str:
+    """The same of a file, read in pieces."""
+    import google_crc32c
+
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            value = google_crc32c.extend(value, piece)
+    return base64.b64encode(value.to_bytes(4, "big")).decode()

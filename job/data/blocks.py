@@ -1,0 +1,110 @@
+"""Blocks of rows, as the readers give them: the rows, their columns, the place behind them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Row = dict[str, Any]
+
+MAX_ROWS = 2048
+"""Rows of a block, at most."""
+MAX_BYTES = 2 * 1024 * 1024
+"""Bytes that are read at once; a block of text holds about as much."""
+
+
+class Place(NamedTuple):
+    """Where in a file the next row begins: bytes (of text formats), and rows or lines before."""
+
+    offset: int = 0
+    line: int = 0
+
+
+BEGIN = Place()
+
+
+class Block(Protocol):
+    """Some rows that follow each other, and the place behind them."""
+
+    @property
+    def end(self) -> Place:
+        """Where the next block begins."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self) -> list[Row]:
+        """The rows as dictionaries."""
+
+    def column(self, name: str) -> "pa.Array | None":
+        """The values of a column as text; None where not all are text or null."""
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """A block of rows that were read one by one."""
+
+    values: list[Row]
+    end: Place
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def rows(self) -> list[Row]:
+        return self.values
+
+    def column(self, name: str) -> "pa.Array | None":
+        import pyarrow as pa
+
+        try:
+            return pa.array([row.get(name) for row in self.values], pa.string())
+        except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError):
+            return None
+
+
+@dataclass(frozen=True)
+class ArrowBlock:
+    """A block of rows that were columns in the file."""
+
+    batch: "pa.RecordBatch"
+    end: Place
+
+    def __len__(self) -> int:
+        return int(self.batch.num_rows)
+
+    def rows(self) -> list[Row]:
+        names = self.batch.schema.names
+        columns = [_values(column) for column in self.batch.columns]
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+    def column(self, name: str) -> "pa.Array | None":
+        import pyarrow as pa
+
+        if name not in self.batch.schema.names:
+            return None
+        column = self.batch.column(name)
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
+            column = column.cast(pa.string())
+        if not pa.types.is_string(column.type):
+            return None
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            return None
+        return column
+
+
+def _values(column: "pa.Array") -> list[Any]:
+    """Python values; text that is no UTF-8 with surrogates in it."""
+    import pyarrow as pa
+
+    try:
+        found: list[Any] = column.to_pylist()
+        return found
+    except UnicodeDecodeError:
+        if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
+            raise
+        raw = column.cast(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
+        return [b if b is None else b.decode("utf-8", "surrogateescape") for b in raw.to_pylist()]

@@ -1,0 +1,200 @@
+"""A staged dataset: shards of checked examples, each with a record, and a manifest last.
+
+A shard is whole once its record is there, the dataset once its manifest is. What is staged is
+named by a key of everything it depends on, so runs share it, and any of them may finish what
+another began.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ValidationError
+
+from job.data.blocks import Place
+from job.data.mapping import HISTORY, Mapped
+from job.data.tally import Tally
+from job.errors import StageError
+from job.storage import LocalStore, Store, file_sha256
+
+MANIFEST = "manifest.json"
+
+SCHEMA = pa.schema(
+    [
+        ("hash", pa.uint64()),
+        ("group", pa.uint64()),
+        ("system", pa.string()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("history", HISTORY),
+    ]
+)
+"""Columns of a shard: hashes of the text and of its letters and digits, and the texts."""
+
+_GROUP_BYTES = 8 * 1024 * 1024
+
+
+class Shard(BaseModel):
+    """The record of a shard: `shard-00000.json` beside `shard-00000.parquet`."""
+
+    path: str
+    bytes: int
+    sha256: str
+    rows: int
+    tally: Tally
+    """What became of the rows that were read for it."""
+    file: int
+    """Number of the file of the source in which reading goes on."""
+    offset: int
+    line: int
+    """Where in that file reading goes on."""
+
+    @property
+    def place(self) -> Place:
+        """Where in its file the next shard begins."""
+        return Place(self.offset, self.line)
+
+
+class FileInfo(BaseModel):
+    """A file of the source."""
+
+    name: str
+    bytes: int
+    identity: str
+
+
+class Manifest(BaseModel):
+    """What was staged, and what became of every row."""
+
+    dataset: str
+    revision: str | None
+    key: str
+    files: list[FileInfo]
+    columns: list[str]
+    tally: Tally
+    shards: list[Shard]
+
+    @property
+    def rows(self) -> int:
+        """Examples in all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+
+def shard_key(number: int, kind: str) -> str:
+    """The key of a shard, `parquet`, or of its record, `json`."""
+    return f"shard-{number:05d}.{kind}"
+
+
+def read_manifest(store: Store) -> Manifest | None:
+    """The manifest, if there is one that can be read and all of its shards are there."""
+    content = store.read(MANIFEST)
+    if content is None:
+        return None
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError:
+        return None
+    if all(store.size(shard.path) == shard.bytes for shard in manifest.shards):
+        return manifest
+    return None
+
+
+def whole_shards(store: Store) -> list[Shard]:
+    """The shards from the first on that are whole."""
+    found: list[Shard] = []
+    while content := store.read(shard_key(len(found), "json")):
+        try:
+            shard = Shard.model_validate_json(content)
+        except ValidationError:
+            break
+        if store.size(shard.path) != shard.bytes:
+            break
+        found.append(shard)
+    return found
+
+
+def open_shard(store: Store, shard: Shard, work: Path) -> Path:
+    """A local file with the content of a shard, its checksum checked; see `close_shard`.
+
+    Raises:
+        StageError: it is missing or damaged; its record is removed, so that the next run makes
+            it again.
+    """
+    path = work / shard.path
+    if isinstance(store, LocalStore):
+        path = store.root / shard.path
+        there = path.is_file()
+    else:
+        there = store.download(shard.path, path)
+    if not there or file_sha256(path) != shard.sha256:
+        store.delete(MANIFEST)
+        store.delete(f"{shard.path.removesuffix('.parquet')}.json")
+        raise StageError(
+            f"{store.uri}/{shard.path} is not as it was written; it has been given up, and is "
+            "made again when the same command is run again"
+        )
+    return path
+
+
+def close_shard(path: Path, work: Path) -> None:
+    """Remove the local copy, if it was one."""
+    if path.is_relative_to(work):
+        path.unlink()
+
+
+def read_hashes(store: Store, shards: list[Shard], work: Path) -> Iterator[np.ndarray]:
+    """For each shard its hashes and groups: uint64 `[2, rows]`."""
+    for shard in shards:
+        path = open_shard(store, shard, work)
+        table = pq.read_table(path, columns=["hash", "group"], use_threads=False)
+        close_shard(path, work)
+        yield np.stack([table["hash"].to_numpy(), table["group"].to_numpy()])
+
+
+class ShardWriter:
+    """Writes the examples of one shard to a local file, a few megabytes at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = 0
+        self._writer = pq.ParquetWriter(
+            path,
+            SCHEMA,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=["system"],
+            write_statistics=False,
+        )
+        self._waiting: list[pa.RecordBatch] = []
+        self._held = 0
+
+    def write(self, mapped: Mapped, hashes: np.ndarray, groups: np.ndarray) -> None:
+        """Add examples."""
+        batch = pa.record_batch(
+            [
+                pa.array(hashes),
+                pa.array(groups),
+                mapped.system,
+                mapped.prompt,
+                mapped.response,
+                mapped.history,
+            ],
+            schema=SCHEMA,
+        )
+        self.rows += batch.num_rows
+        self._waiting.append(batch)
+        self._held += batch.nbytes
+        if self._held >= _GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.Table.from_batches(self._waiting).combine_chunks())
+        self._waiting, self._held = [], 0
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._flush()
+        self._writer.close()

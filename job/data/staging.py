@@ -1,0 +1,354 @@
+"""Rows stream from their source through checks into shards, in constant memory.
+
+Reading, checking and writing overlap: hashes are Python's work, while patterns, compression
+and uploads go on beside it. Interrupted, staging goes on behind the last whole shard; shards
+end at places that depend on the rows alone, so the result is the same.
+"""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+
+from job import logs
+from job.data.blocks import Block, Place
+from job.data.checks import Fate, Judge, Looked, excerpt, hashes_of, look
+from job.data.examples import ExampleMapper
+from job.data.mapping import Mapped, map_block
+from job.data.readers import read_blocks
+from job.data.shards import (
+    MANIFEST,
+    FileInfo,
+    Manifest,
+    Shard,
+    ShardWriter,
+    read_hashes,
+    read_manifest,
+    shard_key,
+    whole_shards,
+)
+from job.data.sources import Rows
+from job.data.tally import Tally
+from job.errors import UsageError
+from job.lease import Busy, Lease, leased
+from job.spec import Data
+from job.spec_loading import digest
+from job.storage import Store, file_sha256
+from job.threads import AHEAD, Threads, ahead
+
+STAGING_VERSION = 1
+"""Part of every key: raise it when what is staged from the same rows changes."""
+
+SHARD_ROWS = 16_384
+SHARD_BYTES = 64 * 1024 * 1024
+_PATIENCE = 1000
+"""Rows without a single usable one before the mapping is taken to be wrong."""
+_LOOK_SECONDS = 2.0
+
+Check = Callable[[], None]
+
+
+def staging_key(data: Data, rows: Rows) -> str:
+    """Names what is staged by all that it depends on."""
+    mapping = data.model_dump(
+        mode="json",
+        include={"dataset", "config", "split", "prompt", "response", "system", "messages"}
+        | {"drop_duplicates", "checks"},
+    )
+    files = [[Path(file.name).name, file.identity] for file in rows.files]
+    limits = [SHARD_ROWS, SHARD_BYTES]
+    return digest([STAGING_VERSION, limits, mapping, rows.revision, files])[:24]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A staged dataset."""
+
+    manifest: Manifest
+    store: Store
+    hashes: np.ndarray
+    """Hashes and groups of all examples, uint64 `[2, examples]`."""
+
+
+def stage_rows(data: Data, rows: Rows, store: Store, work: Path, stop: Check) -> Staged:
+    """Stage a source, or find that it was staged before.
+
+    Args:
+        store: where the dataset of this key is kept.
+        work: a scratch folder.
+        stop: called now and then; it may raise.
+
+    Raises:
+        UsageError: no row can be used.
+        JobError: the source or the store fails.
+    """
+    if found := read_manifest(store):
+        logs.get().info("staged before", dataset=data.dataset, rows=found.rows, staged=store.uri)
+        return _found(found, store, work)
+    with _alone(store, stop) as lease:
+        if found := read_manifest(store):
+            return _found(found, store, work)
+        clock = time.monotonic()
+        stager = _Stager(data, rows, store, work, stop, lease)
+        manifest = stager.run()
+        seconds = time.monotonic() - clock
+    logs.get().info(
+        "staged",
+        rows=stager.rows_read,
+        shards=len(manifest.shards),
+        rows_per_second=round(stager.rows_read / max(seconds, 1e-9)),
+        staged=store.uri,
+    )
+    return Staged(manifest, store, _together(stager.hashes))
+
+
+def _found(manifest: Manifest, store: Store, work: Path) -> Staged:
+    return Staged(manifest, store, _together(list(read_hashes(store, manifest.shards, work))))
+
+
+def _together(pairs: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(pairs, axis=1) if pairs else np.zeros((2, 0), np.uint64)
+
+
+@contextlib.contextmanager
+def _alone(store: Store, stop: Check) -> Iterator[Lease]:
+    """Hold the dataset's lease; while another run stages the same, wait for it."""
+    said = False
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                lease = stack.enter_context(leased(store, "this dataset", lambda why: None))
+                break
+            except Busy as busy:
+                if not said:
+                    logs.get().info("waiting for another run that stages this", why=str(busy))
+                said = True
+            until = time.monotonic() + _LOOK_SECONDS
+            while time.monotonic() < until:
+                stop()
+                time.sleep(0.1)
+        yield lease
+
+
+class _Stager:
+    """One pass over the source."""
+
+    def __init__(
+        self, data: Data, rows: Rows, store: Store, work: Path, stop: Check, lease: Lease
+    ) -> None:
+        self._lease = lease
+        self._data = data
+        self._rows = rows
+        self._store = store
+        self._work = work
+        self._stop = stop
+        self._mapper = ExampleMapper(data)
+        self._judge = Judge(data.checks, drop_duplicates=data.drop_duplicates)
+        self._columns: list[str] = []
+        self._shards: list[Shard] = []
+        self._pending: Future[None] | None = None
+        self._put_away = 0
+        self.hashes: list[np.ndarray] = []
+        """Hashes and groups of what was kept, uint64 `[2, examples]`, in order."""
+        self.rows_read = 0
+
+    def run(self) -> Manifest:
+        """Read what is not staged yet, and write the manifest."""
+        self._shards = whole_shards(self._store)
+        if self._shards:
+            logs.get().info("resumed staging", shards=len(self._shards))
+            for pair in read_hashes(self._store, self._shards, self._work):
+                self._stop()
+                self._judge.remember(*pair)
+                self.hashes.append(pair)
+        # A thread for each kind of work, so that everything comes in order.
+        with contextlib.ExitStack() as stack:
+            threads = _Threads(*(stack.enter_context(Threads(1)) for _ in range(3)))
+            self._read(threads)
+            if self._pending:
+                self._pending.result()
+        return self._finish()
+
+    def _read(self, threads: "_Threads") -> None:
+        shard = _Open(self._work, len(self._shards), threads.write)
+        for number, read in ahead(self._blocks(), threads.read):
+            self._stop()
+            if read is None:  # the end of a file
+                shard.file, shard.place = number + 1, Place()
+                continue
+            if self._is_full(shard):
+                shard = self._next(shard, threads)
+            block, mapped, looked = read
+            hashes, groups = hashes_of(looked)
+            fate = self._judge.decide(looked, hashes, groups)
+            kept = mapped.take(fate.kept)
+            self._count(shard.tally, block, mapped, kept, fate, looked)
+            hashes, groups = hashes[fate.kept], groups[fate.kept]
+            self.hashes.append(np.stack([hashes, groups]))
+            shard.write(kept, hashes, groups)
+            shard.file, shard.place = number, block.end
+            self.rows_read += len(block)
+            self._give_up(shard.tally, _PATIENCE)
+        self._give_up(shard.tally, 0)
+        if shard.tally.raw:
+            self._next(shard, threads)
+
+    @staticmethod
+    def _is_full(shard: "_Open") -> bool:
+        return shard.tally.raw >= SHARD_ROWS or shard.tally.text_bytes >= SHARD_BYTES
+
+    def _blocks(self) -> Iterator[tuple[int, tuple[Block, Mapped, Looked] | None]]:
+        """All blocks behind the last whole shard, and None behind the last of each file."""
+        checks = self._data.checks
+        first, place = 0, Place()
+        if self._shards:
+            first, place = self._shards[-1].file, self._shards[-1].place
+        for number in range(first, len(self._rows.files)):
+            file = self._rows.files[number]
+            for block in read_blocks(file.bring(), file.name, place, self._mapper.fields):
+                mapped = map_block(block, self._mapper)
+                yield number, (block, mapped, look(mapped, checks))
+            yield number, None
+            place = Place()
+
+    def _count(
+        self,
+        tally: Tally,
+        block: Block,
+        mapped: Mapped,
+        kept: Mapped,
+        fate: Fate,
+        looked: Looked,
+    ) -> None:
+        tally.raw += len(block)
+        tally.kept += len(kept)
+        reasons: dict[str, list[int]] = {}
+        for row, reason in mapped.dropped:
+            reasons.setdefault(reason, []).append(row)
+        for reason, mask in fate.dropped.items():
+            reasons.setdefault(reason, []).extend(mapped.rows[mask].tolist())
+        for reason, numbers in reasons.items():
+            shown = "" if tally.knows(reason) else block.rows()[min(numbers)]
+            tally.drop(reason, len(numbers), shown)
+        for fault, mask in fate.found.items():
+            if mask.any():
+                first = int(np.flatnonzero(mask)[0])
+                shown = "" if tally.knows(fault) else excerpt(looked.contents, first, fault)
+                tally.find(fault, int(mask.sum()), shown)
+        for lengths, column in ((tally.prompt, kept.prompt), (tally.response, kept.response)):
+            lengths.add(pc.utf8_length(column).to_numpy(zero_copy_only=False))
+            tally.text_bytes += int(pc.sum(pc.binary_length(column)).as_py() or 0)
+        if not self._columns and (rows := block.rows()):
+            self._columns = sorted(rows[0])
+
+    def _give_up(self, tally: Tally, after: int) -> None:
+        """Keep nothing of a dataset whose first rows, so many, give no example."""
+        if not self._shards and not tally.kept and tally.raw >= after:
+            raise UsageError(self._why_none(tally))
+
+    def _why_none(self, tally: Tally) -> str:
+        if not tally.raw:
+            return f"data.dataset: {self._data.dataset} has no rows"
+        most = sorted(tally.dropped.items(), key=lambda item: -item[1])[:3]
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in most)
+        change = "data.messages" if self._data.messages else "data.prompt and data.response"
+        return (
+            f"data: none of the first {tally.raw} rows of {self._data.dataset} can be used: "
+            f"{reasons}; the columns are {', '.join(self._columns)}; change {change}"
+        )
+
+    def _next(self, shard: "_Open", threads: "_Threads") -> "_Open":
+        """Close a shard and let it be kept in the background; the next one."""
+        shard.close()
+        if self._pending:
+            self._pending.result()
+        record = Shard(
+            path=shard_key(shard.number, "parquet"),
+            bytes=shard.path.stat().st_size,
+            sha256=file_sha256(shard.path),
+            rows=shard.tally.kept,
+            tally=shard.tally,
+            file=shard.file,
+            offset=shard.place.offset,
+            line=shard.place.line,
+        )
+        self._shards.append(record)
+        self._pending = threads.keep.submit(self._keep, record, shard.path)
+        return _Open(self._work, shard.number + 1, threads.write)
+
+    def _keep(self, record: Shard, path: Path) -> None:
+        self._store.upload(path, record.path)
+        content = record.model_dump_json().encode()
+        self._lease.check()
+        self._store.write(record.path.replace(".parquet", ".json"), content)
+        path.unlink()
+        for file in self._rows.files[self._put_away : record.file]:
+            file.put_away()
+        self._put_away = record.file
+        logs.get().info("shard staged", shard=record.path, rows=record.rows, bytes=record.bytes)
+
+    def _finish(self) -> Manifest:
+        tally = Tally()
+        for shard in self._shards:
+            tally.join(shard.tally)
+        if not tally.kept:
+            raise UsageError(self._why_none(tally))
+        manifest = Manifest(
+            dataset=self._data.dataset,
+            revision=self._rows.revision,
+            key=staging_key(self._data, self._rows),
+            files=[
+                FileInfo(name=file.name, bytes=file.bytes, identity=file.identity)
+                for file in self._rows.files
+            ],
+            columns=self._mapper.fields,
+            tally=tally,
+            shards=self._shards,
+        )
+        self._lease.check()
+        self._store.write(MANIFEST, manifest.model_dump_json(indent=1).encode())
+        return manifest
+
+
+@dataclass(frozen=True)
+class _Threads:
+    """One thread for each kind of work that goes on beside Python's own."""
+
+    read: Threads
+    write: Threads
+    keep: Threads
+
+
+class _Open:
+    """The shard that is being written."""
+
+    def __init__(self, work: Path, number: int, thread: Threads) -> None:
+        self.number = number
+        self.path = work / shard_key(number, "parquet")
+        self.tally = Tally()
+        self.file = 0
+        self.place = Place()
+        self._thread = thread
+        self._writer: ShardWriter | None = None
+        self._waiting: deque[Future[None]] = deque()
+
+    def write(self, mapped: Mapped, hashes: np.ndarray, groups: np.ndarray) -> None:
+        """Add examples, compressed beside the work on the next."""
+        if self._writer is None:
+            self._writer = ShardWriter(self.path)
+        while len(self._waiting) >= AHEAD:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._writer.write, mapped, hashes, groups))
+
+    def close(self) -> None:
+        """Finish the file."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        if self._writer:
+            self._writer.close()

@@ -1,0 +1,67 @@
+"""A question that stands in the training text is found; one that merely resembles it is not."""
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job.data.contamination import WORDS, Passages, find_overlap
+from job.data.examples import Example, Turn
+from job.evals.questions import Question, Slice
+from job.spec import MultipleChoice
+
+WORD = [f"w{n}" for n in range(400)]
+
+
+def sentence(length: int, seed: int) -> str:
+    return " ".join(random.Random(seed).choices(WORD, k=length))
+
+
+def found(question: str, *texts: str) -> list[int]:
+    return sorted(hit.text for hit in Passages([question]).search(texts))
+
+
+def test_a_passage_of_thirteen_words_is_found_wherever_it_stands() -> None:
+    question = sentence(40, 1)
+    words = question.split()
+    passage = " ".join(words[20 : 20 + WORDS])
+    shorter = " ".join(words[20 : 20 + WORDS - 1])
+    texts = [passage, f"x {passage} y", f"{passage.upper()}!", shorter, f"{shorter} x {words[32]}"]
+    assert found(question, *texts) == [0, 1, 2]
+
+
+def test_a_short_question_is_looked_for_as_a_whole() -> None:
+    question = "Drug of choice for malaria is?"
+    assert found(question, "The drug of choice for malaria is this.", "drug of choice") == [0]
+    assert Passages(["What is it?"]).too_short == 1
+    assert found("What is it?", "What is it?") == []
+
+
+def test_a_passage_does_not_reach_from_one_text_into_the_next() -> None:
+    words = sentence(WORDS, 2).split()
+    assert found(" ".join(words), " ".join(words[:7]), " ".join(words[7:])) == []
+
+
+@given(st.integers(0, 10_000), st.integers(0, 60), st.integers(0, 60))
+@settings(max_examples=50, deadline=None)
+def test_what_is_planted_is_found_and_nothing_else(seed: int, before: int, after: int) -> None:
+    questions = [sentence(20, seed * 100 + n) for n in range(5)]
+    noise = [sentence(80, seed * 100 + 50 + n) for n in range(4)]
+    planted = f"{sentence(before, 7)} {questions[3]} {sentence(after, 8)}"
+    hits = list(Passages(questions).search([*noise, planted]))
+    assert [(hit.text, hit.question) for hit in hits] == [(4, 3)]
+    assert hits[0].passage in " ".join(questions[3].split())
+
+
+def test_the_overlap_names_the_pairs() -> None:
+    entry = MultipleChoice(name="exam", dataset="samples", options=["a", "b"], answer="c")
+    questions = [Question(f"q{n}", sentence(20, n), ("a", "b"), "A") for n in range(3)]
+    examples = [
+        Example("e0", None, "hello", "there"),
+        Example("e1", None, "hello", f"so: {questions[1].text}."),
+        Example("e2", None, "a", "b", (Turn(questions[2].text, "c"),)),
+    ]
+    overlap = find_overlap([Slice(entry, None, questions)], examples)
+    assert overlap.slices["exam"].found == 2
+    assert [(pair.question, pair.example) for pair in overlap.pairs] == [("q1", "e1"), ("q2", "e2")]
+    assert overlap.examples == 3

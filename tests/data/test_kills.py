@@ -1,0 +1,104 @@
+"""Staging into a bucket, killed again and again: the next run ends as an unbroken one.
+
+`KILL_ROUNDS=10 uv run pytest -m slow tests/data/test_kills.py` kills it more often.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.lease import KEY
+from tests.data.staged import spec_of
+from tests.services.bucket import Bucket
+from tests.services.hub import Hub
+
+ROWS = 24_000
+SHARD_ROWS = 2048
+
+
+def array() -> bytes:
+    chance = random.Random(3)
+    rows = [
+        {"input": f"{n} {chance.randbytes(300).hex()}", "output": chance.randbytes(300).hex()}
+        for n in range(ROWS)
+    ]
+    return json.dumps(rows).encode()
+
+
+def start(spec: str, environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.data.staged", spec, str(SHARD_ROWS)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """Let it end by itself; its log lines."""
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def kept(bucket: Bucket) -> dict[str, bytes]:
+    found = {name: stored.data for (_, name), stored in bucket.objects.items()}
+    return {name: data for name, data in found.items() if not name.endswith(KEY)}
+
+
+def records(bucket: Bucket) -> int:
+    """Whole shards."""
+    return sum("/shard-" in name and name.endswith(".json") for name in bucket.names("runs"))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_next_run_ends_equal(tmp_path: Path) -> None:
+    times = 2 * int(os.environ.get("KILL_ROUNDS", "2"))
+    seed = random.randrange(2**32)
+    chance = random.Random(seed)
+    sys.stdout.write(f"seed {seed}\n")
+    with Hub(large=1000) as hub, Bucket("runs") as bucket:
+        hub.add_repo("datasets", "org/set", {"rows.json": array()})
+        environment = {"HF_ENDPOINT": hub.url, "STORAGE_EMULATOR_HOST": bucket.url}
+        spec = spec_of("gs://runs/out", "hf://org/set", train_examples=500).model_dump_json()
+        finish(start(spec, environment | {"JOB_CACHE": str(tmp_path / "whole")}))
+        requests = len(bucket.requests) + len(hub.cdn.requests)
+        expected, count = kept(bucket), records(bucket)
+        assert count > 5
+        kills = 0
+        while kills < times:
+            bucket.objects.clear()
+            environment["JOB_CACHE"] = str(tmp_path / str(kills))
+            for _ in range(chance.randint(1, 4)):
+                so_far = len(bucket.requests) + len(hub.cdn.requests)
+                target = so_far + chance.randrange(requests)
+                process = start(spec, environment)
+                while len(bucket.requests) + len(hub.cdn.requests) < target:
+                    if process.poll() is not None:
+                        break
+                    time.sleep(0.005)
+                time.sleep(chance.uniform(0, 0.1))
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                if process.returncode == 0:  # it was done before the signal came
+                    break
+                assert process.returncode == -signal.SIGKILL
+                kills += 1
+            done_before, fetched = records(bucket), len(hub.cdn.requests)
+            finished = any(name.endswith("/manifest.json") for name in kept(bucket))
+            events = finish(start(spec, environment))
+            assert kept(bucket) == expected
+            made = [e["shard"] for e in events if e["message"] == "shard staged"]
+            assert made == [f"shard-{n:05d}.parquet" for n in range(done_before, count)]
+            if done_before:  # then the file was here, and nothing of it is read again
+                assert len(hub.cdn.requests) == fetched
+            sys.stdout.write(f"{kills} kills, {done_before} shards before, whole: {finished}\n")
