@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from job.errors import StageError, UsageError
-from job.hub import hub_errors
+from job.hub import Repository
 from job.revisions import Revisions, resolve_commit, revision_key
+from job.runtime import cache_folder
 from job.storage import Store, open_store
 
 _OURS = ("adapter.json", "adapter.lora.h5")
@@ -77,12 +78,13 @@ def fetch_adapter(uri: str, where: str, revisions: Revisions, folder: Path) -> t
         UsageError, EnvironmentProblem, StageError: there is none, or it cannot be read.
     """
     if uri.startswith(_HUB):
-        from huggingface_hub import snapshot_download
-
-        repository = uri.removeprefix(_HUB)
-        key = revision_key("model", repository, None)
-        commit = revisions.get(key) or resolve_commit("model", repository, None)
-        with hub_errors("model", repository, None):
-            uri = snapshot_download(repository, revision=commit, allow_patterns=[*_OURS, *_PEFT])
+        name = uri.removeprefix(_HUB)
+        key = revision_key("model", name, None)
+        commit = revisions.get(key) or resolve_commit("model", name, None)
+        repository = Repository("model", name, None)
+        files = [file for file in repository.files(commit) if file.path in (*_OURS, *_PEFT)]
+        here = cache_folder("adapters", name.replace("/", "--"), commit)
+        repository.fetch(commit, files, here)
+        uri = str(here)
     found = find_adapter(uri, where)
     return found.kind, found.fetch(folder)

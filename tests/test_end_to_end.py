@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from job.results import Results
+from job.train.tensorboard import EVENTS
 from tests.command import Done, job, job_stopped
 from tests.services.bucket import Bucket
 from tests.services.hub import Hub
@@ -72,7 +73,7 @@ def test_every_file_of_the_design_is_there_with_its_checksum(smoke: Finished) ->
         "data/validation.parquet", "train/history.jsonl", "adapter/adapter.lora.h5",
         "adapter/adapter.json", "adapter/peft/adapter_config.json",
         "adapter/peft/adapter_model.safetensors",
-        "evals/contamination.json",
+        "evals/contamination.json", EVENTS,
         *(f"evals/{model}/{name}/predictions.jsonl" for model in ("baseline", "finetuned")
           for name in ("questions", "questions-generated", "dialogue", "side_by_side")),
     }  # fmt: skip
