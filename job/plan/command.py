@@ -1,0 +1,83 @@
+"""`job plan`: what the next run would do and cost, without doing it."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from job.accelerators import Machine, machine
+from job.errors import UsageError
+from job.pipeline import read_markers, stale_stages
+from job.plan.estimate import MFU
+from job.plan.plan import Plan, default_machine, make_plan, slices
+from job.plan.shapes import find_config
+from job.results import DataInfo
+from job.run import Marker, Preflight
+from job.spec_loading import LoadedSpec, run_id
+from job.stages import stage_digests
+from job.storage import child_uri, open_store
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of the command."""
+
+    on: Sequence[str] = ()
+    sizes: bool = False
+    """Every size of each kind, instead of one."""
+    compile: bool = False
+    """Ask the TPU's compiler too."""
+    examples: int | None = None
+    tokens: int | None = None
+    mfu: float = MFU
+
+
+def plan_job(loaded: LoadedSpec, asked: Asked) -> Plan:
+    """The plan of a spec, from its preset's configuration and what its run has left.
+
+    Raises:
+        UsageError: a machine that does not exist, a model whose shape is not known.
+    """
+    if not 0 < asked.mfu <= 1:
+        raise UsageError(f"--mfu {asked.mfu}: write a share of the peak, like {MFU}")
+    for option, number in (("--examples", asked.examples), ("--tokens", asked.tokens)):
+        if number is not None and number < 1:
+            raise UsageError(f"{option} {number}: write a number above 0")
+    spec = loaded.spec
+    machines = [machine(name) for name in asked.on] or [default_machine(spec)]
+    if asked.sizes:
+        machines = _all_sizes(machines)
+    config = find_config(spec.model)
+    store = open_store(child_uri(spec.output, run_id(spec)))
+    markers = read_markers(store)
+    stale = stale_stages(spec, store, markers, stage_digests(spec, _revisions(markers)))
+    return make_plan(
+        spec,
+        source=loaded.source,
+        run=store.uri,
+        config=config,
+        machines=machines,
+        stale=stale,
+        found=_found(markers) if "data" not in stale else None,
+        examples=asked.examples,
+        tokens=asked.tokens,
+        mfu=asked.mfu,
+    )
+
+
+def _all_sizes(machines: Sequence[Machine]) -> list[Machine]:
+    kinds = {m.accelerator.name: m.accelerator for m in machines}
+    return [size for kind in kinds.values() for size in slices(kind)]
+
+
+def _revisions(markers: dict[str, Marker]) -> dict[str, str]:
+    with contextlib.suppress(ValidationError, KeyError):
+        return Preflight.model_validate(markers["preflight"].outcome).revisions
+    return {}
+
+
+def _found(markers: dict[str, Marker]) -> DataInfo | None:
+    with contextlib.suppress(ValidationError, KeyError):
+        return DataInfo.model_validate(markers["data"].outcome)
+    return None
