@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, Sharding
 
 from job.errors import UsageError
 from job.model.language_model import LanguageModel
@@ -46,47 +46,101 @@ class AbstractModel(LanguageModel):
 
     def _place(self, variables: Sequence[Any]) -> Weights:
         return tuple(
-            _shape(v.shape, v.dtype, weight_sharding(v.shape, self.mesh)) for v in variables
+            array_shape(v.shape, v.dtype, weight_sharding(v.shape, self.mesh)) for v in variables
         )
 
     def replicate(self, tree: Any) -> Any:
         """The shapes of arrays, whole on every device."""
-        return jax.tree.map(lambda array: _shape(array.shape, array.dtype, self.whole), tree)
+        return jax.tree.map(lambda array: array_shape(array.shape, array.dtype, self.whole), tree)
 
     def split_batch(self, tree: Any, axis: int = 0) -> Any:
         """The shapes of arrays whose axis `axis` is split over the data-parallel devices."""
         sharding = self._sharding(*([None] * axis), "data")
-        return jax.tree.map(lambda array: _shape(array.shape, array.dtype, sharding), tree)
+        return jax.tree.map(lambda array: array_shape(array.shape, array.dtype, sharding), tree)
 
     def on_each_device(self, value: int) -> jax.Array:
         """The shape of a number on each device."""
         del value
-        shape: jax.Array = _shape(
+        shape: jax.Array = array_shape(
             self.mesh.devices.shape, jnp.int32, self._sharding(*self.mesh.axis_names)
         )
         return shape
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a hidden state."""
+        return int(self._backbone.token_embedding.embeddings.shape[1])
+
+    @property
+    def compute_dtype(self) -> Any:
+        """The type of hidden states."""
+        return jnp.dtype(self._backbone.compute_dtype)
+
+    def prefill(self, weights: Weights, token_ids: jax.Array, mask: jax.Array) -> Any:
+        """The part of `generate` before its loop: the cache of keys and values of the prompts."""
+        found: dict[str, Any] = {}
+
+        def keep(prompt: Any, cache: Any, **_: Any) -> Any:
+            found["cache"] = cache
+            return prompt
+
+        with self._sampler(keep):
+            self.generate(weights, token_ids, mask, self.codec.stop_ids)
+        return found["cache"]
+
+    def decode(self, weights: Weights, token_ids: jax.Array, mask: jax.Array, cache: Any) -> Any:
+        """One turn of the loop of `generate`: the next token of each row, and the new cache."""
+        found: dict[str, Any] = {}
+
+        def step(next: Any, prompt: Any, index: Any, **_: Any) -> Any:  # noqa: A002
+            logits, _, after = next(prompt, cache, index)
+            found["all"] = jnp.argmax(logits, axis=-1), after
+            return prompt
+
+        with self._sampler(step):
+            self.generate(weights, token_ids, mask, self.codec.stop_ids)
+        return found["all"]
+
+    @contextlib.contextmanager
+    def _sampler(self, function: Any) -> Iterator[None]:
+        """Within this block KerasHub's generation ends in this function instead of its loop."""
+        self._task.sampler = function
+        try:
+            yield
+        finally:
+            self._task.sampler = None
 
     def adapter(self) -> LoraWeights:
         """The shapes of an adapter, whole on every device."""
         pairs = (self.lora.shapes(target) for target in self.lora.targets)
         return tuple(
-            (_shape(a, jnp.float32, self.whole), _shape(b, jnp.float32, self.whole))
+            (array_shape(a, jnp.float32, self.whole), array_shape(b, jnp.float32, self.whole))
             for a, b in pairs
         )
 
 
-def _shape(shape: Sequence[int], dtype: Any, sharding: NamedSharding) -> Any:
+def array_shape(shape: Sequence[int], dtype: Any, sharding: Sharding) -> Any:
+    """An array without values, as it lies on the devices of a sharding."""
     return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=sharding)  # type: ignore[no-untyped-call]
 
 
 def abstract_model(model: Model, config: Mapping[str, Any], mesh: Mesh) -> AbstractModel:
-    """The model of a preset's configuration.
-
-    Args:
-        config: the preset's config.json, KerasHub's or transformers'.
+    """The model of a preset's configuration (its config.json, KerasHub's or transformers').
 
     Raises:
         UsageError: KerasHub does not know such a model, or the spec does not fit it.
+    """
+    return AbstractModel(make_task(model, config), model, mesh)
+
+
+def make_task(model: Model, config: Mapping[str, Any], rank: int | None = None) -> Any:
+    """The KerasHub task of a configuration, its large variables without values.
+
+    Args:
+        rank: of KerasHub's own LoRA; unset, it has none.
+
+    Raises:
+        UsageError: KerasHub does not know such a model.
     """
     import keras_hub
 
@@ -101,7 +155,9 @@ def abstract_model(model: Model, config: Mapping[str, Any], mesh: Mesh) -> Abstr
                 f"model.preset: KerasHub cannot make the causal language model of "
                 f"{model.preset!r}: {str(error).partition(' A preset must')[0]}"
             ) from error
-    return AbstractModel(task, model, mesh)
+        if rank is not None:
+            task.backbone.enable_lora(rank)
+    return task
 
 
 @contextlib.contextmanager

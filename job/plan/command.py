@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
@@ -10,10 +10,12 @@ from job.accelerators import Machine, machine
 from job.errors import UsageError
 from job.pipeline import read_markers, stale_stages
 from job.plan.estimate import MFU
-from job.plan.plan import Plan, default_machine, make_plan, slices
-from job.plan.shapes import find_config
+from job.plan.plan import MachinePlan, Plan, default_machine, make_plan, slices
+from job.plan.shapes import Config, find_config
+from job.plan.workload import Workload, workload
 from job.results import DataInfo
 from job.run import Marker, Preflight
+from job.spec import Mesh, Spec
 from job.spec_loading import LoadedSpec, run_id
 from job.stages import stage_digests
 from job.storage import child_uri, open_store
@@ -49,21 +51,57 @@ def plan_job(loaded: LoadedSpec, asked: Asked) -> Plan:
     if asked.sizes:
         machines = _all_sizes(machines)
     config = find_config(spec.model)
+    if asked.compile:
+        _check_compiles(machines)
     store = open_store(child_uri(spec.output, run_id(spec)))
     markers = read_markers(store)
     stale = stale_stages(spec, store, markers, stage_digests(spec, _revisions(markers)))
-    return make_plan(
+    known = _found(markers) if "data" not in stale else None
+    work = workload(spec, known, asked.examples, asked.tokens)
+    plan = make_plan(
         spec,
         source=loaded.source,
         run=store.uri,
         config=config,
         machines=machines,
         stale=stale,
-        found=_found(markers) if "data" not in stale else None,
-        examples=asked.examples,
-        tokens=asked.tokens,
+        work=work,
         mfu=asked.mfu,
     )
+    if not asked.compile:
+        return plan
+    compiled = [_compiled(spec, config, found, work) for found in plan.machines]
+    return plan.model_copy(update={"machines": compiled})
+
+
+def _check_compiles(machines: Sequence[Machine]) -> None:
+    for wanted in machines:
+        if wanted.topology_name is None:
+            raise UsageError(
+                f"--compile: {wanted.name} is no TPU, and no other compiler works without its "
+                "device; leave --compile out, or name a TPU with --on"
+            )
+
+
+def _compiled(spec: Spec, config: Config, found: MachinePlan, work: Workload) -> MachinePlan:
+    """A machine's plan with its programs, compiled for the mesh that the plan says."""
+    from job import runtime
+
+    wanted = machine(found.machine)
+    mesh = Mesh(data=found.mesh["data"], model=found.mesh["model"])
+    update = {"runtime": spec.runtime.model_copy(update={"mesh": mesh})}
+    with runtime.compiling_for(wanted) as devices:
+        from job.plan.compiled import Compiler
+
+        compiler = Compiler(
+            spec.model_copy(update=update),
+            config,
+            replace(work, batch_size=found.batch_size),
+            wanted,
+            runtime.make_mesh(update["runtime"], devices),
+        )
+        programs = list(compiler.programs(found.rows_a_device))
+    return found.model_copy(update={"programs": programs})
 
 
 def _all_sizes(machines: Sequence[Machine]) -> list[Machine]:

@@ -7,8 +7,7 @@ from pydantic import BaseModel
 from job.accelerators import Accelerator, Machine, machine
 from job.plan.estimate import MFU, Estimate, estimate
 from job.plan.shapes import Config, ModelShape, model_shape
-from job.plan.workload import Workload, workload
-from job.results import DataInfo
+from job.plan.workload import Workload
 from job.spec import Mesh, Spec
 from job.stages import STAGES
 
@@ -133,25 +132,21 @@ def make_plan(
     config: Config,
     machines: Sequence[Machine],
     stale: Sequence[str],
-    found: DataInfo | None = None,
-    examples: int | None = None,
-    tokens: int | None = None,
+    work: Workload,
     mfu: float = MFU,
 ) -> Plan:
     """The plan of a spec.
 
     Args:
         config: the preset's configuration.
+        work: what there is to do.
         stale: names of the stages that the next run would run.
-        found: what the run's data stage found, if it is done.
-        examples, tokens: see `workload`.
         mfu: share of the peak that is assumed.
 
     Raises:
         UsageError: the shape of the model is not known, or the spec does not fit it.
     """
     shape = model_shape(config, spec.model.preset)
-    work = workload(spec, found, examples, tokens)
     return Plan(
         spec=source,
         run=run,

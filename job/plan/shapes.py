@@ -176,7 +176,12 @@ def find_config(model: Model) -> Config:
     if preset == "tiny":
         from job.model.tiny import SHAPE, VOCABULARY
 
-        return {"class_name": "Gemma3Backbone", "config": {"vocabulary_size": VOCABULARY, **SHAPE}}
+        return {
+            "module": "keras_hub.src.models.gemma3.gemma3_backbone",
+            "class_name": "Gemma3Backbone",
+            "registered_name": "keras_hub>Gemma3Backbone",
+            "config": {"vocabulary_size": VOCABULARY, **SHAPE},
+        }
     if (known := _known(preset)) is not None:
         return known
     if Path(preset).is_dir():

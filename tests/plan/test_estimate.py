@@ -96,7 +96,7 @@ def test_a_model_too_large_for_a_chip_is_split_in_the_plan() -> None:
     spec = spec_of("model.preset=gemma3_instruct_12b_text")
     plan = make_plan(
         spec, source="s", run="r", config=find_config(spec.model), machines=[machine("v5e-8")],
-        stale=["train"],
+        stale=["train"], work=workload(spec),
     )  # fmt: skip
     first, second = plan.machines
     assert (first.memory.fits, second.memory.fits) == (False, True)
