@@ -1,11 +1,13 @@
 """`job plan`: what the next run would do and cost, without doing it."""
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
+from job import logs
 from job.accelerators import Machine, machine
 from job.errors import UsageError
 from job.pipeline import read_markers, stale_stages
@@ -53,6 +55,9 @@ def plan_job(loaded: LoadedSpec, asked: Asked) -> Plan:
     config = find_config(spec.model)
     if asked.compile:
         _check_compiles(machines)
+        log = logs.RunLog()
+        log.discard()
+        logs.configure(log, sys.stderr)  # stdout is the plan's
     store = open_store(child_uri(spec.output, run_id(spec)))
     markers = read_markers(store)
     stale = stale_stages(spec, store, markers, stage_digests(spec, _revisions(markers)))
