@@ -48,7 +48,9 @@ class Compiler:
         self._chip: Accelerator = machine.accelerator
         self.model: AbstractModel = abstract_model(spec.model, config, mesh)
         self.rows = work.batch_size // self.model.devices
-        self._forward = Forward(spec.train.packing and self.model.can_pack, spec.train.remat)
+        # The longest example is not known yet; none is longer than this.
+        packed = spec.train.packing and self.model.can_pack
+        self._forward = Forward(packed, spec.train.remat, spec.train.max_length)
 
     def programs(self, micro: int) -> Iterator[Program]:
         """All programs of the job, the training step with so many rows at once or fewer."""

@@ -18,6 +18,8 @@ from job.spec import Spec
 MFU = 0.4
 """Share of the peak that is assumed."""
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_CHUNK = 128
+"""Queries that share their keys (`job.model.local_attention.CHUNK`)."""
 _SLICE = 256 * 2**20
 """Bytes of float32 logits held at once (`job.train.loss.SLICE_BYTES`)."""
 _LOGITS_HELD = 1.75
@@ -95,20 +97,21 @@ def kept_a_token(shape: ModelShape, spec: Spec) -> int:
             adapted = lora.targets == "all-linear" or name in lora.targets
             numbers += linear.output * (2 if adapted else 1) + (lora.rank if adapted else 0)
         if spec.train.remat == "none":
-            numbers += _elementwise(layer, shape.hidden, spec.train.row_length)
+            numbers += _elementwise(layer, shape.hidden, spec)
     return numbers * size
 
 
-def _elementwise(layer: Layer, hidden: int, length: int) -> int:
+def _elementwise(layer: Layer, hidden: int, spec: Spec) -> int:
     """Numbers that a block without rematerialization keeps besides results of kernels."""
     feed = max(linear.output for linear in layer.linears.values())
-    return 8 * hidden + 3 * feed + 4 * layer.heads * layer.head_dim + 3 * layer.heads * length
+    keys = keys_seen(layer, spec.train.row_length, spec.train.max_length)
+    return 8 * hidden + 3 * feed + layer.heads * (4 * layer.head_dim + 3 * keys)
 
 
-def _one_block(layer: Layer, hidden: int, length: int) -> int:
+def _one_block(layer: Layer, hidden: int, spec: Spec) -> int:
     """Numbers of a token that the backward pass of a block works with."""
     outputs = sum(linear.output for linear in layer.linears.values())
-    return 2 * hidden + outputs + _elementwise(layer, hidden, length)
+    return 2 * hidden + outputs + _elementwise(layer, hidden, spec)
 
 
 def memory(shape: ModelShape, spec: Spec, layout: Layout, loss_share: float) -> Memory:
@@ -116,7 +119,7 @@ def memory(shape: ModelShape, spec: Spec, layout: Layout, loss_share: float) -> 
     size = _BYTES[spec.model.dtype]
     adapter = shape.adapter(spec.model.lora)
     tokens = layout.micro * spec.train.row_length
-    block = max(_one_block(layer, shape.hidden, spec.train.row_length) for layer in shape.layers)
+    block = max(_one_block(layer, shape.hidden, spec) for layer in shape.layers)
     losses = math.ceil(tokens * loss_share)
     # Of a model over several devices the widest results are split as the kernels are.
     kept = kept_a_token(shape, spec) / layout.model
@@ -129,17 +132,25 @@ def memory(shape: ModelShape, spec: Spec, layout: Layout, loss_share: float) -> 
     )
 
 
-def forward_flops(shape: ModelShape, length: int) -> float:
-    """FLOPs of a token through all blocks, in rows of `length`; attention works on whole rows."""
-    attention = sum(4.0 * layer.heads * layer.head_dim * length for layer in shape.layers)
-    return 2.0 * shape.kernels + attention
+def keys_seen(layer: Layer, length: int, reach: int) -> int:
+    """Keys that each query of a row of `length` is scored against, where none sees further than
+    `reach` tokens (see `job.model.local_attention`)."""
+    reach = min(reach, layer.window or reach)
+    return min(length, math.ceil((reach - 1) / _CHUNK) * _CHUNK + _CHUNK)
+
+
+def attention_flops(shape: ModelShape, length: int, reach: int) -> float:
+    """FLOPs of a token's scores and sums over values, in all blocks, forward."""
+    return sum(
+        4.0 * layer.heads * layer.head_dim * keys_seen(layer, length, reach)
+        for layer in shape.layers
+    )
 
 
 def step_flops(shape: ModelShape, spec: Spec, work: Workload) -> float:
     """FLOPs of an optimizer step, over all devices."""
-    length = work.row_length
-    attention = forward_flops(shape, length) - 2.0 * shape.kernels
-    again = {"none": 0.0, "matmuls": attention, "blocks": forward_flops(shape, length)}
+    attention = attention_flops(shape, work.row_length, spec.train.max_length)
+    again = {"none": 0.0, "matmuls": attention, "blocks": attention + 2.0 * shape.kernels}
     token = 4.0 * shape.kernels + 3.0 * attention + again[spec.train.remat]
     token += 6.0 * shape.adapter(spec.model.lora) + 4.0 * shape.head * work.loss_share
     return token * work.slots_a_step
@@ -275,7 +286,8 @@ def evaluation_seconds(
     batches = math.ceil(asked.prompts / (rows * layout.data))
     speed = kind.peak_flops * mfu * layout.model
     weights = shape.parameters * _BYTES[spec.model.dtype] / layout.model / kind.hbm_bandwidth
-    token = forward_flops(shape, asked.prompt_tokens + asked.new_tokens)
+    length = asked.prompt_tokens + asked.new_tokens
+    token = 2.0 * shape.kernels + attention_flops(shape, length, length)
     prefill = max(rows * (asked.prompt_tokens * token + 2.0 * shape.head) / speed, weights)
     cache = sum(
         2 * _BYTES[spec.model.dtype] * layer.key_value_heads * layer.head_dim

@@ -119,6 +119,16 @@ def ours(preset: str, on: Machine, *changes: str) -> tuple[Step, Any]:
     return Step(tokens, made.model.parameters, on.chips, program, roofline(program, on)), made
 
 
+def say(name: str, step: Step, on: Machine) -> tuple[str, Step, Machine]:
+    """A step's line of the table, told at once: the next may take minutes."""
+    print(
+        f"{name}: {step.seconds * 1e3:.1f} ms, {step.rate:,.0f} tokens/s, "
+        f"{step.program.memory / 1e9:.2f} GB, compiled in {step.program.seconds:.0f} s",
+        flush=True,
+    )
+    return name, step, on
+
+
 def show(rows: list[tuple[str, Step, Machine]]) -> None:
     """The table of training steps."""
     report.show(
@@ -150,18 +160,20 @@ def main() -> None:
     figures: dict[str, Any] = {}
     if "1b" in given.size:
         theirs = published(PRESETS["1b"], v5e)
+        rows.append(say("published 1B, one chip", theirs, v5e))
         mine, made = ours(PRESETS["1b"], v5e, *given.set)
-        rows += [("published 1B, one chip", theirs, v5e), ("ours 1B, v5e-8", mine, v5e)]
+        rows.append(say("ours 1B, v5e-8", mine, v5e))
         figures |= compare(theirs, mine, v5e) | evaluations(made, v5e)
     if "4b" in given.size:
         theirs = published(PRESETS["4b"], v5e)
+        rows.append(say("published 4B, one chip", theirs, v5e))
         mine, _ = ours(PRESETS["4b"], v5e, *given.set)
-        rows += [("published 4B, one chip", theirs, v5e), ("ours 4B, v5e-8", mine, v5e)]
+        rows.append(say("ours 4B, v5e-8", mine, v5e))
         figures |= {f"{key}_4b": value for key, value in compare(theirs, mine, v5e).items()}
     if "256" in given.size:
         large = machine("v5e-256")
         mine, made = ours(PRESETS["1b"], large, "train.batch_size=512", *given.set)
-        rows.append(("ours 1B, v5e-256", mine, large))
+        rows.append(say("ours 1B, v5e-256", mine, large))
         figures |= {"tokens_per_s_256": mine.rate, "mfu_4n_256": mine.mfu(large)}
     show(rows)
     print(f"\n{time.perf_counter() - begin:.0f} s in all")

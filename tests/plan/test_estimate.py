@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from job.accelerators import machine
-from job.plan.estimate import Layout, estimate, memory, step_flops
+from job.plan.estimate import Layout, estimate, keys_seen, memory, step_flops
 from job.plan.plan import default_machine, make_plan, slices
 from job.plan.shapes import find_config, model_shape
 from job.plan.workload import workload
@@ -60,6 +60,25 @@ def test_flops_are_four_a_kernel_and_token_and_what_comes_on_top() -> None:
     assert least < step_flops(shape, spec, work) < 1.5 * least
     more = spec_of("train.pack_length=512", "train.remat=blocks")
     assert step_flops(shape, more, work) > step_flops(shape, spec, work) + 0.4 * least
+
+
+def test_what_is_known_of_the_code_without_importing_it_is_true() -> None:
+    from job.model import local_attention
+    from job.plan import estimate as planned
+    from job.train import loss
+
+    assert planned._CHUNK == local_attention.CHUNK
+    assert planned._SLICE == loss.SLICE_BYTES
+
+
+def test_a_query_is_scored_against_no_more_keys_than_it_can_see() -> None:
+    spec = spec_of()
+    local, whole = model_shape(find_config(spec.model), "1b").layers[4:6]
+    assert (local.window, whole.window) == (512, None)
+    assert keys_seen(local, 1024, 512) == keys_seen(whole, 1024, 512) == 640
+    assert keys_seen(local, 4096, 2048) == 640
+    assert keys_seen(whole, 4096, 2048) == 2176
+    assert keys_seen(whole, 512, 512) == 512
 
 
 def test_memory_grows_with_rows_and_shrinks_with_remat_and_split_weights() -> None:
