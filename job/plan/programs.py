@@ -69,6 +69,8 @@ class Compiled:
     costs: Costs
     seconds: float
     """Of the compiler; tracing is not in them."""
+    cpu_seconds: float
+    """The same in seconds of a processor core, which other processes do not lengthen."""
     collectives: dict[str, int] = field(default_factory=dict)
     text: str = field(default="", repr=False)
     """The optimized program."""
@@ -77,15 +79,15 @@ class Compiled:
 def compile_program(function: Callable[..., Any], *arguments: Any) -> Compiled:
     """Trace and compile a jitted function for arguments that are shapes."""
     lowered = function.lower(*arguments)  # type: ignore[attr-defined]
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        seconds = time.perf_counter() - begin
-        return Compiled(False, needed_bytes(str(error)), 0, Costs(0, 0), seconds)
-    seconds = time.perf_counter() - begin
+        clocks = time.perf_counter() - begin, time.process_time() - used
+        return Compiled(False, needed_bytes(str(error)), 0, Costs(0, 0), *clocks)
+    clocks = time.perf_counter() - begin, time.process_time() - used
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     text = compiled.as_text()
     kinds, moved = collectives(text)
@@ -97,7 +99,8 @@ def compile_program(function: Callable[..., Any], *arguments: Any) -> Compiled:
         - memory.alias_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
         costs=Costs(analysis["flops"], analysis["bytes accessed"], moved),
-        seconds=seconds,
+        seconds=clocks[0],
+        cpu_seconds=clocks[1],
         collectives=kinds,
         text=text,
     )
