@@ -156,8 +156,9 @@ def main() -> NoReturn:
 
 
 def _end(code: int) -> NoReturn:
-    """End with an error; one of several processes does not wait for the others to end."""
-    processes = sys.modules.get("job.processes")
-    if processes is not None and processes.is_joined():
+    """End with an error, without waiting for other processes or for the compiler to end."""
+    processes, ahead = (sys.modules.get(f"job.{name}") for name in ("processes", "train.ahead"))
+    busy = ahead is not None and ahead.is_compiling()
+    if processes is not None and (busy or processes.is_joined()):
         processes.end_now(code)
     sys.exit(code)
