@@ -104,11 +104,12 @@ class AbstractModel(LanguageModel):
     @contextlib.contextmanager
     def _sampler(self, function: Any) -> Iterator[None]:
         """Within this block KerasHub's generation ends in this function instead of its loop."""
+        ordinary = self._task.sampler
         self._task.sampler = function
         try:
             yield
         finally:
-            self._task.sampler = None
+            self._task.sampler = ordinary
 
     def adapter(self) -> LoraWeights:
         """The shapes of an adapter, whole on every device."""

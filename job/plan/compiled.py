@@ -142,7 +142,16 @@ class Compiler:
 
     def generation(self, asked: Evaluation) -> tuple[Compiled, Compiled, Compiled]:
         """One batch of prompts answered: its two parts, and the whole with all turns counted."""
+        first, turn = self.generation_parts(asked)
         logs.get().info("compiling", program="generate")
+        tokens, lengths = self._prompt_batch(rung(asked.prompt_tokens) + asked.new_tokens)
+        whole = compile_program(self._engine.generator, self.model.weights, tokens, lengths)
+        costs = first.costs.plus(turn.costs, asked.new_tokens)
+        return first, turn, with_costs(whole, costs)
+
+    def generation_parts(self, asked: Evaluation) -> tuple[Compiled, Compiled]:
+        """The pass over a batch of prompts, and one turn of the loop that answers them."""
+        logs.get().info("compiling", program="prefill and decode")
         model = self.model
         tokens, lengths = self._prompt_batch(rung(asked.prompt_tokens) + asked.new_tokens)
 
@@ -156,10 +165,7 @@ class Compiler:
         first = compile_program(jax.jit(prefill), model.weights, tokens, lengths)
         cache = model.split_batch(jax.eval_shape(prefill, model.weights, tokens, lengths))
         step = jax.jit(decode, donate_argnums=3)
-        turn = compile_program(step, model.weights, tokens, lengths, cache)
-        whole = compile_program(self._engine.generator, model.weights, tokens, lengths)
-        costs = first.costs.plus(turn.costs, asked.new_tokens)
-        return first, turn, with_costs(whole, costs)
+        return first, compile_program(step, model.weights, tokens, lengths, cache)
 
     @property
     def _engine(self) -> Engine:

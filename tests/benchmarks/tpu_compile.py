@@ -204,15 +204,19 @@ def evaluations(made: Any, on: Machine) -> dict[str, float]:
     from job import runtime
     from job.plan.workload import Evaluation
 
+    prompts = made.prompts
     with runtime.compiling_for(on):
         letters = made.letters(Evaluation("medmcqa", "letters", 4183, 192, 0))
-        prefill, decode, _ = made.generation(Evaluation("dialogue", "generate", 256, 128, 256))
-    prompts = made.prompts
+        scored = prompts / roofline(letters, on)
+        print(f"letters: {scored:,.0f} questions/s", flush=True)
+        prefill, decode = made.generation_parts(Evaluation("dialogue", "generate", 256, 128, 256))
+    turn = roofline(decode, on)
+    print(f"decode: {prompts / turn:,.0f} tokens/s, {turn * 1e3:.2f} ms a token", flush=True)
     return {
-        "letters_questions_per_s": prompts / roofline(letters, on),
-        "letters_seconds_4183": 4183 / prompts * roofline(letters, on),
+        "letters_questions_per_s": scored,
+        "letters_seconds_4183": 4183 / scored,
         "prefill_prompts_per_s": prompts / roofline(prefill, on),
-        "decode_tokens_per_s": prompts / roofline(decode, on),
+        "decode_tokens_per_s": prompts / turn,
     }
 
 
