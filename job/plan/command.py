@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from job import logs
 from job.accelerators import Machine, machine
-from job.errors import UsageError
+from job.errors import JobError, UsageError
 from job.pipeline import read_markers, stale_stages
 from job.plan.estimate import MFU
 from job.plan.plan import MachinePlan, Plan, default_machine, make_plan, slices
@@ -19,8 +19,8 @@ from job.results import DataInfo
 from job.run import Marker, Preflight
 from job.spec import Mesh, Spec
 from job.spec_loading import LoadedSpec, run_id
-from job.stages import stage_digests
-from job.storage import child_uri, open_store
+from job.stages import STAGES, stage_digests
+from job.storage import Store, child_uri, open_store
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,16 @@ def plan_job(loaded: LoadedSpec, asked: Asked) -> Plan:
         machines = _all_sizes(machines)
     config = find_config(spec.model)
     if asked.compile:
+        if asked.sizes:
+            raise UsageError("--compile shows programs and --table sizes; leave one of them out")
         _check_compiles(machines)
         log = logs.RunLog()
         log.discard()
         logs.configure(log, sys.stderr)  # stdout is the plan's
     store = open_store(child_uri(spec.output, run_id(spec)))
-    markers = read_markers(store)
-    stale = stale_stages(spec, store, markers, stage_digests(spec, _revisions(markers)))
-    known = _found(markers) if "data" not in stale else None
+    stale, known, unread = _standing(spec, store)
     work = workload(spec, known, asked.examples, asked.tokens)
+    work = replace(work, assumptions=(*work.assumptions, *unread))
     plan = make_plan(
         spec,
         source=loaded.source,
@@ -77,6 +78,19 @@ def plan_job(loaded: LoadedSpec, asked: Asked) -> Plan:
         return plan
     compiled = [_compiled(spec, config, found, work) for found in plan.machines]
     return plan.model_copy(update={"machines": compiled})
+
+
+def _standing(spec: Spec, store: Store) -> tuple[list[str], DataInfo | None, tuple[str, ...]]:
+    """The stages to run, what the data stage found if it is done, and what could not be read.
+
+    A plan needs no credentials: a bucket that cannot be read counts as empty, and that is said.
+    """
+    try:
+        markers = read_markers(store)
+        stale = stale_stages(spec, store, markers, stage_digests(spec, _revisions(markers)))
+    except JobError as error:
+        return [stage.name for stage in STAGES], None, (f"nothing is done yet ({error})",)
+    return stale, _found(markers) if "data" not in stale else None, ()
 
 
 def _check_compiles(machines: Sequence[Machine]) -> None:

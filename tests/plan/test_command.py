@@ -64,11 +64,21 @@ def test_stages_that_are_done_are_said_to_be_skipped(tmp_path: Path) -> None:
     assert "baseline -> train -> finetuned -> reference -> report; skipped: data" in done.stdout
 
 
+def test_a_bucket_that_cannot_be_read_counts_as_empty_and_that_is_said() -> None:
+    nobody = {"GOOGLE_APPLICATION_CREDENTIALS": "", "HOME": "/nonexistent", "NO_GCE_CHECK": "true"}
+    done = job("plan", "smoke", "--set", "output=gs://bucket-of-someone/runs", **nobody)
+    assert done.returncode == 0, done.stderr
+    assert "data -> baseline -> train" in done.stdout
+    assert "assumed     nothing is done yet (no Google Cloud credentials" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("smoke", "--on", "v5e-9"), "v5e does not come in this size"),
         (("smoke", "--on", "tpu"), "is no accelerator this job knows"),
+        (("smoke", "--on", "h100-1", "--compile"), "h100-1 is no TPU"),
+        (("smoke", "--table", "--compile"), "leave one of them out"),
         (("smoke", "--mfu", "40"), "--mfu 40.0: write a share of the peak"),
         (("smoke", "--tokens", "0"), "--tokens 0: write a number above 0"),
         (("smoke", "--set", "model.preset=nothing"), "the shape of 'nothing' is not known"),
