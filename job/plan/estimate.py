@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from job.accelerators import Machine
 from job.plan.shapes import Layer, ModelShape
 from job.plan.workload import Evaluation, Workload
-from job.spec import Spec
+from job.spec import Lora, Spec
 
 MFU = 0.4
 """Share of the peak that is assumed."""
@@ -85,33 +85,60 @@ class Estimate:
         return None if self.stage_seconds is None else sum(self.stage_seconds.values())
 
 
-def kept_a_token(shape: ModelShape, spec: Spec) -> int:
-    """Bytes kept of a token for the backward pass, on a device with whole weights."""
-    size, lora = _BYTES[spec.model.dtype], spec.model.lora
-    numbers = 0
+@dataclass(frozen=True)
+class _Numbers:
+    """Numbers of a token: those that each device has whole, and those split with the kernels."""
+
+    whole: int = 0
+    split: int = 0
+
+    def __add__(self, other: "_Numbers") -> "_Numbers":
+        return _Numbers(self.whole + other.whole, self.split + other.split)
+
+    def on_device(self, model: int) -> float:
+        """Of a model over so many devices, those on each."""
+        return self.whole + self.split / model
+
+
+def _kept(shape: ModelShape, spec: Spec) -> _Numbers:
+    """What is kept of a token for the backward pass."""
+    numbers = _Numbers()
     for layer in shape.layers:
-        numbers += shape.hidden
+        numbers += _Numbers(whole=shape.hidden)
         if spec.train.remat == "blocks":
             continue
-        for name, linear in layer.linears.items():
-            adapted = lora.targets == "all-linear" or name in lora.targets
-            numbers += linear.output * (2 if adapted else 1) + (lora.rank if adapted else 0)
+        numbers += _results(layer, shape.hidden, spec.model.lora)
         if spec.train.remat == "none":
             numbers += _elementwise(layer, shape.hidden, spec)
-    return numbers * size
+    return numbers
 
 
-def _elementwise(layer: Layer, hidden: int, spec: Spec) -> int:
-    """Numbers that a block without rematerialization keeps besides results of kernels."""
+def _results(layer: Layer, hidden: int, lora: Lora) -> _Numbers:
+    """What kernels give; the adapter beside one gives as much again."""
+    numbers = _Numbers(split=layer.expert_outputs)
+    for name, linear in layer.linears.items():
+        adapted = lora.targets == "all-linear" or name in lora.targets
+        count = linear.output * (2 if adapted else 1)
+        inner = lora.rank if adapted else 0
+        # What is as wide as the model is summed over the devices, and whole on each.
+        wide = linear.output == hidden
+        numbers += _Numbers(count + inner, 0) if wide else _Numbers(inner, count)
+    return numbers
+
+
+def _elementwise(layer: Layer, hidden: int, spec: Spec) -> _Numbers:
+    """What a block without rematerialization keeps besides results of kernels."""
     feed = max(linear.output for linear in layer.linears.values())
     keys = keys_seen(layer, spec.train.row_length, spec.train.max_length)
-    return 8 * hidden + 3 * feed + layer.heads * (4 * layer.head_dim + 3 * keys)
+    experts = layer.expert_outputs // 2 + layer.expert_sums
+    heads = layer.heads * (4 * layer.head_dim + 3 * keys)
+    return _Numbers(8 * hidden, experts + 3 * feed + heads)
 
 
-def _one_block(layer: Layer, hidden: int, spec: Spec) -> int:
-    """Numbers of a token that the backward pass of a block works with."""
-    outputs = sum(linear.output for linear in layer.linears.values())
-    return 2 * hidden + outputs + _elementwise(layer, hidden, spec)
+def _one_block(layer: Layer, hidden: int, spec: Spec) -> _Numbers:
+    """What the backward pass of a block works with."""
+    results = _results(layer, hidden, spec.model.lora)
+    return _Numbers(whole=2 * hidden) + results + _elementwise(layer, hidden, spec)
 
 
 def memory(shape: ModelShape, spec: Spec, layout: Layout, loss_share: float) -> Memory:
@@ -119,15 +146,15 @@ def memory(shape: ModelShape, spec: Spec, layout: Layout, loss_share: float) -> 
     size = _BYTES[spec.model.dtype]
     adapter = shape.adapter(spec.model.lora)
     tokens = layout.micro * spec.train.row_length
-    block = max(_one_block(layer, shape.hidden, spec) for layer in shape.layers)
+    blocks = (_one_block(layer, shape.hidden, spec) for layer in shape.layers)
+    block = max(numbers.on_device(layout.model) for numbers in blocks)
+    kept = _kept(shape, spec).on_device(layout.model)
     losses = math.ceil(tokens * loss_share)
-    # Of a model over several devices the widest results are split as the kernels are.
-    kept = kept_a_token(shape, spec) / layout.model
     return Memory(
         weights=math.ceil(shape.parameters * size / layout.model),
         adapter=2 * 4 * adapter,
         optimizer=math.ceil(4 * _OPTIMIZER_COPIES[spec.train.optimizer] * adapter),
-        activations=math.ceil(tokens * (kept + _WORKING * block * size / layout.model)),
+        activations=math.ceil(tokens * size * (kept + _WORKING * block)),
         logits=math.ceil(min(_SLICE, 4 * losses * shape.vocabulary) * _LOGITS_HELD),
     )
 

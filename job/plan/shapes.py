@@ -50,7 +50,11 @@ class Layer:
     others: int
     """Parameters of norms and the like."""
     experts: int = 0
-    """Parameters of a mixture of experts; all of them are worked through for every token."""
+    """Parameters of a mixture of experts; KerasHub works through all of them for every token."""
+    expert_outputs: int = 0
+    """Numbers that the first kernels of all experts give for a token."""
+    expert_sums: int = 0
+    """Numbers that their last kernels give, before they are weighed and added."""
 
     @property
     def kernels(self) -> int:
@@ -320,10 +324,11 @@ def _gemma3_shape(sizes: _Sizes, family: str) -> ModelShape:
 
 def _gemma4_shape(sizes: _Sizes, family: str) -> ModelShape:
     hidden, heads = sizes["hidden_dim"], sizes["num_query_heads"]
-    experts = 0
+    experts = outputs = sums = 0
     if sizes.get("enable_moe_block", False):
-        each = 3 * hidden * sizes["expert_intermediate_dim"]
-        experts = sizes["num_experts"] * (each + hidden + 1)
+        count, feed = sizes["num_experts"], sizes["expert_intermediate_dim"]
+        experts = count * (3 * hidden * feed + hidden + 1)
+        outputs, sums = 2 * count * feed, count * hidden
     layers = []
     for number in range(sizes["num_layers"]):
         whole = number % _PERIOD == _PERIOD - 1
@@ -337,7 +342,17 @@ def _gemma4_shape(sizes: _Sizes, family: str) -> ModelShape:
         linears |= _feed_forward(hidden, sizes["intermediate_dim"], _GEMMA_NAMES)
         window = None if whole else sizes["sliding_window_size"]
         layers.append(
-            Layer(linears, heads, keys, head_dim, window, 8 * hidden + 2 * head_dim, experts)
+            Layer(
+                linears,
+                heads,
+                keys,
+                head_dim,
+                window,
+                8 * hidden + 2 * head_dim,
+                experts,
+                outputs,
+                sums,
+            )
         )
     return ModelShape(family, hidden, sizes["vocabulary_size"], True, tuple(layers))
 
