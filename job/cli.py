@@ -87,6 +87,44 @@ def validate(spec: SpecArgument, overrides: SetOption = None) -> None:
 
 
 @app.command()
+def plan(
+    spec: SpecArgument,
+    overrides: SetOption = None,
+    on: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MACHINE", help="Such as v5e-8 or h100-1; repeatable."),
+    ] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="One line for each size of the machine.")
+    ] = False,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Ask the TPU's compiler; needs the tpu extra.")
+    ] = False,
+    examples: Annotated[
+        int | None, typer.Option(metavar="N", help="Training examples, where the spec takes all.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Mean tokens of an example.")
+    ] = None,
+    mfu: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the peak that is assumed.")
+    ] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a run would do, need and cost, without starting it."""
+    from job.plan.command import Asked, plan_job
+    from job.plan.text import render, render_table
+    from job.spec_loading import load_spec
+
+    asked = Asked(tuple(on or ()), table, compile_, examples, tokens, mfu)
+    found = plan_job(load_spec(spec, overrides or []), asked)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        typer.echo(render_table(found) if table else render(found))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of the spec, for editors."""
     from job.spec import Spec
@@ -145,8 +183,9 @@ def main() -> NoReturn:
 
 
 def _end(code: int) -> NoReturn:
-    """End with an error; one of several processes does not wait for the others to end."""
-    processes = sys.modules.get("job.processes")
-    if processes is not None and processes.is_joined():
+    """End with an error, without waiting for other processes or for the compiler to end."""
+    processes, ahead = (sys.modules.get(f"job.{name}") for name in ("processes", "train.ahead"))
+    busy = ahead is not None and ahead.is_compiling()
+    if processes is not None and (busy or processes.is_joined()):
         processes.end_now(code)
     sys.exit(code)

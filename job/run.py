@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from job.model.language_model import LanguageModel
+    from job.train.ahead import Ahead
 
 Outcome = TypeVar("Outcome", bound=BaseModel)
 
@@ -105,6 +106,8 @@ class Run:
     """Gives the run back, so that another process need not wait for the lease to expire."""
     written: list[Artifact] = field(default_factory=list)
     """The files that the stage at work has put into the run."""
+    ahead: "Ahead | None" = None
+    """A training whose step is being compiled already."""
     _model: "LanguageModel | None" = None
 
     def outcome(self, stage: str, kind: type[Outcome]) -> Outcome:

@@ -5,21 +5,25 @@ configuration). A machine that is not what the spec asks for ends the job here, 
 file is written.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import platform as host
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job import compilation_cache
+from job.accelerators import Machine
 from job.errors import EnvironmentProblem
 from job.results import EnvironmentInfo
 from job.spec import Runtime, Spec
 from job.storage import open_store
 
 if TYPE_CHECKING:
+    from jax import Device
     from jax.sharding import Mesh
 
 PACKAGES = ("job", "jax", "jaxlib", "keras", "keras-hub", "pyarrow", "numpy", "libtpu")
@@ -174,12 +178,12 @@ def check_batch(spec: Spec, devices: int) -> None:
         )
 
 
-def make_mesh(wanted: Runtime) -> "Mesh":
-    """The devices as a mesh with the axes `data` and `model`."""
+def make_mesh(wanted: Runtime, devices: "Sequence[Device] | None" = None) -> "Mesh":
+    """The devices (JAX's, where none are given) as a mesh with the axes `data` and `model`."""
     import jax
     from jax.sharding import AxisType
 
-    devices = jax.devices()
+    devices = devices or jax.devices()
     shape = (data_parallel(wanted, len(devices)), wanted.mesh.model)
     return jax.make_mesh(
         shape,
@@ -187,6 +191,52 @@ def make_mesh(wanted: Runtime) -> "Mesh":
         axis_types=(AxisType.Auto, AxisType.Auto),
         devices=devices[: shape[0] * shape[1]],
     )
+
+
+def start_compiler(wanted: Machine) -> None:
+    """Prepare this process to compile for a TPU that is not there; before JAX is imported."""
+    set_environment()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # everything but the compiler runs here
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its lock is for devices, and none is used
+    os.environ["TPU_ACCELERATOR_TYPE"] = wanted.accelerator_type or ""
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+
+
+@contextlib.contextmanager
+def compiling_for(wanted: Machine) -> "Iterator[list[Device]]":
+    """The devices of a TPU slice, which programs can be compiled for but not run on.
+
+    Within this block `jax.devices` gives them too, so that what is traced is what a process on
+    such a machine would trace: KerasHub and Keras ask for the platform while tracing.
+
+    Raises:
+        EnvironmentProblem: the TPU compiler is not installed.
+    """
+    start_compiler(wanted)
+    import jax
+    from jax.experimental import topologies
+
+    # Without it the two cores of a v4 chip count as devices of their own.
+    options = {"chip_config_name": "megacore"} if wanted.accelerator.name == "v4" else {}
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=wanted.topology_name or "", **options
+        )
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        first = str(error).partition("\n")[0]
+        raise EnvironmentProblem(
+            "--compile needs the TPU compiler: run `uv run --extra tpu job plan ...`, or install "
+            f"job[tpu] ({first})"
+        ) from error
+    devices, ordinary = list(found.devices), jax.devices
+    jax.devices = lambda *given: ordinary(*given) if given else devices
+    try:
+        yield devices
+    finally:
+        jax.devices = ordinary
 
 
 def import_keras() -> None:

@@ -119,7 +119,9 @@ def _run_data(run: Run) -> BaseModel:
 
 def _run_baseline(run: Run) -> BaseModel:
     from job.evals.stage import run_stage
+    from job.train.ahead import compile_ahead
 
+    compile_ahead(run)
     return run_stage(run, "baseline")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = {"keras", "keras_hub", "jax", "jaxlib", "datasets", "matplotlib", "pyarrow", "tensorflow"}
-LIGHT = [["--help"], ["run", "--help"], ["validate", "smoke"], ["schema"]]
+LIGHT = [["--help"], ["run", "--help"], ["validate", "smoke"], ["plan", "smoke"], ["schema"]]
 CPU_SECONDS = 0.5
 
 Done = subprocess.CompletedProcess[str]
@@ -56,6 +56,7 @@ def test_help_names_every_command_and_exit_code() -> None:
     for word in (
         "run",
         "validate",
+        "plan",
         "schema",
         "fetch",
         "export",

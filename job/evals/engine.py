@@ -89,7 +89,8 @@ class Engine:
             yield _Batch(numbers, tokens, lengths)
 
     @cached_property
-    def _score(self) -> Callable[..., Any]:
+    def scorer(self) -> Callable[..., Any]:
+        """The program that scores letters after prompts; compiled for each shape it is given."""
         model = self._model
 
         def score(weights: Weights, tokens: Any, lengths: Any, letters: Any) -> Any:
@@ -109,13 +110,14 @@ class Engine:
         with progress(label, len(prompts)) as advance:
             for batch in self._batches(prompts):
                 tokens, lengths = self._model.split_batch((batch.tokens, batch.lengths))
-                scores = np.asarray(self._score(weights, tokens, lengths, ids))
+                scores = np.asarray(self.scorer(weights, tokens, lengths, ids))
                 found[batch.numbers] = scores[: len(batch.numbers)]
                 advance(len(batch.numbers))
         return found
 
     @cached_property
-    def _generate(self) -> Callable[..., Any]:
+    def generator(self) -> Callable[..., Any]:
+        """The program that fills rows after their prompts; compiled for each shape likewise."""
         model = self._model
 
         def generate(weights: Weights, tokens: Any, lengths: Any) -> Any:
@@ -134,7 +136,7 @@ class Engine:
                 padding = ((0, 0), (0, max_new_tokens))
                 room = np.pad(batch.tokens, padding, constant_values=self._model.codec.pad_id)
                 tokens, lengths = self._model.split_batch((room, batch.lengths))
-                rows = np.asarray(self._generate(weights, tokens, lengths))
+                rows = np.asarray(self.generator(weights, tokens, lengths))
                 for row, number in enumerate(batch.numbers):
                     start = int(batch.lengths[row])
                     found[number] = self._cut(rows[row, start : start + max_new_tokens].tolist())

@@ -55,9 +55,10 @@ class LanguageModel:
         self.lora: LoraLayout = plan_lora(self._backbone, model.lora)
         self.parameters: int = self._backbone.count_params()
         check_split(self._backbone.variables, mesh)
-        self.weights: Weights = tuple(
-            put(v.value, weight_sharding(v.shape, mesh)) for v in self._backbone.variables
-        )
+        self.weights: Weights = self._place(self._backbone.variables)
+
+    def _place(self, variables: Sequence[Any]) -> Weights:
+        return tuple(put(v.value, weight_sharding(v.shape, self.mesh)) for v in variables)
 
     @property
     def can_pack(self) -> bool:

@@ -67,14 +67,17 @@ def _by_chunk(layer: Any, segments: Any, reach: int) -> Callable[..., Any]:
             settings["cache_update_index"] = before
         count = -(-length // CHUNK)
         after = count * CHUNK - length
-        seen = CHUNK * jnp.arange(count)[:, None] + jnp.arange(before + CHUNK)
 
         def chunks(array: Any) -> Any:
             return _pad(array, 0, after).reshape(batch * count, CHUNK, *array.shape[2:])
 
         def windows(array: Any) -> Any:
-            parts = _pad(array, before, after)[:, seen]
-            return parts.reshape(batch * count, before + CHUNK, *array.shape[2:])
+            padded = _pad(array, before, after)
+            whole = padded.reshape(batch, -1, CHUNK, *array.shape[2:])
+            # Slices side by side and no gather, whose gradient would be a scatter.
+            parts = [whole[:, first : first + count] for first in range(before // CHUNK + 1)]
+            joined = jnp.concatenate(parts, axis=2)
+            return joined.reshape(batch * count, before + CHUNK, *array.shape[2:])
 
         parts = attend(
             chunks(query),

@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -248,6 +248,20 @@ class Trainer:
         copied = jax.tree.map(np.array, (list(lora), list(optimizer)))
         arrays, variables = self._model.replicate(copied)
         return TrainState(unflatten(arrays), tuple(variables))
+
+    def trace_first(self) -> Callable[[], None]:
+        """Trace the first step; what is returned compiles it, on any thread."""
+        rows = self._plan.rows_of(0)
+        length = self._length(rows)
+        batch = self._rows.batch.take(rows, length)
+        placed = place(self._model, batch, self._accumulation, self._width(length))
+        step: Any = self._step
+        traced = step.lower(self._state, self._model.weights, placed)
+
+        def compile_step() -> None:
+            traced.compile()
+
+        return compile_step
 
     def run(self) -> Trained:
         """Train to the end, from the newest checkpoint if there is one.

@@ -1,6 +1,7 @@
 """The train stage: examples to rows, rows to an adapter, the adapter to its file."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pydantic import BaseModel
 
@@ -39,6 +40,36 @@ def run_stage(run: Run) -> TrainOutcome:
         UsageError: no example fits the spec's lengths.
         Interrupted, StageError: see `Trainer.run`.
     """
+    prepared = run.ahead.take() if run.ahead else prepare(run)
+    model, tokenized, trainer = prepared.model, prepared.tokenized, prepared.trainer
+    matrices = exportable(model)
+    trained = trainer.run()
+    write_adapter(run, model, trained.lora, matrices)
+    for key, content in trainer.curves().items():
+        run.put(key, content)
+    return TrainOutcome(
+        model=_model_info(run, model),
+        training=_training(run, tokenized, trained),
+        fill=prepared.fill,
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training that is ready to begin."""
+
+    model: LanguageModel
+    tokenized: Tokenized
+    fill: float
+    trainer: Trainer
+
+
+def prepare(run: Run) -> Prepared:
+    """Examples to rows, and the model to a trainer for them.
+
+    Raises:
+        UsageError: no example fits the spec's lengths.
+    """
     model = run.model()
     packed = run.spec.train.packing and model.can_pack
     if run.spec.train.packing and not packed:
@@ -57,16 +88,8 @@ def run_stage(run: Run) -> TrainOutcome:
         rows=len(rows.batch),
         fill=round(rows.fill, 4),
     )
-    matrices = exportable(model)
-    trainer = Trainer(run, model, rows, validation, packed=packed)
-    trained = trainer.run()
-    write_adapter(run, model, trained.lora, matrices)
-    for key, content in trainer.curves().items():
-        run.put(key, content)
-    return TrainOutcome(
-        model=_model_info(run, model),
-        training=_training(run, tokenized, trained),
-        fill=rows.fill,
+    return Prepared(
+        model, tokenized, rows.fill, Trainer(run, model, rows, validation, packed=packed)
     )
 
 

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from job import accelerators
 from tests.benchmarks import report
 
 os.environ["KERAS_BACKEND"] = "jax"
@@ -29,8 +30,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_dim": 6912, "num_query_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
     },
 }  # fmt: skip
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-"""Dense bfloat16 FLOP/s by the vendor's data sheets."""
 
 
 @dataclass
@@ -228,7 +227,8 @@ def main() -> None:
             )
         ],
     )
-    peak = next((v for k, v in PEAK_FLOPS.items() if k in device.device_kind), None)
+    chip = accelerators.find(device.device_kind)
+    peak = chip.peak_flops if chip else None
     mean = sum(len(e.tokens) for e in examples) / len(examples)
     best = max(one.tokens_per_second, eight.tokens_per_second)
     report.finish(

@@ -1,0 +1,249 @@
+"""`job plan --compile`: the programs of a job through the TPU compiler, without a TPU.
+
+They are the very functions that training and evaluation call, for the shapes that the spec leads
+to; only the weights are missing. Loops count once in the compiler's costs, so what the head's
+slices, accumulated rows and decoding do beyond their first turn is added here.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from job import logs
+from job.accelerators import Accelerator, Machine
+from job.data.packing import Batch
+from job.evals.engine import Engine, rung
+from job.model.abstract import AbstractModel, abstract_model
+from job.model.language_model import Forward
+from job.plan.plan import Program
+from job.plan.programs import Compiled, Costs, compile_program, with_costs
+from job.plan.shapes import Config
+from job.plan.workload import Evaluation, Workload
+from job.spec import Spec
+from job.train.loss import head_loss, slice_length
+from job.train.optimizer import make_optimizer
+from job.train.step import Recipe, TrainState, loss_width, make_train_step, make_validation, place
+
+_WIDEST = 1.1
+"""Losses of the part of a step that has most of them, over the mean."""
+
+
+_NO_RATES: Mapping[str, int] = MappingProxyType({})
+
+
+class Compiler:
+    """One spec's programs for one machine."""
+
+    def __init__(
+        self, spec: Spec, config: Config, work: Workload, machine: Machine, mesh: Mesh
+    ) -> None:
+        self._spec = spec
+        self.work = work
+        self._chip: Accelerator = machine.accelerator
+        self.model: AbstractModel = abstract_model(spec.model, config, mesh)
+        self.rows = work.batch_size // self.model.devices
+        # The longest example is not known yet; none is longer than this.
+        packed = spec.train.packing and self.model.can_pack
+        self._forward = Forward(packed, spec.train.remat, spec.train.max_length)
+
+    def programs(self, micro: int) -> Iterator[Program]:
+        """All programs of the job, the training step with so many rows at once or fewer."""
+        step, micro = self.fitting_step(micro)
+        yield self._report(
+            "train", step, {"tokens_per_s": self.work.slots_a_step}, rows_at_once=micro
+        )
+        yield self._report("validate", self.validation(micro))
+        for asked in self._asked("letters"):
+            rate = {"questions_per_s": self.prompts}
+            yield self._report(f"letters: {asked.name}", self.letters(asked), rate)
+        for asked in self._asked("generate"):
+            prefill, decode, whole = self.generation(asked)
+            rate = {"tokens_per_s": self.prompts}
+            yield self._report(f"prefill: {asked.name}", prefill)
+            yield self._report(f"decode: {asked.name}", decode, rate)
+            rate = {"tokens_per_s": self.prompts * asked.new_tokens}
+            yield self._report(f"generate: {asked.name}", whole, rate)
+
+    @property
+    def prompts(self) -> int:
+        """Prompts at once, over all devices."""
+        return self._spec.evals.batch_size * self.model.devices
+
+    def _asked(self, scoring: str) -> Sequence[Evaluation]:
+        """The evaluation of a kind that takes most memory; the others are like it."""
+        found = [e for e in self.work.evaluations if e.scoring == scoring]
+        return [max(found, key=lambda e: (e.new_tokens, e.prompts))] if found else []
+
+    def fitting_step(self, micro: int) -> tuple[Compiled, int]:
+        """The training step with as many rows at once as fit, by bisection, from `micro` down."""
+        sizes = [n for n in range(1, micro + 1) if self.rows % n == 0]
+        found = self.train_step(sizes[-1])
+        if found.fits or len(sizes) == 1:
+            return found, sizes[-1]
+        low, high = 0, len(sizes) - 1  # sizes[high] does not fit
+        best, refused = None, found
+        while low < high:
+            middle = (low + high) // 2
+            trial = self.train_step(sizes[middle])
+            if trial.fits:
+                best, low = (trial, sizes[middle]), middle + 1
+            else:
+                refused, high = trial, middle
+        return best or (refused, 1)
+
+    def train_step(self, micro: int) -> Compiled:
+        """The training step, with `micro` of a device's rows at once."""
+        model, train = self.model, self._spec.train
+        logs.get().info("compiling", program="train", rows_at_once=micro)
+        start = model.lora.start(self._spec.seed)
+        optimizer, _ = make_optimizer(train, self.work.steps, start)
+        recipe = Recipe(
+            self._forward,
+            dropout=self._spec.model.lora.dropout,
+            label_smoothing=train.label_smoothing,
+            lora_plus_ratio=train.lora_plus_ratio,
+            seed=self._spec.seed,
+        )
+        state = TrainState(
+            model.adapter(), model.replicate(tuple(v.value for v in optimizer.variables))
+        )
+        step = make_train_step(model, optimizer, recipe)
+        again, width = self.rows // micro, self._width(micro)
+        found = compile_program(step, state, model.weights, self._batch(micro, again, width))
+        if not found.fits:
+            return found
+        one = found.costs.plus(self._head(width, backward=True), self._slices(width) - 1)
+        return with_costs(found, Costs(0, 0).plus(one, again))
+
+    def validation(self, micro: int) -> Compiled:
+        """The sums over one part of the validation rows."""
+        model, width = self.model, self._width(micro)
+        logs.get().info("compiling", program="validate")
+        sums = make_validation(model, self._forward)
+        batch = self._batch(micro, 1, width)
+        found = compile_program(sums, model.adapter(), model.weights, batch)
+        if not found.fits:
+            return found
+        head = self._head(width, backward=False)
+        return with_costs(found, found.costs.plus(head, self._slices(width) - 1))
+
+    def letters(self, asked: Evaluation) -> Compiled:
+        """One batch of questions, scored by their letters."""
+        logs.get().info("compiling", program="letters")
+        tokens, lengths = self._prompt_batch(rung(asked.prompt_tokens))
+        letters = jax.ShapeDtypeStruct((4,), jnp.int32)  # type: ignore[no-untyped-call]
+        return compile_program(self._engine.scorer, self.model.weights, tokens, lengths, letters)
+
+    def generation(self, asked: Evaluation) -> tuple[Compiled, Compiled, Compiled]:
+        """One batch of prompts answered: its two parts, and the whole with all turns counted."""
+        first, turn = self.generation_parts(asked)
+        logs.get().info("compiling", program="generate")
+        tokens, lengths = self._prompt_batch(rung(asked.prompt_tokens) + asked.new_tokens)
+        whole = compile_program(self._engine.generator, self.model.weights, tokens, lengths)
+        costs = first.costs.plus(turn.costs, asked.new_tokens)
+        return first, turn, with_costs(whole, costs)
+
+    def generation_parts(self, asked: Evaluation) -> tuple[Compiled, Compiled]:
+        """The pass over a batch of prompts, and one turn of the loop that answers them."""
+        logs.get().info("compiling", program="prefill and decode")
+        model = self.model
+        tokens, lengths = self._prompt_batch(rung(asked.prompt_tokens) + asked.new_tokens)
+
+        def prefill(weights: Any, tokens: Any, lengths: Any) -> Any:
+            return model.prefill(weights, tokens, jnp.arange(tokens.shape[1]) < lengths[:, None])
+
+        def decode(weights: Any, tokens: Any, lengths: Any, cache: Any) -> Any:
+            mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
+            return model.decode(weights, tokens, mask, cache)
+
+        first = compile_program(jax.jit(prefill), model.weights, tokens, lengths)
+        cache = model.split_batch(jax.eval_shape(prefill, model.weights, tokens, lengths))
+        step = jax.jit(decode, donate_argnums=3)
+        return first, compile_program(step, model.weights, tokens, lengths, cache)
+
+    @property
+    def _engine(self) -> Engine:
+        evals = self._spec.evals
+        return Engine(self.model, evals.batch_size, evals.max_prompt_tokens)
+
+    def _prompt_batch(self, length: int) -> Any:
+        shapes = (
+            np.broadcast_to(np.int32(0), (self.prompts, length)),
+            np.broadcast_to(np.int32(1), (self.prompts,)),
+        )
+        return self.model.split_batch(shapes)
+
+    def _width(self, micro: int) -> int:
+        mean = micro * self.work.row_length * self.work.loss_share
+        return loss_width(min(micro * self.work.row_length, math.ceil(mean * _WIDEST)))
+
+    def _batch(self, micro: int, again: int, width: int) -> Any:
+        rows, length = again * micro * self.model.devices, self.work.row_length
+        integers = np.zeros((rows, length), np.int32)
+        positions = np.zeros((rows, 1), np.int32)
+        batch = Batch(integers, integers, positions, positions, positions.astype(np.float32))
+        return place(self.model, batch, again, width)
+
+    def _slice(self, width: int) -> int:
+        return slice_length(1, width, self.model.vocabulary)
+
+    def _slices(self, width: int) -> int:
+        return math.ceil(width / self._slice(width))
+
+    def _head(self, width: int, *, backward: bool) -> Costs:
+        """What one turn of the head's loop does on a device."""
+        model, length = self.model, self._slice(width)
+        if self._slices(width) == 1:
+            return Costs(0, 0)
+        hidden = model.hidden_size
+
+        def sums(weights: Any, states: Any, targets: Any, mask: Any) -> Any:
+            def loss(states: Any) -> Any:
+                return head_loss(
+                    model.logits, weights, states, targets, mask, length=length, unroll=False
+                )[0]
+
+            return jax.grad(loss)(states) if backward else loss(states)
+
+        lists = {
+            "states": np.broadcast_to(
+                jnp.zeros((), model.compute_dtype), (model.devices, length, hidden)
+            ),
+            "targets": np.broadcast_to(np.int32(0), (model.devices, length)),
+            "mask": np.broadcast_to(np.float32(0), (model.devices, length)),
+        }
+        placed = model.split_batch(lists)
+        found = compile_program(
+            jax.jit(sums), model.weights, placed["states"], placed["targets"], placed["mask"]
+        )
+        return found.costs
+
+    def _report(
+        self, name: str, found: Compiled, rates: Mapping[str, int] = _NO_RATES, **detail: float
+    ) -> Program:
+        """A program as the plan shows it, with what it does of each of `rates` in a second."""
+        bounds = found.costs.bounds(self._chip)
+        bound = max(bounds, key=lambda key: bounds[key])
+        seconds = bounds[bound]
+        if seconds:
+            detail |= {name: count / seconds for name, count in rates.items()}
+        return Program(
+            name=name,
+            fits=found.fits,
+            bytes=found.memory,
+            temporary_bytes=found.temporary,
+            flops=found.costs.flops,
+            bytes_accessed=found.costs.bytes_accessed,
+            collective_bytes=found.costs.collective_bytes,
+            collectives=found.collectives,
+            seconds=seconds,
+            bound=bound if found.fits else "does not fit",
+            compile_seconds=found.seconds,
+            detail=detail,
+        )

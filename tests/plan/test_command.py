@@ -1,0 +1,92 @@
+"""`job plan` as a user types it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.test_cli import cpu_seconds, job
+
+ONE_B = "chatdoctor-gemma3-1b"
+
+
+def test_a_shipped_spec_is_planned_offline_in_seconds(tmp_path: Path) -> None:
+    output = f"output={json.dumps(str(tmp_path))}"
+    offline = {"HF_HUB_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9"}
+    done = job("plan", ONE_B, "--set", output, **offline)
+    assert done.returncode == 0
+    for words in (
+        "data -> baseline -> train -> finetuned -> reference -> report",
+        "999,885,952 parameters",
+        "2,609,152 trained",
+        "v5e-8: 8 chips on 1 host (v5litepod-8",
+        "fits",
+        "at 40% of the peak",
+        "on demand",
+        "assumed     an example has 210 tokens",
+    ):
+        assert words in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    assert cpu_seconds("plan", ONE_B) < 5
+
+
+def test_the_same_as_json_for_several_machines() -> None:
+    done = job("plan", ONE_B, "--json", "--on", "v5e-8", "--on", "v6e-8", "--mfu", "0.8")
+    plan = json.loads(done.stdout)
+    first, second = plan["machines"]
+    assert (first["machine"], second["machine"]) == ("v5e-8", "v6e-8")
+    assert first["memory"]["total"] == sum(
+        first["memory"][part]
+        for part in ("weights", "adapter", "optimizer", "activations", "logits")
+    )
+    assert first["cost"]["spot"] < first["cost"]["on_demand"]
+    assert second["step_seconds"] < first["step_seconds"]
+    assert plan["mfu"] == 0.8
+
+
+def test_the_table_has_a_line_for_each_size_and_what_to_change() -> None:
+    done = job("plan", ONE_B, "--table")
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [
+        f"v5e-{n}" for n in (1, 4, 8, 16, 32, 64, 128, 256)
+    ]
+    assert "train.batch_size 256" in lines[-1]
+    large = job("plan", ONE_B, "--table", "--set", "model.preset=gemma3_instruct_12b_text")
+    assert " NO " in large.stdout
+    assert "runtime.mesh.model" in large.stdout
+
+
+def test_stages_that_are_done_are_said_to_be_skipped(tmp_path: Path) -> None:
+    arguments = ("smoke", "--set", f"output={json.dumps(str(tmp_path / 'runs'))}")
+    ran = job("run", *arguments, "--until", "data", JOB_CACHE=str(tmp_path / "cache"))
+    assert ran.returncode == 0
+    done = job("plan", *arguments)
+    assert "baseline -> train -> finetuned -> reference -> report; skipped: data" in done.stdout
+
+
+def test_a_bucket_that_cannot_be_read_counts_as_empty_and_that_is_said() -> None:
+    nobody = {"GOOGLE_APPLICATION_CREDENTIALS": "", "HOME": "/nonexistent", "NO_GCE_CHECK": "true"}
+    done = job("plan", "smoke", "--set", "output=gs://bucket-of-someone/runs", **nobody)
+    assert done.returncode == 0, done.stderr
+    assert "data -> baseline -> train" in done.stdout
+    assert "assumed     nothing is done yet (no Google Cloud credentials" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("smoke", "--on", "v5e-9"), "v5e does not come in this size"),
+        (("smoke", "--on", "tpu"), "is no accelerator this job knows"),
+        (("smoke", "--on", "h100-1", "--compile"), "h100-1 is no TPU"),
+        (("smoke", "--table", "--compile"), "leave one of them out"),
+        (("smoke", "--mfu", "40"), "--mfu 40.0: write a share of the peak"),
+        (("smoke", "--tokens", "0"), "--tokens 0: write a number above 0"),
+        (("smoke", "--set", "model.preset=nothing"), "the shape of 'nothing' is not known"),
+    ],
+)
+def test_what_cannot_be_planned_exits_2_in_one_line(arguments: tuple[str, ...], said: str) -> None:
+    done = job("plan", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr

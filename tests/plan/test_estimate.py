@@ -1,0 +1,149 @@
+"""The arithmetic of a plan: it grows with what it is a function of, and says the way out."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from job.accelerators import machine
+from job.plan.estimate import Layout, estimate, keys_seen, memory, step_flops
+from job.plan.plan import default_machine, make_plan, slices
+from job.plan.shapes import find_config, model_shape
+from job.plan.workload import workload
+from job.results import DataInfo, RowCounts
+from job.spec import Spec
+from job.spec_loading import load_spec
+
+ONE_B = "chatdoctor-gemma3-1b"
+
+
+def spec_of(*changes: str, name: str = ONE_B) -> Spec:
+    return load_spec(name, list(changes)).spec
+
+
+def estimated(on: str, *changes: str, name: str = ONE_B) -> Any:
+    spec = spec_of(*changes, name=name)
+    shape = model_shape(find_config(spec.model), spec.model.preset)
+    return estimate(shape, spec, workload(spec), machine(on))
+
+
+def test_the_published_run_is_1800_steps_of_256() -> None:
+    work = workload(spec_of(name="chatdoctor-gemma3-1b-published"))
+    assert (work.steps, work.slots_a_step, work.loss_share) == (1800, 256, 210 / 256)
+    assert {e.name: e.prompts for e in work.evaluations} == {
+        "medmcqa-100": 100, "dialogue": 20, "side by side": 3,
+    }  # fmt: skip
+
+
+def test_what_the_data_stage_found_is_used() -> None:
+    found = DataInfo(
+        dataset="x", revision=None, rows=RowCounts(raw=9, valid=9, dropped={}), train=512,
+        validation=2, neutralised=0,
+    )  # fmt: skip
+    assert workload(spec_of(), found).examples == 512
+
+
+def test_all_of_a_known_dataset_is_counted_and_of_an_unknown_one_assumed() -> None:
+    known = workload(spec_of("data.train_examples=all"))
+    assert known.examples == 207_408 - 200
+    unknown = workload(spec_of("data.train_examples=all", "data.dataset=hf://a/b"))
+    assert any("hf://a/b has 1000 rows" in text for text in unknown.assumptions)
+    said = workload(spec_of("data.train_examples=all", "data.dataset=hf://a/b"), examples=7)
+    assert said.examples == 7
+
+
+def test_flops_are_four_a_kernel_and_token_and_what_comes_on_top() -> None:
+    spec = spec_of("train.pack_length=512")
+    shape = model_shape(find_config(spec.model), "1b")
+    work = workload(spec)
+    least = 4 * shape.kernels * work.slots_a_step
+    assert least < step_flops(shape, spec, work) < 1.5 * least
+    more = spec_of("train.pack_length=512", "train.remat=blocks")
+    assert step_flops(shape, more, work) > step_flops(shape, spec, work) + 0.4 * least
+
+
+def test_what_is_known_of_the_code_without_importing_it_is_true() -> None:
+    from job.model import local_attention
+    from job.plan import estimate as planned
+    from job.train import loss
+
+    assert planned._CHUNK == local_attention.CHUNK
+    assert planned._SLICE == loss.SLICE_BYTES
+
+
+def test_a_query_is_scored_against_no_more_keys_than_it_can_see() -> None:
+    spec = spec_of()
+    local, whole = model_shape(find_config(spec.model), "1b").layers[4:6]
+    assert (local.window, whole.window) == (512, None)
+    assert keys_seen(local, 1024, 512) == keys_seen(whole, 1024, 512) == 640
+    assert keys_seen(local, 4096, 2048) == 640
+    assert keys_seen(whole, 4096, 2048) == 2176
+    assert keys_seen(whole, 512, 512) == 512
+
+
+def test_memory_grows_with_rows_and_shrinks_with_remat_and_split_weights() -> None:
+    spec = spec_of()
+    shape = model_shape(find_config(spec.model), "1b")
+    base = memory(shape, spec, Layout(8, 1, 4, 2), 0.45)
+    assert base.weights == pytest.approx(2e9, rel=0.01)
+    assert memory(shape, spec, Layout(8, 1, 4, 4), 0.45).activations == pytest.approx(
+        2 * base.activations, rel=1e-6
+    )
+    blocks = spec_of("train.remat=blocks")
+    assert memory(shape, blocks, Layout(8, 1, 4, 2), 0.45).activations < 0.3 * base.activations
+    assert memory(shape, spec, Layout(2, 4, 4, 2), 0.45).weights == pytest.approx(base.weights / 4)
+
+
+def test_a_batch_that_no_chip_can_share_names_the_next_that_can() -> None:
+    found = estimated("v5e-32")
+    assert (found.layout.rows, found.work.batch_size) == (1, 32)
+    assert found.advice == ("train.batch_size 32",)
+
+
+def test_twice_the_chips_take_half_the_time_of_a_step() -> None:
+    small, large = estimated("v5e-4").step_seconds, estimated("v5e-8").step_seconds
+    assert large == pytest.approx(small / 2, rel=0.02)
+
+
+def test_rows_are_accumulated_where_they_do_not_fit_at_once() -> None:
+    found = estimated("v5e-1", "runtime.devices=null")
+    assert found.fits
+    assert found.layout.micro < found.layout.rows == 16
+
+
+def test_a_model_too_large_for_a_chip_is_split_in_the_plan() -> None:
+    spec = spec_of("model.preset=gemma3_instruct_12b_text")
+    plan = make_plan(
+        spec, source="s", run="r", config=find_config(spec.model), machines=[machine("v5e-8")],
+        stale=["train"], work=workload(spec),
+    )  # fmt: skip
+    first, second = plan.machines
+    assert (first.memory.fits, second.memory.fits) == (False, True)
+    assert second.mesh["model"] > 1
+    assert first.advice[-1] == f"runtime.mesh.model {second.mesh['model']}"
+    assert [stage.name for stage in plan.stages if not stage.skipped] == ["train"]
+
+
+def test_a_machine_without_known_speed_has_no_time_and_no_cost() -> None:
+    found = estimated("cpu", "runtime.devices=null")
+    assert (found.fits, found.step_seconds, found.stage_seconds, found.seconds) == (None,) * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ([], "v5e-8"),
+        (["runtime.platform=gpu", "runtime.devices=2"], "h100-2"),
+        (["runtime.platform=cpu", "runtime.devices=null"], "cpu"),
+        (["runtime.platform=any", "runtime.devices=null"], "v5e-8"),
+    ],
+)
+def test_a_spec_says_which_machine_it_is_for(changes: list[str], name: str) -> None:
+    assert default_machine(spec_of(*changes)).name == name
+
+
+def test_all_sizes_are_those_that_can_be_ordered() -> None:
+    kind = machine("v5e-8").accelerator
+    assert [m.chips for m in slices(kind)] == [1, 4, 8, 16, 32, 64, 128, 256]
+    assert [m.chips for m in slices(kind, 8)] == [1, 4, 8]
+    assert dataclasses.is_dataclass(kind)
