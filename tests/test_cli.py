@@ -10,7 +10,7 @@ import pytest
 
 HEAVY = {"keras", "keras_hub", "jax", "jaxlib", "datasets", "matplotlib", "pyarrow", "tensorflow"}
 LIGHT = [["--help"], ["run", "--help"], ["validate", "smoke"], ["plan", "smoke"], ["schema"]]
-CPU_SECONDS = 0.5
+CPU_SECONDS = 1.0
 
 Done = subprocess.CompletedProcess[str]
 
