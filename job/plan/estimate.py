@@ -163,7 +163,8 @@ def keys_seen(layer: Layer, length: int, reach: int) -> int:
     """Keys that each query of a row of `length` is scored against, where none sees further than
     `reach` tokens (see `job.model.local_attention`)."""
     reach = min(reach, layer.window or reach)
-    return min(length, math.ceil((reach - 1) / _CHUNK) * _CHUNK + _CHUNK)
+    keys = math.ceil((reach - 1) / _CHUNK) * _CHUNK + _CHUNK
+    return keys if 2 * keys <= length else length
 
 
 def attention_flops(shape: ModelShape, length: int, reach: int) -> float:

@@ -8,14 +8,14 @@ from job.model import local_attention
 from job.model.segments import PACKABLE, segment_attention
 from tests.model.families import small_backbone
 
-LENGTH, LONGEST = 26, 9
+LENGTH, LONGEST = 45, 9
 
 
 def rows() -> dict[str, np.ndarray]:
     generator = np.random.default_rng(1)
     tokens = generator.integers(1, 64, size=(2, LENGTH)).astype(np.int32)
     segments = np.zeros((2, LENGTH), np.int32)
-    for row, parts in enumerate(([9, 5, 9], [2, 9, 7])):
+    for row, parts in enumerate(([9, 5, 9, 8, 9], [2, 9, 7, 9])):
         numbers = np.repeat(np.arange(1, len(parts) + 1), parts)
         segments[row, : len(numbers)] = numbers
     return {"token_ids": tokens, "padding_mask": segments}
@@ -29,6 +29,7 @@ def test_chunks_give_what_the_whole_row_gives(
     monkeypatch.setattr(local_attention, "CHUNK", chunk)
     backbone, inputs = small_backbone(family), rows()
     assert local_attention.can_cut(backbone)
+    assert local_attention.is_cut(local_attention.keys_before(LONGEST), LENGTH)
     with segment_attention(backbone):
         whole = backbone(inputs)
         with local_attention.local_attention(backbone, inputs["padding_mask"], LONGEST):

@@ -69,15 +69,23 @@ def test_what_is_known_of_the_code_without_importing_it_is_true() -> None:
 
     assert planned._CHUNK == local_attention.CHUNK
     assert planned._SLICE == loss.SLICE_BYTES
+    (layer, *_) = model_shape(find_config(spec_of().model), "1b").layers
+    for length, reach in ((512, 100), (1024, 384), (1024, 385), (1024, 386), (4096, 512)):
+        before = local_attention.keys_before(min(reach, layer.window or reach))
+        cut = local_attention.is_cut(before, length)
+        assert keys_seen(layer, length, reach) == (
+            before + local_attention.CHUNK if cut else length
+        )
 
 
 def test_a_query_is_scored_against_no_more_keys_than_it_can_see() -> None:
     spec = spec_of()
     local, whole = model_shape(find_config(spec.model), "1b").layers[4:6]
     assert (local.window, whole.window) == (512, None)
-    assert keys_seen(local, 1024, 512) == keys_seen(whole, 1024, 512) == 640
+    assert keys_seen(local, 1024, 512) == keys_seen(whole, 1024, 512) == 1024
     assert keys_seen(local, 4096, 2048) == 640
-    assert keys_seen(whole, 4096, 2048) == 2176
+    assert keys_seen(whole, 4096, 2048) == 4096
+    assert keys_seen(whole, 4096, 1024) == 1152
     assert keys_seen(whole, 512, 512) == 512
 
 

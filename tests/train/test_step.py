@@ -89,7 +89,7 @@ def test_packed_loss_and_gradients_equal_unpacked_ones(
 ) -> None:
     monkeypatch.setattr(local_attention, "CHUNK", chunk)
     made = examples()
-    packed = make_rows(made, 128, packing=True)
+    packed = make_rows(made, 256, packing=True)
     apart = make_rows(made, 128, packing=False)
     assert len(packed.batch) < len(apart.batch)
     loss_packed, gradients_packed = sums_and_gradients(tiny, packed, packed=True)
