@@ -25,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 from job import logs, retry, runtime
 from job.errors import EnvironmentProblem, Interrupted, JobError, StageError, UsageError
 from job.lease import alone
+from job.log_keeper import LOG, LogKeeper
 from job.processes import join
 from job.results import Results
 from job.revisions import resolve_all
@@ -33,11 +34,10 @@ from job.spec import Spec
 from job.spec_loading import LoadedSpec, digest, run_id
 from job.spec_types import SAMPLES
 from job.stages import NAMES, STAGES, Stage, dependents, stage_digests
-from job.storage import LocalStore, ReadingStore, Store, child_uri, open_store
+from job.storage import ReadingStore, Store, child_uri, open_store
 
 RESULTS = "results.json"
 SPEC = "spec.yaml"
-LOG = "logs/job.jsonl"
 
 _OWNED = (RESULTS, SPEC, "report.", "stages/", "data/", "evals/", "train/", "adapter/", "logs/")
 """What a run may leave in its folder, and all that --fresh removes from it."""
@@ -163,7 +163,7 @@ def _run_whole(
     log = logs.get()
     if fresh:
         _forget(run.store)
-    keeper = _LogKeeper(run.store, run_log, run.work) if run.processes.leads else None
+    keeper = LogKeeper(run.store, run_log, run.work) if run.processes.leads else None
     keep = keeper.keep if keeper else lambda: None
 
     def leave() -> None:
@@ -406,38 +406,3 @@ def _say_end(store: Store, reported: bool) -> None:
         ("adapter", "adapter/adapter.lora.h5"),
     ):
         log.info(f"{what}: {child_uri(store.uri, key)}")
-
-
-class _LogKeeper:
-    """Keeps `logs/job.jsonl`: appended in place in a folder, copied up to a bucket."""
-
-    def __init__(self, store: Store, run_log: logs.RunLog, work: Path) -> None:
-        self._store = store
-        self._run_log = run_log
-        if isinstance(store, LocalStore):
-            self._path = store.root / LOG
-            try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise EnvironmentProblem(
-                    f"cannot write to {store.uri}: {error.strerror}; choose another --output"
-                ) from error
-        else:
-            self._path = work / "job.jsonl"
-            store.download(LOG, self._path)
-        self._file = self._path.open("a", encoding="utf-8")
-        run_log.attach(self._file)
-
-    def keep(self) -> None:
-        """Make the lines so far safe."""
-        self._file.flush()
-        if not isinstance(self._store, LocalStore):
-            self._store.upload(self._path, LOG)
-
-    def close(self) -> None:
-        """Keep what there is; further lines go to the terminal only."""
-        self._run_log.detach()
-        self._file.close()
-        if not isinstance(self._store, LocalStore):
-            with contextlib.suppress(JobError):
-                self._store.upload(self._path, LOG)

@@ -102,8 +102,8 @@ def main() -> None:
     from job.model.language_model import Forward, load
     from job.model.lora import LoraWeights, flatten
     from job.spec_loading import load_spec
-    from job.train.loop import Plan
     from job.train.optimizer import make_optimizer
+    from job.train.order import Plan
     from job.train.step import (
         Recipe,
         TrainState,

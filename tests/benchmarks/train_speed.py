@@ -146,8 +146,8 @@ def ours(
     from job.model.tiny import train_tokenizer
     from job.runtime import CompileClock
     from job.spec import Lora, Model, Train
-    from job.train.loop import Plan
     from job.train.optimizer import make_optimizer
+    from job.train.order import Plan
     from job.train.step import Recipe, TrainState, loss_width, make_train_step, place
 
     import keras_hub  # isort: skip

@@ -16,7 +16,7 @@ from job.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from job.train.loop import Plan
+from job.train.order import Plan
 
 BEFORE = Validation(step=0, loss=1.5, token_accuracy=0.25)
 

@@ -20,8 +20,9 @@ from job.run import Run, StopSignal
 from job.spec import Spec, Train
 from job.storage import LocalStore
 from job.train.checkpoint import load_checkpoint
-from job.train.loop import HISTORY, Plan, Trained, Trainer
+from job.train.loop import HISTORY, Trained, Trainer
 from job.train.memory import rows_that_fit
+from job.train.order import Plan
 from job.train.step import Arrays, StepFigures, TrainState
 
 MACHINE = EnvironmentInfo(
