@@ -15,10 +15,10 @@ import time
 from typing import Any
 
 from tests.benchmarks import report
+from tests.benchmarks.notebook import LENGTH, Notebook
 
 os.environ["KERAS_BACKEND"] = "jax"
 
-LENGTH = 256
 HELD_OUT = 100
 
 
@@ -53,33 +53,16 @@ def make_examples(count: int, codec: Any) -> list[Any]:
 
 def published(folder: str, examples: list[Any]) -> tuple[list[Any], float]:
     """The notebook's loop over the examples: the adapter it ends with, and its seconds."""
-    import keras
     import keras_hub
-    import numpy as np
 
     from job.runtime import CompileClock
 
     task = keras_hub.models.CausalLM.from_preset(folder, preprocessor=None, dtype="float32")
-    task.backbone.enable_lora(16)
-    tokens = np.zeros((len(examples), LENGTH), np.int32)
-    for row, example in enumerate(examples):
-        tokens[row, : len(example.tokens)] = example.tokens
-    mask = (tokens > 0).astype(np.int32)
-    labels, weights = np.roll(tokens, -1, axis=1), np.roll(mask, -1, axis=1)
-    weights[:, -1] = 0
-    task.compile(
-        optimizer=keras.optimizers.SGD(1e-4),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()],
-    )
+    notebook = Notebook(task, examples)
     clock = CompileClock()
     clock.listen()
     begin = time.perf_counter()
-    # The plain method: a KerasHub task's own wants another library just for arrays.
-    keras.Model.fit(
-        task, {"token_ids": tokens, "padding_mask": mask}, labels, sample_weight=weights,
-        batch_size=1, epochs=1, shuffle=False, verbose=0,
-    )  # fmt: skip
+    notebook.fit(len(examples), 1)
     seconds = time.perf_counter() - begin - clock.seconds
     layers = [layer for layer in task.backbone._flatten_layers() if hasattr(layer, "lora_kernel_a")]
     return [(layer.lora_kernel_a.value, layer.lora_kernel_b.value) for layer in layers], seconds

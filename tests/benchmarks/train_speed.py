@@ -16,10 +16,10 @@ from typing import Any
 
 from job import accelerators
 from tests.benchmarks import report
+from tests.benchmarks.notebook import LENGTH, Notebook
 
 os.environ["KERAS_BACKEND"] = "jax"
 
-LENGTH = 256
 SHAPES: dict[str, dict[str, Any]] = {
     "proxy": {
         "vocabulary_size": 32_768, "num_layers": 6, "hidden_dim": 512, "intermediate_dim": 3072,
@@ -73,45 +73,20 @@ def make_examples(count: int, vocabulary: int) -> list[Any]:
 def published(shape: str, dtype: str, examples: list[Any], batch: int, repeats: int) -> Figures:
     """The notebook's loop at a batch size."""
     import jax
-    import keras
-    import numpy as np
 
     from job.runtime import CompileClock
 
     task = make_task(shape, dtype)
-    task.backbone.enable_lora(16)
-    tokens = np.zeros((len(examples), LENGTH), np.int32)
-    for row, example in enumerate(examples):
-        tokens[row, : len(example.tokens)] = example.tokens
-    mask = (tokens > 0).astype(np.int32)
-    x = {"token_ids": tokens, "padding_mask": mask}
-    y, weights = np.roll(tokens, -1, axis=1), np.roll(mask, -1, axis=1)
-    weights[:, -1] = 0
-    task.compile(
-        optimizer=keras.optimizers.SGD(1e-4),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()],
-    )
+    notebook = Notebook(task, examples)
     clock = CompileClock()
     clock.listen()
-    settings = {"batch_size": batch, "shuffle": False, "verbose": 0}
-
-    def fit(count: int) -> float:
-        # The plain method: a KerasHub task's own wants another library just for arrays.
-        part = {name: array[:count] for name, array in x.items()}
-        history = keras.Model.fit(
-            task, part, y[:count], sample_weight=weights[:count], epochs=1, **settings
-        )
-        return float(history.history["loss"][0])
-
-    fit(batch)
+    notebook.fit(batch, batch)
     compiled = clock.seconds
     seconds, loss = [], 0.0
     for _ in range(repeats):
         start = time.perf_counter()
-        loss = fit(len(examples))
+        loss = notebook.fit(len(examples), batch)
         seconds.append(time.perf_counter() - start)
-    rows = {name: array[:batch] for name, array in x.items()}
     state = (
         [v.value for v in task.trainable_variables],
         [v.value for v in task.non_trainable_variables],
@@ -119,7 +94,7 @@ def published(shape: str, dtype: str, examples: list[Any], batch: int, repeats: 
         [v.value for v in task.metrics_variables],
     )
     program = jax.jit(task.train_step, donate_argnums=0)
-    costs = program.lower(state, (rows, y[:batch], weights[:batch])).compile()
+    costs = program.lower(state, notebook.rows(batch)).compile()
     return Figures(
         tokens_per_second=sum(len(e.tokens) for e in examples) / min(seconds),
         flops=costs.cost_analysis()["flops"] / batch,
