@@ -148,14 +148,23 @@ for path in sys.argv[2:]:
 ' "$@"
 }
 
+print_command() { # COMMAND...
+  printf '+'
+  printf ' %q' "$@"
+  printf '\n'
+}
+
 # Runs gcloud. Its output is in ANSWER; if it failed, what it said is in PROBLEM, in one line,
 # and the kind of the failure in KIND. In a dry run a question is neither asked nor printed and
-# counts as answered by nothing; a change is printed as it would be run.
-ANSWER='' PROBLEM='' KIND=''
+# counts as answered by nothing (SHOW_READS=yes prints it); a change is printed as it would be run.
+ANSWER='' PROBLEM='' KIND='' SHOW_READS=''
 ask() {
   local status=0
   ANSWER='' PROBLEM='' KIND=ok
-  [[ -z $DRY_RUN ]] || return 1
+  if [[ -n $DRY_RUN ]]; then
+    [[ -z $SHOW_READS ]] || print_command gcloud "$@"
+    return 1
+  fi
   ANSWER=$(timeout "${GCLOUD_TIMEOUT:-120}" gcloud "$@" 2>"$WORK/stderr") || status=$?
   ((status == 0)) || explain "$status"
   return "$status"
@@ -163,9 +172,7 @@ ask() {
 
 change() {
   if [[ -n $DRY_RUN ]]; then
-    printf '+'
-    printf ' %q' gcloud "$@"
-    printf '\n'
+    print_command gcloud "$@"
     ANSWER='' PROBLEM='' KIND=ok
     return 0
   fi
@@ -226,18 +233,6 @@ secret_name() { # VARIABLE
 }
 
 now() { date +%s; }
-
-# Prints a reading command in a dry run (and fails), runs it otherwise.
-show() {
-  if [[ -z $DRY_RUN ]]; then
-    ask "$@"
-    return
-  fi
-  printf '+'
-  printf ' %q' gcloud "$@"
-  printf '\n'
-  return 1
-}
 
 # The one argument of a script, a run: RUN and the NAME of its machine.
 take_run() { # SCRIPT ARGUMENT...

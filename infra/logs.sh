@@ -14,6 +14,7 @@ source "$INFRA/state.sh"
 
 follow='' attempt='' worker=0 rest=()
 common_flags "${BASH_SOURCE[0]}" "$@"
+SHOW_READS=$DRY_RUN
 set -- "${ARGUMENTS[@]}"
 while (($#)); do
   case $1 in
@@ -29,7 +30,7 @@ while (($#)); do
 done
 take_run logs.sh "${rest[@]}"
 if [[ -n $DRY_RUN ]]; then
-  show storage cat "$(run_folder)/logs/${attempt:-1}-$worker.log" || exit 0
+  ask storage cat "$(run_folder)/logs/${attempt:-1}-$worker.log" || exit 0
 fi
 read_state || no_such_run
 shown=0 showing=''

@@ -68,7 +68,7 @@ was_written() { # MARK
 # cannot order is refused.
 declare -A ORDER=()
 read_order() {
-  local -a keys=(platform hosts accelerator_type runtime_version machine_type image_family
+  local -a keys=(platform chips hosts accelerator_type runtime_version machine_type image_family
     image_project quota spot_quota usd_per_hour spot_usd_per_hour prices_of)
   local -a values
   local at

@@ -11,11 +11,12 @@ source "$INFRA/state.sh"
 source "$INFRA/watch.sh"
 
 common_flags "${BASH_SOURCE[0]}" "$@"
+SHOW_READS=$DRY_RUN
 set -- "${ARGUMENTS[@]}"
 if (($# == 0)); then
   load_settings
   need_gcloud
-  show storage cat "$CONTROL/*/state" || {
+  ask storage cat "$CONTROL/*/state" || {
     [[ $KIND == missing || -n $DRY_RUN ]] || stop_at "cannot read $CONTROL"
     say "there are no runs in $CONTROL"
     exit 0
@@ -31,7 +32,7 @@ if (($# == 0)); then
   exit 0
 fi
 take_run status.sh "$@"
-read_state || no_such_run
+read_state || { [[ -n $DRY_RUN ]] && exit 0; no_such_run; }
 use_provisioner "${STATE[provisioner]}"
 zone=$(current_zone)
 vm_look "$zone" || stop_at "cannot look at the machine"

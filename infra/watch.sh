@@ -181,6 +181,7 @@ step_create() { # ZONE
   vm_list "$NAME" || return
   if [[ -n $ANSWER ]]; then
     if [[ $ANSWER == "$1 "* && $ANSWER != *$'\n'* ]]; then
+      STATE[ordered]=$(now) STATE[was_active]=''
       enter run
     else
       delete_strays "$ANSWER"
@@ -188,7 +189,6 @@ step_create() { # ZONE
     return
   fi
   STATE[ordered]=$(now) STATE[was_active]=''
-  write_state || return
   if vm_create "$1"; then
     say "$RUN: attempt ${STATE[attempt]} ordered in $1"
     enter run
@@ -290,13 +290,24 @@ step_end() { # ZONE
 }
 
 # Deletes the machine, and pauses while it is there; VM is none once it is gone.
+CLEARING=''
 clear_machines() { # ZONE
-  vm_look "$1" || return
-  case $VM in
-    none) return ;;
-    deleting) ;;
-    *) vm_delete "$1" || say "$RUN: the machine in $1 could not be deleted yet: $PROBLEM" ;;
-  esac
+  local what=$1/${STATE[attempt]}
+  VM=unknown
+  if [[ $CLEARING == "$what" ]]; then
+    vm_look "$1" || return
+    [[ $VM != none ]] || return 0
+    [[ $VM == deleting ]] || CLEARING=''
+  elif vm_delete "$1"; then
+    CLEARING=$what
+    if [[ $KIND == missing ]]; then
+      VM=none
+      return
+    fi
+  else
+    say "$RUN: the machine in $1 could not be deleted yet: $PROBLEM"
+    [[ $KIND != denied && $KIND != login ]] || return
+  fi
   pause "$POLL_SECONDS"
 }
 

@@ -46,7 +46,8 @@ class Admin:
         self.repositories: dict[str, Any] = {}
         self.tags: dict[str, str] = {}
         """Digest by image name with its tag."""
-        self.quotas: dict[str, int] = {}
+        self.quotas: dict[str, dict[str, int]] = {}
+        """Chips by zone, and under "" where no zone is named, of each quota."""
         self.log_entries: list[dict[str, Any]] = []
 
     def respond(self, request: Request, body: Any) -> Reply | None:
@@ -132,7 +133,11 @@ class Admin:
         versions = self._get(self.secrets, name)
         if part["verb"] == "addVersion":
             versions.append(base64.b64decode(body["payload"]["data"]).decode())
-            return {"name": f"{where}/{name}/versions/{len(versions)}", "state": "ENABLED"}
+            return {
+                "name": f"{where}/{name}/versions/{len(versions)}",
+                "state": "ENABLED",
+                "clientSpecifiedPayloadChecksum": True,
+            }
         if part["verb"] == "access":
             if not versions:
                 raise Refused(404, "NOT_FOUND", f"Secret [{where}/{name}] has no version")
@@ -148,12 +153,16 @@ class Admin:
         return {"name": f"{where}/{name}"}
 
     def _repositories(self, request: Request, body: Any, part: dict[str, str]) -> Any:
+        where = f"projects/{self.project}/locations/{part['region']}"
         if request.method == "POST":
-            name = request.query["repositoryId"]
-            made = self._add(self.repositories, name, body)
-            where = f"projects/{self.project}/locations/{part['region']}/operations/make"
-            return {"name": where, "done": True, "response": made}
-        return self._get(self.repositories, part["name"]) | {"sizeBytes": "1"}
+            made = self.add_repository(request.query["repositoryId"], where)
+            return {"name": f"{where}/operations/make", "done": True, "response": made}
+        return self._get(self.repositories, part["name"])
+
+    def add_repository(self, name: str, where: str) -> Any:
+        """A repository of Docker images."""
+        made = {"name": f"{where}/repositories/{name}", "format": "DOCKER"}
+        return self._add(self.repositories, name, made)
 
     def _tags(self, request: Request, body: Any, part: dict[str, str]) -> Any:
         shown = {
@@ -166,10 +175,14 @@ class Admin:
         return {"name": request.route.removeprefix("/v1/")}
 
     def _quota(self, request: Request, body: Any, part: dict[str, str]) -> Any:
-        limit = self.quotas.get(part["name"])
-        if limit is None:
-            raise Refused(404, "NOT_FOUND", f"Quota {part['name']} was not found")
-        return {"quotaId": part["name"], "dimensionsInfos": [{"details": {"value": str(limit)}}]}
+        limits = self._get(self.quotas, part["name"])
+        return {
+            "quotaId": part["name"],
+            "dimensionsInfos": [
+                {"details": {"value": str(limit)}} | ({"applicableLocations": [zone]} if zone else {})
+                for zone, limit in limits.items()
+            ],
+        }
 
     @staticmethod
     def _add(kept: dict[str, Any], name: str, value: Any) -> Any:
