@@ -183,7 +183,8 @@ change() {
 # quota, capacity, denied, login, invalid, or unclear, where the call may have taken effect.
 explain() { # STATUS
   local text
-  text=$(grep -v '^WARNING' "$WORK/stderr" | tr -s '\n\t ' ' ' | cut -c1-600)
+  text=$(grep -v '^WARNING' "$WORK/stderr" | tr -s '\n\t ' ' ' \
+    | sed 's/ This command is authenticated .*//; s/^ERROR: //' | cut -c1-600)
   PROBLEM=${text:-gcloud ended with status $1}
   if (($1 == 124)); then
     KIND=unclear PROBLEM="gcloud gave no answer within ${GCLOUD_TIMEOUT:-120} s"

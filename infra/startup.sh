@@ -151,7 +151,7 @@ pull() {
     && docker pull -q "$IMAGE"; do
     left=$((left - 1))
     ((left > 0)) || break
-    sleep 10
+    nap "${JOB_VM_PAUSE:-20}"
   done
   rm -rf "$DOCKER_CONFIG"
   unset DOCKER_CONFIG

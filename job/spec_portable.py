@@ -47,8 +47,7 @@ def _local_parts(spec: Spec) -> Iterator[tuple[str, str]]:
     if "://" not in preset and ("/" in preset or Path(preset).is_dir()):
         yield (
             "model.preset",
-            f"{preset!r} is a folder of this machine; name a preset of the Hub, "
-            "hf://owner/name",
+            f"{preset!r} is a folder of this machine; name a preset of the Hub, hf://owner/name",
         )
     datasets = {"data.dataset": spec.data.dataset}
     for index, item in enumerate(spec.evals.multiple_choice):

@@ -51,7 +51,7 @@ class Scripts:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=600,
             check=False,
             env={**self.environment, **settings},
         )

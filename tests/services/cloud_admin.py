@@ -28,7 +28,9 @@ _REPOSITORIES = re.compile(
 )
 _TAGS = re.compile(r"/v1/(?P<package>projects/.+/packages/[^/]+)/tags(?:/(?P<tag>[^/]+))?")
 _IMAGES = re.compile(r"/v1/projects/.+/(dockerImages|versions|packages)(/.+)?")
-_QUOTA = re.compile(r"/v1\w*/projects/[^/]+/locations/global/services/[^/]+/quotaInfos/(?P<name>[^/]+)")
+_QUOTA = re.compile(
+    r"/v1\w*/projects/[^/]+/locations/global/services/[^/]+/quotaInfos/(?P<name>[^/]+)"
+)
 _LOGS = "/v2/entries:write"
 
 
@@ -103,7 +105,11 @@ class Admin:
             return {"name": "operations/noop.DONE_OPERATION", "done": True, "response": {}}
         return {
             "services": [
-                {"name": f"projects/1/services/{name}", "config": {"name": name}, "state": "ENABLED"}
+                {
+                    "name": f"projects/1/services/{name}",
+                    "config": {"name": name},
+                    "state": "ENABLED",
+                }
                 for name in sorted(self.services)
             ]
         }
@@ -166,7 +172,10 @@ class Admin:
 
     def _tags(self, request: Request, body: Any, part: dict[str, str]) -> Any:
         shown = {
-            tag: {"name": f"{part['package']}/tags/{tag}", "version": f"{part['package']}/versions/{digest}"}
+            tag: {
+                "name": f"{part['package']}/tags/{tag}",
+                "version": f"{part['package']}/versions/{digest}",
+            }
             for tag, digest in self.tags.items()
         }
         return self._get(shown, part["tag"]) if part["tag"] else {"tags": list(shown.values())}
@@ -179,7 +188,8 @@ class Admin:
         return {
             "quotaId": part["name"],
             "dimensionsInfos": [
-                {"details": {"value": str(limit)}} | ({"applicableLocations": [zone]} if zone else {})
+                {"details": {"value": str(limit)}}
+                | ({"applicableLocations": [zone]} if zone else {})
                 for zone, limit in limits.items()
             ],
         }

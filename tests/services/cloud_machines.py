@@ -22,16 +22,22 @@ QUEUED_LIFE = ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
 GCE_LIFE = ("PROVISIONING", "STAGING", "RUNNING")
 UP = ("ACTIVE", "RUNNING")
 
-_QUEUED = re.compile(r"/v2/projects/[^/]+/locations/(?P<zone>[^/]+)/queuedResources(?:/(?P<name>[^/]+))?")
+_QUEUED = re.compile(
+    r"/v2/projects/[^/]+/locations/(?P<zone>[^/]+)/queuedResources(?:/(?P<name>[^/]+))?"
+)
 _NODES = re.compile(r"/v2/projects/[^/]+/locations/(?P<zone>[^/]+)/nodes")
 _TYPES = re.compile(r"/v[12]/projects/[^/]+/locations/(?P<zone>[^/]+)/acceleratorTypes")
-_GCE = re.compile(r"/compute/v1/projects/[^/]+/zones/(?P<zone>[^/]+)/instances(?:/(?P<name>[^/]+))?")
+_GCE = re.compile(
+    r"/compute/v1/projects/[^/]+/zones/(?P<zone>[^/]+)/instances(?:/(?P<name>[^/]+))?"
+)
 _GCE_ALL = re.compile(r"/compute/v1/projects/[^/]+/aggregated/instances")
 _MACHINE_TYPE = re.compile(
     r"/compute/v1/projects/[^/]+/zones/(?P<zone>[^/]+)/machineTypes/(?P<name>[^/]+)"
 )
 _ZONE = re.compile(r"/compute/v1/projects/[^/]+/zones/(?P<zone>[^/]+)")
-_OPERATION = re.compile(r"/compute/v1/projects/[^/]+/zones/[^/]+/operations/(?P<name>[^/]+)(/wait)?")
+_OPERATION = re.compile(
+    r"/compute/v1/projects/[^/]+/zones/[^/]+/operations/(?P<name>[^/]+)(/wait)?"
+)
 
 _REFUSALS = {
     "capacity": (429, "RESOURCE_EXHAUSTED", "There is no more capacity in the zone {zone}"),
@@ -158,9 +164,7 @@ class Machines:
     def _offered(self, zone: str) -> set[str]:
         return self.offered.get(zone, {"v5litepod-8", "v5litepod-16", "ct5lp-hightpu-8t"})
 
-    def _calls(
-        self, kind: str, request: Request, body: Any, zone: str, name: str | None
-    ) -> Reply:
+    def _calls(self, kind: str, request: Request, body: Any, zone: str, name: str | None) -> Reply:
         match (request.method, name):
             case ("POST", None):
                 name = request.query.get("queuedResourceId") or body["name"]
@@ -192,9 +196,17 @@ class Machines:
         if (kind, zone, name) in self.alive:
             raise Refused(409, "ALREADY_EXISTS", f"Resource '{name}' already exists")
         waiting = self.refusals.get(zone, [])
-        if waiting and (refusal := waiting.pop(0)) != "granted":
+        if waiting:
+            refusal = waiting.pop(0)
             code, status, message = _REFUSALS[refusal]
+            if kind == "gce" and refusal == "capacity":
+                return json_reply(self._failed(zone, f"create-{name}"))
             raise Refused(code, status, message.format(zone=zone))
+        self.order(kind, zone, name, order)
+        return json_reply(self._started(kind, zone, f"create-{name}"))
+
+    def order(self, kind: str, zone: str, name: str, order: dict[str, Any]) -> None:
+        """A machine comes into being."""
         life = self.lives.pop(0) if self.lives else (QUEUED_LIFE if kind == "queued" else GCE_LIFE)
         machine = Machine(kind, zone, name, order, list(life))
         machine.state = machine.life.pop(0)
@@ -203,7 +215,6 @@ class Machines:
         run = machine.labels.get("job-run", name)
         alive = sum(m.labels.get("job-run") == run for m in self.alive.values())
         self.most_alive[run] = max(self.most_alive[run], alive)
-        return json_reply(self._started(kind, zone, f"create-{name}"))
 
     def _look(self, machine: Machine) -> bool:
         """Move a machine's life on by one step; whether it still is there."""
@@ -256,6 +267,17 @@ class Machines:
         if kind == "queued":
             return {"name": f"projects/p/locations/{zone}/operations/{what}", "done": False}
         return self._operation(f"/compute/v1/projects/p/zones/{zone}/operations/{what}", what)
+
+    def _failed(self, zone: str, what: str) -> dict[str, Any]:
+        """An operation of Compute Engine that found no capacity, as it says so."""
+        operation = self._started("gce", zone, what)
+        problem = {
+            "code": "ZONE_RESOURCE_POOL_EXHAUSTED",
+            "message": f"The zone '{zone}' does not have enough resources available.",
+        }
+        operation["error"] = {"errors": [problem]}
+        operation["httpErrorStatusCode"] = 503
+        return operation
 
     def _operation(self, route: str, name: str) -> dict[str, Any]:
         """An operation of Compute Engine, done at once."""
