@@ -18,8 +18,6 @@ INFRA = Path(__file__).parents[2] / "infra"
 ZONES = "us-west4-a us-central1-a"
 DIGEST = "sha256:" + "1" * 64
 
-pytestmark = pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
-
 
 @dataclass
 class Scripts:
@@ -66,7 +64,7 @@ class Scripts:
 
 
 def settings(cloud: Cloud, folder: Path) -> dict[str, str]:
-    """The variables of a user with a project, a bucket and an image, whose watcher does not wait."""
+    """The variables of a user with a project and a bucket, whose watcher does not wait."""
     kept = ("PATH", "HOME", "LANG", "PYENV_ROOT", "JOB_CACHE", "SSL_CERT_FILE")
     inherited: Mapping[str, str] = os.environ
     return {
@@ -94,6 +92,8 @@ def cloud() -> Iterator[Cloud]:
 
 @pytest.fixture
 def scripts(cloud: Cloud, tmp_path: Path) -> Iterator[Scripts]:
+    if shutil.which("gcloud") is None:
+        pytest.skip("gcloud is not installed")
     (tmp_path / "config.env").write_text("# nothing set here\n")
     found = Scripts(cloud, tmp_path, settings(cloud, tmp_path))
     yield found

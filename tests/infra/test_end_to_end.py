@@ -105,7 +105,7 @@ def test_a_preempted_run_ends_as_if_nothing_had_happened(
     check_clean(cloud, RUN, f"job-{RUN}")
     assert [machine.zone for machine in cloud.machines.history] == ["us-west4-a", "us-central1-a"]
     assert state_of(cloud, RUN)["outcome"] == "done"
-    assert cloud.requested(f"DELETE /v2/projects/test-project/locations/us-central1-a")
+    assert cloud.requested("DELETE /v2/projects/test-project/locations/us-central1-a")
     assert docker("ps", "--all", "--quiet", "--filter", "label=job-tests") == ""
 
     folder = tmp_path / "fetched"

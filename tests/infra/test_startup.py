@@ -1,4 +1,4 @@
-"""What runs on a VM: startup.sh with a metadata server, a local cloud, and a stand-in for Docker."""
+"""What runs on a VM: startup.sh with a metadata server, a local cloud and a stand-in for Docker."""
 
 import os
 import signal

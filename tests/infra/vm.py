@@ -1,4 +1,4 @@
-"""VMs of the local cloud: a metadata server, and the startup script as their system would run it."""
+"""VMs of the local cloud: a metadata server, and the startup script as a VM would run it."""
 
 import os
 import signal

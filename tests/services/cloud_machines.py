@@ -22,22 +22,16 @@ QUEUED_LIFE = ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
 GCE_LIFE = ("PROVISIONING", "STAGING", "RUNNING")
 UP = ("ACTIVE", "RUNNING")
 
-_QUEUED = re.compile(
-    r"/v2/projects/[^/]+/locations/(?P<zone>[^/]+)/queuedResources(?:/(?P<name>[^/]+))?"
-)
-_NODES = re.compile(r"/v2/projects/[^/]+/locations/(?P<zone>[^/]+)/nodes")
-_TYPES = re.compile(r"/v[12]/projects/[^/]+/locations/(?P<zone>[^/]+)/acceleratorTypes")
-_GCE = re.compile(
-    r"/compute/v1/projects/[^/]+/zones/(?P<zone>[^/]+)/instances(?:/(?P<name>[^/]+))?"
-)
+_TPU_ZONE = r"/v[12]/projects/[^/]+/locations/(?P<zone>[^/]+)"
+_GCE_ZONE = r"/compute/v1/projects/[^/]+/zones/(?P<zone>[^/]+)"
+_QUEUED = re.compile(_TPU_ZONE + r"/queuedResources(?:/(?P<name>[^/]+))?")
+_NODES = re.compile(_TPU_ZONE + r"/nodes")
+_TYPES = re.compile(_TPU_ZONE + r"/acceleratorTypes")
+_GCE = re.compile(_GCE_ZONE + r"/instances(?:/(?P<name>[^/]+))?")
 _GCE_ALL = re.compile(r"/compute/v1/projects/[^/]+/aggregated/instances")
-_MACHINE_TYPE = re.compile(
-    r"/compute/v1/projects/[^/]+/zones/(?P<zone>[^/]+)/machineTypes/(?P<name>[^/]+)"
-)
-_ZONE = re.compile(r"/compute/v1/projects/[^/]+/zones/(?P<zone>[^/]+)")
-_OPERATION = re.compile(
-    r"/compute/v1/projects/[^/]+/zones/[^/]+/operations/(?P<name>[^/]+)(/wait)?"
-)
+_MACHINE_TYPE = re.compile(_GCE_ZONE + r"/machineTypes/(?P<name>[^/]+)")
+_ZONE = re.compile(_GCE_ZONE)
+_OPERATION = re.compile(_GCE_ZONE + r"/operations/(?P<name>[^/]+)(?:/wait)?")
 
 _REFUSALS = {
     "capacity": (429, "RESOURCE_EXHAUSTED", "There is no more capacity in the zone {zone}"),
