@@ -11,24 +11,29 @@ source "$INFRA/state.sh"
 # shellcheck source=watch.sh
 source "$INFRA/watch.sh"
 
-common_flags "${BASH_SOURCE[0]}" "$@"
-take_run cancel.sh "${ARGUMENTS[@]}"
-echo cancel >"$WORK/cancel"
-if [[ -n $DRY_RUN ]]; then
-  change storage cp "$WORK/cancel" "$(run_folder)/marks/cancel-1"
-  use_provisioner "$PROVISIONER"
-  vm_delete "${ZONES%% *}"
-  exit 0
-fi
-read_state || no_such_run
-if [[ ${STATE[phase]} == ended ]]; then
-  say "$RUN has ended: ${STATE[reason]}"
-  exit 0
-fi
-change storage cp "$WORK/cancel" "$(run_folder)/marks/cancel-${STATE[submission]}" \
-  || stop_at "cannot cancel $RUN"
-say "$RUN: cancelling"
-trap 'let_go; exit 130' INT TERM
-take_over
-use_provisioner "${STATE[provisioner]}"
-watch_to_end || [[ ${STATE[outcome]} == cancelled ]]
+main() {
+  common_flags "${BASH_SOURCE[0]}" "$@"
+  take_run cancel.sh "${ARGUMENTS[@]}"
+  echo cancel >"$WORK/cancel"
+  if [[ -n $DRY_RUN ]]; then
+    change storage cp "$WORK/cancel" "$(run_folder)/marks/cancel-1"
+    use_provisioner "$PROVISIONER"
+    vm_delete "${ZONES%% *}"
+    exit 0
+  fi
+  read_state || no_such_run
+  if [[ ${STATE[phase]} == ended ]]; then
+    say "$RUN has ended: ${STATE[reason]}"
+    exit 0
+  fi
+  change storage cp "$WORK/cancel" "$(run_folder)/marks/cancel-${STATE[submission]}" \
+    || stop_at "cannot cancel $RUN"
+  say "$RUN: cancelling"
+  trap 'let_go; exit 130' INT TERM
+  take_over
+  use_provisioner "${STATE[provisioner]}"
+  watch_to_end || [[ ${STATE[outcome]} == cancelled ]]
+}
+
+# The whole script is read before it begins, so that an update of this folder does not disturb it.
+main "$@"; exit

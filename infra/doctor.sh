@@ -11,21 +11,8 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 # shellcheck source=state.sh
 source "$INFRA/state.sh"
 
-common_flags "${BASH_SOURCE[0]}" "$@"
-((${#ARGUMENTS[@]} < 2)) || refuse_flag doctor.sh "${ARGUMENTS[1]}"
-spec=${ARGUMENTS[0]:-}
-[[ $spec != -* ]] || refuse_flag doctor.sh "$spec"
-SHOW_READS=yes
-load_settings
-need_gcloud
-read_order
-RUN=doctor
-use_provisioner "$PROVISIONER"
-GENERATION=0 IMAGE_DIGEST=$IMAGE
-new_submission ''
-
-PROBLEMS=0
 good() { printf 'ok    %s\n' "$1"; }
+
 bad() { # WHAT WAY-OUT
   PROBLEMS=$((PROBLEMS + 1))
   printf 'FAIL  %s; %s\n' "$1" "$2"
@@ -136,17 +123,37 @@ check_secrets() {
   done
 }
 
-if [[ -n $spec ]]; then
-  job validate "$spec" --set "output=$OUTPUT" --portable >"$WORK/valid" || exit $?
-  good "spec $(<"$WORK/valid")"
-fi
-chips=${ORDER[chips]}
-check_project
-check_quota
-check_zones
-check_image
-check_account
-check_secrets
-[[ -z $DRY_RUN ]] || exit 0
-((PROBLEMS == 0)) || fail "$PROBLEMS things are not in order"
-say "all is well"
+main() {
+  common_flags "${BASH_SOURCE[0]}" "$@"
+  ((${#ARGUMENTS[@]} < 2)) || refuse_flag doctor.sh "${ARGUMENTS[1]}"
+  spec=${ARGUMENTS[0]:-}
+  [[ $spec != -* ]] || refuse_flag doctor.sh "$spec"
+  SHOW_READS=yes
+  load_settings
+  need_gcloud
+  read_order
+  RUN=doctor
+  use_provisioner "$PROVISIONER"
+  GENERATION=0 IMAGE_DIGEST=$IMAGE SPEC_URI=""
+  new_submission ''
+
+  PROBLEMS=0
+
+  if [[ -n $spec ]]; then
+    job validate "$spec" --set "output=$OUTPUT" --portable >"$WORK/valid" || exit $?
+    good "spec $(<"$WORK/valid")"
+  fi
+  chips=${ORDER[chips]}
+  check_project
+  check_quota
+  check_zones
+  check_image
+  check_account
+  check_secrets
+  [[ -z $DRY_RUN ]] || exit 0
+  ((PROBLEMS == 0)) || fail "$PROBLEMS things are not in order"
+  say "all is well"
+}
+
+# The whole script is read before it begins, so that an update of this folder does not disturb it.
+main "$@"; exit

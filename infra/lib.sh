@@ -216,16 +216,14 @@ stop_at() { # WHAT
   fail "$1: $PROBLEM$hint"
 }
 
-# A name that Google Cloud takes for machines and labels, from any run id.
+# A name for the machine and the labels of a run: what Google Cloud takes of the run id, and a
+# digest, for the run of another bucket may have the same id.
 machine_name() { # RUN
   local name=${1,,}
-  name=job-${name//[^a-z0-9-]/-}
+  name=${name//[^a-z0-9-]/-}
+  name=job-${name:0:40}
   name=${name%"${name##*[!-]}"}
-  if ((${#name} > 54)) || [[ $name != "job-$1" ]]; then
-    name=${name:0:45}
-    name=${name%"${name##*[!-]}"}-$(printf %s "$1" | sha256sum | cut -c1-8)
-  fi
-  printf '%s' "$name"
+  printf '%s-%s' "$name" "$(printf %s "$CONTROL/$1" | sha256sum | cut -c1-8)"
 }
 
 secret_name() { # VARIABLE
@@ -244,8 +242,8 @@ take_run() { # SCRIPT ARGUMENT...
   RUN=${1##*/}
   [[ $RUN =~ ^[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?$ ]] || misuse \
     "$script: '$1' is no run; infra/status.sh lists them"
-  NAME=$(machine_name "$RUN")
   load_settings
+  NAME=$(machine_name "$RUN")
   need_gcloud
 }
 

@@ -40,7 +40,7 @@ write_state() {
   local key uri status=0
   uri=$(run_folder)/state
   STATE[owner]=$ME STATE[expires]=$(($(now) + LEASE_SECONDS)) STATE[written]=$RANDOM$RANDOM
-  for key in $(printf '%s\n' "${!STATE[@]}" | sort); do
+  for key in $(printf '%s\n' "${!STATE[@]}" | LC_ALL=C sort); do
     printf '%s=%s\n' "$key" "${STATE[$key]//$'\n'/ }"
   done >"$WORK/state"
   change storage cp "$WORK/state" "$uri" "--if-generation-match=$GENERATION" \
@@ -96,7 +96,7 @@ resolve_image() {
   fi
 }
 
-# The state of a run that begins, or of one that has ended and begins again.
+# The state of a run that begins, or of one that has ended and begins again, of the spec SPEC_URI.
 new_submission() { # AGAIN
   local attempt=1 submission=1 generation=$GENERATION
   if [[ -n $1 ]]; then
@@ -108,7 +108,7 @@ new_submission() { # AGAIN
     [accelerator_type]=${ORDER[accelerator_type]} [runtime_version]=${ORDER[runtime_version]}
     [machine_type]=${ORDER[machine_type]} [image_family]=${ORDER[image_family]}
     [image_project]=${ORDER[image_project]} [quota]=${ORDER[quota]}
-    [image]=$IMAGE_DIGEST [spec]=$(run_folder)/spec.yaml [output]=$OUTPUT [run_uri]=$OUTPUT/$RUN
+    [image]=$IMAGE_DIGEST [spec]=$SPEC_URI [output]=$OUTPUT [run_uri]=$OUTPUT/$RUN
     [service_account]=$SERVICE_ACCOUNT [secrets]=$SECRETS [self_delete]=$SELF_DELETE
     [wait_seconds]=$WAIT_SECONDS [max_run_seconds]=$MAX_RUN_SECONDS [max_attempts]=$MAX_ATTEMPTS
     [network]=$NETWORK [subnetwork]=$SUBNETWORK [boot_disk_gb]=$BOOT_DISK_GB

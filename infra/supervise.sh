@@ -16,15 +16,20 @@ source "$INFRA/state.sh"
 # shellcheck source=watch.sh
 source "$INFRA/watch.sh"
 
-common_flags "${BASH_SOURCE[0]}" "$@"
-take_run supervise.sh "${ARGUMENTS[@]}"
-if [[ -n $DRY_RUN ]]; then
-  say "would watch $RUN by these commands, every $POLL_SECONDS s; the zone is that of its state"
-  use_provisioner "$PROVISIONER"
-  vm_delete "${ZONES%% *}"
-  exit 0
-fi
-trap 'let_go; say "no longer watching; go on: infra/supervise.sh $RUN"; exit 130' INT TERM
-take_over
-use_provisioner "${STATE[provisioner]}"
-watch_to_end
+main() {
+  common_flags "${BASH_SOURCE[0]}" "$@"
+  take_run supervise.sh "${ARGUMENTS[@]}"
+  if [[ -n $DRY_RUN ]]; then
+    say "would watch $RUN by these commands, every $POLL_SECONDS s; the zone is that of its state"
+    use_provisioner "$PROVISIONER"
+    vm_delete "${ZONES%% *}"
+    exit 0
+  fi
+  trap 'let_go; say "no longer watching; go on: infra/supervise.sh $RUN"; exit 130' INT TERM
+  take_over
+  use_provisioner "${STATE[provisioner]}"
+  watch_to_end
+}
+
+# The whole script is read before it begins, so that an update of this folder does not disturb it.
+main "$@"; exit

@@ -46,10 +46,10 @@ vm_delete() { # ZONE
 }
 
 vm_list() { # [NAME]
-  local filter=labels.managed-by=job
+  local filter=labels.managed-by=job-infra
   [[ -z ${1:-} ]] || filter="name=$1"
   ask compute instances list "--filter=$filter" \
-    --format='value[separator=" "](zone.basename(),name,status,metadata.items.filter("key:job-run").extract(value))'
+    --format='value[separator=" "](zone.basename(),name,status,metadata.items.filter("key:job-control").extract(value))'
   ANSWER=${ANSWER//[][\']/}
 }
 

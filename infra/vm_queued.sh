@@ -5,7 +5,7 @@
 #   vm_create ZONE       order the machine; 0: ordered, or there already; else KIND and PROBLEM say why
 #   vm_look ZONE         sets VM to none, waiting, active, dead or deleting, and VM_PROBLEM to a reason
 #   vm_delete ZONE       begin to delete it; 0: begun, or not there
-#   vm_list [NAME]       lines of "zone name state run" of all machines of jobs, or of one name
+#   vm_list [NAME]       lines of "zone name state folder" of all machines of jobs, or of one name
 #   vm_state WORD        one of the words above for a state of the API
 #   vm_offers ZONE       whether the zone has the machine
 #   vm_path ZONE         the API and the path by which the machine can delete itself
@@ -53,10 +53,10 @@ vm_delete() { # ZONE
 }
 
 vm_list() { # [NAME]
-  local filter=tpu.nodeSpec.node.labels.managed-by=job
+  local filter=tpu.nodeSpec.node.labels.managed-by=job-infra
   [[ -z ${1:-} ]] || filter="name~/$1\$"
   ask compute tpus queued-resources list --zone=- "--filter=$filter" \
-    --format='value[separator=" "](name.segment(3),name.segment(5),state.state,tpu.nodeSpec[0].node.metadata.job-run)'
+    --format='value[separator=" "](name.segment(3),name.segment(5),state.state,tpu.nodeSpec[0].node.metadata.job-control)'
 }
 
 vm_offers() { # ZONE

@@ -25,7 +25,7 @@ vm_metadata() { # ZONE
 }
 
 vm_labels() {
-  printf 'managed-by=job,job-run=%s' "$NAME"
+  printf 'managed-by=job-infra,job-run=%s' "$NAME"
 }
 
 remaining_seconds() {
@@ -66,7 +66,6 @@ is_free() {
 # Gives the run back, so that the next watcher need not wait.
 let_go() {
   [[ ${STATE[owner]:-} == "$ME" && ${STATE[phase]} != ended ]] || return 0
-  STATE[expires]=0
   LEASE_SECONDS=-1 write_state || true
 }
 

@@ -1,9 +1,17 @@
 """The state of a run as submit.sh leaves it, written and read from the test's side."""
 
+import hashlib
+
 from tests.services.cloud import BUCKET, Cloud
 
+
+def machine_of(run: str) -> str:
+    """The name of a run's machine."""
+    return f"job-{run}-" + hashlib.sha256(f"gs://{BUCKET}/infra/{run}".encode()).hexdigest()[:8]
+
+
 RUN = "r1"
-NAME = "job-r1"
+NAME = machine_of(RUN)
 SERVING_QUOTA = "TPUV5sPreemptibleLitepodServingPerProjectPerZoneForTPUAPI"
 
 _STATE = {
@@ -60,8 +68,8 @@ def state_of(cloud: Cloud, run: str = RUN) -> dict[str, str]:
     return dict(line.split("=", 1) for line in text.splitlines())
 
 
-def check_clean(cloud: Cloud, run: str = RUN, name: str = NAME) -> None:
+def check_clean(cloud: Cloud, run: str = RUN) -> None:
     """Nothing is left, and the run never had two machines at once."""
     assert cloud.machines.alive == {}
-    assert cloud.machines.most_alive[name] <= 1
+    assert cloud.machines.most_alive[machine_of(run)] <= 1
     assert state_of(cloud, run)["phase"] == "ended"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.infra.conftest import INFRA, Scripts
-from tests.infra.runs import RUN, SERVING_QUOTA, submitted
+from tests.infra.runs import NAME, RUN, SERVING_QUOTA, submitted
 from tests.services.cloud import BUCKET, TOKEN, Cloud
 
 SECRET = "hf_very_secret_value_for_this_test"
@@ -93,12 +93,13 @@ def test_a_dry_run_of_a_submission_prints_the_order_and_asks_nothing(
     assert done.code == 0, done.err
     commands = [line for line in done.out.splitlines() if line.startswith("+ gcloud ")]
     assert [line.split()[2] for line in commands] == ["storage", "storage", "compute"]
-    assert "queued-resources create job-r1" in commands[-1]
+    assert f"queued-resources create {NAME} " in commands[-1]
     assert "--accelerator-type=v5litepod-8" in commands[-1]
     assert "--spot" in commands[-1]
     assert cloud.requests == []
 
 
+@pytest.mark.slow
 def test_an_image_that_is_not_there_and_a_run_that_is_not_there(
     cloud: Cloud, scripts: Scripts
 ) -> None:

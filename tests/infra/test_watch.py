@@ -15,6 +15,7 @@ def zones(cloud: Cloud) -> list[str]:
     return [machine.zone for machine in cloud.machines.history]
 
 
+@pytest.mark.slow
 def test_a_submitted_job_is_ordered_watched_and_deleted(cloud: Cloud, scripts: Scripts) -> None:
     cloud.machines.lives = [DONE]
     done = scripts.run("submit", "smoke", "--run-id", RUN, "--set", "train.epochs=1", "--wait")
@@ -27,14 +28,16 @@ def test_a_submitted_job_is_ordered_watched_and_deleted(cloud: Cloud, scripts: S
     assert node["acceleratorType"] == "v5litepod-8"
     assert node["runtimeVersion"] == "v2-alpha-tpuv5-lite"
     assert node["serviceAccount"]["email"] == "job-runner@test-project.iam.gserviceaccount.com"
-    assert machine.labels == {"managed-by": "job", "job-run": NAME}
+    assert machine.labels == {"managed-by": "job-infra", "job-run": NAME}
     assert machine.metadata["startup-script"] == (INFRA / "startup.sh").read_text()
     assert machine.metadata["job-image"].endswith("/job/job@sha256:" + "1" * 64)
     assert machine.metadata["job-secrets"].split() == [
         "HF_TOKEN=projects/test-project/secrets/job-hf-token",
         "OPENROUTER_API_KEY=projects/test-project/secrets/job-openrouter-api-key",
     ]
-    spec = cloud.objects[BUCKET, f"infra/{RUN}/spec.yaml"].data.decode()
+    bucket, _, name = machine.metadata["job-spec"].removeprefix("gs://").partition("/")
+    assert name.startswith(f"infra/{RUN}/spec-")
+    spec = cloud.objects[bucket, name].data.decode()
     assert "epochs: 1\n" in spec
     assert f"output: gs://{BUCKET}/runs\n" in spec
     assert "USD an hour" in done.err
@@ -77,6 +80,7 @@ def test_capacity_that_is_refused_is_asked_for_in_the_next_zone(
     assert "per minute" in done.err
 
 
+@pytest.mark.slow
 def test_a_refused_quota_ends_the_run_with_one_clear_line(cloud: Cloud, scripts: Scripts) -> None:
     cloud.machines.refusals = {"us-west4-a": ["quota"] * 5}
     done = scripts.run("submit", "smoke", "--no-plan", "--run-id", RUN)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.infra.conftest import Scripts
-from tests.infra.runs import NAME, RUN, check_clean, state_of, submitted
+from tests.infra.runs import NAME, RUN, check_clean, machine_of, state_of, submitted
 from tests.infra.test_watch import DONE, UP
 from tests.services.cloud import BUCKET, Cloud
 
@@ -69,30 +69,38 @@ def test_a_run_is_cancelled_under_the_eyes_of_its_watcher(cloud: Cloud, scripts:
 
 
 def test_what_is_left_over_is_found_by_its_label(cloud: Cloud, scripts: Scripts) -> None:
-    def machine(run: str, name: str, zone: str) -> None:
-        labels = {"managed-by": "job", "job-run": name}
-        node = {"labels": labels, "metadata": {"job-run": run}}
-        cloud.machines.order("queued", zone, name, {"tpu": {"nodeSpec": [{"node": node}]}})
+    def machine(run: str, zone: str, bucket: str = BUCKET) -> None:
+        labels = {"managed-by": "job-infra", "job-run": run}
+        node = {"labels": labels, "metadata": {"job-control": f"gs://{bucket}/infra/{run}"}}
+        order = {"tpu": {"nodeSpec": [{"node": node}]}}
+        cloud.machines.order("queued", zone, machine_of(run), order)
 
     submitted(cloud, "done", phase="ended", outcome="done")
     submitted(cloud, "work", phase="run", expires=str(int(time.time()) + 600))
     submitted(cloud, "late", phase="run", started="1")
-    machine("done", "job-done", "us-west4-a")
-    machine("work", "job-work", "us-west4-a")
-    machine("late", "job-late", "us-west4-a")
-    machine("unknown", "job-unknown", "us-central1-a")
+    machine("done", "us-west4-a")
+    machine("work", "us-west4-a")
+    machine("late", "us-west4-a")
+    machine("unknown", "us-central1-a")
+    machine("of-others", "us-west4-a", "their-bucket")
     planned = scripts.run("reap", "--dry-run")
     assert planned.code == 0, planned.err
     assert planned.out.count("queued-resources delete") == 3
-    assert len(cloud.machines.alive) == 4
+    assert len(cloud.machines.alive) == 5
     cloud.machines.delete_looks = 0
     done = scripts.run("reap")
     assert done.code == 0, done.err
-    for why in ("has ended (done)", "over its maximum run time", "is unknown", "is at work"):
+    for why in (
+        "has ended (done)",
+        "over its maximum run time",
+        "is unknown",
+        "is at work",
+        "left alone",
+    ):
         assert why in done.err
     deleted = [str(request) for request in cloud.requested("DELETE /v2/")]
     assert len(deleted) == 3
-    assert not [line for line in deleted if "job-work" in line]
+    assert not [line for line in deleted if "job-work" in line or "of-others" in line]
 
 
 def test_compute_engine_is_watched_in_the_same_way(cloud: Cloud, scripts: Scripts) -> None:
@@ -116,8 +124,8 @@ def test_compute_engine_is_watched_in_the_same_way(cloud: Cloud, scripts: Script
         "provisioningModel": "SPOT",
     }
     [disk] = machine.order["disks"]
-    assert disk["initializeParams"]["sourceImage"].endswith(
-        "/ubuntu-os-accelerator-images/global/images/family/ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e"
-    )
-    assert machine.labels == {"managed-by": "job", "job-run": NAME}
+    source = disk["initializeParams"]["sourceImage"]
+    assert "/projects/ubuntu-os-accelerator-images/" in source
+    assert source.endswith("/ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e")
+    assert machine.labels == {"managed-by": "job-infra", "job-run": NAME}
     assert machine.metadata["job-control"] == f"gs://{BUCKET}/infra/{RUN}"
