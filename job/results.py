@@ -133,18 +133,30 @@ class ModelScore(Record):
     """How often each letter was chosen."""
 
 
-class Comparison(Record):
-    """Model `b` against model `a` on the questions that both answered."""
+class PairedTest(Record):
+    """Model `b` against model `a` on what both answered."""
 
     a: str
     b: str
+    difference: float
+    """Of `b` to `a`: above 0 where `b` is higher."""
+    ci95: Interval
+    p_value: float
+    p_holm: float
+    """Corrected for all paired tests of these results (Holm 1979)."""
+    finding: Finding
+    """By the corrected p-value, at the 5 % level."""
+
+
+class Comparison(PairedTest):
+    """Accuracies on the questions that both models answered, by the exact McNemar test."""
+
     questions: int
     gained: int
     lost: int
-    p_value: float
-    difference: float
-    ci95: Interval
-    finding: Finding
+    detectable: float | None
+    """The smallest difference that would be found four times in five with this many questions,
+    and this share of them that only one model gets right; null: none would be."""
 
 
 class MultipleChoice(Record):
@@ -156,6 +168,8 @@ class MultipleChoice(Record):
     chance: float
     majority_letter: str
     majority_accuracy: float
+    detectable_at_worst: float | None
+    """The smallest difference that two models with nothing in common would need."""
     models: dict[str, ModelScore]
     comparisons: list[Comparison]
 
@@ -183,12 +197,8 @@ class Nulls(Record):
     other_answer: Estimate
 
 
-class DialogueComparison(Record):
-    a: str
-    b: str
-    difference: float
-    ci95: Interval
-    finding: Finding
+class DialogueComparison(PairedTest):
+    """ROUGE-L on the same prompts, by the paired bootstrap."""
 
 
 class Dialogue(Record):

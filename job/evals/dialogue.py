@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 from job.evals.predictions import DialogueLine
-from job.evals.stats import bootstrap, finding_of_interval
+from job.evals.stats import bootstrap, bootstrap_test, finding_of_interval
 from job.results import DialogueComparison, DialogueScore, Nulls
 
 METRICS = ("rouge1", "rouge2", "rougeL")
@@ -39,14 +39,17 @@ def summarise(lines: Sequence[DialogueLine], samples: int, seed: int) -> Dialogu
 def compare(
     baseline: Sequence[DialogueLine], finetuned: Sequence[DialogueLine], samples: int, seed: int
 ) -> DialogueComparison:
-    """The paired difference of ROUGE-L over the same prompts."""
+    """The paired difference of ROUGE-L over the same prompts, as if it were the only test."""
     pairs = zip(baseline, finetuned, strict=True)
-    found = bootstrap([after.rougeL - before.rougeL for before, after in pairs], samples, seed)
+    differences = [after.rougeL - before.rougeL for before, after in pairs]
+    found, p_value = bootstrap_test(differences, samples, seed)
     return DialogueComparison(
         a="baseline",
         b="finetuned",
         difference=found.mean,
         ci95=found.ci95,
+        p_value=p_value,
+        p_holm=p_value,
         finding=finding_of_interval(found.ci95, len(baseline)),
     )
 

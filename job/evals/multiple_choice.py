@@ -4,7 +4,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from job.evals.predictions import ChoiceLine, answered
-from job.evals.stats import bootstrap, finding_of_test, mcnemar, wilson
+from job.evals.stats import (
+    UNRELATED,
+    bootstrap,
+    detectable,
+    finding_of_test,
+    mcnemar,
+    wilson,
+)
 from job.results import Comparison, ModelScore, MultipleChoice
 from job.spec import MultipleChoice as Entry
 
@@ -32,7 +39,10 @@ def compare(
     samples: int,
     seed: int,
 ) -> Comparison | None:
-    """Model `b` against model `a`, on the questions both answered; None if there are none."""
+    """Model `b` against model `a`, on the questions both answered; None if there are none.
+
+    As if it were the only test; `job.evals.family` corrects for the others.
+    """
     first, second = answered(before), answered(after)
     shared = [identity for identity in first if identity in second]
     if not shared:
@@ -47,10 +57,12 @@ def compare(
         questions=len(shared),
         gained=gained,
         lost=lost,
-        p_value=p_value,
         difference=estimate.mean,
         ci95=estimate.ci95,
+        p_value=p_value,
+        p_holm=p_value,
         finding=finding_of_test(estimate.mean, p_value),
+        detectable=detectable(len(shared), (gained + lost) / len(shared)),
     )
 
 
@@ -79,6 +91,7 @@ def summarise(
         chance=1 / len(asked[0].options),
         majority_letter=majority,
         majority_accuracy=count / len(asked),
+        detectable_at_worst=detectable(len(asked), UNRELATED),
         models={name: score(lines) for name, lines in models.items()},
         comparisons=[comparison for comparison in found if comparison is not None],
     )

@@ -164,7 +164,7 @@ def caveats(results: Results) -> Iterator[str]:
             "logits compared; generate: text parsed): compare only what was scored alike."
         )
     if sum(len(choice.comparisons) for choice in choices) + bool(dialogue) > 1:
-        yield "There are several comparisons, and their p-values are not corrected for that."
+        yield "There are several comparisons: findings go by p-values corrected for that (Holm)."
     if dialogue:
         yield (
             "ROUGE measures overlap of words with one expected answer, not correctness, and moves "

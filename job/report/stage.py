@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from job import accelerators
 from job.evals import dialogue as dialogues
 from job.evals import multiple_choice as choices
+from job.evals.family import corrected
 from job.evals.predictions import (
     DIALOGUE,
     SIDE_BY_SIDE,
@@ -44,7 +45,7 @@ MARKDOWN = "report.md"
 def run_stage(run: Run) -> Results:
     """Put the results together from the predictions on file, and write the report."""
     reference = run.outcome("reference", ReferenceOutcome).result
-    evaluation = _evaluation(run, reference)
+    evaluation = corrected(_evaluation(run, reference))
     trained = run.outcome("train", TrainOutcome)
     preflight = run.outcome("preflight", Preflight)
     results = Results(
