@@ -8,6 +8,12 @@ from job.evals.predictions import DialogueLine
 from job.evals.stats import bootstrap, bootstrap_test, finding_of_interval
 from job.results import DialogueComparison, DialogueScore, Nulls
 
+POLITE = (
+    "Thank you for your question. I understand your concern. Please consult a professional who "
+    "can look at this with you, and do not hesitate to ask if you need anything else."
+)
+"""An answer to everything."""
+
 METRICS = ("rouge1", "rouge2", "rougeL")
 
 
@@ -55,14 +61,17 @@ def compare(
 
 
 def nulls(lines: Sequence[DialogueLine], samples: int, seed: int) -> Nulls:
-    """ROUGE-L of answers that know nothing: the prompt echoed, and the next example's answer."""
+    """ROUGE-L of answers that know nothing: the prompt echoed, the next example's answer, and one
+    polite sentence for all."""
     echoed = [rouge_scores(line.expected, line.prompt)["rougeL"] for line in lines]
     rotated = [*lines[1:], lines[0]]
     others = [
         rouge_scores(line.expected, other.expected)["rougeL"]
         for line, other in zip(lines, rotated, strict=True)
     ]
+    polite = [rouge_scores(line.expected, POLITE)["rougeL"] for line in lines]
     return Nulls(
         echoed_prompt=bootstrap(echoed, samples, seed),
         other_answer=bootstrap(others, samples, seed),
+        polite_sentence=bootstrap(polite, samples, seed),
     )

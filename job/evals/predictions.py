@@ -38,6 +38,8 @@ class ChoiceLine(Line):
     """Why there is no answer; such a line counts as missing, not as wrong."""
     final: bool = False
     """Asking the same again would not give an answer either."""
+    group: str | None = None
+    """What accuracy is reported by, such as the subject."""
 
 
 class DialogueLine(Line):
@@ -97,6 +99,7 @@ def choice_line(question: Question, choice: str | None, **rest: object) -> Choic
         "gold": question.gold,
         "choice": choice,
         "correct": choice == question.gold,
+        "group": question.group,
     }
     return ChoiceLine.model_validate(fields | rest)
 

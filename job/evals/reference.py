@@ -25,7 +25,8 @@ from job.evals.predictions import (
     read_predictions,
     write_predictions,
 )
-from job.evals.questions import load_slice, user_turn
+from job.evals.prompts import solved_turns, user_turn
+from job.evals.questions import load_slice
 from job.evals.reference_key import KEY, missing_key
 from job.evals.side_by_side import side_prompts
 from job.progress import progress
@@ -80,7 +81,8 @@ class _Asking:
 
     def multiple_choice(self, entry: MultipleChoice) -> None:
         """Ask the questions of a slice and keep the lines."""
-        questions = load_slice(entry, self._run.revisions).questions
+        found = load_slice(entry, self._run.revisions)
+        questions, history = found.questions, solved_turns(entry, found.shots)
         known = self._known(entry.name, ChoiceLine)
         asked = [question for question in questions if question.id not in known]
         turns = [user_turn(entry, question) for question in asked]
@@ -93,7 +95,11 @@ class _Asking:
                 final=reply.final,
             )
             for question, reply in zip(
-                asked, self._ask_all(self._client.ask, turns, entry.name), strict=True
+                asked,
+                self._ask_all(
+                    lambda turn: self._client.ask(turn, None, history), turns, entry.name
+                ),
+                strict=True,
             )
         }
         lines = [known.get(question.id) or made[question.id] for question in questions]

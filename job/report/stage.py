@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from job import accelerators
 from job.evals import dialogue as dialogues
 from job.evals import multiple_choice as choices
+from job.evals import style
 from job.evals.family import corrected
 from job.evals.predictions import (
     DIALOGUE,
@@ -115,13 +116,12 @@ def _dialogue(run: Run) -> Dialogue | None:
     samples, seed = run.spec.evals.bootstrap_samples, run.spec.seed
     before = read_predictions(run, "baseline", DIALOGUE, DialogueLine)
     after = read_predictions(run, "finetuned", DIALOGUE, DialogueLine)
+    lines = {"baseline": before, "finetuned": after}
     return Dialogue(
         examples=len(before),
         max_new_tokens=wanted.max_new_tokens,
-        models={
-            "baseline": dialogues.summarise(before, samples, seed),
-            "finetuned": dialogues.summarise(after, samples, seed),
-        },
+        models={name: dialogues.summarise(given, samples, seed) for name, given in lines.items()},
+        markers=style.summarise(wanted.markers, lines, samples, seed),
         nulls=dialogues.nulls(before, samples, seed),
         comparison=dialogues.compare(before, after, samples, seed),
     )
