@@ -182,6 +182,8 @@ class MultipleChoice(Record):
     questions: int
     few_shot: int = 0
     """Solved questions before each."""
+    in_training_text: int | None = None
+    """Questions of which 13 words in a row stand in a training example (fewer if shorter)."""
     chance: float
     majority_letter: str
     majority_accuracy: float
@@ -189,6 +191,7 @@ class MultipleChoice(Record):
     """The smallest difference that two models with nothing in common would need."""
     models: dict[str, ModelScore]
     comparisons: list[Comparison]
+    grouped_by: str | None = None
     groups: list[GroupScore] = []
 
 

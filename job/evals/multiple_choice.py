@@ -72,6 +72,7 @@ def summarise(
     models: Mapping[str, Sequence[ChoiceLine]],
     samples: int,
     seed: int,
+    in_training_text: int | None = None,
 ) -> MultipleChoice:
     """All models on one slice, compared in pairs with the tuned one."""
     asked = models["baseline"]
@@ -89,11 +90,13 @@ def summarise(
         revision=revision,
         questions=len(asked),
         few_shot=0 if entry.few_shot is None else entry.few_shot.examples,
+        in_training_text=in_training_text,
         chance=1 / len(asked[0].options),
         majority_letter=majority,
         majority_accuracy=count / len(asked),
         detectable_at_worst=detectable(len(asked), UNRELATED),
         models={name: score(lines) for name, lines in models.items()},
         comparisons=[comparison for comparison in found if comparison is not None],
+        grouped_by=entry.group,
         groups=groups(models),
     )

@@ -4,6 +4,8 @@ import json
 from datetime import UTC, datetime
 
 from job import accelerators
+from job.data import contamination
+from job.data.contamination import Contamination
 from job.evals import dialogue as dialogues
 from job.evals import multiple_choice as choices
 from job.evals import style
@@ -105,8 +107,21 @@ def _slice(run: Run, number: int, reference: Reference) -> MultipleChoice:
         models["reference"] = read_predictions(run, "reference", entry.name, ChoiceLine)
     revision = run.outcome("baseline", EvalOutcome).slices[entry.name].revision
     return choices.summarise(
-        entry, revision, models, run.spec.evals.bootstrap_samples, run.spec.seed
+        entry,
+        revision,
+        models,
+        run.spec.evals.bootstrap_samples,
+        run.spec.seed,
+        _in_training_text(run, entry.name),
     )
+
+
+def _in_training_text(run: Run, name: str) -> int | None:
+    content = run.store.read(contamination.KEY)
+    if content is None:
+        return None
+    overlap = Contamination.model_validate_json(content).slices.get(name)
+    return overlap.found if overlap else None
 
 
 def _dialogue(run: Run) -> Dialogue | None:
