@@ -14,6 +14,7 @@ from job.spec_data import Checks as Checks
 from job.spec_data import Data as Data
 from job.spec_data import Section as Section
 from job.spec_data import Source as Source
+from job.spec_reference import Reference as Reference
 from job.spec_types import (
     HUB,
     Name,
@@ -287,33 +288,6 @@ class Evals(Section):
         return self
 
 
-class Reference(Section):
-    model: str = Field(min_length=1, description="Model name at the endpoint.")
-    base_url: str = Field(
-        "https://openrouter.ai/api/v1", description="An OpenAI-compatible API, up to its version."
-    )
-    evals: list[str] | None = Field(
-        None,
-        description="Names of the multiple-choice slices to ask; unset: those scored by "
-        "generation.",
-    )
-    max_tokens: Positive = Field(1024, description="Limit of an answer, reasoning included.")
-    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(120, description="Limit of a request.")
-    attempts: Positive = Field(5, description="Tries of a request before it counts as missing.")
-    concurrency: Annotated[int, Field(ge=1, le=64, strict=True)] = Field(
-        4, description="Requests at once."
-    )
-
-    @model_validator(mode="after")
-    def _http(self) -> Self:
-        if not re.match(r"https?://[^/@]+(/|$)", self.base_url):
-            shown = re.sub(r"//[^/@]*@", "//[redacted]@", self.base_url)
-            raise ValueError(
-                f"`base_url` must be an http(s) address without credentials; got {shown!r}"
-            )
-        return self
-
-
 class Spec(Section):
     """A whole job."""
 
@@ -345,6 +319,10 @@ class Spec(Section):
             raise ValueError(
                 f"`evals.side_by_side.examples` ({self.evals.side_by_side.examples}) is more than "
                 f"`data.validation_examples` ({held_out}); raise that or lower this"
+            )
+        if self.reference and self.reference.dialogue and self.evals.dialogue is None:
+            raise ValueError(
+                "`reference.dialogue` needs `evals.dialogue`, which is null; remove one of them"
             )
         if self.reference and self.reference.evals is not None:
             known = [item.name for item in self.evals.multiple_choice]

@@ -17,13 +17,22 @@ SIDE_BY_SIDE = "side_by_side"
 class Line(BaseModel):
     """One line of a predictions file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    id: str
+    error: str | None = None
+    """Why there is no answer; such a line counts as missing, not as wrong."""
+    final: bool = False
+    """Asking the same again would not give an answer either."""
+    provider: str | None = None
+    """Who answered, where that was a remote service."""
+    model: str | None = None
+    """The model that answered, by the service's own name."""
 
 
 class ChoiceLine(Line):
     """An answer to a multiple-choice question."""
 
-    id: str
     question: str
     options: list[str]
     gold: str
@@ -34,16 +43,11 @@ class ChoiceLine(Line):
     """By letter, where letters were scored."""
     answer: str | None = None
     """What was generated, where generation was scored."""
-    error: str | None = None
-    """Why there is no answer; such a line counts as missing, not as wrong."""
-    final: bool = False
-    """Asking the same again would not give an answer either."""
 
 
 class DialogueLine(Line):
     """An answer to a held-out prompt; ROUGE F-measures against the expected answer."""
 
-    id: str
     prompt: str
     expected: str
     answer: str
@@ -57,12 +61,9 @@ class DialogueLine(Line):
 class SideLine(Line):
     """An answer shown side by side with other models'."""
 
-    id: str
     prompt: str
     expected: str | None
     answer: str | None
-    error: str | None = None
-    final: bool = False
 
 
 def predictions_key(model: ModelName, name: str) -> str:
@@ -101,6 +102,6 @@ def choice_line(question: Question, choice: str | None, **rest: object) -> Choic
     return ChoiceLine.model_validate(fields | rest)
 
 
-def answered(lines: Sequence[ChoiceLine]) -> dict[str, ChoiceLine]:
+def answered[L: Line](lines: Sequence[L]) -> dict[str, L]:
     """By id, the lines that hold an answer."""
     return {line.id: line for line in lines if line.error is None}

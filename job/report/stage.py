@@ -89,7 +89,7 @@ def _evaluation(run: Run, reference: Reference) -> Evaluation:
         multiple_choice=[
             _slice(run, number, reference) for number in range(len(run.spec.evals.multiple_choice))
         ],
-        dialogue=_dialogue(run),
+        dialogue=_dialogue(run, reference),
         side_by_side=_side_by_side(run, reference),
     )
 
@@ -108,22 +108,29 @@ def _slice(run: Run, number: int, reference: Reference) -> MultipleChoice:
     )
 
 
-def _dialogue(run: Run) -> Dialogue | None:
+def _dialogue(run: Run, reference: Reference) -> Dialogue | None:
     wanted = run.spec.evals.dialogue
     if wanted is None:
         return None
     samples, seed = run.spec.evals.bootstrap_samples, run.spec.seed
     before = read_predictions(run, "baseline", DIALOGUE, DialogueLine)
     after = read_predictions(run, "finetuned", DIALOGUE, DialogueLine)
+    models = {"baseline": before, "finetuned": after}
+    remote = read_predictions(run, "reference", DIALOGUE, DialogueLine)
+    asked = run.spec.reference is not None and run.spec.reference.dialogue
+    if asked and reference.status != "skipped" and answered(remote):
+        models["reference"] = remote
+    comparison = dialogues.compare("baseline", "finetuned", before, after, samples, seed)
+    assert comparison is not None  # the job's own models answer everything
     return Dialogue(
         examples=len(before),
         max_new_tokens=wanted.max_new_tokens,
-        models={
-            "baseline": dialogues.summarise(before, samples, seed),
-            "finetuned": dialogues.summarise(after, samples, seed),
-        },
+        models={name: dialogues.summarise(lines, samples, seed) for name, lines in models.items()},
         nulls=dialogues.nulls(before, samples, seed),
-        comparison=dialogues.compare(before, after, samples, seed),
+        comparison=comparison,
+        reference_comparison=dialogues.compare(
+            "finetuned", "reference", after, models.get("reference", []), samples, seed
+        ),
     )
 
 
