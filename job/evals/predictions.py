@@ -83,8 +83,11 @@ def write_predictions(run: Run, model: ModelName, name: str, lines: Iterable[Lin
 def read_predictions[L: Line](run: Run, model: ModelName, name: str, kind: type[L]) -> list[L]:
     """The lines of a predictions file; empty where the model has none."""
     content = run.store.read(predictions_key(model, name))
-    if content is None:
-        return []
+    return [] if content is None else parse_predictions(content, kind)
+
+
+def parse_predictions[L: Line](content: bytes, kind: type[L]) -> list[L]:
+    """The lines of the content of a predictions file."""
     # Not splitlines(): a model's answer may hold any of Unicode's line separators.
     return [kind.model_validate_json(line) for line in content.decode().split("\n") if line]
 
