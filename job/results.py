@@ -209,6 +209,8 @@ class DialogueScore(Record):
     mean_tokens: float
     truncated: int
     """Answers cut at the limit of new tokens."""
+    missing: int = 0
+    """Prompts without an answer."""
 
 
 class Nulls(Record):
@@ -220,7 +222,9 @@ class Nulls(Record):
 
 
 class DialogueComparison(PairedTest):
-    """ROUGE-L on the same prompts, by the paired bootstrap."""
+    """ROUGE-L on the prompts that both models answered, by the paired bootstrap."""
+
+    examples: int
 
 
 class Marker(Record):
@@ -240,6 +244,8 @@ class Dialogue(Record):
     nulls: Nulls
     comparison: DialogueComparison
     markers: list[Marker] = []
+    reference_comparison: DialogueComparison | None = None
+    """The reference against the tuned model, where it was asked."""
 
 
 class SideBySide(Record):
@@ -258,6 +264,8 @@ class Evaluation(Record):
 class ReferenceTokens(Record):
     prompt: int
     completion: int
+    """Reasoning included."""
+    reasoning: int = 0
 
 
 class Reference(Record):
@@ -266,6 +274,8 @@ class Reference(Record):
     local: Literal[False] = False
     requests: int
     failed: int
+    lost: int = 0
+    """Requests whose reply was lost: they may have been billed beside `cost_usd`."""
     tokens: ReferenceTokens
     cost_usd: float
     status: Literal["complete", "partial", "failed", "skipped"]

@@ -17,6 +17,7 @@ from job.spec_data import Source as Source
 from job.spec_evals import DialogueEval as DialogueEval
 from job.spec_evals import Evals as Evals
 from job.spec_evals import MultipleChoice as MultipleChoice
+from job.spec_reference import Reference as Reference
 from job.spec_types import (
     HUB,
     Name,
@@ -213,33 +214,6 @@ class Train(Section):
         return self.pack_length or max(1024, self.max_length)
 
 
-class Reference(Section):
-    model: str = Field(min_length=1, description="Model name at the endpoint.")
-    base_url: str = Field(
-        "https://openrouter.ai/api/v1", description="An OpenAI-compatible API, up to its version."
-    )
-    evals: list[str] | None = Field(
-        None,
-        description="Names of the multiple-choice slices to ask; unset: those scored by "
-        "generation.",
-    )
-    max_tokens: Positive = Field(1024, description="Limit of an answer, reasoning included.")
-    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(120, description="Limit of a request.")
-    attempts: Positive = Field(5, description="Tries of a request before it counts as missing.")
-    concurrency: Annotated[int, Field(ge=1, le=64, strict=True)] = Field(
-        4, description="Requests at once."
-    )
-
-    @model_validator(mode="after")
-    def _http(self) -> Self:
-        if not re.match(r"https?://[^/@]+(/|$)", self.base_url):
-            shown = re.sub(r"//[^/@]*@", "//[redacted]@", self.base_url)
-            raise ValueError(
-                f"`base_url` must be an http(s) address without credentials; got {shown!r}"
-            )
-        return self
-
-
 class Spec(Section):
     """A whole job."""
 
@@ -271,6 +245,10 @@ class Spec(Section):
             raise ValueError(
                 f"`evals.side_by_side.examples` ({self.evals.side_by_side.examples}) is more than "
                 f"`data.validation_examples` ({held_out}); raise that or lower this"
+            )
+        if self.reference and self.reference.dialogue and self.evals.dialogue is None:
+            raise ValueError(
+                "`reference.dialogue` needs `evals.dialogue`, which is null; remove one of them"
             )
         if self.reference and self.reference.evals is not None:
             known = [item.name for item in self.evals.multiple_choice]

@@ -111,10 +111,16 @@ def _reference(spec: Spec, revisions: Revisions) -> object:
     if spec.reference is None:
         return None
     asked = spec.reference.model_dump(
-        mode="json", include={"model", "base_url", "evals", "max_tokens"}
+        mode="json",
+        exclude={"timeout_seconds", "attempts", "concurrency", "max_usd"},
     )
     shown = spec.evals.side_by_side.model_dump(mode="json", include={"examples", "prompts"})
-    return [asked, shown, _slices(spec.reference_slices, revisions)]
+    held_out = None
+    if spec.reference.dialogue and spec.evals.dialogue is not None:
+        held_out = spec.evals.dialogue.model_dump(
+            mode="json", include={"examples", "max_new_tokens"}
+        )
+    return [asked, shown, held_out, _slices(spec.reference_slices, revisions)]
 
 
 def _run_data(run: Run) -> BaseModel:

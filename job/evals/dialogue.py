@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from job.evals.predictions import DialogueLine
+from job.evals.predictions import DialogueLine, answered
 from job.evals.stats import bootstrap, bootstrap_test, finding_of_interval
 from job.results import DialogueComparison, DialogueScore, Nulls
+
+MOST_DIALOGUES = 200
+"""Held-out examples answered where the spec says nothing."""
 
 POLITE = (
     "Thank you for your question. I understand your concern. Please consult a professional who "
@@ -31,7 +34,9 @@ def rouge_scores(expected: str, answer: str) -> dict[str, float]:
 
 
 def summarise(lines: Sequence[DialogueLine], samples: int, seed: int) -> DialogueScore:
-    """One model's scores with bootstrap intervals."""
+    """One model's scores with bootstrap intervals, over what it answered."""
+    missing = len(lines)
+    lines = list(answered(lines).values())
     estimates = {
         name: bootstrap([getattr(line, name) for line in lines], samples, seed) for name in METRICS
     }
@@ -39,24 +44,37 @@ def summarise(lines: Sequence[DialogueLine], samples: int, seed: int) -> Dialogu
         **estimates,
         mean_tokens=round(sum(line.tokens for line in lines) / len(lines), 2),
         truncated=sum(line.finish == "length" for line in lines),
+        missing=missing - len(lines),
     )
 
 
 def compare(
-    baseline: Sequence[DialogueLine], finetuned: Sequence[DialogueLine], samples: int, seed: int
-) -> DialogueComparison:
-    """The paired difference of ROUGE-L over the same prompts, as if it were the only test."""
-    pairs = zip(baseline, finetuned, strict=True)
-    differences = [after.rougeL - before.rougeL for before, after in pairs]
+    a: str,
+    b: str,
+    before: Sequence[DialogueLine],
+    after: Sequence[DialogueLine],
+    samples: int,
+    seed: int,
+) -> DialogueComparison | None:
+    """The paired difference of ROUGE-L over the prompts that both answered; None without any.
+
+    As if it were the only test; `job.evals.family` corrects for the others.
+    """
+    first, second = answered(before), answered(after)
+    shared = [identity for identity in first if identity in second]
+    if not shared:
+        return None
+    differences = [second[i].rougeL - first[i].rougeL for i in shared]
     found, p_value = bootstrap_test(differences, samples, seed)
     return DialogueComparison(
-        a="baseline",
-        b="finetuned",
+        a=a,
+        b=b,
+        examples=len(shared),
         difference=found.mean,
         ci95=found.ci95,
         p_value=p_value,
         p_holm=p_value,
-        finding=finding_of_interval(found.ci95, len(baseline)),
+        finding=finding_of_interval(found.ci95, len(shared)),
     )
 
 

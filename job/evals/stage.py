@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from job import logs
 from job.data import contamination
 from job.data.stage import TRAIN, VALIDATION, iter_examples, read_examples
-from job.evals.dialogue import rouge_scores
+from job.evals.dialogue import MOST_DIALOGUES, rouge_scores
 from job.evals.engine import Engine
 from job.evals.parsing import parse_choice
 from job.evals.partial import Progress
@@ -34,9 +34,6 @@ from job.model.lora import Weights
 from job.run import Run
 from job.spec import DialogueEval
 from job.train.adapter_files import load_trained
-
-MOST_DIALOGUES = 200
-"""Held-out examples answered where the spec says nothing."""
 
 
 class SliceOutcome(BaseModel):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from job.evals.paired import compare_shares
-from job.evals.predictions import DialogueLine
+from job.evals.predictions import DialogueLine, answered
 from job.evals.stats import share
 from job.results import Marker, Share
 
@@ -51,7 +51,8 @@ def _marker(
         return pattern.search(text.replace("’", "'")) is not None
 
     found = {
-        model: {line.id: shows(line.answer) for line in lines} for model, lines in models.items()
+        model: {line.id: shows(line.answer) for line in answered(lines).values()}
+        for model, lines in models.items()
     }
     expected = {line.id: shows(line.expected) for line in models["baseline"]}
     return Marker(

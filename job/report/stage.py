@@ -92,7 +92,7 @@ def _evaluation(run: Run, reference: Reference) -> Evaluation:
         multiple_choice=[
             _slice(run, number, reference) for number in range(len(run.spec.evals.multiple_choice))
         ],
-        dialogue=_dialogue(run),
+        dialogue=_dialogue(run, reference),
         side_by_side=_side_by_side(run, reference),
     )
 
@@ -124,21 +124,30 @@ def _in_training_text(run: Run, name: str) -> int | None:
     return overlap.found if overlap else None
 
 
-def _dialogue(run: Run) -> Dialogue | None:
+def _dialogue(run: Run, reference: Reference) -> Dialogue | None:
     wanted = run.spec.evals.dialogue
     if wanted is None:
         return None
     samples, seed = run.spec.evals.bootstrap_samples, run.spec.seed
     before = read_predictions(run, "baseline", DIALOGUE, DialogueLine)
     after = read_predictions(run, "finetuned", DIALOGUE, DialogueLine)
-    lines = {"baseline": before, "finetuned": after}
+    models = {"baseline": before, "finetuned": after}
+    remote = read_predictions(run, "reference", DIALOGUE, DialogueLine)
+    asked = run.spec.reference is not None and run.spec.reference.dialogue
+    if asked and reference.status != "skipped" and answered(remote):
+        models["reference"] = remote
+    comparison = dialogues.compare("baseline", "finetuned", before, after, samples, seed)
+    assert comparison is not None  # the job's own models answer everything
     return Dialogue(
         examples=len(before),
         max_new_tokens=wanted.max_new_tokens,
-        models={name: dialogues.summarise(given, samples, seed) for name, given in lines.items()},
-        markers=style.summarise(wanted.markers, lines, samples, seed),
+        models={name: dialogues.summarise(lines, samples, seed) for name, lines in models.items()},
+        markers=style.summarise(wanted.markers, models, samples, seed),
         nulls=dialogues.nulls(before, samples, seed),
-        comparison=dialogues.compare(before, after, samples, seed),
+        comparison=comparison,
+        reference_comparison=dialogues.compare(
+            "finetuned", "reference", after, models.get("reference", []), samples, seed
+        ),
     )
 
 

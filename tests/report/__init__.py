@@ -93,6 +93,7 @@ def full() -> dict[str, Any]:
                 "comparison": {
                     "a": "baseline",
                     "b": "finetuned",
+                    "examples": 200,
                     "difference": 0.044,
                     "ci95": [0.036, 0.052],
                     "p_value": 0.001,

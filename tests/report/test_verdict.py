@@ -52,8 +52,8 @@ def dialogue(finding: Finding, after: float = 0.2) -> Dialogue:
         models={"baseline": scores(0.05), "finetuned": scores(after)},
         nulls=Nulls(echoed_prompt=null, other_answer=null, polite_sentence=null),
         comparison=DialogueComparison(
-            a="baseline", b="finetuned", difference=0.15, ci95=(0.1, 0.2), p_value=0.001,
-            p_holm=0.001, finding=finding,
+            a="baseline", b="finetuned", examples=20, difference=0.15, ci95=(0.1, 0.2),
+            p_value=0.001, p_holm=0.001, finding=finding,
         ),
     )  # fmt: skip
 
