@@ -107,12 +107,13 @@ def test_a_quota_found_missing_later_ends_the_run_too(cloud: Cloud, scripts: Scr
 def test_lost_answers_and_failing_deletions_change_nothing(cloud: Cloud, scripts: Scripts) -> None:
     submitted(cloud)
     cloud.machines.lives = [DONE]
-    cloud.faults.add("POST /v2/projects", cut_after=0)
+    cloud.faults.add("POST /v2/projects", spoil="stall")  # it took effect, and no answer comes
     cloud.faults.add("POST /upload/storage", cut_after=0, skip=1)
     body = b'{"error": {"code": 400, "status": "FAILED_PRECONDITION", "message": "not now"}}'
     cloud.faults.add("DELETE /v2/", status=400, times=2, body=body)
-    done = scripts.run("supervise", RUN)
+    done = scripts.run("supervise", RUN, GCLOUD_TIMEOUT="15")
     assert done.code == 0, done.err
+    assert "gave no answer within 15 s" in done.err
     assert cloud.faults.pending == []
     assert len(cloud.machines.history) == 1
     assert done.err.count("could not be deleted yet") == 2
