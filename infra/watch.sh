@@ -172,6 +172,10 @@ step_create() { # ZONE
     finish cancelled 75 "cancelled"
     return
   fi
+  if [[ -n ${STATE[started]} ]] && is_over "$((STATE[started] + STATE[max_run_seconds]))"; then
+    finish timeout 75 "stopped: it is over its maximum run time of ${STATE[max_run_seconds]} s"
+    return
+  fi
   wait=$((STATE[not_before] - $(now)))
   if ((wait > 0)); then
     pause "$wait"
@@ -217,9 +221,14 @@ delete_strays() { # LIST
 }
 
 step_run() { # ZONE
-  vm_look "$1" || return
-  local seen=$VM problem=$VM_PROBLEM
-  read_marks || return # after the look: a machine that deleted itself left its mark before
+  local seen='' problem=''
+  read_marks || return
+  if [[ -z $CODE ]]; then
+    vm_look "$1" || return
+    seen=$VM problem=$VM_PROBLEM
+    # A machine that has deleted itself left its mark before that.
+    [[ $seen != none ]] || read_marks || return
+  fi
   case $CODE in
     cancel) finish cancelled 75 "cancelled" ;;
     0) finish "done" 0 "done; the results are in ${STATE[run_uri]}" ;;

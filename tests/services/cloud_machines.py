@@ -123,7 +123,7 @@ class Machines:
         """What to answer to creations in a zone, in turn: capacity, quota, denied, ..."""
         self.offered: dict[str, set[str]] = {}
         """Accelerator and machine types that a zone has; a zone that is not listed has all."""
-        self.delete_looks = 1
+        self.delete_looks = 0
         self.on_boot: Callable[[Machine], None] = lambda machine: None
         self.on_exit: Callable[[Machine, int], None] = lambda machine, code: None
         self.on_gone: Callable[[Machine], None] = lambda machine: None
