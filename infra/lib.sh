@@ -154,7 +154,7 @@ print_command() { # COMMAND...
   printf '\n'
 }
 
-# Runs gcloud. Its output is in ANSWER; if it failed, what it said is in PROBLEM, in one line,
+# Runs gcloud. Its output is in ANSWER (to the byte in $WORK/answer); if it failed, what it said is in PROBLEM, in one line,
 # and the kind of the failure in KIND. In a dry run a question is neither asked nor printed and
 # counts as answered by nothing (SHOW_READS=yes prints it); a change is printed as it would be run.
 ANSWER='' PROBLEM='' KIND='' SHOW_READS=''
@@ -165,7 +165,8 @@ ask() {
     [[ -z $SHOW_READS ]] || print_command gcloud "$@"
     return 1
   fi
-  ANSWER=$(timeout "${GCLOUD_TIMEOUT:-120}" gcloud "$@" 2>"$WORK/stderr") || status=$?
+  timeout "${GCLOUD_TIMEOUT:-120}" gcloud "$@" >"$WORK/answer" 2>"$WORK/stderr" || status=$?
+  ANSWER=$(<"$WORK/answer")
   ((status == 0)) || explain "$status"
   return "$status"
 }

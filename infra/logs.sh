@@ -12,6 +12,21 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 # shellcheck source=state.sh
 source "$INFRA/state.sh"
 
+# Prints what an attempt's log has beyond what was shown. A last line that is half written comes
+# the next time, unless all there is was asked for.
+shown=0
+show_more() { # ATTEMPT whole|lines
+  if ! ask storage cat "$(run_folder)/logs/$1-$worker.log" "--range=$shown-"; then
+    [[ $KIND == missing || $PROBLEM == *416* || $PROBLEM == *ange* ]] || stop_at "cannot read the log"
+    return 0
+  fi
+  if [[ $2 == lines && $(tail -c 1 "$WORK/answer" | wc -l) == 0 ]]; then
+    sed -i '$d' "$WORK/answer"
+  fi
+  cat "$WORK/answer"
+  shown=$((shown + $(stat -c %s "$WORK/answer")))
+}
+
 main() {
   follow='' attempt='' worker=0 rest=()
   common_flags "${BASH_SOURCE[0]}" "$@"
@@ -34,26 +49,22 @@ main() {
     ask storage cat "$(run_folder)/logs/${attempt:-1}-$worker.log" || exit 0
   fi
   read_state || no_such_run
-  shown=0 showing=''
-  while true; do
-    current=${attempt:-${STATE[attempt]}}
-    [[ $current == "$showing" ]] || { showing=$current shown=0; }
-    if ask storage cat "$(run_folder)/logs/$current-$worker.log" "--range=$shown-"; then
-      # The last line may be half written; it comes whole the next time.
-      [[ -z $follow || ${STATE[phase]} == ended ]] || ANSWER=$(sed '$d' <<<"$ANSWER.")
-      if [[ -n $ANSWER ]]; then
-        printf '%s\n' "$ANSWER"
-        shown=$((shown + $(printf '%s\n' "$ANSWER" | wc -c)))
-      fi
-    elif [[ $KIND != missing && $PROBLEM != *416* && $PROBLEM != *ange* ]]; then
-      stop_at "cannot read the log"
-    elif [[ -z $follow && $KIND == missing ]]; then
-      misuse "there is no log of attempt $current yet; see infra/status.sh $RUN"
+  if [[ -z $follow ]]; then
+    show_more "${attempt:-${STATE[attempt]}}" whole
+    [[ $KIND != missing ]] || misuse "there is no such log of $RUN yet; see infra/status.sh $RUN"
+    exit 0
+  fi
+  showing=${attempt:-${STATE[attempt]}}
+  while [[ ${STATE[phase]} != ended ]]; do
+    if [[ -z $attempt && ${STATE[attempt]} != "$showing" ]]; then
+      show_more "$showing" whole
+      showing=${STATE[attempt]} shown=0
     fi
-    if [[ -z $follow || ${STATE[phase]} == ended ]]; then break; fi
+    show_more "$showing" lines
     sleep "$POLL_SECONDS"
     read_state || no_such_run
   done
+  show_more "$showing" whole
 }
 
 # The whole script is read before it begins, so that an update of this folder does not disturb it.

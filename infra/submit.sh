@@ -70,7 +70,7 @@ main() {
   if read_state; then
     if [[ ${STATE[phase]} != ended ]]; then
       say "$RUN was submitted before and is at work (${STATE[phase]}); watch it: infra/supervise.sh $RUN"
-      [[ -z $wait ]] || exec "$INFRA/supervise.sh" "$RUN"
+      [[ -z $wait ]] || "$INFRA/supervise.sh" "$RUN"
       exit 0
     fi
     again=yes

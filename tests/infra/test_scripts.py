@@ -200,3 +200,22 @@ def test_a_run_at_work_is_listed_shown_read_and_not_submitted_twice(
     assert "was submitted before and is at work" in again.err
     assert cloud.objects[BUCKET, f"infra/{RUN}/state"].generation == before
     assert cloud.machines.history == []
+
+
+@pytest.mark.slow
+def test_a_log_is_followed_over_machines_to_the_end(cloud: Cloud, scripts: Scripts) -> None:
+    submitted(cloud, phase="run")
+    cloud.put(BUCKET, f"infra/{RUN}/logs/1-0.log", b"one\ntw")
+    following = scripts.start("logs", RUN, "--follow")
+    assert following.stdout is not None
+    assert following.stdout.readline() == "one\n"
+    cloud.put(BUCKET, f"infra/{RUN}/logs/1-0.log", b"one\ntwo\n")
+    assert following.stdout.readline() == "two\n"
+    submitted(cloud, phase="run", attempt="2")
+    cloud.put(BUCKET, f"infra/{RUN}/logs/2-0.log", b"three\n")
+    assert following.stdout.readline() == "three\n"
+    cloud.put(BUCKET, f"infra/{RUN}/logs/2-0.log", b"three\nfour\n")
+    submitted(cloud, phase="ended", attempt="2", outcome="done", reason="done")
+    rest, said = following.communicate(timeout=120)
+    assert rest == "four\n", said
+    assert following.returncode == 0
