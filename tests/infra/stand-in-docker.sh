@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A stand-in for `docker` on PATH, for tests of startup.sh: one image, one container, which is the
+# A stand-in for `docker` on PATH, for tests of startup.sh and push_image.sh: one image, one container, which is the
 # script $DOCKER_FOLDER/job. It writes each call to $DOCKER_FOLDER/calls, and what was on standard
 # input where that matters.
 set -euo pipefail
@@ -16,6 +16,7 @@ case "$1 ${2:-}" in
     cat >"$folder/login"
     df --output=fstype "$DOCKER_CONFIG" | tail -n 1 >"$folder/login-file-system"
     ;;
+  "build "* | "push -q") ;;
   "pull -q")
     [[ ! -e $folder/unreachable ]] || exit 1
     touch "$folder/image"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.infra.conftest import INFRA, Scripts
+from tests.infra.conftest import DIGEST, INFRA, Scripts
 from tests.infra.runs import NAME, RUN, SERVING_QUOTA, submitted
 from tests.services.cloud import BUCKET, TOKEN, Cloud
 
@@ -152,6 +152,26 @@ def test_a_project_is_set_up_once_checked_and_its_secrets_kept(
     done = scripts.run("doctor", "smoke", BUCKET=bucket)
     assert done.code == 0, done.out + done.err
     assert "FAIL" not in done.out
+
+
+@pytest.mark.slow
+def test_an_image_is_built_pushed_and_named_by_its_digest(
+    cloud: Cloud, scripts: Scripts, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "docker").symlink_to(Path(__file__).with_name("stand-in-docker.sh"))
+    path = f"{tmp_path / 'bin'}:{scripts.environment['PATH']}"
+    done = scripts.run("push_image", PATH=path, DOCKER_FOLDER=str(tmp_path))
+    assert done.code == 0, done.err
+    image = "us-west4-docker.pkg.dev/test-project/job/job"
+    assert done.out == f"{image}@{DIGEST}\n"
+    calls = (tmp_path / "calls").read_text()
+    assert "EXTRA=tpu" in calls
+    assert f"--tag {image}:tpu" in calls
+    assert f"push -q {image}:tpu\n" in calls
+    # The token goes over standard input, and no file of Docker's keeps it.
+    assert (tmp_path / "login").read_text().strip() == TOKEN
+    assert TOKEN not in calls + done.out + done.err
 
 
 @pytest.mark.slow

@@ -41,8 +41,8 @@ class Vm:
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE": f"{api}/compute/v1/",
             "JOB_VM_FOLDER": str(folder / "job"),
             "JOB_VM_CONTAINER": container,
-            "JOB_VM_TICK": "0.5",
-            "JOB_VM_PAUSE": "1",
+            "JOB_VM_TICK": "0.2",
+            "JOB_VM_PAUSE": "0.5",
             **environment,
         }
         self.started: list[subprocess.Popen[bytes]] = []
