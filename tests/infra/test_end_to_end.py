@@ -69,7 +69,7 @@ def test_a_preempted_run_ends_as_if_nothing_had_happened(
     cloud.admin.secrets["job-hf-token"] = [SECRET]
     settings = {
         "IMAGE": image,
-        "POLL_SECONDS": "1",
+        "POLL_SECONDS": "6",  # gcloud takes a second of a core, which the job needs
         "CONTAINER_FLAGS": f"--net=host --user root -e STORAGE_EMULATOR_HOST={cloud.url} "
         "-e JOB_LEASE_SECONDS=6 --label=job-tests",
     }
