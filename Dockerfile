@@ -13,17 +13,21 @@ ENV SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \
     REQUESTS_CA_BUNDLE=/etc/ssl/certs/ca-certificates.crt
 
 FROM base AS build
-ARG EXTRA=cpu
 ARG UV_DEFAULT_INDEX
 ENV PATH=/build/tools/bin:$PATH UV_NO_CACHE=1 UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never
 WORKDIR /build
 COPY docker/requirements-build.lock ./
 RUN python3 -m venv tools && \
     pip install --quiet --no-cache-dir --require-hashes ${UV_DEFAULT_INDEX:+--index-url "$UV_DEFAULT_INDEX"} \
-      -r requirements-build.lock
+      -r requirements-build.lock && \
+    uv venv --quiet --python /usr/bin/python3 /opt/job
+# What all images share first, so that a second image is quickly made.
+COPY docker/requirements-cpu.lock ./
+RUN uv pip sync --quiet --python /opt/job --require-hashes --compile-bytecode \
+      --build-constraints requirements-build.lock requirements-cpu.lock
+ARG EXTRA=cpu
 COPY docker/requirements-${EXTRA}.lock ./
-RUN uv venv --quiet --python /usr/bin/python3 /opt/job && \
-    uv pip sync --quiet --python /opt/job --require-hashes --compile-bytecode \
+RUN uv pip sync --quiet --python /opt/job --require-hashes --compile-bytecode \
       --build-constraints requirements-build.lock requirements-${EXTRA}.lock && \
     find /opt/job -type d -name tests -prune -exec rm -r {} + && \
     rm -f /opt/job/.lock
