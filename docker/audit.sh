@@ -19,7 +19,7 @@ report, errors = (Path(name).read_text() for name in sys.argv[1:])
 packages = json.loads(report)["dependencies"] if report.strip() else []
 audited = [package for package in packages if "vulns" in package]
 if not audited:
-    reason = (errors.strip().splitlines() or ["it knows none of the packages"])[-1]
+    reason = "it knows none of the packages" if packages else errors.strip().splitlines()[-1]
     sys.exit(print(f"skipped: the source of vulnerabilities cannot be reached ({reason})"))
 found = [
     f"{package['name']} {package['version']}: {vulnerability['id']}, "
