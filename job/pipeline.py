@@ -192,6 +192,7 @@ def _run_whole(
     keep = keeper.keep if keeper else lambda: None
 
     def leave() -> None:
+        retry.while_waiting(lambda: None)  # the last calls are not stopped themselves
         keep()
         run.release()
 

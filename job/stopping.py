@@ -61,11 +61,13 @@ class StopSignal:
 
     def _listen(self) -> None:
         self.requested = signal.Signals(signal.sigwait(_SIGNALS)).name
-        until = time.monotonic() + self.grace
-        while (left := until - time.monotonic()) > 0:
-            again = signal.sigtimedwait(_SIGNALS, left)
-            if again and again.si_signo == signal.SIGINT:
-                break
+        threading.Thread(target=self._leave_at_ctrl_c, name="stop-now", daemon=True).start()
+        time.sleep(self.grace)
+        self.leave(EXIT_RESUMABLE, self._message)
+
+    def _leave_at_ctrl_c(self) -> None:
+        while signal.sigwait(_SIGNALS) != signal.SIGINT:
+            continue
         self.leave(EXIT_RESUMABLE, self._message)
 
     @property
