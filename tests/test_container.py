@@ -100,7 +100,7 @@ def check_health(name: str) -> None:
 
 
 def at(number: signal.Signals, message: str, **fields: object) -> Callable[[str, Event], bool]:
-    """Send the container a signal at the first log line like this; it is healthy until killed."""
+    """Send the container a signal at the first log line like this."""
 
     def then(name: str, event: Event) -> bool:
         if not event["message"].startswith(message) or event | fields != event:
