@@ -160,13 +160,13 @@ def made_by_models(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_commands_of_the_readme_leave_a_whole_run_of_the_user_who_ran_them(
-    unbroken: tuple[Path, Done],
+    unbroken: tuple[Path, Done], checkout: Path
 ) -> None:
     folder, _ = unbroken
     assert {path.stat().st_uid for path in folder.rglob("*")} == {os.getuid()}
     environment = json.loads((folder / "results.json").read_bytes())["environment"]
     head = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=True
     ).stdout.strip()
     assert environment["git_commit"].removesuffix("-dirty") == head
     assert environment["platform"] == "cpu"
