@@ -150,6 +150,29 @@ def fetch(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Finished runs; the first is compared with."),
+    ],
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page as well.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Put finished runs side by side, with paired tests on the questions that match."""
+    from job.compare.command import compare_finished
+
+    found = compare_finished(runs, html)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+        return
+    from rich.console import Console
+
+    from job.compare.text import show
+
+    show(found, Console(width=None if sys.stdout.isatty() else 160))
+
+
+@app.command()
 def export(
     run_uri: Annotated[str, typer.Argument(help="A run: a folder, or gs://bucket/prefix/run-id.")],
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A new folder to write.")],

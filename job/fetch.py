@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from job import logs
-from job.errors import StageError, UsageError
-from job.results import Artifact, Results
-from job.storage import LocalStore, Store, check_key, file_sha256, open_store
+from job.errors import StageError
+from job.finished import read_results
+from job.results import Artifact
+from job.storage import LocalStore, Store, check_key, file_sha256
 from job.threads import Threads
 from job.transfer import PARTIAL
 
@@ -49,19 +48,8 @@ def fetch_run(uri: str, folder: str) -> None:
         StageError: a file is missing, or does not have its checksum.
     """
     logs.configure(logs.RunLog())
-    source, target = open_store(uri), LocalStore(Path(folder))
-    content = source.read("results.json")
-    if content is None:
-        raise UsageError(
-            f"{uri} has no results.json: it is not a run, or not finished; "
-            "a run is <output>/<run-id>"
-        )
-    try:
-        results = Results.model_validate_json(content)
-    except ValidationError as error:
-        raise StageError(
-            f"{uri}/results.json is not one this version reads: {error.error_count()} problems"
-        ) from error
+    source, content, results = read_results(uri)
+    target = LocalStore(Path(folder))
     if target.read("results.json") != content:
         target.delete("results.json")
     checked = {check_key(item.path): item for item in results.artifacts}

@@ -133,18 +133,45 @@ class ModelScore(Record):
     """How often each letter was chosen."""
 
 
-class Comparison(Record):
-    """Model `b` against model `a` on the questions that both answered."""
+class Share(Record):
+    count: int
+    of: int
+    share: float
+    ci95: Interval
+
+
+class GroupScore(Record):
+    """Right answers to the questions of one group, such as a subject; for reading, untested."""
+
+    name: str
+    questions: int
+    models: dict[str, Share]
+
+
+class PairedTest(Record):
+    """Model `b` against model `a` on what both answered."""
 
     a: str
     b: str
+    difference: float
+    """Of `b` to `a`: above 0 where `b` is higher."""
+    ci95: Interval
+    p_value: float
+    p_holm: float
+    """Corrected for all paired tests of these results (Holm 1979)."""
+    finding: Finding
+    """By the corrected p-value, at the 5 % level."""
+
+
+class Comparison(PairedTest):
+    """Accuracies on the questions that both models answered, by the exact McNemar test."""
+
     questions: int
     gained: int
     lost: int
-    p_value: float
-    difference: float
-    ci95: Interval
-    finding: Finding
+    detectable: float | None
+    """The smallest difference that would be found four times in five with this many questions,
+    and this share of them that only one model gets right; null: none would be."""
 
 
 class MultipleChoice(Record):
@@ -153,11 +180,19 @@ class MultipleChoice(Record):
     dataset: str
     revision: str | None
     questions: int
+    few_shot: int = 0
+    """Solved questions before each."""
+    in_training_text: int | None = None
+    """Questions of which 13 words in a row stand in a training example (fewer if shorter)."""
     chance: float
     majority_letter: str
     majority_accuracy: float
+    detectable_at_worst: float | None
+    """The smallest difference that two models with nothing in common would need."""
     models: dict[str, ModelScore]
     comparisons: list[Comparison]
+    grouped_by: str | None = None
+    groups: list[GroupScore] = []
 
 
 class Estimate(Record):
@@ -174,6 +209,8 @@ class DialogueScore(Record):
     mean_tokens: float
     truncated: int
     """Answers cut at the limit of new tokens."""
+    missing: int = 0
+    """Prompts without an answer."""
 
 
 class Nulls(Record):
@@ -181,14 +218,23 @@ class Nulls(Record):
 
     echoed_prompt: Estimate
     other_answer: Estimate
+    polite_sentence: Estimate
 
 
-class DialogueComparison(Record):
-    a: str
-    b: str
-    difference: float
-    ci95: Interval
-    finding: Finding
+class DialogueComparison(PairedTest):
+    """ROUGE-L on the prompts that both models answered, by the paired bootstrap."""
+
+    examples: int
+
+
+class Marker(Record):
+    """A trait of style: the share of answers that show it, by phrases the spec lists."""
+
+    name: str
+    expected: Share
+    """Of the answers that were held out."""
+    models: dict[str, Share]
+    comparison: Comparison | None
 
 
 class Dialogue(Record):
@@ -197,6 +243,9 @@ class Dialogue(Record):
     models: dict[str, DialogueScore]
     nulls: Nulls
     comparison: DialogueComparison
+    markers: list[Marker] = []
+    reference_comparison: DialogueComparison | None = None
+    """The reference against the tuned model, where it was asked."""
 
 
 class SideBySide(Record):
@@ -215,6 +264,8 @@ class Evaluation(Record):
 class ReferenceTokens(Record):
     prompt: int
     completion: int
+    """Reasoning included."""
+    reasoning: int = 0
 
 
 class Reference(Record):
@@ -223,6 +274,8 @@ class Reference(Record):
     local: Literal[False] = False
     requests: int
     failed: int
+    lost: int = 0
+    """Requests whose reply was lost: they may have been billed beside `cost_usd`."""
     tokens: ReferenceTokens
     cost_usd: float
     status: Literal["complete", "partial", "failed", "skipped"]

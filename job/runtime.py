@@ -136,7 +136,7 @@ def _looked_for(platforms: str) -> str:
         return ""
     from jax._src.hardware_utils import num_available_tpu_chips_and_device_id
 
-    chips = num_available_tpu_chips_and_device_id()[0]
+    chips = num_available_tpu_chips_and_device_id()[0]  # type: ignore[no-untyped-call]
     files = sorted(str(path) for path in (*_DEV.glob("accel*"), *_DEV.glob("vfio/[0-9]*")))
     return (
         f"; looked for TPU chips in /sys/bus/pci/devices ({chips} found) and for /dev/accel* and "

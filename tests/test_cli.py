@@ -59,6 +59,7 @@ def test_help_names_every_command_and_exit_code() -> None:
         "plan",
         "schema",
         "fetch",
+        "compare",
         "export",
         "0 done",
         "2 wrong",

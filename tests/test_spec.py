@@ -226,6 +226,16 @@ BAD = {
         "reference.base_url",
         "without credentials",
     ),
+    "budget of nothing": Bad(
+        BASE + "reference:\n  model: m\n  max_usd: 0 # <-\n",
+        "reference.max_usd",
+        "greater than 0",
+    ),
+    "effort that there is not": Bad(
+        BASE + "reference:\n  model: m\n  reasoning: 'off' # <-\n",
+        "reference.reasoning",
+        "'none', 'minimal'",
+    ),
     "flag without a value": Bad(BASE, "", "write --set KEY=VALUE", "train.epochs"),
     "flag without a key": Bad(BASE, "", "write --set KEY=VALUE", "=3"),
     "flag with an empty part": Bad(BASE, "", "write --set KEY=VALUE", "train..epochs=3"),
@@ -613,3 +623,29 @@ def test_the_environment_names_the_spec_where_the_command_does_not(tmp_path: Pat
         assert done.returncode == code
         assert done.stdout.startswith(out)
         assert done.stderr.startswith(err)
+
+
+def test_the_reference_cannot_answer_dialogues_that_are_left_out() -> None:
+    text = BASE + "evals:\n  dialogue: null\nreference:\n  model: m\n  dialogue: true\n"
+    with pytest.raises(SpecError, match="`reference.dialogue` needs `evals.dialogue`"):
+        parse_spec(text, "spec.yaml")
+
+
+@pytest.mark.parametrize(
+    ("api", "base_url", "expected"),
+    [
+        ("auto", "https://openrouter.ai/api/v1", True),
+        ("auto", "https://eu.openrouter.ai:443/api/v1", True),
+        ("auto", "http://127.0.0.1:8000/v1", False),
+        ("auto", "https://notopenrouter.ai/v1", False),
+        ("openrouter", "http://127.0.0.1:8000/v1", True),
+        ("openai", "https://openrouter.ai/api/v1", False),
+    ],
+)
+def test_openrouter_is_known_by_its_address_or_by_name(
+    api: str, base_url: str, expected: bool
+) -> None:
+    text = BASE + f"reference: {{model: m, api: {api}, base_url: '{base_url}'}}\n"
+    reference = parse_spec(text, "spec.yaml").reference
+    assert reference is not None
+    assert reference.is_openrouter is expected

@@ -17,13 +17,22 @@ SIDE_BY_SIDE = "side_by_side"
 class Line(BaseModel):
     """One line of a predictions file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    id: str
+    error: str | None = None
+    """Why there is no answer; such a line counts as missing, not as wrong."""
+    final: bool = False
+    """Asking the same again would not give an answer either."""
+    provider: str | None = None
+    """Who answered, where that was a remote service."""
+    model: str | None = None
+    """The model that answered, by the service's own name."""
 
 
 class ChoiceLine(Line):
     """An answer to a multiple-choice question."""
 
-    id: str
     question: str
     options: list[str]
     gold: str
@@ -34,16 +43,13 @@ class ChoiceLine(Line):
     """By letter, where letters were scored."""
     answer: str | None = None
     """What was generated, where generation was scored."""
-    error: str | None = None
-    """Why there is no answer; such a line counts as missing, not as wrong."""
-    final: bool = False
-    """Asking the same again would not give an answer either."""
+    group: str | None = None
+    """What accuracy is reported by, such as the subject."""
 
 
 class DialogueLine(Line):
     """An answer to a held-out prompt; ROUGE F-measures against the expected answer."""
 
-    id: str
     prompt: str
     expected: str
     answer: str
@@ -57,12 +63,9 @@ class DialogueLine(Line):
 class SideLine(Line):
     """An answer shown side by side with other models'."""
 
-    id: str
     prompt: str
     expected: str | None
     answer: str | None
-    error: str | None = None
-    final: bool = False
 
 
 def predictions_key(model: ModelName, name: str) -> str:
@@ -82,8 +85,11 @@ def write_predictions(run: Run, model: ModelName, name: str, lines: Iterable[Lin
 def read_predictions[L: Line](run: Run, model: ModelName, name: str, kind: type[L]) -> list[L]:
     """The lines of a predictions file; empty where the model has none."""
     content = run.store.read(predictions_key(model, name))
-    if content is None:
-        return []
+    return [] if content is None else parse_predictions(content, kind)
+
+
+def parse_predictions[L: Line](content: bytes, kind: type[L]) -> list[L]:
+    """The lines of the content of a predictions file."""
     # Not splitlines(): a model's answer may hold any of Unicode's line separators.
     return [kind.model_validate_json(line) for line in content.decode().split("\n") if line]
 
@@ -97,10 +103,11 @@ def choice_line(question: Question, choice: str | None, **rest: object) -> Choic
         "gold": question.gold,
         "choice": choice,
         "correct": choice == question.gold,
+        "group": question.group,
     }
     return ChoiceLine.model_validate(fields | rest)
 
 
-def answered(lines: Sequence[ChoiceLine]) -> dict[str, ChoiceLine]:
+def answered[L: Line](lines: Sequence[L]) -> dict[str, L]:
     """By id, the lines that hold an answer."""
     return {line.id: line for line in lines if line.error is None}

@@ -1,38 +1,48 @@
 """The reference stage: the same questions and prompts to a larger model far away.
 
 Without a key the stage is skipped and says so. A request that fails leaves a missing answer,
-never a wrong one, and never costs the run its other results; the same command run again asks
-only what is still open.
+never a wrong one, and never costs the run its other results. Replies are kept as they arrive:
+the same command run again asks only what is still open.
 """
 
-import contextvars
 import os
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import NamedTuple
 
 from pydantic import BaseModel
 
 from job import logs
+from job.data.stage import VALIDATION, read_examples
+from job.evals.budget import Budget
 from job.evals.chat_api import ChatClient, Reply
+from job.evals.dialogue import MOST_DIALOGUES, rouge_scores
+from job.evals.kept_replies import EVERY_SECONDS, KeptReplies, KeptReply
 from job.evals.parsing import parse_choice
 from job.evals.predictions import (
+    DIALOGUE,
     SIDE_BY_SIDE,
     ChoiceLine,
+    DialogueLine,
     SideLine,
     choice_line,
-    read_predictions,
     write_predictions,
 )
-from job.evals.questions import load_slice, user_turn
+from job.evals.prompts import solved_turns, user_turn
+from job.evals.questions import load_slice
 from job.evals.reference_key import KEY, missing_key
 from job.evals.side_by_side import side_prompts
 from job.progress import progress
 from job.results import Reference as ReferenceResult
 from job.results import ReferenceTokens
 from job.run import Run
-from job.spec import MultipleChoice, Reference
+from job.spec import DialogueEval, MultipleChoice, Reference
+from job.threads import Threads
+
+_LAST_SECONDS = 10.0
+"""Waited for replies under way when the job is stopped."""
 
 
 class ReferenceOutcome(BaseModel):
@@ -41,6 +51,17 @@ class ReferenceOutcome(BaseModel):
     result: ReferenceResult
     open: bool
     """Some questions have no answer that asking again could give."""
+    stopped_at_usd: float | None = None
+    """The budget, where it ended the asking."""
+
+
+class _Asked(NamedTuple):
+    """What the model is asked."""
+
+    id: str
+    prompt: str
+    system: str | None = None
+    history: Sequence[tuple[str, str]] = ()
 
 
 def run_stage(run: Run) -> ReferenceOutcome:
@@ -55,16 +76,21 @@ def run_stage(run: Run) -> ReferenceOutcome:
     asking = _Asking(run, reference)
     for entry in run.spec.reference_slices:
         asking.multiple_choice(entry)
+    if reference.dialogue and run.spec.evals.dialogue is not None:
+        asking.dialogue(run.spec.evals.dialogue)
     asking.side_by_side()
     return asking.outcome()
 
 
 class _Asking:
-    """One pass over everything there is to ask, and the sums over its replies."""
+    """One pass over everything there is to ask, and the sums over all replies."""
 
     def __init__(self, run: Run, reference: Reference) -> None:
         self._run = run
         self._reference = reference
+        self._kept = KeptReplies(run, run.digests["reference"])
+        self._stopping = threading.Event()
+        costs = [reply.cost_usd for reply in self._kept.all if reply.answer is not None]
         self._client = ChatClient(
             reference.base_url,
             os.environ[KEY].strip(),
@@ -72,91 +98,138 @@ class _Asking:
             reference.max_tokens,
             reference.timeout_seconds,
             reference.attempts,
+            sleep=self._stopping.wait,
+            openrouter=reference.is_openrouter,
+            reasoning=reference.reasoning,
+            budget=Budget(reference.max_usd, self._cost(), max(costs, default=None)),
         )
-        before = run.previous.outcome if run.previous else None
-        self._before = ReferenceOutcome.model_validate(before).result if before else None
-        self._replies: list[Reply] = []
-        self._lines: list[ChoiceLine | SideLine] = []
+        self._lines: list[ChoiceLine | DialogueLine | SideLine] = []
+
+    def _cost(self) -> float:
+        return sum(reply.cost_usd for reply in self._kept.all)
 
     def multiple_choice(self, entry: MultipleChoice) -> None:
         """Ask the questions of a slice and keep the lines."""
-        questions = load_slice(entry, self._run.revisions).questions
-        known = self._known(entry.name, ChoiceLine)
-        asked = [question for question in questions if question.id not in known]
-        turns = [user_turn(entry, question) for question in asked]
-        made = {
-            question.id: choice_line(
-                question,
-                parse_choice(reply.answer, question.options) if reply.answer else None,
-                answer=reply.answer,
-                error=reply.error,
-                final=reply.final,
-            )
-            for question, reply in zip(
-                asked, self._ask_all(self._client.ask, turns, entry.name), strict=True
-            )
-        }
-        lines = [known.get(question.id) or made[question.id] for question in questions]
-        self._keep(entry.name, lines)
+        found = load_slice(entry, self._run.revisions)
+        questions, history = found.questions, tuple(solved_turns(entry, found.shots))
+        asked = [_Asked(q.id, user_turn(entry, q), None, history) for q in questions]
+        replies = self._ask_all(entry.name, asked)
+        self._keep(
+            entry.name,
+            [
+                choice_line(
+                    question,
+                    parse_choice(reply.answer, question.options) if reply.answer else None,
+                    answer=reply.answer,
+                    **_common(reply),
+                )
+                for question, reply in ((q, replies[q.id]) for q in questions)
+            ],
+        )
+
+    def dialogue(self, wanted: DialogueEval) -> None:
+        """Ask the held-out prompts, with the other models' limit where there is no reasoning."""
+        examples = read_examples(self._run, VALIDATION, wanted.examples or MOST_DIALOGUES)
+        asked = [_Asked(e.id, e.prompt, e.system, e.history) for e in examples]
+        limit = wanted.max_new_tokens if self._reference.reasoning == "none" else None
+        replies = self._ask_all(DIALOGUE, asked, limit)
+        self._keep(
+            DIALOGUE,
+            [
+                DialogueLine(
+                    id=e.id,
+                    prompt=e.prompt,
+                    expected=e.response,
+                    answer=reply.answer or "",
+                    tokens=reply.completion_tokens,
+                    finish=reply.finish or "none",
+                    **rouge_scores(e.response, reply.answer or ""),
+                    **_common(reply),
+                )
+                for e, reply in ((e, replies[e.id]) for e in examples)
+            ],
+        )
 
     def side_by_side(self) -> None:
         """Ask the prompts that every model is shown."""
         prompts = side_prompts(self._run)
-        known = self._known(SIDE_BY_SIDE, SideLine)
-        asked = [prompt for prompt in prompts if prompt.id not in known]
-        replies = self._ask_all(
-            lambda shown: self._client.ask(shown.prompt, shown.system, shown.history),
-            asked,
-            "side by side",
+        asked = [_Asked(p.id, p.prompt, p.system, p.history) for p in prompts]
+        replies = self._ask_all(SIDE_BY_SIDE, asked)
+        self._keep(
+            SIDE_BY_SIDE,
+            [
+                SideLine(
+                    id=p.id,
+                    prompt=p.prompt,
+                    expected=p.expected,
+                    answer=replies[p.id].answer,
+                    **_common(replies[p.id]),
+                )
+                for p in prompts
+            ],
         )
-        made = {
-            p.id: SideLine(
-                id=p.id,
-                prompt=p.prompt,
-                expected=p.expected,
-                answer=r.answer,
-                error=r.error,
-                final=r.final,
-            )
-            for p, r in zip(asked, replies, strict=True)
-        }
-        self._keep(SIDE_BY_SIDE, [known.get(prompt.id) or made[prompt.id] for prompt in prompts])
 
-    def _known[L: ChoiceLine | SideLine](self, name: str, kind: type[L]) -> Mapping[str, L]:
-        """By id, what an earlier pass over the same inputs settled."""
-        if self._before is None:
-            return {}
-        lines = read_predictions(self._run, "reference", name, kind)
-        return {line.id: line for line in lines if line.error is None or line.final}
-
-    def _keep(self, name: str, lines: Sequence[ChoiceLine | SideLine]) -> None:
+    def _keep(self, name: str, lines: Sequence[ChoiceLine | DialogueLine | SideLine]) -> None:
         write_predictions(self._run, "reference", name, lines)
         self._lines += lines
 
     def _ask_all(
-        self, ask: Callable[[Any], Reply], items: Sequence[Any], label: str
-    ) -> list[Reply]:
-        # Each worker logs under this run and stage: a thread has no context of its own.
-        context = contextvars.copy_context()
-        replies = []
-        with (
-            ThreadPoolExecutor(self._reference.concurrency) as pool,
-            progress(label, len(items)) as advance,
-        ):
-            try:
-                for reply in pool.map(lambda item: context.copy().run(ask, item), items):
-                    self._replies.append(reply)
-                    replies.append(reply)
-                    advance(1, cost_usd=sum(reply.cost_usd for reply in self._replies))
+        self, name: str, asked: Sequence[_Asked], max_tokens: int | None = None
+    ) -> Mapping[str, Reply | KeptReply]:
+        """By id, the replies to all that is asked: those on file, and those that come now."""
+        replies: dict[str, Reply | KeptReply] = {}
+        replies |= self._kept.settled(name)
+        missing = [item for item in asked if item.id not in replies]
+        known = len(asked) - len(missing)
+        if known:
+            logs.get().info("answers are on file", eval=name, known=known, to_ask=len(missing))
+        pool = Threads(self._reference.concurrency)
+        waiting = {
+            pool.submit(
+                self._client.ask, item.prompt, item.system, item.history, max_tokens
+            ): item.id
+            for item in missing
+        }
+
+        def collect(seconds: float) -> int:
+            done, _ = wait(waiting, seconds, FIRST_COMPLETED)
+            for future in done:
+                self._take(name, waiting.pop(future), future, replies)
+            return len(done)
+
+        try:
+            with progress(name, len(asked), known) as advance:
+                while waiting:
+                    advance(collect(EVERY_SECONDS), cost_usd=self._cost())
+                    self._kept.write()
                     self._run.stop.check()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        except BaseException:  # what is under way is paid for: keep what comes of it
+            self._kept.write(now=True)
+            self._client.refused = "the job was stopped"
+            self._stopping.set()
+            for future in [future for future in waiting if future.cancel()]:
+                del waiting[future]
+            wait(waiting, _LAST_SECONDS)
+            collect(0)
+            raise
+        finally:
+            self._kept.write(now=True)
+            pool.shutdown(wait=False)
         return replies
+
+    def _take(
+        self,
+        name: str,
+        identity: str,
+        future: Future[Reply],
+        replies: dict[str, Reply | KeptReply],
+    ) -> None:
+        reply = future.result()
+        replies[identity] = self._kept.add(name, identity, reply) if reply.sent else reply
 
     def outcome(self) -> ReferenceOutcome:
         """The figures of this pass and those before it together."""
-        before = self._before
+        self._kept.conclude()
         errors = Counter(line.error for line in self._lines if line.error)
         failed = errors.total()
         if failed:
@@ -166,28 +239,37 @@ class _Asking:
         if failed:
             most = errors.most_common(1)[0][0]
             reason = f"{failed} of {len(self._lines)} have no answer: {most}"
-        providers = {reply.provider for reply in self._replies if reply.provider}
+        replies = self._kept.all
         result = ReferenceResult(
             model=self._reference.model,
-            provider=sorted(providers | set(before.provider if before else ())),
-            requests=sum(reply.sent for reply in self._replies)
-            + (before.requests if before else 0),
+            provider=sorted({reply.provider for reply in replies if reply.provider}),
+            requests=len(replies),
             failed=failed,
+            lost=sum(reply.lost for reply in replies),
             tokens=ReferenceTokens(
-                prompt=sum(r.prompt_tokens for r in self._replies)
-                + (before.tokens.prompt if before else 0),
-                completion=sum(r.completion_tokens for r in self._replies)
-                + (before.tokens.completion if before else 0),
+                prompt=sum(reply.prompt_tokens for reply in replies),
+                completion=sum(reply.completion_tokens for reply in replies),
+                reasoning=sum(reply.reasoning_tokens for reply in replies),
             ),
-            cost_usd=round(
-                sum(r.cost_usd for r in self._replies) + (before.cost_usd if before else 0), 6
-            ),
+            cost_usd=round(self._cost(), 6),
             status=status,
             reason=reason,
         )
         return ReferenceOutcome(
-            result=result, open=any(line.error and not line.final for line in self._lines)
+            result=result,
+            open=any(line.error and not line.final for line in self._lines),
+            stopped_at_usd=self._reference.max_usd if self._client.budget.refused else None,
         )
+
+
+def _common(reply: Reply | KeptReply) -> dict[str, object]:
+    """What every line says of the reply it was made from."""
+    return {
+        "error": reply.error,
+        "final": reply.final,
+        "provider": reply.provider,
+        "model": reply.model,
+    }
 
 
 def _skipped(model: str | None, reason: str, *, can_be_asked: bool) -> ReferenceOutcome:
@@ -196,7 +278,8 @@ def _skipped(model: str | None, reason: str, *, can_be_asked: bool) -> Reference
         provider=[],
         requests=0,
         failed=0,
-        tokens=ReferenceTokens(prompt=0, completion=0),
+        lost=0,
+        tokens=ReferenceTokens(prompt=0, completion=0, reasoning=0),
         cost_usd=0.0,
         status="skipped",
         reason=reason,

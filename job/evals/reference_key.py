@@ -1,5 +1,6 @@
 """Whether the reference model can be asked: looked at early, so nothing heavy is imported."""
 
+import math
 import os
 from collections.abc import Mapping
 
@@ -26,5 +27,8 @@ def missing_key(reference: Reference) -> str | None:
 def could_do_more(outcome: Mapping[str, object], reference: Reference | None) -> bool:
     """Whether a stage that left questions open could have them answered now."""
     if reference is None or missing_key(reference) is not None:
+        return False
+    stopped_at = outcome.get("stopped_at_usd")
+    if isinstance(stopped_at, float) and (reference.max_usd or math.inf) <= stopped_at:
         return False
     return outcome.get("open") is True

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from keras_hub.samplers import GreedySampler
 
 from job import logs
 from job.errors import UsageError
+from job.model import decoding
 from job.model.checkpoint_names import target_matrices
 from job.model.factors import Matrix
 from job.model.local_attention import can_cut, local_attention
@@ -195,8 +197,35 @@ class LanguageModel:
             return nullcontext()
         return local_attention(self._backbone, segments, settings.reach)
 
+    def states_at(
+        self,
+        weights: Weights,
+        token_ids: jax.Array,
+        segments: jax.Array,
+        positions: jax.Array,
+    ) -> jax.Array:
+        """The last hidden states at some positions, and no more of the last block than they need.
+
+        Args:
+            weights: the backbone's variables.
+            token_ids, segments: int32 `[batch, length]`, as for `hidden`; where the model cannot
+                be packed, segments are 1 on the tokens.
+            positions: int32 `[groups, n]` into the tokens of each equal part of the rows.
+
+        Returns:
+            `[groups, n, hidden]` in the compute type.
+        """
+        narrow = can_narrow(self._backbone)
+        with (
+            self._scope(weights),
+            segment_attention(self._backbone) if self.can_pack else nullcontext(),
+            narrowed(self._backbone, positions) if narrow else nullcontext(),
+        ):
+            outputs: jax.Array = self._backbone(self._inputs(token_ids, segments))
+        return outputs if narrow else gather(outputs, positions)
+
     def plain_hidden(self, weights: Weights, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """The same with an ordinary padding mask (1 and 0): for every family of models."""
+        """The last hidden states `[batch, length, hidden]` with an ordinary padding mask."""
         with self._scope(weights):
             outputs: jax.Array = self._backbone(self._inputs(token_ids, mask))
         return outputs
@@ -207,28 +236,72 @@ class LanguageModel:
             logits = self._backbone.token_embedding(hidden, reverse=True)
         return jnp.asarray(logits, jnp.float32)
 
-    def generate(
-        self, weights: Weights, token_ids: jax.Array, mask: jax.Array, stop_ids: Sequence[int]
+    def answers(
+        self,
+        weights: Weights,
+        token_ids: jax.Array,
+        lengths: jax.Array,
+        limit: int,
+        stop_ids: Sequence[int],
     ) -> jax.Array:
-        """Greedy decoding, traceable: fills each row after its prompt.
+        """Greedy decoding, traceable.
 
         Args:
             weights: the backbone's variables.
-            token_ids: int32 `[batch, length]`, prompts padded on the right.
-            mask: bool `[batch, length]`, true on the prompts.
-            stop_ids: decoding ends once every row holds one of these after its prompt.
+            token_ids: int32 `[batch, length]`, prompts at the beginning of their rows.
+            lengths: int32 `[batch]`, tokens of each prompt.
+            limit: the most new tokens a row.
+            stop_ids: decoding ends once every row has had one of these.
 
         Returns:
-            int32 `[batch, length]`; what follows a row's first stop token is meaningless.
+            int32 `[batch, limit]`; what follows a row's first stop token is meaningless.
         """
+        if not self.can_pack:
+            return self._kerashub_answers(weights, token_ids, lengths, limit, stop_ids)
+        first, cache = self.prefill(weights, token_ids, lengths, limit)
+        length = token_ids.shape[1]
+
+        def follow(tokens: Any, cache: Any, turn: Any) -> tuple[jax.Array, Any]:
+            return self.decode(weights, tokens, cache, length + turn, length - lengths)
+
+        return decoding.answer(first, follow, cache, limit, stop_ids)
+
+    def prefill(
+        self, weights: Weights, token_ids: jax.Array, lengths: jax.Array, room: int
+    ) -> tuple[jax.Array, Any]:
+        """The logits after prompts, float32 `[batch, vocabulary]`, and the cache of their keys."""
+        aligned = decoding.right_aligned(token_ids, lengths)
+        starts = token_ids.shape[1] - lengths
         with self._scope(weights):
-            if self._task.sampler is None:
-                self._task.compile(sampler="greedy")
+            hidden, cache = decoding.fill_cache(self._task, aligned, starts, room)
+        return self.logits(weights, hidden), cache
+
+    def decode(
+        self, weights: Weights, tokens: jax.Array, cache: Any, place: Any, starts: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """The logits after one more token a row, and the new cache; see `decoding.next_logits`."""
+        with self._scope(weights):
+            return decoding.next_logits(self._task, tokens, cache, place, starts)
+
+    def _kerashub_answers(
+        self,
+        weights: Weights,
+        token_ids: jax.Array,
+        lengths: jax.Array,
+        limit: int,
+        stop_ids: Sequence[int],
+    ) -> jax.Array:
+        """The same by KerasHub's own loop, for every family of models."""
+        room = jnp.pad(token_ids, ((0, 0), (0, limit)))
+        mask = jnp.arange(room.shape[1]) < lengths[:, None]
+        with self._scope(weights):
+            # Most families come with a sampler that draws at random.
+            self._task.sampler = GreedySampler()
             outputs = self._task.generate_step(
-                {"token_ids": token_ids, "padding_mask": mask}, stop_token_ids=list(stop_ids)
+                {"token_ids": room, "padding_mask": mask}, stop_token_ids=list(stop_ids)
             )
-        tokens: jax.Array = outputs["token_ids"]
-        return tokens
+        new = lengths[:, None] + jnp.arange(limit)
+        return jnp.take_along_axis(outputs["token_ids"], new, axis=1)
 
     def adapted(self, layout: LoraLayout, lora: LoraWeights) -> Weights:
         """The frozen weights with an adapter merged in, on the devices."""

@@ -4,8 +4,12 @@ import json
 from datetime import UTC, datetime
 
 from job import accelerators
+from job.data import contamination
+from job.data.contamination import Contamination
 from job.evals import dialogue as dialogues
 from job.evals import multiple_choice as choices
+from job.evals import style
+from job.evals.family import corrected
 from job.evals.predictions import (
     DIALOGUE,
     SIDE_BY_SIDE,
@@ -44,7 +48,7 @@ MARKDOWN = "report.md"
 def run_stage(run: Run) -> Results:
     """Put the results together from the predictions on file, and write the report."""
     reference = run.outcome("reference", ReferenceOutcome).result
-    evaluation = _evaluation(run, reference)
+    evaluation = corrected(_evaluation(run, reference))
     trained = run.outcome("train", TrainOutcome)
     preflight = run.outcome("preflight", Preflight)
     results = Results(
@@ -88,7 +92,7 @@ def _evaluation(run: Run, reference: Reference) -> Evaluation:
         multiple_choice=[
             _slice(run, number, reference) for number in range(len(run.spec.evals.multiple_choice))
         ],
-        dialogue=_dialogue(run),
+        dialogue=_dialogue(run, reference),
         side_by_side=_side_by_side(run, reference),
     )
 
@@ -103,26 +107,47 @@ def _slice(run: Run, number: int, reference: Reference) -> MultipleChoice:
         models["reference"] = read_predictions(run, "reference", entry.name, ChoiceLine)
     revision = run.outcome("baseline", EvalOutcome).slices[entry.name].revision
     return choices.summarise(
-        entry, revision, models, run.spec.evals.bootstrap_samples, run.spec.seed
+        entry,
+        revision,
+        models,
+        run.spec.evals.bootstrap_samples,
+        run.spec.seed,
+        _in_training_text(run, entry.name),
     )
 
 
-def _dialogue(run: Run) -> Dialogue | None:
+def _in_training_text(run: Run, name: str) -> int | None:
+    content = run.store.read(contamination.KEY)
+    if content is None:
+        return None
+    overlap = Contamination.model_validate_json(content).slices.get(name)
+    return overlap.found if overlap else None
+
+
+def _dialogue(run: Run, reference: Reference) -> Dialogue | None:
     wanted = run.spec.evals.dialogue
     if wanted is None:
         return None
     samples, seed = run.spec.evals.bootstrap_samples, run.spec.seed
     before = read_predictions(run, "baseline", DIALOGUE, DialogueLine)
     after = read_predictions(run, "finetuned", DIALOGUE, DialogueLine)
+    models = {"baseline": before, "finetuned": after}
+    remote = read_predictions(run, "reference", DIALOGUE, DialogueLine)
+    asked = run.spec.reference is not None and run.spec.reference.dialogue
+    if asked and reference.status != "skipped" and answered(remote):
+        models["reference"] = remote
+    comparison = dialogues.compare("baseline", "finetuned", before, after, samples, seed)
+    assert comparison is not None  # the job's own models answer everything
     return Dialogue(
         examples=len(before),
         max_new_tokens=wanted.max_new_tokens,
-        models={
-            "baseline": dialogues.summarise(before, samples, seed),
-            "finetuned": dialogues.summarise(after, samples, seed),
-        },
+        models={name: dialogues.summarise(lines, samples, seed) for name, lines in models.items()},
+        markers=style.summarise(wanted.markers, models, samples, seed),
         nulls=dialogues.nulls(before, samples, seed),
-        comparison=dialogues.compare(before, after, samples, seed),
+        comparison=comparison,
+        reference_comparison=dialogues.compare(
+            "finetuned", "reference", after, models.get("reference", []), samples, seed
+        ),
     )
 
 

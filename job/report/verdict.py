@@ -53,7 +53,9 @@ def _headline(benchmark: Finding | None, style: Finding | None, dialogue: Dialog
 
 
 def _null(dialogue: Dialogue) -> float:
-    return max(dialogue.nulls.echoed_prompt.mean, dialogue.nulls.other_answer.mean)
+    nulls = dialogue.nulls
+    known = (nulls.echoed_prompt, nulls.other_answer, nulls.polite_sentence)
+    return max(null.mean for null in known)
 
 
 def _below_null(dialogue: Dialogue) -> bool:
@@ -70,9 +72,16 @@ def _benchmark(found: tuple[MultipleChoice, Comparison] | None) -> str | None:
         f"{slice_.name} accuracy ({slice_.scoring}) went from {before.accuracy:.1%} to "
         f"{after.accuracy:.1%} on {comparison.questions} questions, a change of "
         f"{100 * comparison.difference:+.1f} points (95% interval {100 * low:+.1f} to "
-        f"{100 * high:+.1f}, exact McNemar p = {comparison.p_value:.2g}; always answering "
+        f"{100 * high:+.1f}, {_tested(comparison)}; always answering "
         f"{slice_.majority_letter} scores {slice_.majority_accuracy:.1%})"
     )
+
+
+def _tested(comparison: Comparison) -> str:
+    said = f"exact McNemar p = {comparison.p_value:.2g}"
+    if comparison.p_holm == comparison.p_value:
+        return said
+    return f"{said}, corrected for the other tests {comparison.p_holm:.2g}"
 
 
 def _style(dialogue: Dialogue | None) -> str | None:

@@ -10,7 +10,9 @@ import structlog
 
 from job import logs
 from job.evals.chat_api import ChatClient, Reply
-from tests.services.openrouter import PRICE, ROUTE, Misbehaviour, OpenRouter
+from job.spec_reference import Effort
+from tests.services.faults import Spoil
+from tests.services.openrouter import PRICE, ROUTE, SUPPORTED, Misbehaviour, OpenRouter
 
 KEY = "sk-or-v1-" + "0123456789abcdef" * 4
 ATTEMPTS = 3
@@ -54,6 +56,7 @@ def test_an_answer_comes_with_what_it_cost(client: ChatClient, service: OpenRout
         "TWO WORDS",
         provider="Stand-in",
         model="org/model",
+        finish="stop",
         prompt_tokens=2,
         completion_tokens=2,
         cost_usd=4 * PRICE,
@@ -61,6 +64,79 @@ def test_an_answer_comes_with_what_it_cost(client: ChatClient, service: OpenRout
     (chat,) = service.chats
     assert (chat["model"], chat["temperature"], chat["max_tokens"]) == ("org/model", 0, 64)
     assert chat["messages"] == [{"role": "user", "content": "two words"}]
+
+
+def test_openrouter_is_told_of_reasoning_and_to_support_every_parameter(
+    service: OpenRouter, waits: list[float], log: io.StringIO
+) -> None:
+    client = client_of(service, waits)
+    client.openrouter, client.reasoning = True, "none"
+    assert client.ask("hello").answer == "HELLO"
+    client.reasoning = None
+    client.ask("hello", max_tokens=7)
+    first, second = service.chats
+    assert first["provider"] == second["provider"] == {"require_parameters": True}
+    assert (first["reasoning"], "reasoning" in second) == ({"effort": "none"}, False)
+    assert (first["max_tokens"], second["max_tokens"]) == (64, 7)
+
+
+@pytest.mark.parametrize(("effort", "sent"), [(None, None), ("none", None), ("high", "high")])
+def test_other_apis_are_sent_nothing_that_they_might_not_know(
+    effort: Effort | None, sent: str | None, client: ChatClient, service: OpenRouter
+) -> None:
+    client.reasoning = effort
+    client.ask("hello")
+    (chat,) = service.chats
+    assert set(chat) - {"reasoning_effort"} == {"model", "messages", "temperature", "max_tokens"}
+    assert chat.get("reasoning_effort") == sent
+
+
+def test_a_model_without_reasoning_is_told_of_once_with_the_way_out(
+    client: ChatClient, service: OpenRouter
+) -> None:
+    client.openrouter, client.reasoning = True, "none"
+    service.supported = SUPPORTED - {"reasoning"}
+    reply = client.ask("hello")
+    assert reply.error is not None
+    assert "HTTP 404: No endpoints found" in reply.error
+    assert "set reference.reasoning to null" in reply.error
+    assert not client.ask("again").sent
+    assert len(service.requests) == 1
+
+
+def test_failed_attempts_cost_too(client: ChatClient, service: OpenRouter) -> None:
+    service.script.extend(["choice_error", "finish_error"])
+    reply = client.ask("hello there")
+    assert reply.answer == "HELLO THERE"
+    assert (reply.prompt_tokens, reply.completion_tokens) == (6, 2)
+    assert reply.cost_usd == pytest.approx(8 * PRICE) == pytest.approx(service.billed)
+    service.misbehave = lambda chat: "no_choices"
+    assert client.ask("hello there").cost_usd == pytest.approx(2 * ATTEMPTS * PRICE)
+
+
+@pytest.mark.parametrize(("spoil", "lost"), [("cut", 1), ("stall", 1), (None, 0)])
+def test_a_reply_that_was_lost_may_have_been_billed_and_is_counted(
+    spoil: Spoil | None, lost: int, client: ChatClient, service: OpenRouter
+) -> None:
+    client.timeout_seconds = 0.5
+    if spoil is not None:
+        service.faults.add("POST", spoil=spoil)
+    reply = client.ask("hello")
+    assert (reply.answer, reply.lost) == ("HELLO", lost)
+    assert service.billed - reply.cost_usd == pytest.approx(lost * reply.cost_usd)
+
+
+def test_a_host_that_is_not_there_bills_nothing(log: io.StringIO, waits: list[float]) -> None:
+    with OpenRouter(key=KEY) as gone:
+        client = client_of(gone, waits)
+    assert client.ask("hello").lost == 0
+
+
+def test_text_that_no_file_can_hold_is_made_legible(
+    client: ChatClient, service: OpenRouter
+) -> None:
+    service.answer = lambda chat: "a \ud800 b \u0000"
+    assert client.ask("hello").answer == "a ? b \u0000"
 
 
 def test_an_instruction_is_sent_before_the_question(
@@ -118,7 +194,8 @@ def test_an_answer_used_up_by_reasoning_is_none_and_not_paid_for_twice(
     reply = client.ask("hello there")
     assert reply.answer is None
     assert reply.error == "empty answer, finish_reason 'length'; raise reference.max_tokens"
-    assert (reply.prompt_tokens, reply.cost_usd) == (2, 2 * PRICE)
+    assert (reply.prompt_tokens, reply.completion_tokens, reply.reasoning_tokens) == (2, 64, 64)
+    assert reply.cost_usd == 66 * PRICE
     assert len(service.chats) == 1
 
 
@@ -291,8 +368,10 @@ def test_a_key_that_an_endpoint_repeats_is_not_kept_with_the_answer(
     body = ('{"error": {"message": "bad key ' + KEY + '"}}').encode()
     service.faults.add("POST", status=200, body=body, times=ATTEMPTS)
     service.faults.add("POST", status=400, body=body)
+    service.answer = lambda chat: f"your key is {KEY}"
     for _ in range(2):
         error = client.ask("hello").error
         assert error is not None
         assert "[redacted]" in error
         assert KEY not in error
+    assert client.ask("hello").answer == "your key is [redacted]"

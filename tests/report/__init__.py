@@ -26,6 +26,8 @@ def paired(a: str, b: str, gained: int, lost: int, p_value: float, finding: str)
     counts = {"a": a, "b": b, "questions": 4183, "gained": gained, "lost": lost}
     return counts | {
         "p_value": p_value,
+        "p_holm": min(1.0, 2 * p_value),
+        "detectable": 0.0197,
         "difference": (gained - lost) / 4183,
         "ci95": [-0.0068, 0.0546],
         "finding": finding,
@@ -65,6 +67,7 @@ def full() -> dict[str, Any]:
                     "chance": 0.25,
                     "majority_letter": "A",
                     "majority_accuracy": 0.3223,
+                    "detectable_at_worst": 0.0308,
                     "models": {
                         "reference": score(2840, 0.6801, 0.6659, 0.6941, missing=7, unparsed=13),
                         "finetuned": score(1468, 0.3509, 0.3366, 0.3655),
@@ -82,12 +85,19 @@ def full() -> dict[str, Any]:
                 "examples": 200,
                 "max_new_tokens": 128,
                 "models": {"baseline": rouge(0.109), "finetuned": rouge(0.153)},
-                "nulls": {"echoed_prompt": estimate(0.111), "other_answer": estimate(0.102)},
+                "nulls": {
+                    "echoed_prompt": estimate(0.111),
+                    "other_answer": estimate(0.102),
+                    "polite_sentence": estimate(0.081),
+                },
                 "comparison": {
                     "a": "baseline",
                     "b": "finetuned",
+                    "examples": 200,
                     "difference": 0.044,
                     "ci95": [0.036, 0.052],
+                    "p_value": 0.001,
+                    "p_holm": 0.002,
                     "finding": "improved",
                 },
             },

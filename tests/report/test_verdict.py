@@ -24,14 +24,17 @@ def score(correct: int, questions: int) -> ModelScore:
     )
 
 
-def questions(finding: Finding, number: int = 100, name: str = "medmcqa") -> MultipleChoice:
+def questions(
+    finding: Finding, number: int = 100, name: str = "medmcqa", p_holm: float = 0.42
+) -> MultipleChoice:
     comparison = Comparison(
         a="baseline", b="finetuned", questions=number, gained=9, lost=5, p_value=0.42,
-        difference=0.04, ci95=(-0.03, 0.11), finding=finding,
+        p_holm=p_holm, difference=0.04, ci95=(-0.03, 0.11), finding=finding, detectable=0.11,
     )  # fmt: skip
     return MultipleChoice(
         name=name, scoring="letters", dataset="d", revision=None, questions=number, chance=0.25,
         majority_letter="A", majority_accuracy=0.322, comparisons=[comparison],
+        detectable_at_worst=0.2,
         models={"baseline": score(30, number), "finetuned": score(34, number)},
     )  # fmt: skip
 
@@ -47,9 +50,10 @@ def dialogue(finding: Finding, after: float = 0.2) -> Dialogue:
     return Dialogue(
         examples=20, max_new_tokens=64,
         models={"baseline": scores(0.05), "finetuned": scores(after)},
-        nulls=Nulls(echoed_prompt=null, other_answer=null),
+        nulls=Nulls(echoed_prompt=null, other_answer=null, polite_sentence=null),
         comparison=DialogueComparison(
-            a="baseline", b="finetuned", difference=0.15, ci95=(0.1, 0.2), finding=finding
+            a="baseline", b="finetuned", examples=20, difference=0.15, ci95=(0.1, 0.2),
+            p_value=0.001, p_holm=0.001, finding=finding,
         ),
     )  # fmt: skip
 
@@ -108,6 +112,12 @@ def test_figures_stand_beside_what_knows_nothing() -> None:
         Evaluation(multiple_choice=[], dialogue=dialogue("improved", 0.09), side_by_side=[])
     )
     assert "both below the 0.106 of answers that know nothing" in low.sentence
+
+
+def test_a_corrected_p_value_stands_beside_the_test_s_own() -> None:
+    slices = [questions(SAME, p_holm=0.84)]
+    verdict = decide(Evaluation(multiple_choice=slices, dialogue=None, side_by_side=[]))
+    assert "p = 0.42, corrected for the other tests 0.84; always" in verdict.sentence
 
 
 def test_nothing_measured_is_said() -> None:

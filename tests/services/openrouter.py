@@ -4,8 +4,9 @@
 the real service hard to use is scripted by name: an error inside a 200, no choices, an answer
 cut off by its length, a rate limit, no credit, a lost connection.
 
-Left out: streaming (refused with a 400), tools, images, the list of models, provider routing
-and real tokenization (a token is a word here).
+Parameters that no provider supports are ignored, or refused with a 404 where the request says
+`provider.require_parameters`. Left out: streaming (refused with a 400), tools, images, the list
+of models, other provider routing and real tokenization (a token is a word here).
 """
 
 import json
@@ -19,6 +20,7 @@ from tests.services.base import Reply, Request, Service, json_reply
 
 ROUTE = "/api/v1/chat/completions"
 PRICE = 1e-6
+SUPPORTED = frozenset({"model", "messages", "provider", "temperature", "max_tokens", "reasoning"})
 
 Chat = dict[str, Any]
 Misbehaviour = Literal[
@@ -27,7 +29,9 @@ Misbehaviour = Literal[
     "choice_error",  # 200 with an error inside the first choice
     "finish_error",  # 200 with a first choice whose finish_reason is "error"
     "no_choices",  # 200 with an empty list of choices
-    "length",  # 200 with no content and the finish_reason "length"
+    "length",  # 200 with no content and the finish_reason "length": all was spent on reasoning
+    "no_cost",  # an answer whose usage does not say what it cost
+    "dear",  # an answer that cost a thousand times more
     "402",  # no credit
     "429",  # rate limit, with Retry-After
     "502",  # the provider is down
@@ -40,7 +44,8 @@ class OpenRouter(Service):
 
     `script` holds the misbehaviours of the next requests, one each; once it is empty,
     `misbehave` names that of a request from its content, if it is set. `chats` are the bodies
-    of the requests that carried the right key, in order of arrival.
+    of the requests that carried the right key, in order of arrival; `billed` is what was charged
+    for them, whether or not the reply arrived.
     """
 
     def __init__(
@@ -56,6 +61,8 @@ class OpenRouter(Service):
         self.script: deque[Misbehaviour] = deque()
         self.misbehave: Callable[[Chat], Misbehaviour] | None = None
         self.chats: list[Chat] = []
+        self.billed = 0.0
+        self.supported = SUPPORTED
         self._turn = threading.Lock()
 
     def respond(self, request: Request, body: bytes) -> Reply:
@@ -75,7 +82,13 @@ class OpenRouter(Service):
         if chat.get("stream"):
             return _error(400, "the stand-in does not stream")
         number, name = self._next(chat)
-        return self._reply(name, chat, f"gen-{number}")
+        required = (chat.get("provider") or {}).get("require_parameters")
+        if required and not self.supported.issuperset(chat):
+            return _error(404, "No endpoints found that can handle the requested parameters.")
+        reply = self._reply(name, chat, f"gen-{number}")
+        with self._turn:
+            self.billed += (json.loads(reply.body).get("usage") or {}).get("cost", 0.0)
+        return reply
 
     def _next(self, chat: Chat) -> tuple[int, Misbehaviour]:
         """Log the chat; give its number and how it is to be treated."""
@@ -91,6 +104,14 @@ class OpenRouter(Service):
         match name:
             case "ok":
                 return json_reply(_completion(chat, chat_id, self.answer(chat)))
+            case "no_cost":
+                whole = _completion(chat, chat_id, self.answer(chat))
+                del whole["usage"]["cost"]
+                return json_reply(whole)
+            case "dear":
+                whole = _completion(chat, chat_id, self.answer(chat))
+                whole["usage"]["cost"] *= 1000
+                return json_reply(whole)
             case "cut":
                 whole = json_reply(_completion(chat, chat_id, self.answer(chat)))
                 return replace(whole, cut_after=len(whole.body) // 2)
@@ -103,7 +124,9 @@ class OpenRouter(Service):
             case "no_choices":
                 return json_reply(_completion(chat, chat_id, "") | {"choices": []})
             case "length":
-                return json_reply(_completion(chat, chat_id, "", "length"))
+                spent = _completion(chat, chat_id, "", "length")
+                spent["usage"] = _usage(_words(chat), *[chat.get("max_tokens", 0)] * 2)
+                return json_reply(spent)
             case "402":
                 return _error(402, "Insufficient credits")
             case "429":
@@ -128,8 +151,6 @@ def _completion(
     chat: Chat, chat_id: str, content: str, finish_reason: str = "stop", **choice: Any
 ) -> dict[str, Any]:
     """A chat completion with one choice; `choice` adds to that choice."""
-    prompt_tokens, completion_tokens = _words(chat), len(content.split())
-    total_tokens = prompt_tokens + completion_tokens
     return {
         "id": chat_id,
         "object": "chat.completion",
@@ -145,10 +166,16 @@ def _completion(
                 **choice,
             }
         ],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": total_tokens,
-            "cost": total_tokens * PRICE,
-        },
+        "usage": _usage(_words(chat), len(content.split())),
+    }
+
+
+def _usage(prompt_tokens: int, completion_tokens: int, reasoning_tokens: int = 0) -> dict[str, Any]:
+    total_tokens = prompt_tokens + completion_tokens
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": total_tokens,
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
+        "cost": total_tokens * PRICE,
     }

@@ -345,6 +345,7 @@ def test_a_chat_is_answered_to_those_who_have_the_key() -> None:
             "prompt_tokens": 2,
             "completion_tokens": 2,
             "total_tokens": 4,
+            "completion_tokens_details": {"reasoning_tokens": 0},
             "cost": 4 * PRICE,
         }
         refused = ask(service, key="sk-wrong")
