@@ -23,7 +23,7 @@ def component(kind, name, version, purl, licence=None):
 components = []
 for package in distributions():
     name, version = package.metadata["Name"].lower().replace("_", "-"), package.version
-    licence = package.metadata["License-Expression"]
+    licence = package.metadata.get("License-Expression")
     components.append(component("library", name, version, f"pkg:pypi/{name}@{version}", licence))
 listed = subprocess.run(
     ["dpkg-query", "--show", "--showformat=${Package} ${Version} ${Architecture}\n"],
