@@ -132,7 +132,11 @@ def _run_joined(
         logs.get().info(
             "job started", spec=loaded.source, run=store.uri, to_do=[stage.name for stage in to_do]
         )
-        environment = runtime.start(spec)
+        try:
+            environment = runtime.start(spec)
+        except EnvironmentProblem as problem:
+            logs.get().error("the machine is not what the spec asks for", error=str(problem))
+            raise
         with tempfile.TemporaryDirectory(prefix="job-") as work:
             mesh_of = partial(runtime.make_mesh, spec.runtime)
             run = Run(

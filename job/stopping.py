@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from job.errors import EXIT_RESUMABLE, Interrupted
 
-GRACE_SECONDS = 14.0
+GRACE_SECONDS = 12.0
 """Time to leave in good order; Docker is told to wait for 25 seconds."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
