@@ -14,6 +14,7 @@ import typer
 from job import __version__
 from job.errors import EXIT_RESUMABLE, Interrupted, JobError
 from job.redact import Redactor
+from job.stopping import end_now
 
 app = typer.Typer(
     name="job",
@@ -27,7 +28,12 @@ app = typer.Typer(
 )
 
 SpecArgument = Annotated[
-    str, typer.Argument(help="A path, a gs:// URI, or the name of a shipped spec, like smoke.")
+    str,
+    typer.Argument(
+        envvar="JOB_SPEC",
+        help="A path, a gs:// URI, or the name of a shipped spec, like smoke; in the variable it "
+        "may be the YAML itself.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -194,7 +200,7 @@ def export(
 
 
 def main() -> NoReturn:
-    """The entry point: errors of users become one message and their exit code."""
+    """Run a command: errors of users become one message and their exit code."""
     try:
         sys.exit(app())
     except JobError as error:
@@ -210,5 +216,5 @@ def _end(code: int) -> NoReturn:
     processes, ahead = (sys.modules.get(f"job.{name}") for name in ("processes", "train.ahead"))
     busy = ahead is not None and ahead.is_compiling()
     if processes is not None and (busy or processes.is_joined()):
-        processes.end_now(code)
+        end_now(code)
     sys.exit(code)
