@@ -6,7 +6,7 @@ weights are an argument.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from job.model.language_model import LanguageModel
 from job.model.lora import Weights
+from job.model.sampling import Sampling
 from job.progress import progress
 
 LADDER = (64, 128, 192, 256, 384, 512, 768, 1024)
@@ -62,6 +63,7 @@ class Engine:
         self._rows = batch_size * model.devices
         self._limit = max_prompt_tokens
         self._check = check
+        self._drawn: dict[Sampling, Callable[..., Any]] = {}
 
     def encode(self, prompts: Sequence[str | Sequence[str]]) -> tuple[list[list[int]], int]:
         """Tokens of wrapped prompts, and how many lost their beginning to the limit."""
@@ -126,17 +128,48 @@ class Engine:
 
         return jax.jit(generate, out_shardings=model.whole)
 
+    def _drawing(self, sampling: Sampling) -> Callable[..., Any]:
+        """The same program for sampled decoding; the state of the generator is an argument."""
+        sampling = replace(sampling, seed=0)  # one program for all seeds
+        if sampling not in self._drawn:
+            self._drawn[sampling] = self._sampled(sampling)
+        return self._drawn[sampling]
+
+    def _sampled(self, sampling: Sampling) -> Callable[..., Any]:
+        model = self._model
+        sampler = sampling.sampler(model.vocabulary)
+
+        def generate(weights: Weights, tokens: Any, lengths: Any, state: Any) -> Any:
+            mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
+            return model.generate(weights, tokens, mask, model.codec.stop_ids, (sampler, state))
+
+        return jax.jit(generate, out_shardings=model.whole)
+
+    def _decode(self, number: int, sampling: Sampling | None, *arguments: Any) -> np.ndarray:
+        """The rows of batch `number` with their answers."""
+        if sampling is None:
+            return np.asarray(self.generator(*arguments))
+        return np.asarray(self._drawing(sampling)(*arguments, sampling.state(number)))
+
     def generate(
-        self, weights: Weights, prompts: Sequence[list[int]], max_new_tokens: int, label: str
+        self,
+        weights: Weights,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        label: str,
+        sampling: Sampling | None = None,
     ) -> list[Generated]:
-        """Greedy answers of at most `max_new_tokens` tokens, in the order of the prompts."""
+        """Answers of at most `max_new_tokens` tokens, in the order of the prompts.
+
+        Greedy without `sampling`.
+        """
         found: dict[int, Generated] = {}
         with progress(label, len(prompts)) as advance:
-            for batch in self._batches(prompts):
+            for place, batch in enumerate(self._batches(prompts)):
                 padding = ((0, 0), (0, max_new_tokens))
                 room = np.pad(batch.tokens, padding, constant_values=self._model.codec.pad_id)
                 tokens, lengths = self._model.split_batch((room, batch.lengths))
-                rows = np.asarray(self.generator(weights, tokens, lengths))
+                rows = self._decode(place, sampling, weights, tokens, lengths)
                 for row, number in enumerate(batch.numbers):
                     start = int(batch.lengths[row])
                     found[number] = self._cut(rows[row, start : start + max_new_tokens].tolist())

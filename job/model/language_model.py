@@ -49,6 +49,7 @@ class LanguageModel:
     ) -> None:
         self._task = task
         self._backbone = task.backbone
+        self._greedy: Any = None
         self.codec = codec
         self.preset = preset
         self.mesh = mesh
@@ -124,9 +125,9 @@ class LanguageModel:
     def _sharding(self, *axes: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, jax.P(*axes))  # type: ignore[no-untyped-call]
 
-    def _scope(self, weights: Weights) -> Any:
+    def _scope(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Any:
         return keras.StatelessScope(
-            state_mapping=list(zip(self._backbone.variables, weights, strict=True))
+            state_mapping=[*zip(self._backbone.variables, weights, strict=True), *more]
         )
 
     def _inputs(self, token_ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -208,27 +209,44 @@ class LanguageModel:
         return jnp.asarray(logits, jnp.float32)
 
     def generate(
-        self, weights: Weights, token_ids: jax.Array, mask: jax.Array, stop_ids: Sequence[int]
+        self,
+        weights: Weights,
+        token_ids: jax.Array,
+        mask: jax.Array,
+        stop_ids: Sequence[int],
+        drawn: tuple[Any, jax.Array] | None = None,
     ) -> jax.Array:
-        """Greedy decoding, traceable: fills each row after its prompt.
+        """Decoding, traceable: fills each row after its prompt.
 
         Args:
             weights: the backbone's variables.
             token_ids: int32 `[batch, length]`, prompts padded on the right.
             mask: bool `[batch, length]`, true on the prompts.
             stop_ids: decoding ends once every row holds one of these after its prompt.
+            drawn: a sampler and the state of its generator (see `job.model.sampling`); greedy
+                without.
 
         Returns:
             int32 `[batch, length]`; what follows a row's first stop token is meaningless.
         """
-        with self._scope(weights):
-            if self._task.sampler is None:
-                self._task.compile(sampler="greedy")
+        with self._scope(weights, *self._drawing(drawn)):
             outputs = self._task.generate_step(
                 {"token_ids": token_ids, "padding_mask": mask}, stop_token_ids=list(stop_ids)
             )
         tokens: jax.Array = outputs["token_ids"]
         return tokens
+
+    def _drawing(self, drawn: tuple[Any, jax.Array] | None) -> list[tuple[Any, jax.Array]]:
+        """Make the task decode so; what its sampler's variables are to be."""
+        if self._greedy is None:
+            self._task.compile(sampler="greedy")
+            self._greedy = self._task.sampler
+        if drawn is None:
+            self._task.sampler = self._greedy
+            return []
+        sampler, state = drawn
+        self._task.sampler = sampler
+        return list(zip(sampler.variables, [state], strict=True))
 
     def adapted(self, layout: LoraLayout, lora: LoraWeights) -> Weights:
         """The frozen weights with an adapter merged in, on the devices."""
