@@ -133,6 +133,21 @@ class ModelScore(Record):
     """How often each letter was chosen."""
 
 
+class Share(Record):
+    count: int
+    of: int
+    share: float
+    ci95: Interval
+
+
+class GroupScore(Record):
+    """Right answers to the questions of one group, such as a subject; for reading, untested."""
+
+    name: str
+    questions: int
+    models: dict[str, Share]
+
+
 class PairedTest(Record):
     """Model `b` against model `a` on what both answered."""
 
@@ -165,6 +180,10 @@ class MultipleChoice(Record):
     dataset: str
     revision: str | None
     questions: int
+    few_shot: int = 0
+    """Solved questions before each."""
+    in_training_text: int | None = None
+    """Questions of which 13 words in a row stand in a training example (fewer if shorter)."""
     chance: float
     majority_letter: str
     majority_accuracy: float
@@ -172,6 +191,8 @@ class MultipleChoice(Record):
     """The smallest difference that two models with nothing in common would need."""
     models: dict[str, ModelScore]
     comparisons: list[Comparison]
+    grouped_by: str | None = None
+    groups: list[GroupScore] = []
 
 
 class Estimate(Record):
@@ -197,6 +218,7 @@ class Nulls(Record):
 
     echoed_prompt: Estimate
     other_answer: Estimate
+    polite_sentence: Estimate
 
 
 class DialogueComparison(PairedTest):
@@ -205,12 +227,23 @@ class DialogueComparison(PairedTest):
     examples: int
 
 
+class Marker(Record):
+    """A trait of style: the share of answers that show it, by phrases the spec lists."""
+
+    name: str
+    expected: Share
+    """Of the answers that were held out."""
+    models: dict[str, Share]
+    comparison: Comparison | None
+
+
 class Dialogue(Record):
     examples: int
     max_new_tokens: int
     models: dict[str, DialogueScore]
     nulls: Nulls
     comparison: DialogueComparison
+    markers: list[Marker] = []
     reference_comparison: DialogueComparison | None = None
     """The reference against the tuned model, where it was asked."""
 

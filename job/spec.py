@@ -14,6 +14,9 @@ from job.spec_data import Checks as Checks
 from job.spec_data import Data as Data
 from job.spec_data import Section as Section
 from job.spec_data import Source as Source
+from job.spec_evals import DialogueEval as DialogueEval
+from job.spec_evals import Evals as Evals
+from job.spec_evals import MultipleChoice as MultipleChoice
 from job.spec_reference import Reference as Reference
 from job.spec_types import (
     HUB,
@@ -21,8 +24,6 @@ from job.spec_types import (
     Number,
     Output,
     Positive,
-    Template,
-    template_fields,
 )
 
 
@@ -211,81 +212,6 @@ class Train(Section):
         if not self.packing:
             return self.max_length
         return self.pack_length or max(1024, self.max_length)
-
-
-QUESTION_PROMPT = "{question}\n\n{options}\n\nAnswer with the letter of the right option only."
-
-
-class MultipleChoice(Source):
-    name: Name = Field(description="Names the slice in results.json and in evals/<model>/<name>/.")
-    scoring: Literal["letters", "generate"] = Field(
-        "letters",
-        description="letters: one forward pass, the letters' logits compared; generate: greedy "
-        "decoding and a parser.",
-    )
-    question: Template = Field("{question}", description="Text of the question.")
-    options: Annotated[list[str], Field(min_length=2, max_length=26)] | str = Field(
-        description="Columns of the options in order, or the one column that holds their list."
-    )
-    answer: str = Field(description="Column that names the right option.")
-    answer_is: Literal["auto", "index", "number", "letter", "text"] = Field(
-        "auto",
-        description="How `answer` names it: 0-based index, 1-based number, letter or the option's "
-        "text; auto is any but number, where only one of them fits.",
-    )
-    id: str | None = Field(None, description="Column of the id; unset: the row's number.")
-    prompt: Template = Field(
-        QUESTION_PROMPT, description="The user's turn, with {question} and {options}."
-    )
-    limit: Positive | None = Field(None, description="First questions to take; unset takes all.")
-    max_new_tokens: Positive = Field(16, description="Limit of a generated answer.")
-
-    @model_validator(mode="after")
-    def _prompt_fields(self) -> Self:
-        fields = set(template_fields(self.prompt))
-        if fields != {"question", "options"}:
-            raise ValueError("`prompt` must use exactly the fields {question} and {options}")
-        return self
-
-
-class DialogueEval(Section):
-    examples: Annotated[int, Field(ge=2, strict=True)] | None = Field(
-        None, description="Held-out examples to answer; unset: all, but at most 200."
-    )
-    max_new_tokens: Positive = Field(128, description="Limit of an answer; ROUGE depends on it.")
-
-
-class SideBySideEval(Section):
-    examples: Annotated[int, Field(ge=0, strict=True)] | None = Field(
-        None, description="Held-out prompts shown with every model's answer; unset: at most 4."
-    )
-    prompts: list[str] = Field([], description="Further prompts of your own.")
-    max_new_tokens: Positive = Field(128, description="Limit of an answer.")
-
-
-class Evals(Section):
-    batch_size: Positive = Field(16, description="Prompts evaluated at once on each device.")
-    max_prompt_tokens: Positive = Field(
-        1024, description="Longer prompts lose their beginning, and are counted."
-    )
-    bootstrap_samples: Annotated[int, Field(ge=100, strict=True)] = Field(
-        2000, description="Resamples behind each bootstrap interval."
-    )
-    multiple_choice: list[MultipleChoice] = Field([], description="Slices of questions.")
-    dialogue: DialogueEval | None = Field(
-        DialogueEval(), description="ROUGE on held-out examples; null leaves it out."
-    )
-    side_by_side: SideBySideEval = Field(SideBySideEval(), description="Answers to read.")
-
-    @model_validator(mode="after")
-    def _unique_names(self) -> Self:
-        names = [item.name for item in self.multiple_choice]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two entries of `multiple_choice` are named '{name}'; rename one")
-            if name in ("dialogue", "side_by_side"):
-                raise ValueError(f"'{name}' is the name of another evaluation; rename the entry")
-        return self
 
 
 class Spec(Section):

@@ -25,6 +25,9 @@ COMPRESSIONS = ("", ".gz", ".zst", ".bz2")
 
 LETTERS = string.ascii_uppercase
 
+LM_EVAL = "lm-eval"
+"""The prompt of a question that stands for lm-evaluation-harness's MedMCQA prompt."""
+
 HUB = r"hf://[\w.-]+/[\w.-]+"
 _NAME = r"^[a-z0-9]([a-z0-9._-]*[a-z0-9])?$"
 Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=63)]
@@ -85,6 +88,10 @@ def _check_template(value: object) -> object:
     return value
 
 
+def _check_question_prompt(value: object) -> object:
+    return value if value == LM_EVAL else _check_template(value)
+
+
 def _check_dataset(value: object) -> object:
     if not isinstance(value, str):
         return value
@@ -125,5 +132,6 @@ Template = Annotated[str, BeforeValidator(_check_template)]
 Dataset = Annotated[str, BeforeValidator(_check_dataset), Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
+QuestionPrompt = Annotated[str, BeforeValidator(_check_question_prompt)]
 OptionalTemplate = Annotated[str, BeforeValidator(_check_optional_template)]
 Output = Annotated[str, BeforeValidator(_check_output)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from job.adapter_source import find_adapter
+from job.evals.questions import shots_source
 from job.revisions import NONE, Revisions, adapter_key, model_key, source_key
 from job.run import Marker, Run
 from job.spec import MultipleChoice, Source, Spec
@@ -67,7 +68,13 @@ def _content(path: Path) -> object:
 
 
 def _slices(items: Sequence[MultipleChoice], revisions: Revisions) -> object:
-    return [[item.model_dump(mode="json"), _source(item, revisions)] for item in items]
+    return [
+        [
+            item.model_dump(mode="json"),
+            *(_source(source, revisions) for source in (item, shots_source(item)) if source),
+        ]
+        for item in items
+    ]
 
 
 def _data(spec: Spec, revisions: Revisions) -> object:
@@ -78,10 +85,9 @@ def _data(spec: Spec, revisions: Revisions) -> object:
 
 
 def _evals(spec: Spec, revisions: Revisions) -> object:
-    # How many prompts go at once, and how intervals are made later, change no prediction.
-    asked = spec.evals.model_dump(
-        mode="json", exclude={"multiple_choice", "batch_size", "bootstrap_samples"}
-    )
+    # How many prompts go at once, and what is made of the answers later, change no prediction.
+    later = {"multiple_choice": True, "batch_size": True, "bootstrap_samples": True}
+    asked = spec.evals.model_dump(mode="json", exclude=later | {"dialogue": {"markers"}})
     slices = _slices(spec.evals.multiple_choice, revisions)
     return [spec.seed, _base_model(spec, revisions), asked, slices]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from job.model.language_model import LanguageModel
@@ -24,6 +25,10 @@ os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("OPENROUTER_API_KEY", None)
 os.environ.pop("HF_TOKEN", None)
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # In this process only, and before anything asks JAX for its devices.
 jax.config.update("jax_num_cpu_devices", 8)

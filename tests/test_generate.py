@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -207,10 +208,15 @@ def drawn(model: LanguageModel, **options: float) -> np.ndarray:
 
     engine = Engine(model, DRAWN, 1024)
     (tokens,), _ = engine.encode([PROMPT])
-    room = np.array([[*tokens, 0]] * DRAWN, np.int32)
-    lengths = np.full(DRAWN, len(tokens), np.int32)
-    rows = engine._decode(0, Sampling(**options), model.weights, room, lengths)  # type: ignore[arg-type]
-    return np.asarray(rows[:, -1])
+    sampling = Sampling(**options)  # type: ignore[arg-type]
+    rows = engine.drawer(sampling)(
+        model.weights,
+        np.array([tokens] * DRAWN, np.int32),
+        np.full(DRAWN, len(tokens), np.int32),
+        sampling.state(0),
+        limit=1,
+    )
+    return np.asarray(rows)[:, 0]
 
 
 def probabilities(model: LanguageModel, temperature: float = 1.0) -> np.ndarray:
@@ -240,3 +246,21 @@ def test_only_the_likeliest_tokens_are_drawn_where_that_is_asked(model: Language
     share = probabilities(model)[order]
     nucleus = int(np.searchsorted(np.cumsum(share), 0.02)) + 1
     assert set(drawn(model, top_p=0.02)) <= set(order[: nucleus + 1])
+
+
+@pytest.mark.slow
+def test_both_loops_draw_by_the_seed_alone(model: LanguageModel) -> None:
+    from job.model.sampling import Drawn, Sampling
+
+    (tokens,), _ = Engine(model, 1, 1024).encode([PROMPT])
+    ids, lengths = np.array([tokens], np.int32), np.array([len(tokens)], np.int32)
+    for answers in (model.answers, model._kerashub_answers):
+
+        def said(sampling: Sampling | None, answers: Callable[..., object] = answers) -> list[int]:
+            sampler = sampling and sampling.sampler(model.vocabulary)
+            drawn = sampling and Drawn(sampler, jax.numpy.asarray(sampling.state(0)))
+            found = answers(model.weights, ids, lengths, 6, model.codec.stop_ids, drawn)
+            return list(np.asarray(found)[0])
+
+        assert said(Sampling(seed=1)) == said(Sampling(seed=1)) != said(Sampling(seed=2))
+        assert said(Sampling(top_k=1)) == said(None)

@@ -99,13 +99,13 @@ def _text(value: object, field: str) -> str:
 
 
 def fill(template: str, row: Row) -> str:
-    """A template with the row's fields in it; whitespace around the whole is removed.
+    """A template with the row's fields in it, as they are.
 
     Raises:
         Dropped: a field it names is missing or is no text.
     """
     values: dict[str, Any] = {field: field_text(row, field) for field in template_fields(template)}
-    return template.format(**values).strip()
+    return template.format(**values)
 
 
 class ExampleMapper:
@@ -127,7 +127,7 @@ class ExampleMapper:
         Raises:
             Dropped: the row cannot be used.
         """
-        system = fill(self.data.system, row) if self.data.system else None
+        system = fill(self.data.system, row).strip() if self.data.system else None
         if self.data.messages:
             said, turns = _turns(row, self.data.messages)
             system = said or system
@@ -138,7 +138,7 @@ class ExampleMapper:
             assert template is not None
             if not any(field_text(row, field).strip() for field in template_fields(template)):
                 raise Dropped(f"empty {name}")
-            texts.append(fill(template, row))
+            texts.append(fill(template, row).strip())
         return self._made(system, (), *texts)
 
     def _made(

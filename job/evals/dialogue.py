@@ -10,6 +10,13 @@ from job.results import DialogueComparison, DialogueScore, Nulls
 
 MOST_DIALOGUES = 200
 """Held-out examples answered where the spec says nothing."""
+
+POLITE = (
+    "Thank you for your question. I understand your concern. Please consult a professional who "
+    "can look at this with you, and do not hesitate to ask if you need anything else."
+)
+"""An answer to everything."""
+
 METRICS = ("rouge1", "rouge2", "rougeL")
 
 
@@ -72,14 +79,17 @@ def compare(
 
 
 def nulls(lines: Sequence[DialogueLine], samples: int, seed: int) -> Nulls:
-    """ROUGE-L of answers that know nothing: the prompt echoed, and the next example's answer."""
+    """ROUGE-L of answers that know nothing: the prompt echoed, the next example's answer, and one
+    polite sentence for all."""
     echoed = [rouge_scores(line.expected, line.prompt)["rougeL"] for line in lines]
     rotated = [*lines[1:], lines[0]]
     others = [
         rouge_scores(line.expected, other.expected)["rougeL"]
         for line, other in zip(lines, rotated, strict=True)
     ]
+    polite = [rouge_scores(line.expected, POLITE)["rougeL"] for line in lines]
     return Nulls(
         echoed_prompt=bootstrap(echoed, samples, seed),
         other_answer=bootstrap(others, samples, seed),
+        polite_sentence=bootstrap(polite, samples, seed),
     )

@@ -1,33 +1,23 @@
 """Many prompts through one model: in batches of few shapes, split over the devices.
 
-Prompts are sorted by length and padded to a rung of a short ladder of lengths, so that only
-a few programs are compiled, and the same ones for the baseline and the tuned model: the
-weights are an argument.
+The same programs serve the baseline and the tuned model: the weights are an argument.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from job.evals.batches import Batch, Prompts, Rows, by_length, in_rows
 from job.model.language_model import LanguageModel
 from job.model.lora import Weights
-from job.model.sampling import Sampling
+from job.model.sampling import Drawn, Sampling
+from job.model.text import LetterTokens
 from job.progress import progress
-
-LADDER = (64, 128, 192, 256, 384, 512, 768, 1024)
-
-
-def rung(length: int) -> int:
-    """The smallest padded length of the ladder that holds `length`; multiples of 512 above it."""
-    for step in LADDER:
-        if length <= step:
-            return step
-    return -(-length // 512) * 512
 
 
 @dataclass(frozen=True)
@@ -40,12 +30,28 @@ class Generated:
     finish: Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
-class _Batch:
-    numbers: list[int]
-    """The prompts in it; rows beyond them repeat the last."""
-    tokens: np.ndarray
-    lengths: np.ndarray
+class Kept(Protocol):
+    """What is known of an evaluation's batches already, and where more is added."""
+
+    def get(self, batch: int) -> list[Any] | None:
+        """What was found for the prompts of a batch, or None."""
+
+    def add(self, batch: int, found: list[Any]) -> None:
+        """Keep what was found for the prompts of a batch: values that JSON holds exactly."""
+
+
+class NothingKept:
+    """An evaluation that begins anew each time."""
+
+    def get(self, batch: int) -> list[Any] | None:
+        """Nothing is known."""
+        return None
+
+    def add(self, batch: int, found: list[Any]) -> None:
+        """Nothing is kept."""
+
+
+NOTHING_KEPT = NothingKept()
 
 
 class Engine:
@@ -60,10 +66,11 @@ class Engine:
     ) -> None:
         """Args: batch_size: prompts a device holds at once; check: called before each batch."""
         self._model = model
-        self._rows = batch_size * model.devices
+        self.rows = batch_size * model.devices
+        """Prompts of a batch, at most."""
         self._limit = max_prompt_tokens
         self._check = check
-        self._drawn: dict[Sampling, Callable[..., Any]] = {}
+        self._drawing: dict[Sampling, Callable[..., Any]] = {}
 
     def encode(self, prompts: Sequence[str | Sequence[str]]) -> tuple[list[list[int]], int]:
         """Tokens of wrapped prompts, and how many lost their beginning to the limit."""
@@ -76,80 +83,106 @@ class Engine:
         ]
         return kept, sum(len(tokens) > self._limit for tokens in encoded)
 
-    def _batches(self, prompts: Sequence[list[int]]) -> Iterator[_Batch]:
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-        for start in range(0, len(order), self._rows):
-            numbers = order[start : start + self._rows]
-            filled = numbers + [numbers[-1]] * (self._rows - len(numbers))
-            lengths = np.array([len(prompts[i]) for i in filled], np.int32)
-            tokens = np.full(
-                (self._rows, rung(int(lengths.max()))), self._model.codec.pad_id, np.int32
-            )
-            for row, number in enumerate(filled):
-                tokens[row, : lengths[row]] = prompts[number]
-            self._check()
-            yield _Batch(numbers, tokens, lengths)
+    def _answers[B: Batch](
+        self,
+        count: int,
+        batches: Iterable[B],
+        ask: Callable[[B], list[Any]],
+        kept: Kept,
+        label: str,
+    ) -> list[Any]:
+        """What is known or found of each prompt. A batch is the same whatever was kept."""
+        answers: dict[int, Any] = {}
+        with progress(label, count) as advance:
+            for number, batch in enumerate(batches):
+                found = kept.get(number)
+                if found is None:
+                    self._check()
+                    found = ask(batch)
+                    kept.add(number, found)
+                answers.update(zip(batch.prompts, found, strict=True))
+                advance(len(batch.prompts))
+        return [answers[number] for number in range(count)]
 
     @cached_property
     def scorer(self) -> Callable[..., Any]:
-        """The program that scores letters after prompts; compiled for each shape it is given."""
+        """The program that scores letters after prompts; compiled for each shape it is given.
+
+        Its last argument says how many tokens at the end of each prompt are part of every
+        answer: their log-probabilities are added.
+        """
         model = self._model
 
-        def score(weights: Weights, tokens: Any, lengths: Any, letters: Any) -> Any:
-            mask = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
-            hidden = model.plain_hidden(weights, tokens, mask)
-            last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-            return jax.nn.log_softmax(model.logits(weights, last))[:, letters]
+        def score(
+            weights: Weights, tokens: Any, segments: Any, ends: Any, letters: Any, shared: int = 0
+        ) -> Any:
+            groups, width = ends.shape
+            places = jnp.maximum(ends[:, :, None] - jnp.arange(shared, -1, -1), 0)
+            flat = places.reshape(groups, -1)
+            states = model.states_at(weights, tokens, segments, flat)
+            scores = jax.nn.log_softmax(model.logits(weights, states))
+            scores = scores.reshape(groups, width, shared + 1, -1)
+            said = jnp.take_along_axis(tokens.reshape(groups, -1), flat, axis=1)
+            said = said.reshape(places.shape)[:, :, 1:, None]
+            before = jnp.take_along_axis(scores[:, :, :-1], said, axis=3).sum(axis=2)
+            return scores[:, :, -1, letters] + before
 
-        return jax.jit(score, out_shardings=model.whole)
+        return jax.jit(score, static_argnames="shared", out_shardings=model.whole)
 
     def letter_log_probabilities(
-        self, weights: Weights, prompts: Sequence[list[int]], letters: str, label: str
+        self,
+        weights: Weights,
+        prompts: Sequence[list[int]],
+        letters: LetterTokens,
+        label: str,
+        kept: Kept = NOTHING_KEPT,
     ) -> np.ndarray:
-        """Log-probability of each letter as the next token: float32 `[prompts, letters]`."""
-        ids = np.array(self._model.codec.letter_ids(letters), np.int32)
-        found = np.zeros((len(prompts), len(letters)), np.float32)
-        with progress(label, len(prompts)) as advance:
-            for batch in self._batches(prompts):
-                tokens, lengths = self._model.split_batch((batch.tokens, batch.lengths))
-                scores = np.asarray(self.scorer(weights, tokens, lengths, ids))
-                found[batch.numbers] = scores[: len(batch.numbers)]
-                advance(len(batch.numbers))
-        return found
+        """Log-probability of each letter as the answer to each prompt.
+
+        Returns:
+            float32 `[prompts, letters]`.
+        """
+        ids = np.array(letters.ids, np.int32)
+        model = self._model
+
+        def ask(batch: Rows) -> list[Any]:
+            tokens, segments, ends = model.split_batch((batch.tokens, batch.segments, batch.ends))
+            scores = self.scorer(weights, tokens, segments, ends, ids, shared=len(letters.shared))
+            found: list[Any] = np.asarray(scores)[batch.places].tolist()
+            return found
+
+        longer = [[*prompt, *letters.shared] for prompt in prompts]
+        batches = in_rows(longer, self.rows, model.devices, packing=model.can_pack)
+        found = self._answers(len(prompts), batches, ask, kept, label)
+        return np.array(found, np.float32)
 
     @cached_property
     def generator(self) -> Callable[..., Any]:
-        """The program that fills rows after their prompts; compiled for each shape likewise."""
+        """The program that answers prompts; compiled for each shape likewise."""
         model = self._model
 
-        def generate(weights: Weights, tokens: Any, lengths: Any) -> Any:
-            mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
-            return model.generate(weights, tokens, mask, model.codec.stop_ids)
+        def generate(weights: Weights, tokens: Any, lengths: Any, limit: int) -> Any:
+            return model.answers(weights, tokens, lengths, limit, model.codec.stop_ids)
 
-        return jax.jit(generate, out_shardings=model.whole)
+        return jax.jit(generate, static_argnames="limit", out_shardings=model.whole)
 
-    def _drawing(self, sampling: Sampling) -> Callable[..., Any]:
-        """The same program for sampled decoding; the state of the generator is an argument."""
+    def drawer(self, sampling: Sampling) -> Callable[..., Any]:
+        """The same for answers that are drawn; the state of the generator is an argument too."""
         sampling = replace(sampling, seed=0)  # one program for all seeds
-        if sampling not in self._drawn:
-            self._drawn[sampling] = self._sampled(sampling)
-        return self._drawn[sampling]
+        if sampling not in self._drawing:
+            model = self._model
+            sampler = sampling.sampler(model.vocabulary)
 
-    def _sampled(self, sampling: Sampling) -> Callable[..., Any]:
-        model = self._model
-        sampler = sampling.sampler(model.vocabulary)
+            def generate(
+                weights: Weights, tokens: Any, lengths: Any, state: Any, limit: int
+            ) -> Any:
+                drawn = Drawn(sampler, state)
+                return model.answers(weights, tokens, lengths, limit, model.codec.stop_ids, drawn)
 
-        def generate(weights: Weights, tokens: Any, lengths: Any, state: Any) -> Any:
-            mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
-            return model.generate(weights, tokens, mask, model.codec.stop_ids, (sampler, state))
-
-        return jax.jit(generate, out_shardings=model.whole)
-
-    def _decode(self, number: int, sampling: Sampling | None, *arguments: Any) -> np.ndarray:
-        """The rows of batch `number` with their answers."""
-        if sampling is None:
-            return np.asarray(self.generator(*arguments))
-        return np.asarray(self._drawing(sampling)(*arguments, sampling.state(number)))
+            self._drawing[sampling] = jax.jit(
+                generate, static_argnames="limit", out_shardings=model.whole
+            )
+        return self._drawing[sampling]
 
     def generate(
         self,
@@ -157,24 +190,28 @@ class Engine:
         prompts: Sequence[list[int]],
         max_new_tokens: int,
         label: str,
+        kept: Kept = NOTHING_KEPT,
         sampling: Sampling | None = None,
     ) -> list[Generated]:
         """Answers of at most `max_new_tokens` tokens, in the order of the prompts.
 
         Greedy without `sampling`.
         """
-        found: dict[int, Generated] = {}
-        with progress(label, len(prompts)) as advance:
-            for place, batch in enumerate(self._batches(prompts)):
-                padding = ((0, 0), (0, max_new_tokens))
-                room = np.pad(batch.tokens, padding, constant_values=self._model.codec.pad_id)
-                tokens, lengths = self._model.split_batch((room, batch.lengths))
-                rows = self._decode(place, sampling, weights, tokens, lengths)
-                for row, number in enumerate(batch.numbers):
-                    start = int(batch.lengths[row])
-                    found[number] = self._cut(rows[row, start : start + max_new_tokens].tolist())
-                advance(len(batch.numbers))
-        return [found[number] for number in range(len(prompts))]
+
+        def ask(batch: Prompts) -> list[Any]:
+            tokens, lengths = self._model.split_batch((batch.tokens, batch.lengths))
+            if sampling is None:
+                rows = self.generator(weights, tokens, lengths, limit=max_new_tokens)
+            else:
+                state = sampling.state(batch.prompts[0])
+                program = self.drawer(sampling)
+                rows = program(weights, tokens, lengths, state, limit=max_new_tokens)
+            rows = np.asarray(rows)
+            return [astuple(self._cut(row.tolist())) for row in rows[: len(batch.prompts)]]
+
+        batches = by_length(prompts, self.rows, self._model.devices, self._model.codec.pad_id)
+        found = self._answers(len(prompts), batches, ask, kept, label)
+        return [Generated(*fields) for fields in found]
 
     def _cut(self, tokens: list[int]) -> Generated:
         """The answer up to its first stop token."""

@@ -3,16 +3,15 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from job.evals.paired import compare_shares
 from job.evals.predictions import ChoiceLine, answered
 from job.evals.stats import (
     UNRELATED,
-    bootstrap,
     detectable,
-    finding_of_test,
-    mcnemar,
+    share,
     wilson,
 )
-from job.results import Comparison, ModelScore, MultipleChoice
+from job.results import Comparison, GroupScore, ModelScore, MultipleChoice, Share
 from job.spec import MultipleChoice as Entry
 
 
@@ -43,27 +42,28 @@ def compare(
 
     As if it were the only test; `job.evals.family` corrects for the others.
     """
-    first, second = answered(before), answered(after)
-    shared = [identity for identity in first if identity in second]
-    if not shared:
-        return None
-    changes = [int(second[i].correct) - int(first[i].correct) for i in shared]
-    gained, lost = changes.count(1), changes.count(-1)
-    estimate = bootstrap(changes, samples, seed)
-    p_value = mcnemar(gained, lost)
-    return Comparison(
-        a=a,
-        b=b,
-        questions=len(shared),
-        gained=gained,
-        lost=lost,
-        difference=estimate.mean,
-        ci95=estimate.ci95,
-        p_value=p_value,
-        p_holm=p_value,
-        finding=finding_of_test(estimate.mean, p_value),
-        detectable=detectable(len(shared), (gained + lost) / len(shared)),
+    first, second = (
+        {identity: line.correct for identity, line in answered(lines).items()}
+        for lines in (before, after)
     )
+    return compare_shares(a, b, first, second, samples, seed)
+
+
+def groups(models: Mapping[str, Sequence[ChoiceLine]]) -> list[GroupScore]:
+    """Each model by what the questions are grouped by, the largest group first."""
+    names = Counter(line.group for line in models["baseline"] if line.group is not None)
+    return [
+        GroupScore(name=name, questions=count, models=_group(name, models))
+        for name, count in sorted(names.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def _group(name: str, models: Mapping[str, Sequence[ChoiceLine]]) -> dict[str, Share]:
+    found = {}
+    for model, lines in models.items():
+        given = [line.correct for line in answered(lines).values() if line.group == name]
+        found[model] = share(sum(given), len(given))
+    return found
 
 
 def summarise(
@@ -72,6 +72,7 @@ def summarise(
     models: Mapping[str, Sequence[ChoiceLine]],
     samples: int,
     seed: int,
+    in_training_text: int | None = None,
 ) -> MultipleChoice:
     """All models on one slice, compared in pairs with the tuned one."""
     asked = models["baseline"]
@@ -88,10 +89,14 @@ def summarise(
         dataset=entry.dataset,
         revision=revision,
         questions=len(asked),
+        few_shot=0 if entry.few_shot is None else entry.few_shot.examples,
+        in_training_text=in_training_text,
         chance=1 / len(asked[0].options),
         majority_letter=majority,
         majority_accuracy=count / len(asked),
         detectable_at_worst=detectable(len(asked), UNRELATED),
         models={name: score(lines) for name, lines in models.items()},
         comparisons=[comparison for comparison in found if comparison is not None],
+        grouped_by=entry.group,
+        groups=groups(models),
     )

@@ -43,6 +43,8 @@ class ChoiceLine(Line):
     """By letter, where letters were scored."""
     answer: str | None = None
     """What was generated, where generation was scored."""
+    group: str | None = None
+    """What accuracy is reported by, such as the subject."""
 
 
 class DialogueLine(Line):
@@ -101,6 +103,7 @@ def choice_line(question: Question, choice: str | None, **rest: object) -> Choic
         "gold": question.gold,
         "choice": choice,
         "correct": choice == question.gold,
+        "group": question.group,
     }
     return ChoiceLine.model_validate(fields | rest)
 

@@ -1,8 +1,9 @@
 """Multiple-choice questions from any dataset: a question, its options, the right one."""
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from job import logs
@@ -11,7 +12,7 @@ from job.data.sources import Row, open_rows
 from job.errors import UsageError
 from job.revisions import NONE, Revisions
 from job.spec import MultipleChoice
-from job.spec_types import LETTERS
+from job.spec_types import LETTERS, LM_EVAL
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Question:
     text: str
     options: tuple[str, ...]
     gold: str
+    group: str | None = None
+    """What accuracy is reported by, such as the subject."""
 
     @property
     def letters(self) -> str:
@@ -36,6 +39,16 @@ class Slice:
     entry: MultipleChoice
     revision: str | None
     questions: list[Question]
+    shots: list[Question] = field(default_factory=list)
+    """Solved questions that stand before each."""
+
+
+def shots_source(entry: MultipleChoice) -> MultipleChoice | None:
+    """Where the solved questions of an entry are from; None where it wants none."""
+    if entry.few_shot is None:
+        return None
+    given = entry.few_shot.model_dump(include={"split", "data_files"}, exclude_none=True)
+    return entry.model_copy(update=given)
 
 
 def load_slice(entry: MultipleChoice, revisions: Revisions = NONE) -> Slice:
@@ -45,28 +58,14 @@ def load_slice(entry: MultipleChoice, revisions: Revisions = NONE) -> Slice:
         UsageError: none is usable.
     """
     rows = open_rows(entry, "questions", revisions)
-    questions: list[Question] = []
-    dropped: Counter[str] = Counter()
-    columns: list[str] = []
-    seen: set[str] = set()
-    reader: Iterator[Row] = iter(rows)
-    for number, row in enumerate(reader):
-        if entry.limit is not None and len(questions) == entry.limit:
-            break
-        columns = columns or sorted(row)
-        try:
-            question = _question(entry, row, number)
-            if question.id in seen:
-                raise Dropped("repeated id")
-            seen.add(question.id)
-            questions.append(question)
-        except Dropped as reason:
-            dropped[str(reason)] += 1
+    reading = _Reading(entry)
+    questions = list(islice(reading.questions(rows), entry.limit))
+    dropped = reading.dropped
     if not questions:
         reasons = ", ".join(f"{reason} ({n})" for reason, n in dropped.most_common(3)) or "no rows"
         raise UsageError(
             f"evals.multiple_choice '{entry.name}': no usable question in {entry.dataset}: "
-            f"{reasons}; the columns are {', '.join(columns)}"
+            f"{reasons}; the columns are {', '.join(reading.columns)}"
         )
     if entry.limit is not None and len(questions) < entry.limit:
         logs.get().warning(
@@ -81,32 +80,81 @@ def load_slice(entry: MultipleChoice, revisions: Revisions = NONE) -> Slice:
         raise UsageError(
             f"evals.multiple_choice '{entry.name}': the questions have different numbers of options"
         )
-    return Slice(entry, rows.revision, questions)
+    return Slice(entry, rows.revision, questions, _shots(entry, questions, revisions))
+
+
+def _shots(
+    entry: MultipleChoice, questions: Sequence[Question], revisions: Revisions
+) -> list[Question]:
+    """The solved questions of an entry, none of which is asked."""
+    source = shots_source(entry)
+    if source is None or entry.few_shot is None:
+        return []
+    asked = {(question.text, question.options) for question in questions}
+    rows = open_rows(source, "questions", revisions)
+    others = (q for q in _Reading(source).questions(rows) if (q.text, q.options) not in asked)
+    shots = list(islice(others, entry.few_shot.examples))
+    if len(shots) < entry.few_shot.examples:
+        raise UsageError(
+            f"evals.multiple_choice '{entry.name}': few_shot.examples is "
+            f"{entry.few_shot.examples}, but only {len(shots)} usable questions of split "
+            f"'{source.split}' are not asked themselves; name another split, or set limit"
+        )
+    return shots
+
+
+class _Reading:
+    """One pass over rows for questions, and what became of those that are none."""
+
+    def __init__(self, entry: MultipleChoice) -> None:
+        self._entry = entry
+        self.dropped: Counter[str] = Counter()
+        self.columns: list[str] = []
+
+    def questions(self, rows: Iterable[Row]) -> Iterator[Question]:
+        """The usable questions in order; an id is used once."""
+        seen: set[str] = set()
+        for number, row in enumerate(rows):
+            self.columns = self.columns or sorted(row)
+            try:
+                question = _question(self._entry, row, number)
+                if question.id in seen:
+                    raise Dropped("repeated id")
+            except Dropped as reason:
+                self.dropped[str(reason)] += 1
+                continue
+            seen.add(question.id)
+            yield question
 
 
 def _question(entry: MultipleChoice, row: Row, number: int) -> Question:
     text = fill(entry.question, row)
-    if not text:
-        raise Dropped("empty question")
     options = _options(entry, row)
+    if entry.prompt != LM_EVAL:  # which takes texts as they are
+        text, options = text.strip(), tuple(option.strip() for option in options)
+    if not text.strip():
+        raise Dropped("empty question")
+    if not all(option.strip() for option in options):
+        raise Dropped("empty option")
     gold = _gold(row, entry, options)
     identity = field_text(row, entry.id) if entry.id else str(number)
-    return Question(identity, text, options, gold)
+    group = None if entry.group is None else _group(row.get(entry.group))
+    return Question(identity, text, options, gold, group)
+
+
+def _group(value: object) -> str:
+    return "none" if value is None else str(value).strip() or "none"
 
 
 def _options(entry: MultipleChoice, row: Row) -> tuple[str, ...]:
-    if isinstance(entry.options, str):
-        value = row.get(entry.options)
-        if not isinstance(value, list | tuple) or not 2 <= len(value) <= len(LETTERS):
-            raise Dropped(f"no list of options in '{entry.options}'")
-        if any(option is None for option in value):
-            raise Dropped("empty option")
-        options = tuple(str(option).strip() for option in value)
-    else:
-        options = tuple(field_text(row, column).strip() for column in entry.options)
-    if not all(options):
+    if not isinstance(entry.options, str):
+        return tuple(field_text(row, column) for column in entry.options)
+    value = row.get(entry.options)
+    if not isinstance(value, list | tuple) or not 2 <= len(value) <= len(LETTERS):
+        raise Dropped(f"no list of options in '{entry.options}'")
+    if any(option is None for option in value):
         raise Dropped("empty option")
-    return options
+    return tuple(str(option) for option in value)
 
 
 def _gold(row: Row, entry: MultipleChoice, options: tuple[str, ...]) -> str:
@@ -143,12 +191,3 @@ def _gold(row: Row, entry: MultipleChoice, options: tuple[str, ...]) -> str:
 
 def _at(letters: str, place: int | None) -> str | None:
     return letters[place] if place is not None and 0 <= place < len(letters) else None
-
-
-def user_turn(entry: MultipleChoice, question: Question) -> str:
-    """The text the user says: the entry's prompt with the question and its lettered options."""
-    options = "\n".join(
-        f"{letter}. {option}"
-        for letter, option in zip(question.letters, question.options, strict=True)
-    )
-    return entry.prompt.format(question=question.text, options=options)

@@ -30,7 +30,8 @@ from job.evals.predictions import (
     choice_line,
     write_predictions,
 )
-from job.evals.questions import load_slice, user_turn
+from job.evals.prompts import solved_turns, user_turn
+from job.evals.questions import load_slice
 from job.evals.reference_key import KEY, missing_key
 from job.evals.side_by_side import side_prompts
 from job.progress import progress
@@ -109,8 +110,9 @@ class _Asking:
 
     def multiple_choice(self, entry: MultipleChoice) -> None:
         """Ask the questions of a slice and keep the lines."""
-        questions = load_slice(entry, self._run.revisions).questions
-        asked = [_Asked(question.id, user_turn(entry, question)) for question in questions]
+        found = load_slice(entry, self._run.revisions)
+        questions, history = found.questions, tuple(solved_turns(entry, found.shots))
+        asked = [_Asked(q.id, user_turn(entry, q), None, history) for q in questions]
         replies = self._ask_all(entry.name, asked)
         self._keep(
             entry.name,

@@ -4,8 +4,10 @@ The tuned model is made from the adapter's file, so what is measured is what was
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel
 
 from job import logs
@@ -14,6 +16,7 @@ from job.data.stage import TRAIN, VALIDATION, iter_examples, read_examples
 from job.evals.dialogue import MOST_DIALOGUES, rouge_scores
 from job.evals.engine import Engine
 from job.evals.parsing import parse_choice
+from job.evals.partial import Progress
 from job.evals.predictions import (
     DIALOGUE,
     SIDE_BY_SIDE,
@@ -23,11 +26,13 @@ from job.evals.predictions import (
     choice_line,
     write_predictions,
 )
-from job.evals.questions import Slice, load_slice, user_turn
+from job.evals.prompts import before_letter, question_prompts
+from job.evals.questions import Question, Slice, load_slice
 from job.evals.side_by_side import side_prompts
 from job.model.language_model import LanguageModel
 from job.model.lora import Weights
 from job.run import Run
+from job.spec import DialogueEval
 from job.train.adapter_files import load_trained
 
 
@@ -52,28 +57,15 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     weights = model.weights if name == "baseline" else _tuned(run, model)
     evals = run.spec.evals
     engine = Engine(model, evals.batch_size, evals.max_prompt_tokens, run.check)
-    slices = {}
     loaded = [load_slice(entry, run.revisions) for entry in evals.multiple_choice]
     if name == "baseline" and loaded and run.processes.leads:
         _look_for_overlap(run, loaded)
-    for found in loaded:
-        entry = found.entry
-        lines, cut = _multiple_choice(engine, model, weights, found)
-        write_predictions(run, name, entry.name, lines)
-        slices[entry.name] = SliceOutcome(
-            revision=found.revision, questions=len(found.questions), cut=cut
-        )
-        correct = sum(line.correct for line in lines)
-        logs.get().info(
-            "answered",
-            eval=entry.name,
-            scoring=entry.scoring,
-            questions=len(lines),
-            correct=correct,
-        )
-    if evals.dialogue is not None:
-        write_predictions(run, name, DIALOGUE, _dialogue(run, engine, model, weights))
-    write_predictions(run, name, SIDE_BY_SIDE, _side_by_side(run, engine, model, weights))
+    with Progress(run, name, [run.digests[name], engine.rows]) as done:
+        measured = _Measured(run, name, engine, model, weights, done)
+        slices = {found.entry.name: measured.multiple_choice(found) for found in loaded}
+        if evals.dialogue is not None:
+            measured.dialogue(evals.dialogue)
+        measured.side_by_side()
     return EvalOutcome(slices=slices)
 
 
@@ -97,41 +89,59 @@ def _tuned(run: Run, model: LanguageModel) -> Weights:
     return model.adapted(*load_trained(run, model))
 
 
-def _multiple_choice(
-    engine: Engine, model: LanguageModel, weights: Weights, found: Slice
-) -> tuple[list[ChoiceLine], int]:
-    entry, questions = found.entry, found.questions
-    turns = [model.codec.template.prompt(user_turn(entry, question)) for question in questions]
-    prompts, cut = engine.encode(turns)
-    if entry.scoring == "letters":
-        letters = questions[0].letters
-        scores = engine.letter_log_probabilities(weights, prompts, letters, entry.name)
-        lines = []
-        for question, row in zip(questions, scores, strict=True):
-            by_letter = {letter: round(float(s), 6) for letter, s in zip(letters, row, strict=True)}
-            best = letters[int(row.argmax())]
-            lines.append(choice_line(question, best, log_probabilities=by_letter))
-        return lines, cut
-    answers = engine.generate(weights, prompts, entry.max_new_tokens, entry.name)
-    return [
-        choice_line(question, parse_choice(answer.text, question.options), answer=answer.text)
-        for question, answer in zip(questions, answers, strict=True)
-    ], cut
+@dataclass(frozen=True)
+class _Measured:
+    """One model that is measured: its weights, and what is on file of it already."""
 
+    run: Run
+    name: Literal["baseline", "finetuned"]
+    engine: Engine
+    model: LanguageModel
+    weights: Weights
+    done: Progress
 
-def _dialogue(
-    run: Run, engine: Engine, model: LanguageModel, weights: Weights
-) -> Sequence[DialogueLine]:
-    wanted = run.spec.evals.dialogue
-    assert wanted is not None
-    examples = read_examples(run, VALIDATION, wanted.examples or MOST_DIALOGUES)
-    prompts, cut = engine.encode(
-        [model.codec.template.dialogue(e.prompt, e.system, e.history) for e in examples]
-    )
-    answers = engine.generate(weights, prompts, wanted.max_new_tokens, DIALOGUE)
-    lines = []
-    for example, answer in zip(examples, answers, strict=True):
-        lines.append(
+    def multiple_choice(self, found: Slice) -> SliceOutcome:
+        """Answer the questions of a slice."""
+        entry, questions = found.entry, found.questions
+        prompts, cut = self.engine.encode(question_prompts(found, self.model.codec.template))
+        kept = self.done.of(entry.name)
+        if entry.scoring == "letters":
+            letters = questions[0].letters
+            tokens = self.model.codec.letter_tokens(letters, *before_letter(entry))
+            scores = self.engine.letter_log_probabilities(
+                self.weights, prompts, tokens, entry.name, kept
+            )
+            lines = [_scored(q, letters, row) for q, row in zip(questions, scores, strict=True)]
+        else:
+            answers = self.engine.generate(
+                self.weights, prompts, entry.max_new_tokens, entry.name, kept
+            )
+            lines = [
+                choice_line(q, parse_choice(answer.text, q.options), answer=answer.text)
+                for q, answer in zip(questions, answers, strict=True)
+            ]
+        write_predictions(self.run, self.name, entry.name, lines)
+        correct = sum(line.correct for line in lines)
+        logs.get().info(
+            "answered",
+            eval=entry.name,
+            scoring=entry.scoring,
+            questions=len(lines),
+            correct=correct,
+        )
+        return SliceOutcome(revision=found.revision, questions=len(questions), cut=cut)
+
+    def dialogue(self, wanted: DialogueEval) -> None:
+        """Answer held-out examples."""
+        examples = read_examples(self.run, VALIDATION, wanted.examples or MOST_DIALOGUES)
+        template = self.model.codec.template
+        prompts, cut = self.engine.encode(
+            [template.dialogue(e.prompt, e.system, e.history) for e in examples]
+        )
+        answers = self.engine.generate(
+            self.weights, prompts, wanted.max_new_tokens, DIALOGUE, self.done.of(DIALOGUE)
+        )
+        lines = [
             DialogueLine(
                 id=example.id,
                 prompt=example.prompt,
@@ -141,22 +151,29 @@ def _dialogue(
                 finish=answer.finish,
                 **rouge_scores(example.response, answer.text),
             )
+            for example, answer in zip(examples, answers, strict=True)
+        ]
+        write_predictions(self.run, self.name, DIALOGUE, lines)
+        logs.get().info("dialogues answered", examples=len(lines), prompts_cut=cut)
+
+    def side_by_side(self) -> None:
+        """Answer the prompts that every model is shown."""
+        shown = side_prompts(self.run)
+        template = self.model.codec.template
+        prompts, _ = self.engine.encode(
+            [template.dialogue(p.prompt, p.system, p.history) for p in shown]
         )
-    logs.get().info("dialogues answered", examples=len(lines), prompts_cut=cut)
-    return lines
+        limit = self.run.spec.evals.side_by_side.max_new_tokens
+        answers = self.engine.generate(
+            self.weights, prompts, limit, "side by side", self.done.of(SIDE_BY_SIDE)
+        )
+        lines = [
+            SideLine(id=p.id, prompt=p.prompt, expected=p.expected, answer=answer.text)
+            for p, answer in zip(shown, answers, strict=True)
+        ]
+        write_predictions(self.run, self.name, SIDE_BY_SIDE, lines)
 
 
-def _side_by_side(
-    run: Run, engine: Engine, model: LanguageModel, weights: Weights
-) -> Sequence[SideLine]:
-    shown = side_prompts(run)
-    if not shown:
-        return []
-    template = model.codec.template
-    prompts, _ = engine.encode([template.dialogue(p.prompt, p.system, p.history) for p in shown])
-    limit = run.spec.evals.side_by_side.max_new_tokens
-    answers = engine.generate(weights, prompts, limit, "side by side")
-    return [
-        SideLine(id=p.id, prompt=p.prompt, expected=p.expected, answer=answer.text)
-        for p, answer in zip(shown, answers, strict=True)
-    ]
+def _scored(question: Question, letters: str, row: np.ndarray) -> ChoiceLine:
+    by_letter = {letter: round(float(s), 6) for letter, s in zip(letters, row, strict=True)}
+    return choice_line(question, letters[int(row.argmax())], log_probabilities=by_letter)

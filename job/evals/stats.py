@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from job.results import Estimate, Finding, Interval
+from job.results import Estimate, Finding, Interval, Share
 
 ALPHA = 0.05
 FEWEST = 10
@@ -31,6 +31,11 @@ def wilson(successes: int, trials: int) -> Interval:
         return (0.0, 1.0)
     interval = stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
     return (float(interval.low), float(interval.high))
+
+
+def share(count: int, of: int) -> Share:
+    """So many out of so many, with the Wilson interval."""
+    return Share(count=count, of=of, share=count / of if of else 0.0, ci95=wilson(count, of))
 
 
 def mcnemar(gained: int, lost: int) -> float:

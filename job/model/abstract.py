@@ -76,41 +76,6 @@ class AbstractModel(LanguageModel):
         """The type of hidden states."""
         return jnp.dtype(self._backbone.compute_dtype)
 
-    def prefill(self, weights: Weights, token_ids: jax.Array, mask: jax.Array) -> Any:
-        """The part of `generate` before its loop: the cache of keys and values of the prompts."""
-        found: dict[str, Any] = {}
-
-        def keep(prompt: Any, cache: Any, **_: Any) -> Any:
-            found["cache"] = cache
-            return prompt
-
-        with self._sampler(keep):
-            self.generate(weights, token_ids, mask, self.codec.stop_ids)
-        return found["cache"]
-
-    def decode(self, weights: Weights, token_ids: jax.Array, mask: jax.Array, cache: Any) -> Any:
-        """One turn of the loop of `generate`: the next token of each row, and the new cache."""
-        found: dict[str, Any] = {}
-
-        def step(next: Any, prompt: Any, index: Any, **_: Any) -> Any:  # noqa: A002
-            logits, _, after = next(prompt, cache, index)
-            found["all"] = jnp.argmax(logits, axis=-1), after
-            return prompt
-
-        with self._sampler(step):
-            self.generate(weights, token_ids, mask, self.codec.stop_ids)
-        return found["all"]
-
-    @contextlib.contextmanager
-    def _sampler(self, function: Any) -> Iterator[None]:
-        """Within this block KerasHub's generation ends in this function instead of its loop."""
-        ordinary = self._task.sampler
-        self._task.sampler = function
-        try:
-            yield
-        finally:
-            self._task.sampler = ordinary
-
     def adapter(self) -> LoraWeights:
         """The shapes of an adapter, whole on every device."""
         pairs = (self.lora.shapes(target) for target in self.lora.targets)

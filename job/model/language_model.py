@@ -14,15 +14,18 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from keras_hub.samplers import GreedySampler
 
 from job import logs
 from job.errors import UsageError
+from job.model import decoding
 from job.model.checkpoint_names import target_matrices
 from job.model.factors import Matrix
 from job.model.local_attention import can_cut, local_attention
 from job.model.lora import LoraLayout, LoraWeights, Weights, plan_lora
 from job.model.narrowing import can_narrow, gather, narrowed
 from job.model.presets import Preset, load_task, resolve
+from job.model.sampling import Drawn
 from job.model.segments import can_pack, segment_attention
 from job.model.sharding import check_split, loading_to, put, weight_sharding
 from job.model.text import TextCodec
@@ -49,7 +52,6 @@ class LanguageModel:
     ) -> None:
         self._task = task
         self._backbone = task.backbone
-        self._greedy: Any = None
         self.codec = codec
         self.preset = preset
         self.mesh = mesh
@@ -196,8 +198,35 @@ class LanguageModel:
             return nullcontext()
         return local_attention(self._backbone, segments, settings.reach)
 
+    def states_at(
+        self,
+        weights: Weights,
+        token_ids: jax.Array,
+        segments: jax.Array,
+        positions: jax.Array,
+    ) -> jax.Array:
+        """The last hidden states at some positions, and no more of the last block than they need.
+
+        Args:
+            weights: the backbone's variables.
+            token_ids, segments: int32 `[batch, length]`, as for `hidden`; where the model cannot
+                be packed, segments are 1 on the tokens.
+            positions: int32 `[groups, n]` into the tokens of each equal part of the rows.
+
+        Returns:
+            `[groups, n, hidden]` in the compute type.
+        """
+        narrow = can_narrow(self._backbone)
+        with (
+            self._scope(weights),
+            segment_attention(self._backbone) if self.can_pack else nullcontext(),
+            narrowed(self._backbone, positions) if narrow else nullcontext(),
+        ):
+            outputs: jax.Array = self._backbone(self._inputs(token_ids, segments))
+        return outputs if narrow else gather(outputs, positions)
+
     def plain_hidden(self, weights: Weights, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """The same with an ordinary padding mask (1 and 0): for every family of models."""
+        """The last hidden states `[batch, length, hidden]` with an ordinary padding mask."""
         with self._scope(weights):
             outputs: jax.Array = self._backbone(self._inputs(token_ids, mask))
         return outputs
@@ -208,45 +237,75 @@ class LanguageModel:
             logits = self._backbone.token_embedding(hidden, reverse=True)
         return jnp.asarray(logits, jnp.float32)
 
-    def generate(
+    def answers(
         self,
         weights: Weights,
         token_ids: jax.Array,
-        mask: jax.Array,
+        lengths: jax.Array,
+        limit: int,
         stop_ids: Sequence[int],
-        drawn: tuple[Any, jax.Array] | None = None,
+        drawn: Drawn | None = None,
     ) -> jax.Array:
-        """Decoding, traceable: fills each row after its prompt.
+        """Decoding, traceable: greedy without `drawn`.
 
         Args:
             weights: the backbone's variables.
-            token_ids: int32 `[batch, length]`, prompts padded on the right.
-            mask: bool `[batch, length]`, true on the prompts.
-            stop_ids: decoding ends once every row holds one of these after its prompt.
-            drawn: a sampler and the state of its generator (see `job.model.sampling`); greedy
-                without.
+            token_ids: int32 `[batch, length]`, prompts at the beginning of their rows.
+            lengths: int32 `[batch]`, tokens of each prompt.
+            limit: the most new tokens a row.
+            stop_ids: decoding ends once every row has had one of these.
 
         Returns:
-            int32 `[batch, length]`; what follows a row's first stop token is meaningless.
+            int32 `[batch, limit]`; what follows a row's first stop token is meaningless.
         """
-        with self._scope(weights, *self._drawing(drawn)):
-            outputs = self._task.generate_step(
-                {"token_ids": token_ids, "padding_mask": mask}, stop_token_ids=list(stop_ids)
-            )
-        tokens: jax.Array = outputs["token_ids"]
-        return tokens
+        if not self.can_pack:
+            return self._kerashub_answers(weights, token_ids, lengths, limit, stop_ids, drawn)
+        first, cache = self.prefill(weights, token_ids, lengths, limit)
+        length = token_ids.shape[1]
 
-    def _drawing(self, drawn: tuple[Any, jax.Array] | None) -> list[tuple[Any, jax.Array]]:
-        """Make the task decode so; what its sampler's variables are to be."""
-        if self._greedy is None:
-            self._task.compile(sampler="greedy")
-            self._greedy = self._task.sampler
-        if drawn is None:
-            self._task.sampler = self._greedy
-            return []
-        sampler, state = drawn
-        self._task.sampler = sampler
-        return list(zip(sampler.variables, [state], strict=True))
+        def follow(tokens: Any, cache: Any, turn: Any) -> tuple[jax.Array, Any]:
+            return self.decode(weights, tokens, cache, length + turn, length - lengths)
+
+        choose = decoding.best if drawn is None else drawn.choose
+        return decoding.answer(first, follow, cache, limit, stop_ids, choose)
+
+    def prefill(
+        self, weights: Weights, token_ids: jax.Array, lengths: jax.Array, room: int
+    ) -> tuple[jax.Array, Any]:
+        """The logits after prompts, float32 `[batch, vocabulary]`, and the cache of their keys."""
+        aligned = decoding.right_aligned(token_ids, lengths)
+        starts = token_ids.shape[1] - lengths
+        with self._scope(weights):
+            hidden, cache = decoding.fill_cache(self._task, aligned, starts, room)
+        return self.logits(weights, hidden), cache
+
+    def decode(
+        self, weights: Weights, tokens: jax.Array, cache: Any, place: Any, starts: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """The logits after one more token a row, and the new cache; see `decoding.next_logits`."""
+        with self._scope(weights):
+            return decoding.next_logits(self._task, tokens, cache, place, starts)
+
+    def _kerashub_answers(
+        self,
+        weights: Weights,
+        token_ids: jax.Array,
+        lengths: jax.Array,
+        limit: int,
+        stop_ids: Sequence[int],
+        drawn: Drawn | None = None,
+    ) -> jax.Array:
+        """The same by KerasHub's own loop, for every family of models."""
+        room = jnp.pad(token_ids, ((0, 0), (0, limit)))
+        mask = jnp.arange(room.shape[1]) < lengths[:, None]
+        # Most families come with a sampler that draws at random.
+        self._task.sampler = GreedySampler() if drawn is None else drawn.sampler
+        with self._scope(weights, *([] if drawn is None else drawn.mapping())):
+            outputs = self._task.generate_step(
+                {"token_ids": room, "padding_mask": mask}, stop_token_ids=list(stop_ids)
+            )
+        new = lengths[:, None] + jnp.arange(limit)
+        return jnp.take_along_axis(outputs["token_ids"], new, axis=1)
 
     def adapted(self, layout: LoraLayout, lora: LoraWeights) -> Weights:
         """The frozen weights with an adapter merged in, on the devices."""

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import keras
 import numpy as np
+from keras_hub import samplers
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,6 @@ class Sampling:
 
     def sampler(self, vocabulary: int) -> Any:
         """KerasHub's sampler for this; to be made outside of traced functions."""
-        from keras_hub import samplers
-
         k = None if self.top_k is None else min(self.top_k, vocabulary)
         if self.top_p < 1:
             return samplers.TopPSampler(self.top_p, k, temperature=self.temperature)
@@ -35,5 +36,25 @@ class Sampling:
         return samplers.RandomSampler(temperature=self.temperature)
 
     def state(self, number: int) -> np.ndarray:
-        """The state of the sampler's generator at the beginning of batch `number`: uint32 [2]."""
+        """The state that the sampler's generator begins batch `number` with: uint32 `[2]`."""
         return np.random.SeedSequence([self.seed, number]).generate_state(2)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A sampler inside a traced function, with the state of its generator there."""
+
+    sampler: Any
+    state: jax.Array
+    """uint32 `[2]`: a seed, and how many draws there were."""
+
+    def mapping(self, draws: Any = 0) -> list[tuple[Any, jax.Array]]:
+        """The sampler's variable and its value after so many draws, for a `StatelessScope`."""
+        (variable,) = self.sampler.variables
+        return [(variable, jax.numpy.asarray(self.state, "uint32").at[1].add(draws))]
+
+    def choose(self, logits: jax.Array, turn: Any) -> jax.Array:
+        """The next token of each row, int32 `[batch]`, from its logits and their number."""
+        with keras.StatelessScope(state_mapping=self.mapping(turn)):
+            chosen = self.sampler.get_next_token(self.sampler.compute_probabilities(logits))
+        return jax.numpy.asarray(chosen, "int32")

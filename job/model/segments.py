@@ -26,10 +26,11 @@ PACKABLE = (
 
 def can_pack(backbone: Any) -> bool:
     """Whether rows of several examples are sound for this backbone."""
-    return type(backbone).__name__ in PACKABLE and len(list(_mask_makers(backbone))) > 0
+    return type(backbone).__name__ in PACKABLE and len(list(mask_makers(backbone))) > 0
 
 
-def _mask_makers(backbone: Any) -> Iterator[tuple[Any, str]]:
+def mask_makers(backbone: Any) -> Iterator[tuple[Any, str]]:
+    """The layers that make attention masks, each with the name of the method that does."""
     for layer in backbone._flatten_layers(include_self=False):
         for name in _METHODS:
             if hasattr(type(layer), name):
@@ -39,7 +40,7 @@ def _mask_makers(backbone: Any) -> Iterator[tuple[Any, str]]:
 @contextlib.contextmanager
 def segment_attention(backbone: Any) -> Iterator[None]:
     """Within this block the backbone reads its padding mask as segment ids."""
-    patched = list(_mask_makers(backbone))
+    patched = list(mask_makers(backbone))
     for layer, name in patched:
         # Straight into the instance's dictionary: Keras tracks ordinary attributes.
         layer.__dict__[name] = _by_segment(getattr(layer, name))

@@ -1,10 +1,19 @@
 """Text to tokens and back, for one model: its tokenizer, its chat template, its stop tokens."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from job.data.chat import TEMPLATES, ChatTemplate
 from job.errors import UsageError
+
+
+@dataclass(frozen=True)
+class LetterTokens:
+    """The letters of options as tokens: what all of them begin with, and the one each ends in."""
+
+    shared: list[int]
+    ids: list[int]
 
 
 class TextCodec:
@@ -64,19 +73,26 @@ class TextCodec:
         kept = [token for token in tokens if token not in self._control]
         return str(self._tokenizer.detokenize(kept)) if kept else ""
 
-    def letter_ids(self, letters: str) -> list[int]:
-        """The one token each letter is, when it begins an answer.
+    def letter_tokens(self, letters: str, before: str = "", space: str = "") -> LetterTokens:
+        """How the letters are written as answers.
+
+        Args:
+            before: the end of the prompt, of which the tokens may depend.
+            space: stands between the prompt and the letter.
 
         Raises:
-            UsageError: this tokenizer does not make the letters single, distinct tokens.
+            UsageError: this tokenizer does not tell the letters apart by one token.
         """
-        tokens = self.encode(list(letters))
-        if any(len(ids) != 1 for ids in tokens) or len({ids[0] for ids in tokens}) != len(letters):
+        start = len(self.encode([before])[0]) if before else 0
+        tokens = [ids[start:] for ids in self.encode([before + space + each for each in letters])]
+        shared = tokens[0][:-1]
+        ids = [each[-1] for each in tokens if each]
+        if any(each[:-1] != shared for each in tokens) or len(set(ids)) != len(letters):
             raise UsageError(
                 "evals: this model's tokenizer does not have the letters as single tokens; "
                 "use scoring: generate"
             )
-        return [ids[0] for ids in tokens]
+        return LetterTokens(shared, ids)
 
 
 def choose_template(tokenizer: Any, wanted: str) -> ChatTemplate:

@@ -7,6 +7,7 @@ slices, accumulated rows and decoding do beyond their first turn is added here.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +19,8 @@ from jax.sharding import Mesh
 from job import logs
 from job.accelerators import Accelerator, Machine
 from job.data.packing import Batch
-from job.evals.engine import Engine, rung
+from job.evals.batches import PACKED, even, packed_rows, rung
+from job.evals.engine import Engine
 from job.model.abstract import AbstractModel, abstract_model
 from job.model.language_model import Forward
 from job.plan.plan import Program
@@ -136,16 +138,23 @@ class Compiler:
     def letters(self, asked: Evaluation) -> Compiled:
         """One batch of questions, scored by their letters."""
         logs.get().info("compiling", program="letters")
-        tokens, lengths = self._prompt_batch(rung(asked.prompt_tokens))
+        model, mean = self.model, asked.prompt_tokens
+        length = max(PACKED, rung(mean)) if model.can_pack else rung(mean)
+        rows = packed_rows(self.prompts, mean, length) if model.can_pack else self.prompts
+        rows = even(rows, rows, model.devices)
+        integers = np.broadcast_to(np.int32(1), (rows, length))
+        ends = np.broadcast_to(np.int32(0), (model.devices, self._spec.evals.batch_size))
+        placed = model.split_batch((integers, integers, ends))
         letters = jax.ShapeDtypeStruct((4,), jnp.int32)  # type: ignore[no-untyped-call]
-        return compile_program(self._engine.scorer, self.model.weights, tokens, lengths, letters)
+        return compile_program(self._engine.scorer, model.weights, *placed, letters)
 
     def generation(self, asked: Evaluation) -> tuple[Compiled, Compiled, Compiled]:
         """One batch of prompts answered: its two parts, and the whole with all turns counted."""
         first, turn = self.generation_parts(asked)
         logs.get().info("compiling", program="generate")
-        tokens, lengths = self._prompt_batch(rung(asked.prompt_tokens) + asked.new_tokens)
-        whole = compile_program(self._engine.generator, self.model.weights, tokens, lengths)
+        tokens, lengths = self._prompt_batch(rung(asked.prompt_tokens))
+        program = jax.jit(partial(self._engine.generator, limit=asked.new_tokens))
+        whole = compile_program(program, self.model.weights, tokens, lengths)
         costs = first.costs.plus(turn.costs, asked.new_tokens)
         return first, turn, with_costs(whole, costs)
 
@@ -153,19 +162,14 @@ class Compiler:
         """The pass over a batch of prompts, and one turn of the loop that answers them."""
         logs.get().info("compiling", program="prefill and decode")
         model = self.model
-        tokens, lengths = self._prompt_batch(rung(asked.prompt_tokens) + asked.new_tokens)
-
-        def prefill(weights: Any, tokens: Any, lengths: Any) -> Any:
-            return model.prefill(weights, tokens, jnp.arange(tokens.shape[1]) < lengths[:, None])
-
-        def decode(weights: Any, tokens: Any, lengths: Any, cache: Any) -> Any:
-            mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
-            return model.decode(weights, tokens, mask, cache)
-
+        tokens, lengths = self._prompt_batch(rung(asked.prompt_tokens))
+        prefill = partial(model.prefill, room=asked.new_tokens)
         first = compile_program(jax.jit(prefill), model.weights, tokens, lengths)
-        cache = model.split_batch(jax.eval_shape(prefill, model.weights, tokens, lengths))
-        step = jax.jit(decode, donate_argnums=3)
-        return first, compile_program(step, model.weights, tokens, lengths, cache)
+        _, cache = jax.eval_shape(prefill, model.weights, tokens, lengths)
+        step = jax.jit(model.decode, donate_argnums=2)
+        place = jax.ShapeDtypeStruct((), jnp.int32)  # type: ignore[no-untyped-call]
+        arguments = (model.weights, lengths, model.split_batch(cache), place, lengths)
+        return first, compile_program(step, *arguments)
 
     @property
     def _engine(self) -> Engine:

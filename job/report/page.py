@@ -6,6 +6,7 @@ the templates beside it hold the order, the words and the looks. Text the job di
 string legible and harmless, so that no template can forget to.
 """
 
+import math
 import re
 import textwrap
 import unicodedata
@@ -17,8 +18,16 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from job.report.plots import accuracy_bars, loss_curve, model_label, ordered, percent
-from job.results import Comparison, DialogueComparison, Interval, MultipleChoice, Results
+from job.report.plots import accuracy_bars, loss_curve, model_label, ordered, percent, rate_curve
+from job.results import (
+    Comparison,
+    DialogueComparison,
+    Estimate,
+    Interval,
+    MultipleChoice,
+    Nulls,
+    Results,
+)
 
 SHOWN_FLIPS = 40
 """Changed questions on the page, gained and lost together; all are in predictions.jsonl."""
@@ -65,7 +74,8 @@ def render_html(results: Results, history: list[dict[str, Any]], flips: list[Fli
     choices = results.evaluation.multiple_choice
     loss = [loss_curve(history), loss_curve(history, width=PHONE_WIDTH)]
     bars = [accuracy_bars(choices), accuracy_bars(choices, width=PHONE_WIDTH)]
-    return _render("report.html.j2", results, flips, {"loss": loss, "bars": bars})
+    rate = [rate_curve(history), rate_curve(history, width=PHONE_WIDTH)]
+    return _render("report.html.j2", results, flips, {"loss": loss, "rate": rate, "bars": bars})
 
 
 def render_markdown(results: Results, history: list[dict[str, Any]], flips: list[Flip]) -> str:
@@ -147,6 +157,30 @@ def _arrow(values: dict[str, str]) -> str:
     return " \u2192 ".join(local or values.values()) or "not measured"
 
 
+def null_answers(nulls: Nulls) -> list[tuple[str, Estimate]]:
+    """The answers that know nothing, each with its ROUGE-L."""
+    return [
+        ("The prompt echoed", nulls.echoed_prompt),
+        ("Another prompt's answer", nulls.other_answer),
+        ("One polite sentence for all", nulls.polite_sentence),
+    ]
+
+
+def detectable(choice: MultipleChoice) -> str | None:
+    """How small a change would be found with this many questions, in words."""
+    pair = next((c for c in choice.comparisons if (c.a, c.b) == _BEFORE_AFTER), None)
+    if pair is None:
+        return None
+    asked = f"With {pair.questions:,} questions"
+    if pair.detectable is None:
+        return f"{asked} that so seldom differ, no change could be found."
+    return (
+        f"{asked}, of which {percent((pair.gained + pair.lost) / pair.questions)} were answered "
+        f"right by only one of the two, a change under {100 * pair.detectable:.1f} points would "
+        "be missed more often than one time in five."
+    )
+
+
 def caveats(results: Results) -> Iterator[str]:
     """What a careful reader should hold against these results."""
     choices, dialogue = results.evaluation.multiple_choice, results.evaluation.dialogue
@@ -170,7 +204,7 @@ def caveats(results: Results) -> Iterator[str]:
             "ROUGE measures overlap of words with one expected answer, not correctness, and moves "
             f"with the length of the answers (at most {dialogue.max_new_tokens:,} tokens here)."
         )
-        null = max(dialogue.nulls.echoed_prompt.mean, dialogue.nulls.other_answer.mean)
+        null = max(estimate.mean for _, estimate in null_answers(dialogue.nulls))
         for name, rouge in ordered(dialogue.models):
             if rouge.rougeL.ci95[0] <= null:
                 yield f"ROUGE-L of {model_label(name)} is not measurably above knowing nothing."
@@ -186,6 +220,11 @@ def _choice_caveats(choice: MultipleChoice) -> Iterator[str]:
         yield (
             f"{choice.name}: with {choice.questions:,} questions an accuracy is uncertain by about "
             f"\u00b1{50 * max(widths):.1f} points (95%); judge changes by the paired comparison."
+        )
+    if choice.in_training_text:
+        yield (
+            f"{choice.name}: {choice.in_training_text:,} questions share a passage with the "
+            "training text (evals/contamination.json lists them)."
         )
     for name, score in ordered(choice.models):
         label, answered = model_label(name), sum(score.letters.values())
@@ -259,6 +298,11 @@ def _nats(loss: float | None) -> str:
     return "not measured" if loss is None else f"{loss:.4f}"
 
 
+def _perplexity(loss: float | None) -> str:
+    """The exponential of a loss in nats: between how many tokens the model is torn, as it were."""
+    return "not measured" if loss is None else f"{math.exp(min(loss, 700)):,.4g}"
+
+
 def _mfu(share: float | None) -> str:
     return "MFU not available" if share is None else f"MFU {percent(share)}"
 
@@ -283,6 +327,11 @@ def _finding(pair: Comparison | DialogueComparison) -> str:
     return {"improved": "higher", "worse": "lower"}.get(pair.finding, pair.finding)
 
 
+def _oftener(pair: Comparison) -> str:
+    """The finding about a habit, which is neither good nor bad."""
+    return {"improved": "more often", "worse": "less often"}.get(pair.finding, pair.finding)
+
+
 def _size(count: int) -> str:
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
@@ -293,6 +342,8 @@ def _size(count: int) -> str:
 _FILTERS = {
     "percent": percent, "signed": _signed, "span": _span, "p": _p, "nats": _nats, "mfu": _mfu,
     "duration": _duration, "amount": _amount, "size": _size, "fence": _fence,
+    "null_answers": null_answers, "detectable": detectable, "perplexity": _perplexity,
+    "oftener": _oftener,
     "finding": _finding, "label": model_label, "ordered": ordered,
     "number": "{:,.0f}".format, "rouge": "{:.3f}".format,
 }  # fmt: skip

@@ -4,8 +4,11 @@ import json
 from datetime import UTC, datetime
 
 from job import accelerators
+from job.data import contamination
+from job.data.contamination import Contamination
 from job.evals import dialogue as dialogues
 from job.evals import multiple_choice as choices
+from job.evals import style
 from job.evals.family import corrected
 from job.evals.predictions import (
     DIALOGUE,
@@ -104,8 +107,21 @@ def _slice(run: Run, number: int, reference: Reference) -> MultipleChoice:
         models["reference"] = read_predictions(run, "reference", entry.name, ChoiceLine)
     revision = run.outcome("baseline", EvalOutcome).slices[entry.name].revision
     return choices.summarise(
-        entry, revision, models, run.spec.evals.bootstrap_samples, run.spec.seed
+        entry,
+        revision,
+        models,
+        run.spec.evals.bootstrap_samples,
+        run.spec.seed,
+        _in_training_text(run, entry.name),
     )
+
+
+def _in_training_text(run: Run, name: str) -> int | None:
+    content = run.store.read(contamination.KEY)
+    if content is None:
+        return None
+    overlap = Contamination.model_validate_json(content).slices.get(name)
+    return overlap.found if overlap else None
 
 
 def _dialogue(run: Run, reference: Reference) -> Dialogue | None:
@@ -126,6 +142,7 @@ def _dialogue(run: Run, reference: Reference) -> Dialogue | None:
         examples=len(before),
         max_new_tokens=wanted.max_new_tokens,
         models={name: dialogues.summarise(lines, samples, seed) for name, lines in models.items()},
+        markers=style.summarise(wanted.markers, models, samples, seed),
         nulls=dialogues.nulls(before, samples, seed),
         comparison=comparison,
         reference_comparison=dialogues.compare(

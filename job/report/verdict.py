@@ -53,7 +53,9 @@ def _headline(benchmark: Finding | None, style: Finding | None, dialogue: Dialog
 
 
 def _null(dialogue: Dialogue) -> float:
-    return max(dialogue.nulls.echoed_prompt.mean, dialogue.nulls.other_answer.mean)
+    nulls = dialogue.nulls
+    known = (nulls.echoed_prompt, nulls.other_answer, nulls.polite_sentence)
+    return max(null.mean for null in known)
 
 
 def _below_null(dialogue: Dialogue) -> bool:

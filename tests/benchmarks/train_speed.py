@@ -17,19 +17,9 @@ from typing import Any
 from job import accelerators
 from tests.benchmarks import report
 from tests.benchmarks.notebook import LENGTH, Notebook
+from tests.benchmarks.shapes import SHAPES, make_model, make_task
 
 os.environ["KERAS_BACKEND"] = "jax"
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "proxy": {
-        "vocabulary_size": 32_768, "num_layers": 6, "hidden_dim": 512, "intermediate_dim": 3072,
-        "num_query_heads": 4, "num_key_value_heads": 1, "head_dim": 128,
-    },
-    "1b": {
-        "vocabulary_size": 262_144, "num_layers": 26, "hidden_dim": 1152,
-        "intermediate_dim": 6912, "num_query_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
-    },
-}  # fmt: skip
 
 
 @dataclass
@@ -41,19 +31,6 @@ class Figures:
     temporary: int
     compile_seconds: float
     loss: float
-
-
-def make_task(shape: str, dtype: str) -> Any:
-    """A random Gemma 3 of the shape, the same every time."""
-    import keras
-    import keras_hub
-
-    keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.Gemma3Backbone(
-        **SHAPES[shape], image_size=0, use_post_ffw_norm=True, use_post_attention_norm=True,
-        use_sliding_window_attention=True, sliding_window_size=512, dtype=dtype,
-    )  # fmt: skip
-    return keras_hub.models.Gemma3CausalLM(preprocessor=None, backbone=backbone)
 
 
 def make_examples(count: int, vocabulary: int) -> list[Any]:
@@ -110,28 +87,17 @@ def ours(
 ) -> Figures:  # fmt: skip
     """This project's step on packed rows."""
     import jax
-    import numpy as np
-    from jax.sharding import Mesh
 
     from job.data.packing import make_rows
-    from job.model.language_model import Forward, LanguageModel
+    from job.model.language_model import Forward
     from job.model.lora import flatten
-    from job.model.presets import Preset
-    from job.model.text import TextCodec
-    from job.model.tiny import train_tokenizer
     from job.runtime import CompileClock
-    from job.spec import Lora, Model, Train
+    from job.spec import Train
     from job.train.optimizer import make_optimizer
     from job.train.order import Plan
     from job.train.step import Recipe, TrainState, loss_width, make_train_step, place
 
-    import keras_hub  # isort: skip
-
-    tokenizer = keras_hub.tokenizers.Gemma3Tokenizer(train_tokenizer(), has_vision_tokens=False)
-    spec = Model(preset="benchmark", dtype=dtype, lora=Lora(rank=16))
-    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
-    preset = Preset("benchmark", None)
-    model = LanguageModel(make_task(shape, dtype), TextCodec(tokenizer), spec, preset, mesh)
+    model = make_model(shape, dtype)
     rows = make_rows(examples, length, packing=True)
     plan = Plan(len(rows.batch), rows_a_step, 1, 0)
     start = model.lora.start(0)

@@ -11,7 +11,8 @@ import structlog
 
 from job import logs
 from job.errors import UsageError
-from job.evals.questions import Question, Slice, load_slice, user_turn
+from job.evals.prompts import user_turn
+from job.evals.questions import Question, Slice, load_slice
 from job.spec import MultipleChoice
 
 Row = dict[str, Any]

@@ -79,10 +79,10 @@ def test_batched_generation_gives_the_text_of_kerashub_one_prompt_at_a_time(
 
 
 def test_letter_scores_do_not_depend_on_the_batch(tiny: LanguageModel) -> None:
-    prompts = encoded(tiny)
-    together = Engine(tiny, 4, 512).letter_log_probabilities(tiny.weights, prompts, "ABCD", "t")
+    prompts, letters = encoded(tiny), tiny.codec.letter_tokens("ABCD")
+    together = Engine(tiny, 4, 512).letter_log_probabilities(tiny.weights, prompts, letters, "t")
     alone = [
-        Engine(tiny, 1, 512).letter_log_probabilities(tiny.weights, [prompt], "ABCD", "t")[0]
+        Engine(tiny, 1, 512).letter_log_probabilities(tiny.weights, [prompt], letters, "t")[0]
         for prompt in prompts
     ]
     np.testing.assert_allclose(together, np.array(alone), atol=1e-5)
@@ -128,9 +128,9 @@ def test_packed_rows_have_the_hidden_states_of_unpacked_ones(family: str) -> Non
 
 def test_eight_devices_give_the_figures_of_one(make_model, tiny: LanguageModel) -> None:
     split = make_model(devices=8)
-    prompts = encoded(tiny)
-    one = Engine(tiny, 8, 512).letter_log_probabilities(tiny.weights, prompts, "ABCD", "t")
-    eight = Engine(split, 1, 512).letter_log_probabilities(split.weights, prompts, "ABCD", "t")
+    prompts, letters = encoded(tiny), tiny.codec.letter_tokens("ABCD")
+    one = Engine(tiny, 8, 512).letter_log_probabilities(tiny.weights, prompts, letters, "t")
+    eight = Engine(split, 1, 512).letter_log_probabilities(split.weights, prompts, letters, "t")
     assert len(split.weights[0].sharding.device_set) == 8
     np.testing.assert_allclose(eight, one, atol=1e-5)
 

@@ -85,7 +85,11 @@ def full() -> dict[str, Any]:
                 "examples": 200,
                 "max_new_tokens": 128,
                 "models": {"baseline": rouge(0.109), "finetuned": rouge(0.153)},
-                "nulls": {"echoed_prompt": estimate(0.111), "other_answer": estimate(0.102)},
+                "nulls": {
+                    "echoed_prompt": estimate(0.111),
+                    "other_answer": estimate(0.102),
+                    "polite_sentence": estimate(0.081),
+                },
                 "comparison": {
                     "a": "baseline",
                     "b": "finetuned",

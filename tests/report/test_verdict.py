@@ -50,7 +50,7 @@ def dialogue(finding: Finding, after: float = 0.2) -> Dialogue:
     return Dialogue(
         examples=20, max_new_tokens=64,
         models={"baseline": scores(0.05), "finetuned": scores(after)},
-        nulls=Nulls(echoed_prompt=null, other_answer=null),
+        nulls=Nulls(echoed_prompt=null, other_answer=null, polite_sentence=null),
         comparison=DialogueComparison(
             a="baseline", b="finetuned", examples=20, difference=0.15, ci95=(0.1, 0.2),
             p_value=0.001, p_holm=0.001, finding=finding,

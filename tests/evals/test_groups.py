@@ -1,0 +1,28 @@
+"""Accuracy by group covers every question once, and says nothing of missing answers."""
+
+from job.evals.multiple_choice import groups
+from job.evals.predictions import ChoiceLine, choice_line
+from job.evals.questions import Question
+
+
+def lines(choices: str, subjects: list[str | None]) -> list[ChoiceLine]:
+    made = []
+    for number, (choice, subject) in enumerate(zip(choices, subjects, strict=True)):
+        question = Question(f"q{number}", "Which?", ("w", "x"), "A", subject)
+        error = "HTTP 502" if choice == "!" else None
+        made.append(choice_line(question, None if choice in "-!" else choice, error=error))
+    return made
+
+
+def test_the_largest_group_comes_first_and_missing_answers_are_left_out() -> None:
+    subjects: list[str | None] = ["Eyes", "Skin", "Skin", "Skin"]
+    found = groups({"baseline": lines("ABA-", subjects), "reference": lines("!AA!", subjects)})
+    assert [(g.name, g.questions) for g in found] == [("Skin", 3), ("Eyes", 1)]
+    skin, eyes = found
+    assert (skin.models["baseline"].count, skin.models["baseline"].of) == (1, 3)
+    assert (skin.models["reference"].count, skin.models["reference"].of) == (2, 2)
+    assert (eyes.models["reference"].of, eyes.models["reference"].ci95) == (0, (0.0, 1.0))
+
+
+def test_questions_without_a_group_make_none() -> None:
+    assert groups({"baseline": lines("AB", [None, None])}) == []
