@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 from keras_hub import samplers
@@ -51,10 +52,11 @@ class Drawn:
     def mapping(self, draws: Any = 0) -> list[tuple[Any, jax.Array]]:
         """The sampler's variable and its value after so many draws, for a `StatelessScope`."""
         (variable,) = self.sampler.variables
-        return [(variable, jax.numpy.asarray(self.state, "uint32").at[1].add(draws))]
+        passed = jnp.array([0, 1], jnp.uint32) * jnp.asarray(draws, jnp.uint32)
+        return [(variable, jnp.asarray(self.state, jnp.uint32) + passed)]
 
     def choose(self, logits: jax.Array, turn: Any) -> jax.Array:
         """The next token of each row, int32 `[batch]`, from its logits and their number."""
         with keras.StatelessScope(state_mapping=self.mapping(turn)):
             chosen = self.sampler.get_next_token(self.sampler.compute_probabilities(logits))
-        return jax.numpy.asarray(chosen, "int32")
+        return jnp.asarray(chosen, jnp.int32)

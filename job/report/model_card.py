@@ -18,6 +18,9 @@ from job.results import Results
 KEY = "adapter/README.md"
 PEFT = "adapter/peft/adapter_config.json"
 
+TINY = "tiny"
+"""The preset that is made on the spot: there is no such model elsewhere."""
+
 _HUB = "hf://"
 _GEMMA_LICENCES = {1: "gemma", 2: "gemma", 3: "gemma", 4: "apache-2.0"}
 _MEDICAL = re.compile(
@@ -40,8 +43,8 @@ def render_card(results: Results) -> str:
             medical=is_medical(results),
             caveats=list(caveats(results)),
             null_answers=null_answers,
-            peft_code=_code(_peft(results)) if has_peft else None,
-            keras_code=_code(_keras(results)),
+            peft_code=_code(_peft(results)) if has_peft and results.model.preset != TINY else None,
+            keras_code=_code(_keras(results)) if results.model.preset != TINY else None,
         )
     )
     return f"---\n{front}---\n\n{body}"
@@ -80,12 +83,15 @@ def _front(results: Results, has_peft: bool) -> dict[str, Any]:
 
 def _peft(results: Results) -> Iterator[str]:
     """How transformers and PEFT load it."""
-    base = json.dumps(results.model.preset.removeprefix(_HUB))
-    revision = results.model.revision
-    pinned = f", revision={json.dumps(revision)}" if revision else ""
+    preset, revision = results.model.preset, results.model.revision
+    on_hub = preset.startswith(_HUB)
+    pinned = f", revision={json.dumps(revision)}" if on_hub and revision else ""
     yield "from peft import PeftModel"
     yield "from transformers import AutoModelForCausalLM"
     yield ""
+    if not on_hub:
+        yield f"# {json.dumps(preset)} in the format of transformers"
+    base = json.dumps(preset.removeprefix(_HUB) if on_hub else "the/base-model")
     yield f"model = AutoModelForCausalLM.from_pretrained({base}{pinned})"
     yield 'model = PeftModel.from_pretrained(model, "adapter/peft")'
 

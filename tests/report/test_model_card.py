@@ -139,6 +139,14 @@ def test_code_to_load_it_is_python_with_the_run_s_own_values() -> None:
     assert '["query", "value"]' in blocks[1]
 
 
+def test_of_a_model_that_is_nowhere_else_no_code_is_shown() -> None:
+    run = with_peft(full())
+    run["model"]["preset"] = "tiny"
+    assert "```" not in card(run)[1]
+    run["model"]["preset"] = "gemma3_1b"
+    assert '# "gemma3_1b" in the format of transformers' in card(run)[1]
+
+
 def test_hostile_text_adds_nothing() -> None:
     run = with_peft(evil(full()))
     run["model"]["preset"] = f"hf://{EVIL}"
@@ -155,8 +163,10 @@ def test_hostile_text_adds_nothing() -> None:
     assert headings == [t.tag for t in plain if t.type == "heading_open"]
     kinds = {child.type for token in tokens for child in token.children or []}
     assert kinds <= {
-        "text", "strong_open", "strong_close", "em_open", "em_close", "softbreak",
+        "text", "strong_open", "strong_close", "em_open", "em_close", "softbreak", "code_inline",
     }  # fmt: skip
+    inline = [child for token in tokens for child in token.children or []]
+    assert {child.content for child in inline if child.type == "code_inline"} == {"job generate"}
     assert not [token for token in tokens if token.type == "html_block"]
     for token in tokens:
         if token.type == "fence":
