@@ -211,6 +211,41 @@ def compare(
 
 
 @app.command()
+def generate(
+    run_uri: Annotated[str, typer.Argument(help="A run: a folder, or gs://bucket/prefix/run-id.")],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to say; without it, a conversation.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A file that holds it; - is standard input.")
+    ] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="Let the model without the adapter answer too.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Instruction; default: as in training.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Limit of an answer.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="Draw the answer; without it, greedy.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Of the likeliest tokens with this share.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", help="Of so many of the likeliest tokens.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="S", help="Of what is drawn.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line an answer.")] = False,
+) -> None:
+    """Let a run's tuned model answer, once or in a conversation."""
+    from job.generate import Wanted, generate_answers
+
+    wanted = Wanted(max_new_tokens, base, system, temperature, top_p, top_k, seed, as_json)
+    generate_answers(run_uri, wanted, prompt, prompt_file)
+
+
+@app.command()
 def export(
     run_uri: Annotated[str, typer.Argument(help="A run: a folder, or gs://bucket/prefix/run-id.")],
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A new folder to write.")],
