@@ -14,6 +14,7 @@ import typer
 from job import __version__
 from job.errors import EXIT_RESUMABLE, Interrupted, JobError
 from job.redact import Redactor
+from job.stopping import end_now
 
 app = typer.Typer(
     name="job",
@@ -27,7 +28,12 @@ app = typer.Typer(
 )
 
 SpecArgument = Annotated[
-    str, typer.Argument(help="A path, a gs:// URI, or the name of a shipped spec, like smoke.")
+    str,
+    typer.Argument(
+        envvar="JOB_SPEC",
+        help="A path, a gs:// URI, or the name of a shipped spec, like smoke; in the variable it "
+        "may be the YAML itself.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -78,11 +84,25 @@ def run(
 
 
 @app.command()
-def validate(spec: SpecArgument, overrides: SetOption = None) -> None:
+def validate(
+    spec: SpecArgument,
+    overrides: SetOption = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Refuse what only this machine has, like its files.")
+    ] = False,
+    write: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the spec with all that was set.")
+    ] = None,
+) -> None:
     """Check a spec and report all problems at once, each with its path and line."""
     from job.spec_loading import load_spec, run_id
+    from job.spec_portable import check_portable, write_spec
 
     loaded = load_spec(spec, overrides or [])
+    if portable:
+        check_portable(loaded)
+    if write is not None:
+        write_spec(loaded.spec, write)
     typer.echo(f"{loaded.source}: valid; its run id is {run_id(loaded.spec)}")
 
 
@@ -122,6 +142,30 @@ def plan(
         typer.echo(found.model_dump_json(indent=2))
     else:
         typer.echo(render_table(found) if table else render(found))
+
+
+@app.command()
+def accelerators(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="MACHINE", help="Such as v5e-8; default: all.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say how machines are ordered: cloud names, quotas, list prices."""
+    from dataclasses import asdict
+
+    from job.accelerators import ACCELERATORS, machine, order, slices
+
+    wanted = [machine(name) for name in names or ()]
+    found = [order(one) for one in wanted or [size for a in ACCELERATORS for size in slices(a)]]
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
+        return
+    for one in found:
+        ordered = one.accelerator_type or one.machine_type or "not of a cloud"
+        price = "no price" if one.usd_per_hour is None else f"{one.usd_per_hour:.2f} USD/h"
+        spot = "" if one.spot_usd_per_hour is None else f", spot {one.spot_usd_per_hour:.2f}"
+        typer.echo(f"{one.machine:<10} {one.hosts:>3} host(s)  {ordered:<18} {price}{spot}")
 
 
 @app.command()
@@ -229,7 +273,7 @@ def export(
 
 
 def main() -> NoReturn:
-    """The entry point: errors of users become one message and their exit code."""
+    """Run a command: errors of users become one message and their exit code."""
     try:
         sys.exit(app())
     except JobError as error:
@@ -245,5 +289,5 @@ def _end(code: int) -> NoReturn:
     processes, ahead = (sys.modules.get(f"job.{name}") for name in ("processes", "train.ahead"))
     busy = ahead is not None and ahead.is_compiling()
     if processes is not None and (busy or processes.is_joined()):
-        processes.end_now(code)
+        end_now(code)
     sys.exit(code)
