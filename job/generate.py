@@ -4,6 +4,7 @@ The model is that of the run: the same commit, the same chat template, the promp
 wraps it, the instruction that it was trained with, and the adapter's file, checked.
 """
 
+import contextlib
 import json
 import logging
 import sys
@@ -105,11 +106,12 @@ def generate_answers(
         if text is not None:
             conversation.say(text)
             return
-        for said in _lines_said():
-            if said == _NEW:
-                conversation.begin()
-            else:
-                conversation.say(said)
+        with contextlib.suppress(KeyboardInterrupt):
+            for said in _lines_said():
+                if said == _NEW:
+                    conversation.begin()
+                else:
+                    conversation.say(said)
 
 
 def _prompt(prompt: str | None, prompt_file: str | None) -> str | None:
@@ -138,7 +140,7 @@ def _lines_said() -> Iterator[str]:
     while True:
         try:
             said = input("> ") if on_terminal else input()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         if said.strip() == _QUIT:
             return
