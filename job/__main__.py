@@ -1,6 +1,17 @@
-"""`python -m job`: the same command as `job`."""
+"""`job`, and `python -m job`: signals are listened to before anything else is imported."""
 
-from job.cli import main
+from typing import NoReturn
+
+from job.stopping import STOP
+
+
+def main() -> NoReturn:
+    """The entry point."""
+    STOP.install()
+    from job import cli
+
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

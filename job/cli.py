@@ -14,6 +14,7 @@ import typer
 from job import __version__
 from job.errors import EXIT_RESUMABLE, Interrupted, JobError
 from job.redact import Redactor
+from job.stopping import end_now
 
 app = typer.Typer(
     name="job",
@@ -27,7 +28,12 @@ app = typer.Typer(
 )
 
 SpecArgument = Annotated[
-    str, typer.Argument(help="A path, a gs:// URI, or the name of a shipped spec, like smoke.")
+    str,
+    typer.Argument(
+        envvar="JOB_SPEC",
+        help="A path, a gs:// URI, or the name of a shipped spec, like smoke; in the variable it "
+        "may be the YAML itself.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -205,6 +211,41 @@ def compare(
 
 
 @app.command()
+def generate(
+    run_uri: Annotated[str, typer.Argument(help="A run: a folder, or gs://bucket/prefix/run-id.")],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to say; without it, a conversation.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A file that holds it; - is standard input.")
+    ] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="Let the model without the adapter answer too.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Instruction; default: as in training.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Limit of an answer.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="Draw the answer; without it, greedy.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Of the likeliest tokens with this share.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", help="Of so many of the likeliest tokens.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="S", help="Of what is drawn.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line an answer.")] = False,
+) -> None:
+    """Let a run's tuned model answer, once or in a conversation."""
+    from job.generate import Wanted, generate_answers
+
+    wanted = Wanted(max_new_tokens, base, system, temperature, top_p, top_k, seed, as_json)
+    generate_answers(run_uri, wanted, prompt, prompt_file)
+
+
+@app.command()
 def export(
     run_uri: Annotated[str, typer.Argument(help="A run: a folder, or gs://bucket/prefix/run-id.")],
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A new folder to write.")],
@@ -232,7 +273,7 @@ def export(
 
 
 def main() -> NoReturn:
-    """The entry point: errors of users become one message and their exit code."""
+    """Run a command: errors of users become one message and their exit code."""
     try:
         sys.exit(app())
     except JobError as error:
@@ -248,5 +289,5 @@ def _end(code: int) -> NoReturn:
     processes, ahead = (sys.modules.get(f"job.{name}") for name in ("processes", "train.ahead"))
     busy = ahead is not None and ahead.is_compiling()
     if processes is not None and (busy or processes.is_joined()):
-        processes.end_now(code)
+        end_now(code)
     sys.exit(code)

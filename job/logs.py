@@ -121,7 +121,12 @@ def _cloud(event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_json(_logger: object, _method: str, event: Event) -> str:
-    return json.dumps(_cloud(event), ensure_ascii=False, default=str)
+    """A line for Cloud Logging's agents, which make labels of these to filter by."""
+    line = _cloud(event)
+    labels = {key: str(line[key]) for key in ("run_id", "stage", "process") if key in line}
+    if labels:
+        line["logging.googleapis.com/labels"] = labels
+    return json.dumps(line, ensure_ascii=False, default=str)
 
 
 _COLOURS = {"INFO": "", "WARNING": "\x1b[33m", "ERROR": "\x1b[31m"}

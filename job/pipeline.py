@@ -7,6 +7,7 @@ depends on it, because their markers are removed before it begins.
 """
 
 import contextlib
+import contextvars
 import json
 import logging
 import re
@@ -27,13 +28,15 @@ from job.errors import EnvironmentProblem, Interrupted, JobError, StageError, Us
 from job.lease import alone
 from job.log_keeper import LOG, LogKeeper
 from job.processes import join
+from job.pulse import PULSE
 from job.results import Results
 from job.revisions import resolve_all
-from job.run import Marker, Preflight, Run, StopSignal
+from job.run import Marker, Preflight, Run
 from job.spec import Spec
 from job.spec_loading import LoadedSpec, digest, run_id
 from job.spec_types import SAMPLES
 from job.stages import NAMES, STAGES, Stage, dependents, stage_digests
+from job.stopping import STOP
 from job.storage import ReadingStore, Store, child_uri, open_store
 
 RESULTS = "results.json"
@@ -95,11 +98,21 @@ def run_job(
     _check_inputs(spec)
     run_log = logs.RunLog()
     logs.configure(run_log)
-    structlog.contextvars.bind_contextvars(run_id=identity, stage="preflight")
-    stop = StopSignal()
-    stop.install()
-    retry.while_waiting(stop.check)
+    structlog.contextvars.bind_contextvars(run_id=identity)
+    _enter("preflight")
+    retry.while_waiting(STOP.check)
+    with PULSE.beating(spec.runtime.stall_minutes, lambda code, why: STOP.leave(code, why)):
+        _run_joined(loaded, identity, until, run_log, fresh=fresh)
+
+
+def _run_joined(
+    loaded: LoadedSpec, identity: str, until: str | None, run_log: logs.RunLog, *, fresh: bool
+) -> None:
+    """Run the job as one of its processes."""
+    spec = loaded.spec
     processes = join(spec.runtime)
+    here = contextvars.copy_context()  # the log of a thread that ends the job names the run
+    STOP.leave = lambda code, why: here.run(processes.leave, code, why)
     store = open_store(child_uri(spec.output, identity))
     if not processes.leads:
         structlog.contextvars.bind_contextvars(process=processes.index)
@@ -119,14 +132,19 @@ def run_job(
         logs.get().info(
             "job started", spec=loaded.source, run=store.uri, to_do=[stage.name for stage in to_do]
         )
-        environment = runtime.start(spec)
+        try:
+            environment = runtime.start(spec)
+        except EnvironmentProblem as problem:
+            logs.get().error("the machine is not what the spec asks for", error=str(problem))
+            raise
         with tempfile.TemporaryDirectory(prefix="job-") as work:
             mesh_of = partial(runtime.make_mesh, spec.runtime)
             run = Run(
-                identity, spec, store, Path(work), stop, environment, mesh_of, processes=processes
+                identity, spec, store, Path(work), STOP, environment, mesh_of, processes=processes
             )
             run.markers = standing.markers
-            with alone(run, lambda: _standing(spec, store, fresh=fresh) == standing):
+            unchanged = partial(_is_as_before, standing, spec, store, fresh=fresh)
+            with STOP.in_good_order(), alone(run, unchanged):
                 _run_whole(run, standing, to_do, wanted, run_log, fresh=fresh)
 
 
@@ -150,6 +168,17 @@ def _standing(spec: Spec, store: Store, *, fresh: bool) -> Standing:
     return Standing(markers=markers, stale=stale, whole=whole)
 
 
+def _is_as_before(standing: Standing, spec: Spec, store: Store, *, fresh: bool) -> bool:
+    return _standing(spec, store, fresh=fresh) == standing
+
+
+def _enter(stage: str) -> None:
+    """Let the log, and the pulse, name this stage from now on."""
+    structlog.contextvars.bind_contextvars(stage=stage)
+    PULSE.stage = stage
+    PULSE.beat()
+
+
 def _run_whole(
     run: Run,
     standing: Standing,
@@ -167,6 +196,7 @@ def _run_whole(
     keep = keeper.keep if keeper else lambda: None
 
     def leave() -> None:
+        retry.while_waiting(lambda: None)  # the last calls are not stopped themselves
         keep()
         run.release()
 
@@ -323,7 +353,7 @@ def _run_stages(
     for stage in STAGES:
         if stage.name not in wanted:
             break
-        structlog.contextvars.bind_contextvars(stage=stage.name)
+        _enter(stage.name)
         if stage not in to_do:
             logs.get().info("skipped: done before with the same inputs")
             continue

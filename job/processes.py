@@ -8,6 +8,7 @@ why, and one that vanished without a word is missed by its heartbeat.
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import threading
@@ -17,7 +18,9 @@ from typing import Any
 
 from job import logs
 from job.errors import EXIT_RESUMABLE, EXIT_STAGE, EnvironmentProblem, Interrupted, StageError
+from job.pulse import PULSE
 from job.spec import Distributed, Runtime
+from job.stopping import end_now
 
 _ADDRESS, _COUNT, _INDEX = (
     "JOB_COORDINATOR_ADDRESS",
@@ -33,6 +36,8 @@ _MISSED_SECONDS = 30.0
 _GRACE_SECONDS = {EXIT_RESUMABLE: 20.0}
 """Time to leave in good order after another has left with this code; others: `_GRACE`."""
 _GRACE = 2.0
+_CLOSE_SECONDS = 5.0
+"""Time to keep the log and to give the run back, for a process that is ended."""
 
 
 class Processes:
@@ -67,6 +72,7 @@ class Processes:
             return value
         while True:
             check()
+            PULSE.beat()
             found = _timed(lambda: self._client.blocking_key_value_get(key, 1000))
             if found is not None:
                 return str(found)
@@ -159,17 +165,20 @@ class Processes:
 
     def _exit(self, code: int, message: str, grace: float) -> None:
         """End this process, unless it ends by itself within the time of grace."""
-        if self._leaving.wait(grace):
-            return
-        logs.get().error(message)
+        if not self._leaving.wait(grace):
+            self.leave(code, f"{message}; run the same command to go on")
+
+    def leave(self, code: int, message: str) -> None:
+        """End this process now, whatever its main thread is in; the others are told why."""
+        level = logging.WARNING if code == EXIT_RESUMABLE else logging.ERROR
+        logs.get().log(level, message, stage=PULSE.stage)
         with contextlib.suppress(Exception):
-            self._client.key_value_set(
-                self._own(_LEFT), json.dumps({"code": code, "message": message})
-            )
-        with contextlib.suppress(Exception):
-            self.before_exit()
-        sys.stderr.write(f"error: {message}; run the same command to go on\n")
-        end_now(code)
+            reason = json.dumps({"code": code, "message": message})
+            self._client.key_value_set(self._own(_LEFT), reason)
+        closing = threading.Thread(target=self.before_exit, daemon=True)
+        closing.start()
+        closing.join(_CLOSE_SECONDS)
+        end_now(code, message)
 
 
 def _number(key: str) -> str:
@@ -188,13 +197,6 @@ def _timed(get: Callable[[], Any]) -> Any:
         raise Interrupted(
             "lost the connection to process 0; run the same command to go on"
         ) from error
-
-
-def end_now(code: int) -> None:
-    """End this process at once, without waiting for the others to agree to it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def is_joined() -> bool:

@@ -1,14 +1,11 @@
-"""How far a long piece of work is: a bar on a terminal, a heartbeat line in a log."""
+"""How far a long piece of work is: a bar on a terminal, and the pulse of the run."""
 
 import contextlib
 import sys
-import time
 from collections.abc import Iterator
 from typing import Protocol
 
-from job import logs
-
-HEARTBEAT_SECONDS = 30.0
+from job.pulse import PULSE
 
 
 class Advance(Protocol):
@@ -18,13 +15,17 @@ class Advance(Protocol):
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int, start: int = 0) -> Iterator[Advance]:
-    """Show work of `total` units, of which `start` are done."""
-    if sys.stdout.isatty():
-        with _bar(label, total, start) as advance:
-            yield advance
-    else:
-        yield _heartbeat(label, total, start)
+def progress(label: str, total: int | None, start: int = 0) -> Iterator[Advance]:
+    """Show work of `total` units (None: not known), of which `start` are done."""
+    with PULSE.task(label, total, start), contextlib.ExitStack() as stack:
+        bar = stack.enter_context(_bar(label, total, start)) if sys.stdout.isatty() else None
+
+        def advance(done: int = 1, **figures: float | str) -> None:
+            PULSE.advance(done, figures)
+            if bar:
+                bar(done, **figures)
+
+        yield advance
 
 
 def _shown(figures: dict[str, float | str]) -> str:
@@ -35,7 +36,7 @@ def _shown(figures: dict[str, float | str]) -> str:
 
 
 @contextlib.contextmanager
-def _bar(label: str, total: int, start: int) -> Iterator[Advance]:
+def _bar(label: str, total: int | None, start: int) -> Iterator[Advance]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -58,17 +59,3 @@ def _bar(label: str, total: int, start: int) -> Iterator[Advance]:
             bar.update(task, advance=done, figures=_shown(figures))
 
         yield advance
-
-
-def _heartbeat(label: str, total: int, start: int) -> Advance:
-    done_so_far = start
-    last = time.monotonic()
-
-    def advance(done: int = 1, **figures: float | str) -> None:
-        nonlocal done_so_far, last
-        done_so_far += done
-        if time.monotonic() - last >= HEARTBEAT_SECONDS:
-            last = time.monotonic()
-            logs.get().info("working", task=label, done=done_so_far, of=total, **figures)
-
-    return advance

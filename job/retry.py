@@ -14,6 +14,7 @@ from email.utils import parsedate_to_datetime
 
 from job import logs
 from job.errors import EnvironmentProblem, StageError
+from job.pulse import PULSE
 
 _FIRST_SECONDS = 0.5
 _LONGEST_SECONDS = 20.0
@@ -95,6 +96,7 @@ class Tries:
         """Some of the work was done: count and clock begin again."""
         self._count = 0
         self._since = None
+        PULSE.beat()
 
     def failed(self, error: Transient) -> None:
         """Wait before the next try.

@@ -5,11 +5,9 @@ their markers, both reached from here.
 """
 
 import hashlib
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel
@@ -19,6 +17,7 @@ from job.processes import Processes
 from job.results import Artifact, EnvironmentInfo
 from job.revisions import Revisions
 from job.spec import Spec
+from job.stopping import StopSignal
 from job.storage import Store, file_sha256
 
 if TYPE_CHECKING:
@@ -28,33 +27,6 @@ if TYPE_CHECKING:
     from job.train.ahead import Ahead
 
 Outcome = TypeVar("Outcome", bound=BaseModel)
-
-
-class StopSignal:
-    """SIGTERM and SIGINT, turned into `Interrupted` where the work says that it does no harm.
-
-    The handler only notes the signal: an exception out of nowhere can be swallowed, or leave a
-    library in pieces. Loops call `check` each time round. A second SIGINT does not wait.
-    """
-
-    def __init__(self) -> None:
-        self.requested: str | None = None
-
-    def install(self) -> None:
-        """Handle the signals from now on."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        repeated = self.requested is not None
-        self.requested = signal.Signals(number).name
-        if repeated and number == signal.SIGINT:
-            self.check()
-
-    def check(self) -> None:
-        """Raise if a stop was requested."""
-        if self.requested:
-            raise Interrupted(f"stopped by {self.requested}; run the same command to go on")
 
 
 class Marker(BaseModel):

@@ -35,6 +35,9 @@ _WAY_OUT = {
 }
 
 
+_DEV = Path("/dev")
+
+
 class CompileClock:
     """Seconds this process spent in the compiler, by JAX's own events."""
 
@@ -106,9 +109,9 @@ def start(spec: Spec) -> EnvironmentInfo:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:
         wanted = os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error).partition("\n")[0] or "there is no such platform"
         raise EnvironmentProblem(
-            f"JAX found no usable device (JAX_PLATFORMS={wanted!r}): "
-            f"{str(error).partition(chr(10))[0] or 'there is no such platform'}"
+            f"JAX found no usable device (JAX_PLATFORMS={wanted!r}): {reason}{_looked_for(wanted)}"
         ) from error
     found = _platform(devices[0].platform)
     check_devices(spec.runtime, found, len(devices), devices[0].device_kind)
@@ -125,6 +128,27 @@ def start(spec: Spec) -> EnvironmentInfo:
         git_commit=_git_commit(),
         image=os.environ.get("JOB_IMAGE") or None,
     )
+
+
+def _looked_for(platforms: str) -> str:
+    """Where the chips of a TPU were looked for, and what to do where there are none."""
+    if not platforms.startswith("tpu"):
+        return ""
+    from jax._src.hardware_utils import num_available_tpu_chips_and_device_id
+
+    chips = num_available_tpu_chips_and_device_id()[0]  # type: ignore[no-untyped-call]
+    files = sorted(str(path) for path in (*_DEV.glob("accel*"), *_DEV.glob("vfio/[0-9]*")))
+    return (
+        f"; looked for TPU chips in /sys/bus/pci/devices ({chips} found) and for /dev/accel* and "
+        f"/dev/vfio/* ({', '.join(files) or 'none'} found); {_WAY_OUT['tpu']}, "
+        "or set JAX_PLATFORMS=cpu"
+    )
+
+
+def start_freely() -> None:
+    """Bring up JAX on whatever devices there are: for work that asks for no certain machine."""
+    set_environment()
+    _configure_cache(Runtime())
 
 
 def _platform(name: str) -> str:

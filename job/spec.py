@@ -66,6 +66,11 @@ class Runtime(Section):
         description="Folder or gs://bucket/prefix of JAX's persistent compilation cache; auto is "
         "the user's cache folder, null turns it off.",
     )
+    stall_minutes: Annotated[Number, Field(gt=0)] | None = Field(
+        30,
+        description="The job ends (exit 4) where no step, batch or piece of a transfer is done "
+        "for so long; null: it waits for ever.",
+    )
 
 
 class Lora(Section):

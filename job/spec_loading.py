@@ -8,6 +8,7 @@ at a line. There is no interpolation of any kind: what a spec says is what it me
 import difflib
 import hashlib
 import json
+import os
 import re
 import types
 import typing
@@ -67,9 +68,13 @@ def shipped_specs() -> list[str]:
 def read_source(source: str) -> tuple[str, str]:
     """The text of a spec and the name to report problems under.
 
+    What JOB_SPEC holds may be the text itself: it has a line break, or begins as JSON does.
+
     Raises:
         UsageError: nothing is found under that name, path or URI.
     """
+    if source == os.environ.get("JOB_SPEC") and re.search(r"\n|^\s*\{", source):
+        return source, "JOB_SPEC"
     if source.startswith("gs://"):
         from job.storage import read_uri
 

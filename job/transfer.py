@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import StageError
+from job.pulse import PULSE
 from job.retry import Transient, Tries, retry_after, retrying, seconds_from, stop_point
 
 if TYPE_CHECKING:
@@ -250,6 +251,7 @@ class Client:
             try:
                 for piece in response.iter_content(_PIECE):
                     stop_point()
+                    PULSE.beat()
                     file.write(piece[: size - have])
                     have += len(piece)
             finally:

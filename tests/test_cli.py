@@ -1,5 +1,6 @@
 """The command answers at once where it only reads, and refuses in one line what it cannot do."""
 
+import json
 import os
 import resource
 import subprocess
@@ -60,6 +61,7 @@ def test_help_names_every_command_and_exit_code() -> None:
         "schema",
         "fetch",
         "compare",
+        "generate",
         "export",
         "0 done",
         "2 wrong",
@@ -115,4 +117,7 @@ def test_a_machine_that_is_not_the_one_asked_for_exits_3_and_says_the_way_out(
     for words in (*said, "found 1 cpu device (cpu)"):
         assert words in done.stderr
     assert "Traceback" not in done.stdout
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["severity"] == "ERROR"
+    assert last["error"] in done.stderr
     assert not (tmp_path / "runs").exists()

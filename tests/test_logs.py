@@ -72,6 +72,7 @@ def test_a_line_has_the_fields_that_cloud_logging_reads(lines: Lines) -> None:
         "step": 7,
         "run_id": "doctor-1",
         "stage": "train",
+        "logging.googleapis.com/labels": {"run_id": "doctor-1", "stage": "train"},
     }
     assert (second["severity"], third["severity"], third["error"]) == ("WARNING", "ERROR", "why")
 

@@ -1,6 +1,7 @@
 """Every mistake in a spec is told once, with its place and the way out, before anything runs."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -595,6 +596,33 @@ def test_checks_across_sections_name_the_line_to_change() -> None:
 def test_a_value_that_holds_itself_is_refused() -> None:
     with pytest.raises(SpecError, match="holds itself|nested too deeply|valid dictionary"):
         parse_spec(BASE, "spec.yaml", ["train=&a [*a]"])
+
+
+@pytest.mark.parametrize("text", [BASE, json.dumps(yaml.safe_load(BASE))], ids=["YAML", "JSON"])
+def test_the_environment_may_hold_the_spec_itself(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOB_SPEC", text)
+    loaded = load_spec(text)
+    assert (loaded.source, loaded.spec) == ("JOB_SPEC", parse_spec(BASE, "spec.yaml"))
+    monkeypatch.delenv("JOB_SPEC")
+    with pytest.raises(UsageError, match="no spec"):
+        load_spec(text)
+
+
+def test_the_environment_names_the_spec_where_the_command_does_not(tmp_path: Path) -> None:
+    for value, code, out, err in (
+        ("smoke", 0, "smoke: valid", ""),
+        (f"{BASE}colour: red\n", 2, "", "error: JOB_SPEC:"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "job", "validate"],
+            env={**os.environ, "JOB_SPEC": value},
+            cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == code
+        assert done.stdout.startswith(out)
+        assert done.stderr.startswith(err)
 
 
 def test_the_reference_cannot_answer_dialogues_that_are_left_out() -> None:

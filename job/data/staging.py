@@ -37,6 +37,8 @@ from job.data.sources import Rows
 from job.data.tally import Tally
 from job.errors import UsageError
 from job.lease import Busy, Lease, leased
+from job.progress import Advance, progress
+from job.pulse import PULSE
 from job.spec import Data
 from job.spec_loading import digest
 from job.storage import Store, file_sha256
@@ -132,6 +134,7 @@ def _alone(store: Store, stop: Check) -> Iterator[Lease]:
             until = time.monotonic() + _LOOK_SECONDS
             while time.monotonic() < until:
                 stop()
+                PULSE.beat()
                 time.sleep(0.1)
         yield lease
 
@@ -170,12 +173,13 @@ class _Stager:
         # A thread for each kind of work, so that everything comes in order.
         with contextlib.ExitStack() as stack:
             threads = _Threads(*(stack.enter_context(Threads(1)) for _ in range(3)))
-            self._read(threads)
+            before = sum(shard.tally.raw for shard in self._shards)
+            self._read(threads, stack.enter_context(progress("rows", None, before)))
             if self._pending:
                 self._pending.result()
         return self._finish()
 
-    def _read(self, threads: "_Threads") -> None:
+    def _read(self, threads: "_Threads", advance: Advance) -> None:
         shard = _Open(self._work, len(self._shards), threads.write)
         for number, read in ahead(self._blocks(), threads.read):
             self._stop()
@@ -194,6 +198,7 @@ class _Stager:
             shard.write(kept, hashes, groups)
             shard.file, shard.place = number, block.end
             self.rows_read += len(block)
+            advance(len(block))
             self._give_up(shard.tally, _PATIENCE)
         self._give_up(shard.tally, 0)
         if shard.tally.raw:

@@ -11,8 +11,9 @@ from job.data import staging
 from job.data.stage import run_stage
 from job.results import DataInfo, EnvironmentInfo
 from job.revisions import resolve_all
-from job.run import Run, StopSignal
+from job.run import Run
 from job.spec import Spec
+from job.stopping import StopSignal
 from job.storage import child_uri, open_store
 
 MACHINE = EnvironmentInfo(

@@ -11,9 +11,10 @@ from typing import Any
 from job import logs
 from job.data.stage import run_stage as stage_data
 from job.evals.reference import ReferenceOutcome, run_stage
-from job.run import Run, StopSignal
+from job.run import Run
 from job.spec import Spec
 from job.stages import stage_digests
+from job.stopping import StopSignal
 from job.storage import Store, open_store
 from tests.data.staged import MACHINE
 

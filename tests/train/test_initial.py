@@ -14,9 +14,10 @@ from job.model.factors import Factors
 from job.model.language_model import LanguageModel
 from job.model.lora import LoraWeights, flatten
 from job.model.peft import peft_files, read_peft
-from job.run import Run, StopSignal
+from job.run import Run
 from job.spec import Spec
 from job.stages import stage_digests
+from job.stopping import StopSignal
 from job.storage import LocalStore
 from job.train.adapter_files import load_trained, to_peft, write_adapter
 from job.train.initial import initial_lora

@@ -16,8 +16,9 @@ from job.errors import Interrupted, StageError
 from job.model.language_model import LanguageModel
 from job.model.lora import Weights, flatten
 from job.results import EnvironmentInfo
-from job.run import Run, StopSignal
+from job.run import Run
 from job.spec import Spec, Train
+from job.stopping import StopSignal
 from job.storage import LocalStore
 from job.train.checkpoint import load_checkpoint
 from job.train.loop import HISTORY, Trained, Trainer
