@@ -211,7 +211,7 @@ def test_every_drawing_is_described_and_ids_never_clash(html: str) -> None:
     assert len(drawings) == html.count("<svg") == html.count("</title>") - 1 == 6
     for drawing in drawings:
         assert drawing["role"] == "img"
-        assert re.search(r"31\.0%|1\.4981", drawing["aria-label"] or "")
+        assert re.search(r"31\.0%|1\.4981|14,250", drawing["aria-label"] or "")
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     used = re.findall(r'(?:href="|url\()#([\w-]+)', html)
     assert len(ids) == len(set(ids))
