@@ -64,6 +64,8 @@ class Accelerator:
     """What stands before the number in gcloud's accelerator type."""
     runtime_version: str = ""
     """The TPU software version of a TPU VM."""
+    image_family: str = ""
+    """Of images for Compute Engine, in `IMAGE_PROJECT`; without one there is no such VM."""
     quota: Quota | None = None
     serving_quota: Quota | None = None
     """Of slices on one host, where they count separately."""
@@ -133,6 +135,9 @@ class Machine:
         return None if hourly is None else hourly * self.chips * seconds / 3600
 
 
+IMAGE_PROJECT = "ubuntu-os-accelerator-images"
+_TPU_IMAGE = "ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e"
+
 _PLANE = {
     1: "1x1",
     4: "2x2",
@@ -179,6 +184,7 @@ ACCELERATORS = (
         topologies=_PLANE,
         gcloud="v5litepod",
         runtime_version="v2-alpha-tpuv5-lite",
+        image_family=_TPU_IMAGE,
         quota=_tpu_quota("V5s|Litepod"),
         serving_quota=_tpu_quota("V5s|LitepodServing"),
         price=Price(1.20, 0.245, "2026-11"),
@@ -196,6 +202,7 @@ ACCELERATORS = (
         cores=2,
         gcloud="v5p",
         runtime_version="v2-alpha-tpuv5",
+        image_family=_TPU_IMAGE,
         quota=_tpu_quota("V5P|"),
         price=Price(4.20, 0.836, "2026-11"),
     ),
@@ -211,6 +218,7 @@ ACCELERATORS = (
         topologies=_PLANE,
         gcloud="v6e",
         runtime_version="v2-alpha-tpuv6e",
+        image_family=_TPU_IMAGE,
         quota=_tpu_quota("V6E|"),
         price=Price(2.70, 0.544, "2026-11"),
     ),
@@ -313,3 +321,52 @@ def machine(name: str) -> Machine:
             else f"{name!r}: the number of devices must be at least 1"
         )
     return Machine(kind, chips)
+
+
+def slices(kind: Accelerator, most: int = 256) -> list[Machine]:
+    """Every size that a kind comes in, up to so many chips."""
+    sizes = sorted(kind.topologies) or [1 << power for power in range(9)]
+    return [Machine(kind, chips) for chips in sizes if chips <= most]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a script needs to order a machine: cloud names, quotas, and USD an hour of it all."""
+
+    machine: str
+    platform: str
+    chips: int
+    hosts: int
+    accelerator_type: str | None
+    runtime_version: str | None
+    machine_type: str | None
+    image_family: str | None
+    image_project: str | None
+    topology: str | None
+    quota: str | None
+    spot_quota: str | None
+    usd_per_hour: float | None
+    spot_usd_per_hour: float | None
+    prices_of: str | None
+
+
+def order(wanted: Machine) -> Order:
+    """The order of a machine."""
+    kind, quota = wanted.accelerator, wanted.quota
+    return Order(
+        machine=wanted.name,
+        platform=kind.platform,
+        chips=wanted.chips,
+        hosts=wanted.hosts,
+        accelerator_type=wanted.accelerator_type,
+        runtime_version=kind.runtime_version or None,
+        machine_type=wanted.machine_type,
+        image_family=kind.image_family or None,
+        image_project=IMAGE_PROJECT if kind.image_family else None,
+        topology=wanted.topology,
+        quota=quota.on_demand if quota else None,
+        spot_quota=quota.spot if quota else None,
+        usd_per_hour=wanted.cost(3600),
+        spot_usd_per_hour=wanted.cost(3600, spot=True),
+        prices_of=kind.price.date if kind.price else None,
+    )

@@ -84,11 +84,25 @@ def run(
 
 
 @app.command()
-def validate(spec: SpecArgument, overrides: SetOption = None) -> None:
+def validate(
+    spec: SpecArgument,
+    overrides: SetOption = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Refuse what only this machine has, like its files.")
+    ] = False,
+    write: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the spec with all that was set.")
+    ] = None,
+) -> None:
     """Check a spec and report all problems at once, each with its path and line."""
     from job.spec_loading import load_spec, run_id
+    from job.spec_portable import check_portable, write_spec
 
     loaded = load_spec(spec, overrides or [])
+    if portable:
+        check_portable(loaded)
+    if write is not None:
+        write_spec(loaded.spec, write)
     typer.echo(f"{loaded.source}: valid; its run id is {run_id(loaded.spec)}")
 
 
@@ -131,6 +145,30 @@ def plan(
 
 
 @app.command()
+def accelerators(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="MACHINE", help="Such as v5e-8; default: all.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say how machines are ordered: cloud names, quotas, list prices."""
+    from dataclasses import asdict
+
+    from job.accelerators import ACCELERATORS, machine, order, slices
+
+    wanted = [machine(name) for name in names or ()]
+    found = [order(one) for one in wanted or [size for a in ACCELERATORS for size in slices(a)]]
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
+        return
+    for one in found:
+        ordered = one.accelerator_type or one.machine_type or "not of a cloud"
+        price = "no price" if one.usd_per_hour is None else f"{one.usd_per_hour:.2f} USD/h"
+        spot = "" if one.spot_usd_per_hour is None else f", spot {one.spot_usd_per_hour:.2f}"
+        typer.echo(f"{one.machine:<10} {one.hosts:>3} host(s)  {ordered:<18} {price}{spot}")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of the spec, for editors."""
     from job.spec import Spec
@@ -170,6 +208,41 @@ def compare(
     from job.compare.text import show
 
     show(found, Console(width=None if sys.stdout.isatty() else 160))
+
+
+@app.command()
+def generate(
+    run_uri: Annotated[str, typer.Argument(help="A run: a folder, or gs://bucket/prefix/run-id.")],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to say; without it, a conversation.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A file that holds it; - is standard input.")
+    ] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="Let the model without the adapter answer too.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Instruction; default: as in training.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Limit of an answer.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="Draw the answer; without it, greedy.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Of the likeliest tokens with this share.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", help="Of so many of the likeliest tokens.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="S", help="Of what is drawn.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line an answer.")] = False,
+) -> None:
+    """Let a run's tuned model answer, once or in a conversation."""
+    from job.generate import Wanted, generate_answers
+
+    wanted = Wanted(max_new_tokens, base, system, temperature, top_p, top_k, seed, as_json)
+    generate_answers(run_uri, wanted, prompt, prompt_file)
 
 
 @app.command()

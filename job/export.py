@@ -9,13 +9,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from job import logs, runtime
-from job.adapter_source import find_adapter
 from job.errors import StageError, UsageError
-from job.model.adapter_info import DESCRIPTION, H5, check_model, read_info
-from job.revisions import model_key
-from job.spec import Spec
-from job.spec_loading import parse_spec
-from job.storage import Store, child_uri, file_sha256, open_store
+from job.model.adapter_info import H5, check_model
+from job.trained_run import TrainedRun
 
 Format = Literal["peft", "merged-keras", "merged-transformers"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -39,7 +35,7 @@ def export_run(uri: str, to: str, folder: str, rank: str) -> None:
     _check_rank(rank, to)
     logs.configure(logs.RunLog())
     with _new_folder(Path(folder)) as target, tempfile.TemporaryDirectory(prefix="job-") as work:
-        source = _Source(uri, Path(work))
+        source = TrainedRun(uri, Path(work), "job export")
         if to == "peft":
             _export_peft(source, target, rank)
         else:
@@ -76,52 +72,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
-class _Source:
-    """The run: its spec, its adapter's description, checked copies of its files."""
-
-    def __init__(self, uri: str, work: Path) -> None:
-        found = find_adapter(uri, "job export")
-        if found.kind != "ours" or found.folder != "adapter/":
-            raise UsageError(f"{uri} is not a run; a run is <output>/<run-id>")
-        self.store: Store = open_store(uri)
-        self._work = work
-        self.spec = self._read_spec(uri)
-        self.store.download(f"adapter/{DESCRIPTION}", work / DESCRIPTION)
-        self.info = read_info(work / DESCRIPTION)
-
-    def _read_spec(self, uri: str) -> Spec:
-        text = self.store.read("spec.yaml")
-        if text is None:
-            raise UsageError(f"{uri} has no spec.yaml: it is not a run")
-        return parse_spec(text.decode("utf-8", "replace"), child_uri(uri, "spec.yaml"))
-
-    def file(self, name: str) -> Path:
-        """A copy of a file of the adapter, with the right checksum."""
-        path = self._work / name
-        if not self.store.download(f"adapter/{name}", path):
-            raise StageError(f"{self.store.uri}: the file adapter/{name} is missing")
-        if file_sha256(path) != self.info.files.get(name):
-            raise StageError(
-                f"{self.store.uri}: adapter/{name} does not have the checksum in adapter.json: "
-                "it is cut off or changed"
-            )
-        return path
-
-    def peft(self) -> Path:
-        """The folder with the adapter in PEFT's format."""
-        from job.model.peft import CONFIG, MODEL
-
-        if f"peft/{MODEL}" not in self.info.files:
-            raise UsageError(
-                f"this run has no adapter for transformers: {self.info.family} has no counterpart "
-                "there that KerasHub knows; its log says what is missing. Use --to merged-keras, "
-                "or adapter/adapter.lora.h5"
-            )
-        self.file(f"peft/{CONFIG}")
-        return self.file(f"peft/{MODEL}").parent
-
-
-def _export_peft(source: _Source, target: Path, rank: str) -> None:
+def _export_peft(source: TrainedRun, target: Path, rank: str) -> None:
     from job.model.peft import compress, peft_files, read_peft, uniform
 
     folder = source.peft()
@@ -149,7 +100,7 @@ def _export_peft(source: _Source, target: Path, rank: str) -> None:
         (target / name).write_bytes(content)
 
 
-def _export_merged(source: _Source, target: Path, *, for_keras: bool) -> None:
+def _export_merged(source: TrainedRun, target: Path, *, for_keras: bool) -> None:
     runtime.use_cpu()
     from job.model import merged
     from job.model.adapter import load_adapter
@@ -158,9 +109,7 @@ def _export_merged(source: _Source, target: Path, *, for_keras: bool) -> None:
     from job.model.presets import load_task, resolve
 
     spec, info = source.spec, source.info
-    key = model_key(spec)
-    revisions = {key: info.revision} if key and info.revision else {}
-    preset = resolve(spec.model, revisions)
+    preset = resolve(spec.model, source.revisions)
     folder = Path(preset.handle)
     if not for_keras and folder.is_dir() and merged.is_checkpoint(folder):
         merged.merge_checkpoint(folder, read_peft(source.peft()), target)

@@ -145,6 +145,12 @@ def _looked_for(platforms: str) -> str:
     )
 
 
+def start_freely() -> None:
+    """Bring up JAX on whatever devices there are: for work that asks for no certain machine."""
+    set_environment()
+    _configure_cache(Runtime())
+
+
 def _platform(name: str) -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 

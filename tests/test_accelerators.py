@@ -1,5 +1,6 @@
 """The registry: names to machines and back, device kinds, cloud names, quotas and costs."""
 
+import json
 import math
 import re
 import subprocess
@@ -7,7 +8,8 @@ import sys
 
 import pytest
 
-from job.accelerators import ACCELERATORS, find, machine
+from job.accelerators import ACCELERATORS, find, machine, order
+from job.cli import app
 from job.errors import UsageError
 
 
@@ -133,3 +135,30 @@ def test_the_registry_imports_nothing_heavy() -> None:
         "sys.exit(bool({'jax', 'keras', 'numpy', 'pydantic'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_order_has_what_scripts_ask_for() -> None:
+    found = order(machine("v5e-8"))
+    assert found.machine == "v5e-8"
+    assert (found.platform, found.chips, found.hosts) == ("tpu", 8, 1)
+    assert found.accelerator_type == "v5litepod-8"
+    assert found.runtime_version == "v2-alpha-tpuv5-lite"
+    assert found.machine_type == "ct5lp-hightpu-8t"
+    assert found.image_project == "ubuntu-os-accelerator-images"
+    assert found.image_family
+    assert found.spot_quota == "TPUV5sPreemptibleLitepodServingPerProjectPerZoneForTPUAPI"
+    assert found.usd_per_hour == pytest.approx(9.60)
+    assert found.spot_usd_per_hour == pytest.approx(1.96)
+    assert order(machine("v4-8")).image_family is None
+    assert order(machine("cpu")).usd_per_hour is None
+
+
+def test_the_command_prints_orders(capsys: pytest.CaptureFixture[str]) -> None:
+    app(["accelerators", "v5e-8", "v5e-16", "--json"], standalone_mode=False)
+    printed = json.loads(capsys.readouterr().out)
+    assert [one["machine"] for one in printed] == ["v5e-8", "v5e-16"]
+    assert [one["hosts"] for one in printed] == [1, 4]
+    app(["accelerators"], standalone_mode=False)
+    listed = capsys.readouterr().out
+    for words in ("v5e-256", "v5litepod-8", "9.60 USD/h, spot 1.96", "no price"):
+        assert words in listed

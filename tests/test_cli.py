@@ -61,6 +61,7 @@ def test_help_names_every_command_and_exit_code() -> None:
         "schema",
         "fetch",
         "compare",
+        "generate",
         "export",
         "0 done",
         "2 wrong",

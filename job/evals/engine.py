@@ -4,7 +4,7 @@ The same programs serve the baseline and the tuned model: the weights are an arg
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 from job.evals.batches import Batch, Prompts, Rows, by_length, in_rows
 from job.model.language_model import LanguageModel
 from job.model.lora import Weights
+from job.model.sampling import Drawn, Sampling
 from job.model.text import LetterTokens
 from job.progress import progress
 
@@ -69,6 +70,7 @@ class Engine:
         """Prompts of a batch, at most."""
         self._limit = max_prompt_tokens
         self._check = check
+        self._drawing: dict[Sampling, Callable[..., Any]] = {}
 
     def encode(self, prompts: Sequence[str | Sequence[str]]) -> tuple[list[list[int]], int]:
         """Tokens of wrapped prompts, and how many lost their beginning to the limit."""
@@ -164,6 +166,24 @@ class Engine:
 
         return jax.jit(generate, static_argnames="limit", out_shardings=model.whole)
 
+    def drawer(self, sampling: Sampling) -> Callable[..., Any]:
+        """The same for answers that are drawn; the state of the generator is an argument too."""
+        sampling = replace(sampling, seed=0)  # one program for all seeds
+        if sampling not in self._drawing:
+            model = self._model
+            sampler = sampling.sampler(model.vocabulary)
+
+            def generate(
+                weights: Weights, tokens: Any, lengths: Any, state: Any, limit: int
+            ) -> Any:
+                drawn = Drawn(sampler, state)
+                return model.answers(weights, tokens, lengths, limit, model.codec.stop_ids, drawn)
+
+            self._drawing[sampling] = jax.jit(
+                generate, static_argnames="limit", out_shardings=model.whole
+            )
+        return self._drawing[sampling]
+
     def generate(
         self,
         weights: Weights,
@@ -171,12 +191,22 @@ class Engine:
         max_new_tokens: int,
         label: str,
         kept: Kept = NOTHING_KEPT,
+        sampling: Sampling | None = None,
     ) -> list[Generated]:
-        """Greedy answers of at most `max_new_tokens` tokens, in the order of the prompts."""
+        """Answers of at most `max_new_tokens` tokens, in the order of the prompts.
+
+        Greedy without `sampling`.
+        """
 
         def ask(batch: Prompts) -> list[Any]:
             tokens, lengths = self._model.split_batch((batch.tokens, batch.lengths))
-            rows = np.asarray(self.generator(weights, tokens, lengths, limit=max_new_tokens))
+            if sampling is None:
+                rows = self.generator(weights, tokens, lengths, limit=max_new_tokens)
+            else:
+                state = sampling.state(batch.prompts[0])
+                program = self.drawer(sampling)
+                rows = program(weights, tokens, lengths, state, limit=max_new_tokens)
+            rows = np.asarray(rows)
             return [astuple(self._cut(row.tolist())) for row in rows[: len(batch.prompts)]]
 
         batches = by_length(prompts, self.rows, self._model.devices, self._model.codec.pad_id)

@@ -1,4 +1,4 @@
-"""Greedy answers to many prompts at once: each prompt ends at the same place, so that one turn of
+"""Answers to many prompts at once: each prompt ends at the same place, so that one turn of
 the loop is one new token of every row.
 
 Prompts stand right-aligned, and tokens see no key before the start of their own; positions need
@@ -100,33 +100,37 @@ def next_logits(
     return jnp.asarray(logits[:, 0], jnp.float32), cache
 
 
+def best(logits: jax.Array, _turn: Any) -> jax.Array:
+    """The likeliest token of each row: greedy decoding."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
 def answer(
     first: jax.Array,
     follow: Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]],
     cache: Any,
     limit: int,
     stop_ids: Sequence[int],
+    choose: Callable[[jax.Array, Any], jax.Array] = best,
 ) -> jax.Array:
-    """The loop of greedy decoding.
+    """The loop of decoding.
 
     Args:
         first: float32 `[batch, vocabulary]`, logits after the prompts.
         follow: gives logits and cache after a token a row, the cache, and the turn, from 0.
         limit: the most new tokens a row.
         stop_ids: decoding ends once every row has had one of these.
+        choose: gives the next token of each row, int32 `[batch]`, from logits and their number.
 
     Returns:
         int32 `[batch, limit]`; what follows a row's first stop token is meaningless.
     """
     stops = jnp.array(stop_ids, jnp.int32)
 
-    def best(logits: jax.Array) -> jax.Array:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
     def ended(done: jax.Array, tokens: jax.Array) -> jax.Array:
         return done | jnp.isin(tokens, stops)
 
-    tokens = best(first)
+    tokens = choose(first, 0)
     answers = jnp.zeros((len(tokens), limit), jnp.int32).at[:, 0].set(tokens)
 
     def going(state: Any) -> Any:
@@ -136,7 +140,7 @@ def answer(
     def again(state: Any) -> Any:
         turn, tokens, done, answers, cache = state
         logits, cache = follow(tokens, cache, turn)
-        tokens = best(logits)
+        tokens = choose(logits, turn + 1)
         answers = jax.lax.dynamic_update_slice(answers, tokens[:, None], (0, turn + 1))
         return turn + 1, tokens, ended(done, tokens), answers, cache
 

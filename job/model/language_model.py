@@ -25,6 +25,7 @@ from job.model.local_attention import can_cut, local_attention
 from job.model.lora import LoraLayout, LoraWeights, Weights, plan_lora
 from job.model.narrowing import can_narrow, gather, narrowed
 from job.model.presets import Preset, load_task, resolve
+from job.model.sampling import Drawn
 from job.model.segments import can_pack, segment_attention
 from job.model.sharding import check_split, loading_to, put, weight_sharding
 from job.model.text import TextCodec
@@ -126,9 +127,9 @@ class LanguageModel:
     def _sharding(self, *axes: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, jax.P(*axes))  # type: ignore[no-untyped-call]
 
-    def _scope(self, weights: Weights) -> Any:
+    def _scope(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Any:
         return keras.StatelessScope(
-            state_mapping=list(zip(self._backbone.variables, weights, strict=True))
+            state_mapping=[*zip(self._backbone.variables, weights, strict=True), *more]
         )
 
     def _inputs(self, token_ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -243,8 +244,9 @@ class LanguageModel:
         lengths: jax.Array,
         limit: int,
         stop_ids: Sequence[int],
+        drawn: Drawn | None = None,
     ) -> jax.Array:
-        """Greedy decoding, traceable.
+        """Decoding, traceable: greedy without `drawn`.
 
         Args:
             weights: the backbone's variables.
@@ -257,14 +259,15 @@ class LanguageModel:
             int32 `[batch, limit]`; what follows a row's first stop token is meaningless.
         """
         if not self.can_pack:
-            return self._kerashub_answers(weights, token_ids, lengths, limit, stop_ids)
+            return self._kerashub_answers(weights, token_ids, lengths, limit, stop_ids, drawn)
         first, cache = self.prefill(weights, token_ids, lengths, limit)
         length = token_ids.shape[1]
 
         def follow(tokens: Any, cache: Any, turn: Any) -> tuple[jax.Array, Any]:
             return self.decode(weights, tokens, cache, length + turn, length - lengths)
 
-        return decoding.answer(first, follow, cache, limit, stop_ids)
+        choose = decoding.best if drawn is None else drawn.choose
+        return decoding.answer(first, follow, cache, limit, stop_ids, choose)
 
     def prefill(
         self, weights: Weights, token_ids: jax.Array, lengths: jax.Array, room: int
@@ -290,13 +293,14 @@ class LanguageModel:
         lengths: jax.Array,
         limit: int,
         stop_ids: Sequence[int],
+        drawn: Drawn | None = None,
     ) -> jax.Array:
         """The same by KerasHub's own loop, for every family of models."""
         room = jnp.pad(token_ids, ((0, 0), (0, limit)))
         mask = jnp.arange(room.shape[1]) < lengths[:, None]
-        with self._scope(weights):
-            # Most families come with a sampler that draws at random.
-            self._task.sampler = GreedySampler()
+        # Most families come with a sampler that draws at random.
+        self._task.sampler = GreedySampler() if drawn is None else drawn.sampler
+        with self._scope(weights, *([] if drawn is None else drawn.mapping())):
             outputs = self._task.generate_step(
                 {"token_ids": room, "padding_mask": mask}, stop_token_ids=list(stop_ids)
             )

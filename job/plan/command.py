@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pydantic import ValidationError
 
 from job import logs
-from job.accelerators import Machine, machine
+from job.accelerators import Machine, machine, slices
 from job.errors import JobError, UsageError
 from job.pipeline import read_markers, stale_stages
 from job.plan.estimate import MFU
-from job.plan.plan import MachinePlan, Plan, default_machine, make_plan, slices
+from job.plan.plan import MachinePlan, Plan, default_machine, make_plan
 from job.plan.shapes import Config, find_config
 from job.plan.workload import Workload, workload
 from job.results import DataInfo

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import BaseModel
 
-from job.accelerators import Accelerator, Machine, machine
+from job.accelerators import Machine, machine
 from job.plan.estimate import MFU, Estimate, estimate
 from job.plan.shapes import Config, ModelShape, model_shape
 from job.plan.workload import Workload
@@ -251,9 +251,3 @@ def default_machine(spec: Spec) -> Machine:
     if runtime.platform == "gpu":
         return machine(f"h100-{runtime.devices or 1}")
     return machine(f"v5e-{runtime.devices or 8}")
-
-
-def slices(kind: Accelerator, most: int = 256) -> list[Machine]:
-    """Every size that a kind comes in, up to so many chips."""
-    sizes = sorted(kind.topologies) or [1 << power for power in range(9)]
-    return [Machine(kind, chips) for chips in sizes if chips <= most]

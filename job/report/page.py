@@ -86,10 +86,8 @@ def render_markdown(results: Results, history: list[dict[str, Any]], flips: list
     return _render("report.md.j2", results, flips, {})
 
 
-def _render(
-    template: str, results: Results, flips: list[Flip], drawings: dict[str, list[str]]
-) -> str:
-    html = template.endswith(".html.j2")
+def template_environment(*, html: bool) -> Environment:
+    """The environment of the templates, for HTML or Markdown: every string is made harmless."""
     environment = Environment(
         loader=PackageLoader("job.report"),
         autoescape=html,
@@ -100,6 +98,13 @@ def _render(
         keep_trailing_newline=True,
     )
     environment.filters |= _FILTERS
+    return environment
+
+
+def _render(
+    template: str, results: Results, flips: list[Flip], drawings: dict[str, list[str]]
+) -> str:
+    environment = template_environment(html=template.endswith(".html.j2"))
     spec = results.run.model_dump(mode="json")["spec"]
     return environment.get_template(template).render(
         results=results,

@@ -21,6 +21,7 @@ from job.evals.predictions import (
 )
 from job.evals.reference import ReferenceOutcome
 from job.evals.stage import EvalOutcome
+from job.report import model_card
 from job.report.page import Flip, render_html, render_markdown
 from job.report.verdict import decide
 from job.results import (
@@ -67,6 +68,7 @@ def run_stage(run: Run) -> Results:
     flips = _flips(run)
     run.put(HTML, render_html(results, history, flips).encode())
     run.put(MARKDOWN, render_markdown(results, history, flips).encode())
+    run.put(model_card.KEY, model_card.render_card(results).encode())
     return results
 
 

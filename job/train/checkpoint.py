@@ -75,7 +75,7 @@ class Checkpoint(BaseModel):
 
 
 def _key(step: int) -> str:
-    return f"{FOLDER}step-{step:08d}.safetensors"
+    return f"{FOLDER}step-{step:08d}.checkpoint.safetensors"
 
 
 def _hash(arrays: Sequence[np.ndarray]) -> str:

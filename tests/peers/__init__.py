@@ -1,4 +1,5 @@
-"""The other side of parity tests: PyTorch, transformers and PEFT in an environment of their own.
+"""The other side of parity tests, in an environment of its own: PyTorch, transformers, PEFT and
+lm-evaluation-harness.
 
 The environment is made on first use, kept in the user's cache folder under a key of what is in
 it, and shared by all tests. Nothing is imported from it: a script of this folder runs there, and
@@ -22,6 +23,8 @@ REQUIREMENTS = (
     "safetensors==0.8.0",
     "accelerate==1.15.0",
     "sentencepiece>=0.2.1,<0.3",
+    "lm_eval==0.4.13",
+    "protobuf>=6,<8",
     "numpy>=2.1,<3",
 )
 PYTHON = "3.11"

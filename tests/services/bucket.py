@@ -34,13 +34,15 @@ from tests.services.bucket_store import (
 GRANULE = 256 * 1024
 
 _ROUTE = re.compile(
-    r"(?P<service>|/upload|/download)/storage/v1/b(?:/(?P<bucket>[^/]+))?"
+    r"(?:/resumable)?(?P<service>|/upload|/download)/storage/v1/b(?:/(?P<bucket>[^/]+))?"
     r"(?P<objects>/o)?(?:/(?P<name>[^/]+))?"
     r"(?:/(?P<copy>rewriteTo|copyTo)/b/(?P<to_bucket>[^/]+)/o/(?P<to_name>[^/]+))?"
 )
 _CONTENT_RANGE = re.compile(r"bytes (?:\*|(?P<first>\d+)-\d+)/(?P<total>\*|\d+)")
-_BOUNDARY = re.compile(r'boundary="?([^";]+)')
-_LISTING = {"prefix", "delimiter", "maxResults", "pageToken", "projection", "fields", "prettyPrint"}
+_BOUNDARY = re.compile(r"""boundary=["']?([^"';]+)""")
+_LISTING = {
+    "prefix", "delimiter", "maxResults", "pageToken", "projection", "fields", "prettyPrint", "alt",
+}  # fmt: skip
 _HASH_KEYS = {"crc32c": "crc32c", "md5": "md5Hash"}
 
 
@@ -238,9 +240,11 @@ def _parse_multipart(content_type: str, body: bytes) -> tuple[dict[str, Any], by
     found = _BOUNDARY.search(content_type)
     if found is None:
         raise ApiError(400, "Missing multipart boundary.")
-    parts = (b"\r\n" + body).split(b"\r\n--" + found[1].encode())
-    _, _, resource = parts[1].partition(b"\r\n\r\n")
-    headers, _, data = parts[2].partition(b"\r\n\r\n")
+    # Clients end lines with CRLF, gcloud with LF alone.
+    end = b"\r\n" if b"\r\n--" + found[1].encode() in body else b"\n"
+    parts = (end + body).split(end + b"--" + found[1].encode())
+    _, _, resource = parts[1].partition(end * 2)
+    headers, _, data = parts[2].partition(end * 2)
     kind = re.search(rb"(?i)content-type:\s*([^\r\n]+)", headers)
     given: dict[str, Any] = json.loads(resource)
     if kind:

@@ -44,7 +44,10 @@ def test_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
     store = saved(tmp_path, 5, 10, 15, 100)
-    assert [Path(key).stem for key in store.list(FOLDER)] == ["step-00000015", "step-00000100"]
+    assert [Path(key).stem for key in store.list(FOLDER)] == [
+        "step-00000015.checkpoint",
+        "step-00000100.checkpoint",
+    ]
     found = load_checkpoint(store, "inputs")
     assert found is not None
     assert found.progress.step == 100
@@ -55,7 +58,7 @@ def test_damaged_newest_falls_back_to_the_one_before(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = saved(tmp_path, 5, 10)
-    newest = tmp_path / FOLDER / "step-00000010.safetensors"
+    newest = tmp_path / FOLDER / "step-00000010.checkpoint.safetensors"
     content = newest.read_bytes()
     flipped = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
     newest.write_bytes(

@@ -1,0 +1,114 @@
+"""The model card beside an adapter, `adapter/README.md`, as model hubs show it.
+
+Everything in it is from the results of the run, figures beside their intervals and beside what
+knows nothing. The licence is that of the base model, where its name tells it.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from job.report.page import caveats, legible, null_answers, template_environment
+from job.results import Results
+
+KEY = "adapter/README.md"
+PEFT = "adapter/peft/adapter_config.json"
+
+TINY = "tiny"
+"""The preset that is made on the spot: there is no such model elsewhere."""
+
+_HUB = "hf://"
+_GEMMA_LICENCES = {1: "gemma", 2: "gemma", 3: "gemma", 4: "apache-2.0"}
+_MEDICAL = re.compile(
+    r"med(?!ium|ia|iev)|doctor|clinic|health|patient|disease|diagnos|nurs|samples", re.I
+)
+"""In names of datasets and evaluations; the shipped samples are dialogues with a doctor."""
+
+
+def render_card(results: Results) -> str:
+    """The card: YAML for the hub, then Markdown."""
+    has_peft = any(item.path == PEFT for item in results.artifacts)
+    front = yaml.safe_dump(_front(results, has_peft), sort_keys=False, width=10_000)
+    body = (
+        template_environment(html=False)
+        .get_template("card.md.j2")
+        .render(
+            results=results,
+            spec=results.run.model_dump(mode="json")["spec"],
+            licence=licence(results.model.preset),
+            medical=is_medical(results),
+            caveats=list(caveats(results)),
+            null_answers=null_answers,
+            peft_code=_code(_peft(results)) if has_peft and results.model.preset != TINY else None,
+            keras_code=_code(_keras(results)) if results.model.preset != TINY else None,
+        )
+    )
+    return f"---\n{front}---\n\n{body}"
+
+
+def licence(preset: str) -> str:
+    """The licence of a model as hubs name it; `other` where its name does not tell."""
+    name = preset.rstrip("/").rpartition("/")[2].lower()
+    if not name.startswith("gemma"):
+        return "other"
+    # The number in gemma-2b is a size, and that is the first Gemma.
+    version = re.match(r"gemma[-_]?(\d+)(?![\d.]*b)", name)
+    return _GEMMA_LICENCES.get(int(version[1]) if version else 1, "other")
+
+
+def is_medical(results: Results) -> bool:
+    """Whether the data or a benchmark is about medicine, as far as names tell."""
+    names = [results.data.dataset]
+    names += [text for c in results.evaluation.multiple_choice for text in (c.name, c.dataset)]
+    return any(_MEDICAL.search(name) for name in names)
+
+
+def _front(results: Results, has_peft: bool) -> dict[str, Any]:
+    front: dict[str, Any] = {}
+    preset, dataset = results.model.preset, results.data.dataset
+    if preset.startswith(_HUB):
+        front |= {"base_model": preset.removeprefix(_HUB), "base_model_relation": "adapter"}
+    front["library_name"] = "peft" if has_peft else "keras-hub"
+    front["pipeline_tag"] = "text-generation"
+    front["license"] = licence(preset)
+    front["tags"] = ["lora", "keras-hub", *(["peft"] if has_peft else [])]
+    if dataset.startswith(_HUB):
+        front["datasets"] = [dataset.removeprefix(_HUB)]
+    return front
+
+
+def _peft(results: Results) -> Iterator[str]:
+    """How transformers and PEFT load it."""
+    preset, revision = results.model.preset, results.model.revision
+    on_hub = preset.startswith(_HUB)
+    pinned = f", revision={json.dumps(revision)}" if on_hub and revision else ""
+    yield "from peft import PeftModel"
+    yield "from transformers import AutoModelForCausalLM"
+    yield ""
+    if not on_hub:
+        yield f"# {json.dumps(preset)} in the format of transformers"
+    base = json.dumps(preset.removeprefix(_HUB) if on_hub else "the/base-model")
+    yield f"model = AutoModelForCausalLM.from_pretrained({base}{pinned})"
+    yield 'model = PeftModel.from_pretrained(model, "adapter/peft")'
+
+
+def _keras(results: Results) -> Iterator[str]:
+    """How KerasHub loads it."""
+    model = results.model
+    yield "import keras_hub"
+    yield ""
+    yield f"model = keras_hub.models.CausalLM.from_preset({json.dumps(model.preset)})"
+    yield f"targets = {json.dumps(model.lora_targets)}"
+    yield f"model.backbone.enable_lora({model.lora_rank}, target_layer_names=targets)"
+    yield 'model.backbone.load_lora_weights("adapter/adapter.lora.h5")'
+
+
+def _code(lines: Iterator[str]) -> Markup:
+    """A block of Python that no line of it can end."""
+    text = legible("\n".join(lines))
+    marks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return Markup(f"{marks}python\n{text}\n{marks}")

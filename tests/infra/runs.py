@@ -1,0 +1,75 @@
+"""The state of a run as submit.sh leaves it, written and read from the test's side."""
+
+import hashlib
+
+from tests.services.cloud import BUCKET, Cloud
+
+
+def machine_of(run: str) -> str:
+    """The name of a run's machine."""
+    return f"job-{run}-" + hashlib.sha256(f"gs://{BUCKET}/infra/{run}".encode()).hexdigest()[:8]
+
+
+RUN = "r1"
+NAME = machine_of(RUN)
+SERVING_QUOTA = "TPUV5sPreemptibleLitepodServingPerProjectPerZoneForTPUAPI"
+
+_STATE = {
+    "attempt": "1",
+    "accelerator_type": "v5litepod-8",
+    "boot_disk_gb": "200",
+    "container_flags": "--privileged",
+    "expires": "0",
+    "failures": "0",
+    "first_attempt": "1",
+    "image": "us-west4-docker.pkg.dev/test-project/job/job@sha256:" + "1" * 64,
+    "image_family": "ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e",
+    "image_project": "ubuntu-os-accelerator-images",
+    "machine": "v5e-8",
+    "machine_type": "ct5lp-hightpu-8t",
+    "max_attempts": "10",
+    "max_run_seconds": "14400",
+    "network": "default",
+    "not_before": "0",
+    "ordered": "0",
+    "output": f"gs://{BUCKET}/runs",
+    "owner": "",
+    "phase": "create",
+    "provisioner": "queued",
+    "quota": SERVING_QUOTA,
+    "run": RUN,
+    "run_uri": f"gs://{BUCKET}/runs/{RUN}",
+    "runtime_version": "v2-alpha-tpuv5-lite",
+    "secrets": "HF_TOKEN",
+    "self_delete": "yes",
+    "service_account": "job-runner@test-project.iam.gserviceaccount.com",
+    "spec": f"gs://{BUCKET}/infra/{RUN}/spec.yaml",
+    "spot": "yes",
+    "started": "",
+    "submission": "1",
+    "subnetwork": "",
+    "wait_seconds": "21600",
+    "was_active": "",
+    "zone_index": "0",
+    "zones": "us-west4-a us-central1-a",
+}
+
+
+def submitted(cloud: Cloud, run: str = RUN, **values: str) -> None:
+    """A run that was submitted, and that nobody watches."""
+    state = {**_STATE, "run": run, **values}
+    lines = "".join(f"{key}={state[key]}\n" for key in sorted(state))
+    cloud.put(BUCKET, f"infra/{run}/state", lines.encode())
+
+
+def state_of(cloud: Cloud, run: str = RUN) -> dict[str, str]:
+    """What the bucket has of a run."""
+    text = cloud.objects[BUCKET, f"infra/{run}/state"].data.decode()
+    return dict(line.split("=", 1) for line in text.splitlines())
+
+
+def check_clean(cloud: Cloud, run: str = RUN) -> None:
+    """Nothing is left, and the run never had two machines at once."""
+    assert cloud.machines.alive == {}
+    assert cloud.machines.most_alive[machine_of(run)] <= 1
+    assert state_of(cloud, run)["phase"] == "ended"

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# A stand-in for `docker` on PATH, for tests of startup.sh and push_image.sh: one image, one container, which is the
+# script $DOCKER_FOLDER/job. It writes each call to $DOCKER_FOLDER/calls, and what was on standard
+# input where that matters.
+set -euo pipefail
+folder=$DOCKER_FOLDER
+printf '%s\n' "$*" >>"$folder/calls"
+
+case "$1 ${2:-}" in
+  "info ") ;;
+  "image inspect")
+    [[ -e $folder/image ]] || exit 1
+    [[ $* != *Entrypoint* ]] || printf '%s\n' "$folder/job"
+    ;;
+  "login -u")
+    cat >"$folder/login"
+    df --output=fstype "$DOCKER_CONFIG" | tail -n 1 >"$folder/login-file-system"
+    ;;
+  "build "* | "push -q") ;;
+  "pull -q")
+    [[ ! -e $folder/unreachable ]] || exit 1
+    touch "$folder/image"
+    ;;
+  "run -i")
+    while [[ $1 != --entrypoint ]]; do shift; done
+    shell=$2
+    shift 3 # and the image
+    "$shell" "$@" <&0 & # else a background command has no input
+    echo $! >"$folder/pid"
+    code=0
+    wait $! || code=$?
+    echo "$code" >"$folder/code"
+    exit "$code"
+    ;;
+  "container inspect")
+    [[ -e $folder/pid ]] || exit 1
+    if [[ $* == *Running* ]]; then
+      if [[ -e $folder/code ]]; then echo false; else echo true; fi
+    else
+      cat "$folder/code"
+    fi
+    ;;
+  "stop -t") kill -TERM "$(<"$folder/pid")" ;;
+  "logs -f") tail -n +1 "$folder/output" ;;
+  "rm -f")
+    [[ ! -e $folder/pid ]] || kill -KILL "$(<"$folder/pid")" || true
+    rm -f "$folder/pid" "$folder/code"
+    ;;
+  "rm "*) rm -f "$folder/pid" "$folder/code" ;;
+  *)
+    echo "stand-in docker: $* is not served" >&2
+    exit 64
+    ;;
+esac

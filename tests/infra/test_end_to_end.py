@@ -1,0 +1,127 @@
+"""Submitted, preempted in the middle of training, ordered again, finished, fetched: with the image.
+
+The scripts and gcloud are the real ones; the local cloud's machines are VMs that run the startup
+script of their order, which runs the CPU image with the smoke spec against the local bucket.
+`infra/test.sh` runs this.
+"""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.infra.conftest import Scripts
+from tests.infra.runs import check_clean, state_of
+from tests.infra.vm import Vm, of_machine
+from tests.services.cloud import BUCKET, TOKEN, Cloud
+from tests.services.cloud_machines import Machine
+
+pytestmark = pytest.mark.docker
+
+SECRET = "hf_secret_of_the_end_to_end_test"
+RUN = "smoke-preempted"
+LIMIT = 900
+
+
+def docker(*arguments: str) -> str:
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def wait_until(happened: Callable[[], object], what: str) -> None:
+    until = time.monotonic() + LIMIT
+    while not happened():
+        assert time.monotonic() < until, f"{what} did not happen within {LIMIT} s"
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def vms(cloud: Cloud, tmp_path: Path) -> Iterator[list[Vm]]:
+    """The VMs of the machines that the cloud has granted so far."""
+    found: list[Vm] = []
+    of: dict[int, Vm] = {}
+
+    def boot(machine: Machine) -> None:
+        vm = of_machine(cloud, machine, tmp_path / "vms", {})
+        found.append(vm)
+        of[id(machine)] = vm
+        vm.boot()
+
+    def take_away(machine: Machine) -> None:
+        if vm := of.pop(id(machine), None):
+            vm.destroy()
+
+    cloud.machines.on_boot = boot
+    cloud.machines.on_gone = take_away
+    yield found
+    for vm in of.values():
+        vm.destroy()
+
+
+def test_a_preempted_run_ends_as_if_nothing_had_happened(
+    cloud: Cloud, scripts: Scripts, vms: list[Vm], tmp_path: Path
+) -> None:
+    image = docker("image", "inspect", "--format", "{{.Id}}", "job:cpu")
+    assert image, "there is no image job:cpu; run infra/test.sh"
+    cloud.admin.secrets["job-hf-token"] = [SECRET]
+    settings = {
+        "IMAGE": image,
+        "POLL_SECONDS": "1",
+        "CONTAINER_FLAGS": f"--net=host --user root -e STORAGE_EMULATOR_HOST={cloud.url} "
+        "-e JOB_LEASE_SECONDS=6 --label=job-tests",
+    }
+    arguments = ("smoke", "--no-plan", "--run-id", RUN, "--set", "train.checkpoint_every=5")
+    submission = scripts.start("submit", *arguments, "--wait", **settings)
+
+    def checkpoints() -> list[str]:
+        return [name for name in cloud.names(BUCKET) if "/train/checkpoints/" in name]
+
+    wait_until(lambda: checkpoints() or submission.poll() is not None, "a checkpoint")
+    assert submission.poll() is None, submission.communicate()[1] + vms[0].serial
+
+    # The job has its secret, and neither Docker's records nor any argument have it.
+    process = docker("inspect", "--format", "{{.State.Pid}}", vms[0].container)
+    assert f"HF_TOKEN={SECRET}".encode() in Path(f"/proc/{process}/environ").read_bytes()
+    assert SECRET not in docker("inspect", vms[0].container)
+    root = Path(docker("info", "--format", "{{.DockerRootDir}}")) / "containers"
+    for path in root.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes()
+    running = b"".join(path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline"))
+    assert SECRET.encode() not in running
+    assert TOKEN.encode() not in running
+
+    # Preempted in the middle of training: everything on the machine is gone at once.
+    [first] = cloud.machines.history
+    vms[0].destroy()
+    first.state = "SUSPENDED"
+    assert f"runs/{RUN}/results.json" not in cloud.names(BUCKET)
+
+    said = submission.communicate(timeout=LIMIT)
+    serial = "\n".join(vm.serial for vm in vms)
+    assert submission.returncode == 0, said[1] + serial
+    check_clean(cloud, RUN)
+    assert [machine.zone for machine in cloud.machines.history] == ["us-west4-a", "us-central1-a"]
+    assert state_of(cloud, RUN)["outcome"] == "done"
+    assert cloud.requested("DELETE /v2/projects/test-project/locations/us-central1-a")
+    assert docker("ps", "--all", "--quiet", "--filter", "label=job-tests") == ""
+
+    folder = tmp_path / "fetched"
+    fetched = scripts.run("fetch", RUN, str(folder))
+    assert fetched.code == 0, fetched.err
+    assert '"fetched; every checksum is right"' in fetched.out
+    results = json.loads((folder / "results.json").read_text())
+    assert results["run"]["status"] == "complete"
+    assert results["run"]["resumes"] == 1
+    assert results["environment"]["image"] == image
+    assert (folder / "adapter" / "adapter.lora.h5").is_file()
+    log = scripts.run("logs", RUN)
+    assert '"message": "job started"' in log.out
+
+    for secret in (SECRET, TOKEN):
+        assert secret not in said[0] + said[1] + serial + log.out
+        assert not [line for line, body in cloud.bodies if secret in line + body.decode("latin-1")]
+    for (_, name), stored in cloud.objects.items():
+        assert SECRET.encode() not in stored.data, name

@@ -1,0 +1,241 @@
+"""What the scripts refuse, print and keep to themselves; setting up, checking, reading."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.infra.conftest import DIGEST, INFRA, Scripts
+from tests.infra.runs import NAME, RUN, SERVING_QUOTA, submitted
+from tests.services.cloud import BUCKET, TOKEN, Cloud
+
+SECRET = "hf_very_secret_value_for_this_test"
+MEMBER = "serviceAccount:job-runner@test-project.iam.gserviceaccount.com"
+ALL = sorted(path.stem for path in INFRA.glob("*.sh") if path.read_text().count("\n# Usage:"))
+
+
+def error(text: str) -> str:
+    """The one line of an error."""
+    [line] = [line for line in text.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_every_script_says_how_it_is_used(scripts: Scripts, script: str) -> None:
+    done = scripts.run(script, "--help", PROJECT="")
+    assert done.code == 0
+    assert f"Usage: {'' if script == 'startup' else 'infra/'}{script}.sh" in done.out
+    assert "--dry-run" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "code", "said"),
+    [
+        (["submit", "smoke"], {"PROJECT": ""}, 3, ["no project", "config.env.example"]),
+        (["submit", "smoke"], {"ZONES": "mars-1"}, 2, ["'mars-1'", "like us-west4-a"]),
+        (["submit", "smoke"], {"MACHINE": "v5e-7"}, 2, ["'v5e-7'", "v5e-8"]),
+        (["submit", "smoke"], {"MACHINE": "h100-1"}, 2, ["'h100-1' is no TPU"]),
+        (["submit", "smoke"], {"PROVISIONER": "aws"}, 2, ["'aws'", "queued", "gce"]),
+        (["submit", "smoke"], {"PROVISIONER": "gce", "MACHINE": "v5e-16"}, 2, ["one host"]),
+        (["submit", "smoke"], {"MAX_RUN_SECONDS": "1h"}, 2, ["MAX_RUN_SECONDS='1h'"]),
+        (["submit", "smoke"], {"INFRA_CONFIG": "/none"}, 2, ["INFRA_CONFIG=/none"]),
+        (["submit", "smokes"], {}, 2, ["no spec 'smokes'", "did you mean 'smoke'"]),
+        (["submit", "smoke", "--set", "train.epoch=1"], {}, 2, ["did you mean 'epochs'"]),
+        (["submit", "smoke", "--set", "data.dataset=rows.jsonl"], {}, 2, ["of this machine"]),
+        (["submit", "smoke", "--run-id", "a b"], {}, 2, ["--run-id 'a b'"]),
+        (["submit"], {}, 2, ["name a spec"]),
+        (["submit", "smoke", "--fast"], {}, 2, ["'--fast' is not understood"]),
+        (["supervise"], {}, 2, ["name one run"]),
+        (["cancel", "../x/"], {}, 2, ["is no run"]),
+        (["setup", "--secret", "hf_token"], {}, 2, ["a name like HF_TOKEN"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_and_nothing_is_asked(
+    cloud: Cloud,
+    scripts: Scripts,
+    arguments: list[str],
+    settings: dict[str, str],
+    code: int,
+    said: list[str],
+) -> None:
+    done = scripts.run(*arguments, **settings)
+    assert done.code == code, done.err
+    for words in said:
+        assert words in done.err
+    assert done.err.count("error: ") == 1
+    assert cloud.requests == []
+
+
+def test_a_setting_that_is_none_is_named_with_its_line(cloud: Cloud, scripts: Scripts) -> None:
+    (scripts.folder / "config.env").write_text('# mine\nZONES="us-west4-a"\nZONE=us-west4-a\n')
+    done = scripts.run("status")
+    assert done.code == 2
+    assert "config.env:3: 'ZONE=us-west4-a' is no setting" in error(done.err)
+
+
+def test_without_gcloud_nothing_happens(scripts: Scripts, tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for folder in ("/usr/bin", "/bin"):
+        for tool in Path(folder).iterdir():
+            if tool.name not in ("gcloud", "gsutil") and not (tools / tool.name).exists():
+                (tools / tool.name).symlink_to(tool)
+    for script in ("submit", "doctor", "setup", "status"):
+        arguments = ("smoke",) if script in ("submit", "doctor") else ()
+        done = scripts.run(script, *arguments, PATH=str(tools))
+        assert done.code == 3
+        assert "gcloud is not installed" in error(done.err)
+
+
+def test_a_dry_run_of_a_submission_prints_the_order_and_asks_nothing(
+    cloud: Cloud, scripts: Scripts
+) -> None:
+    done = scripts.run("submit", "smoke", "--no-plan", "--run-id", RUN, "--dry-run")
+    assert done.code == 0, done.err
+    commands = [line for line in done.out.splitlines() if line.startswith("+ gcloud ")]
+    assert [line.split()[2] for line in commands] == ["storage", "storage", "compute"]
+    assert f"queued-resources create {NAME} " in commands[-1]
+    assert "--accelerator-type=v5litepod-8" in commands[-1]
+    assert "--spot" in commands[-1]
+    assert cloud.requests == []
+
+
+@pytest.mark.slow
+def test_an_image_that_is_not_there_and_a_run_that_is_not_there(
+    cloud: Cloud, scripts: Scripts
+) -> None:
+    cloud.admin.tags.clear()
+    done = scripts.run("submit", "smoke", "--no-plan")
+    assert done.code == 3
+    assert "infra/push_image.sh" in error(done.err)
+    assert cloud.machines.history == []
+    assert not [line for line, _ in cloud.bodies if line.startswith("POST")]
+    done = scripts.run("supervise", "nobody")
+    assert done.code == 2
+    assert "there is no run 'nobody'" in error(done.err)
+
+
+@pytest.mark.slow
+def test_a_project_is_set_up_once_checked_and_its_secrets_kept(
+    cloud: Cloud, scripts: Scripts
+) -> None:
+    bucket = "new-bucket"
+    cloud.admin.repositories.clear()
+    for _ in range(2):
+        done = scripts.run("setup", BUCKET=bucket)
+        assert done.code == 0, done.err
+    assert done.err.count("there already") == 5
+    made = cloud.buckets_as_made[bucket]
+    assert made["iamConfiguration"] == {
+        "publicAccessPrevention": "enforced",
+        "uniformBucketLevelAccess": {"enabled": True},
+    }
+    assert len(made["lifecycle"]["rule"]) == 3
+    assert cloud.admin.grants(MEMBER) == {
+        (bucket, "roles/storage.objectUser"),
+        ("job", "roles/artifactregistry.reader"),
+        ("test-project", "roles/logging.logWriter"),
+        ("test-project", "roles/tpu.admin"),
+        ("job-hf-token", "roles/secretmanager.secretAccessor"),
+        ("job-openrouter-api-key", "roles/secretmanager.secretAccessor"),
+    }
+
+    done = scripts.run("setup", "--secret", "HF_TOKEN", stdin=SECRET, BUCKET=bucket)
+    assert done.code == 0, done.err
+    assert cloud.admin.secrets["job-hf-token"] == [SECRET]
+    assert SECRET not in done.out + done.err
+    assert not [line for line, _ in cloud.bodies if SECRET in line or TOKEN in line]
+    assert not [line for line, body in cloud.bodies if SECRET.encode() in body]
+    kept = [path for path in scripts.folder.rglob("*") if path.is_file()]
+    assert not [path for path in kept if SECRET.encode() in path.read_bytes()]
+
+    cloud.admin.quotas[SERVING_QUOTA] = {"": 8}
+    done = scripts.run("doctor", "smoke", BUCKET=bucket)
+    assert done.code == 0, done.out + done.err
+    assert "FAIL" not in done.out
+
+
+@pytest.mark.slow
+def test_an_image_is_built_pushed_and_named_by_its_digest(
+    cloud: Cloud, scripts: Scripts, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "docker").symlink_to(Path(__file__).with_name("stand-in-docker.sh"))
+    path = f"{tmp_path / 'bin'}:{scripts.environment['PATH']}"
+    done = scripts.run("push_image", PATH=path, DOCKER_FOLDER=str(tmp_path))
+    assert done.code == 0, done.err
+    image = "us-west4-docker.pkg.dev/test-project/job/job"
+    assert done.out == f"{image}@{DIGEST}\n"
+    calls = (tmp_path / "calls").read_text()
+    assert "EXTRA=tpu" in calls
+    assert f"--tag {image}:tpu" in calls
+    assert f"push -q {image}:tpu\n" in calls
+    # The token goes over standard input, and no file of Docker's keeps it.
+    assert (tmp_path / "login").read_text().strip() == TOKEN
+    assert TOKEN not in calls + done.out + done.err
+
+
+@pytest.mark.slow
+def test_the_doctor_says_what_is_missing_and_the_way_out(cloud: Cloud, scripts: Scripts) -> None:
+    cloud.admin.quotas[SERVING_QUOTA] = {"us-west4-a": 8, "": 0}
+    cloud.machines.offered = {"us-central1-a": set()}
+    cloud.admin.tags.clear()
+    done = scripts.run("doctor", "smoke")
+    assert done.code == 3
+    for words in (
+        "ok    quota in us-west4-a: 8 chips",
+        "FAIL  quota in us-central1-a is 0 chips, and v5e-8 needs 8",
+        "FAIL  us-central1-a has no v5e-8; take it out of ZONES",
+        "is off; run infra/setup.sh",
+        "there is no image",
+        "there is no service account",
+        f"FAIL  gs://{BUCKET} cannot be written",
+        "note  secret HF_TOKEN is not stored",
+    ):
+        assert words in done.out
+    assert not [line for line, _ in cloud.bodies if line.split()[0] not in ("GET", "POST")]
+
+
+@pytest.mark.slow
+def test_a_run_at_work_is_listed_shown_read_and_not_submitted_twice(
+    cloud: Cloud, scripts: Scripts
+) -> None:
+    submitted(cloud, phase="run", started="1", reason="preempted")
+    submitted(cloud, "r2", phase="ended", outcome="done", reason="done")
+    log = b'{"message": "first"}\n{"message": "second"}\n'
+    cloud.put(BUCKET, f"infra/{RUN}/logs/1-0.log", log)
+    listed = scripts.run("status")
+    assert listed.code == 0, listed.err
+    assert [line.split()[:4] for line in listed.out.splitlines()] == [
+        ["r1", "run", "attempt", "1"],
+        ["r2", "done", "attempt", "1"],
+    ]
+    shown = scripts.run("status", RUN)
+    assert shown.code == 0, shown.err
+    for words in ("us-west4-a: none", "none; start one", '"second"', f"gs://{BUCKET}/runs/{RUN}"):
+        assert words in shown.out
+    assert scripts.run("logs", RUN).out == log.decode()
+    before = cloud.objects[BUCKET, f"infra/{RUN}/state"].generation
+    again = scripts.run("submit", "smoke", "--no-plan", "--run-id", RUN)
+    assert again.code == 0
+    assert "was submitted before and is at work" in again.err
+    assert cloud.objects[BUCKET, f"infra/{RUN}/state"].generation == before
+    assert cloud.machines.history == []
+
+
+@pytest.mark.slow
+def test_a_log_is_followed_over_machines_to_the_end(cloud: Cloud, scripts: Scripts) -> None:
+    submitted(cloud, phase="run")
+    cloud.put(BUCKET, f"infra/{RUN}/logs/1-0.log", b"one\ntw")
+    following = scripts.start("logs", RUN, "--follow")
+    assert following.stdout is not None
+    assert following.stdout.readline() == "one\n"
+    cloud.put(BUCKET, f"infra/{RUN}/logs/1-0.log", b"one\ntwo\n")
+    assert following.stdout.readline() == "two\n"
+    submitted(cloud, phase="run", attempt="2")
+    cloud.put(BUCKET, f"infra/{RUN}/logs/2-0.log", b"three\n")
+    assert following.stdout.readline() == "three\n"
+    cloud.put(BUCKET, f"infra/{RUN}/logs/2-0.log", b"three\nfour\n")
+    submitted(cloud, phase="ended", attempt="2", outcome="done", reason="done")
+    rest, said = following.communicate(timeout=120)
+    assert rest == "four\n", said
+    assert following.returncode == 0

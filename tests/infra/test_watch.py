@@ -1,0 +1,156 @@
+"""A run's machine from its order to its end: preempted, refused, unanswered, over its time."""
+
+import pytest
+
+from tests.infra.conftest import INFRA, Scripts
+from tests.infra.runs import NAME, RUN, SERVING_QUOTA, check_clean, state_of, submitted
+from tests.services.cloud import BUCKET, Cloud
+
+UP = ("ACCEPTED", "ACTIVE")
+DONE = (*UP, "exit 0")
+
+
+def zones(cloud: Cloud) -> list[str]:
+    """The zones of the machines that were granted, in order."""
+    return [machine.zone for machine in cloud.machines.history]
+
+
+@pytest.mark.slow
+def test_a_submitted_job_is_ordered_watched_and_deleted(cloud: Cloud, scripts: Scripts) -> None:
+    cloud.machines.lives = [DONE]
+    cloud.machines.delete_looks = 1
+    done = scripts.run("submit", "smoke", "--run-id", RUN, "--set", "train.epochs=1", "--wait")
+    assert done.code == 0, done.err
+    check_clean(cloud)
+    [machine] = cloud.machines.history
+    order, node = machine.order, machine.node
+    assert (machine.zone, machine.name, machine.spot) == ("us-west4-a", NAME, True)
+    assert order["queueingPolicy"] == {"validUntilDuration": "21600s"}
+    assert node["acceleratorType"] == "v5litepod-8"
+    assert node["runtimeVersion"] == "v2-alpha-tpuv5-lite"
+    assert node["serviceAccount"]["email"] == "job-runner@test-project.iam.gserviceaccount.com"
+    assert machine.labels == {"managed-by": "job-infra", "job-run": NAME}
+    assert machine.metadata["startup-script"] == (INFRA / "startup.sh").read_text()
+    assert machine.metadata["job-image"].endswith("/job/job@sha256:" + "1" * 64)
+    assert machine.metadata["job-secrets"].split() == [
+        "HF_TOKEN=projects/test-project/secrets/job-hf-token",
+        "OPENROUTER_API_KEY=projects/test-project/secrets/job-openrouter-api-key",
+    ]
+    bucket, _, name = machine.metadata["job-spec"].removeprefix("gs://").partition("/")
+    assert name.startswith(f"infra/{RUN}/spec-")
+    spec = cloud.objects[bucket, name].data.decode()
+    assert "epochs: 1\n" in spec
+    assert f"output: gs://{BUCKET}/runs\n" in spec
+    assert "USD an hour" in done.err
+    assert f"gs://{BUCKET}/runs/{RUN}" in done.err
+    assert state_of(cloud)["outcome"] == "done"
+
+
+@pytest.mark.slow
+def test_a_machine_lost_in_any_state_is_replaced_in_the_next_zone(
+    cloud: Cloud, scripts: Scripts
+) -> None:
+    submitted(cloud)
+    cloud.machines.lives = [
+        ("PROVISIONING", "SUSPENDED"),
+        (*UP, "SUSPENDING", "SUSPENDED"),
+        (*UP, "gone"),
+        DONE,
+    ]
+    done = scripts.run("supervise", RUN)
+    assert done.code == 0, done.err
+    check_clean(cloud)
+    assert zones(cloud) == ["us-west4-a", "us-central1-a"] * 2
+    attempts = [machine.metadata["job-attempt"] for machine in cloud.machines.history]
+    assert attempts == ["1", "2", "3", "4"]
+
+
+@pytest.mark.slow
+def test_capacity_that_is_refused_is_asked_for_in_the_next_zone(
+    cloud: Cloud, scripts: Scripts
+) -> None:
+    submitted(cloud)
+    cloud.machines.refusals = {"us-west4-a": ["capacity"], "us-central1-a": ["rate"]}
+    cloud.machines.lives = [
+        ("WAITING_FOR_RESOURCES", "FAILED: There is no more capacity in the zone"),
+        DONE,
+    ]
+    done = scripts.run("supervise", RUN)
+    assert done.code == 0, done.err
+    check_clean(cloud)
+    assert zones(cloud) == ["us-central1-a", "us-west4-a"]
+    assert "no capacity in us-west4-a" in done.err
+    assert "per minute" in done.err
+
+
+@pytest.mark.slow
+def test_a_refused_quota_ends_the_run_with_one_clear_line(cloud: Cloud, scripts: Scripts) -> None:
+    cloud.machines.refusals = {"us-west4-a": ["quota"] * 5}
+    done = scripts.run("submit", "smoke", "--no-plan", "--run-id", RUN)
+    assert done.code == 3
+    [error] = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    for words in ("no quota in us-west4-a", "Limit: 0", f"ask for more of {SERVING_QUOTA}"):
+        assert words in error
+    assert len(cloud.requested("POST /v2/")) == 1
+    check_clean(cloud)
+
+
+@pytest.mark.slow
+def test_a_quota_found_missing_later_ends_the_run_too(cloud: Cloud, scripts: Scripts) -> None:
+    submitted(cloud)
+    cloud.machines.lives = [("ACCEPTED", "FAILED: Quota limit 'TPUS' has been exceeded")]
+    done = scripts.run("supervise", RUN)
+    assert done.code == 3
+    assert "Quota limit 'TPUS'" in done.err
+    assert len(cloud.machines.history) == 1
+    check_clean(cloud)
+
+
+@pytest.mark.slow
+def test_lost_answers_and_failing_deletions_change_nothing(cloud: Cloud, scripts: Scripts) -> None:
+    submitted(cloud)
+    cloud.machines.lives = [DONE]
+    cloud.faults.add("POST /v2/projects", spoil="stall")  # it took effect, and no answer comes
+    cloud.faults.add("POST /upload/storage", cut_after=0, skip=1)
+    body = b'{"error": {"code": 400, "status": "FAILED_PRECONDITION", "message": "not now"}}'
+    cloud.faults.add("DELETE /v2/", status=400, times=2, body=body)
+    done = scripts.run("supervise", RUN, GCLOUD_TIMEOUT="15")
+    assert done.code == 0, done.err
+    assert "gave no answer within 15 s" in done.err
+    assert cloud.faults.pending == []
+    assert len(cloud.machines.history) == 1
+    assert done.err.count("could not be deleted yet") == 2
+    assert len(cloud.requested("DELETE /v2/")) == 3
+    check_clean(cloud)
+
+
+@pytest.mark.slow
+def test_a_job_that_failed_is_not_run_again(cloud: Cloud, scripts: Scripts) -> None:
+    submitted(cloud)
+    cloud.machines.lives = [(*UP, "exit 4")]
+    done = scripts.run("supervise", RUN)
+    assert done.code == 4
+    assert "the job failed with exit code 4" in done.err
+    assert len(cloud.machines.history) == 1
+    check_clean(cloud)
+
+
+@pytest.mark.slow
+def test_a_machine_over_its_time_is_deleted(cloud: Cloud, scripts: Scripts) -> None:
+    submitted(cloud, max_run_seconds="1")
+    cloud.machines.lives = [UP]
+    done = scripts.run("supervise", RUN)
+    assert done.code == 75
+    assert "over its maximum run time of 1 s" in done.err
+    check_clean(cloud)
+
+
+@pytest.mark.slow
+def test_machines_that_never_work_are_given_up(cloud: Cloud, scripts: Scripts) -> None:
+    submitted(cloud, max_attempts="2")
+    cloud.machines.lives = [(*UP, "exit 125")] * 3
+    done = scripts.run("supervise", RUN)
+    assert done.code == 4
+    assert "given up after 2 machines" in done.err
+    assert len(cloud.machines.history) == 2
+    check_clean(cloud)

@@ -1,0 +1,174 @@
+"""The model card says what the results say, and no more."""
+
+import ast
+import re
+from typing import Any
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+
+from job.report.model_card import PEFT, is_medical, licence, render_card
+from job.results import Results
+from tests.report import EVIL as WITH_SURROGATE
+from tests.report import evil, full, minimal
+
+EVIL = WITH_SURROGATE.replace("\ud800", "")
+
+
+def card(run: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The front matter and the text."""
+    written = render_card(Results.model_validate(run))
+    _, front, body = written.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def with_peft(run: dict[str, Any]) -> dict[str, Any]:
+    return run | {"artifacts": [{"path": PEFT, "bytes": 2, "sha256": "ab" * 32}]}
+
+
+def test_the_front_matter_is_what_hubs_read() -> None:
+    run = with_peft(full())
+    run["data"]["dataset"] = "hf://clinic/dialogues"
+    assert card(run)[0] == {
+        "base_model": "google/gemma-3-1b-it",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "license": "gemma",
+        "tags": ["lora", "keras-hub", "peft"],
+        "datasets": ["clinic/dialogues"],
+    }
+
+
+def test_what_no_hub_knows_is_not_named() -> None:
+    run = minimal()
+    run["model"]["preset"] = "/models/mine"
+    front, body = card(run)
+    assert not {"base_model", "datasets", "license_link"} & set(front)
+    assert (front["library_name"], front["license"]) == ("keras-hub", "other")
+    assert "PeftModel" not in body
+    assert "they are not known to the job" in body
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("hf://google/gemma-3-1b-it", "gemma"),
+        ("hf://google/gemma-2b", "gemma"),
+        ("hf://google/gemma-1.1-7b-it", "gemma"),
+        ("hf://google/gemma-2-9b", "gemma"),
+        ("hf://google/gemma-3n-E2B-it", "gemma"),
+        ("gemma3_1b", "gemma"),
+        ("gemma_2b_en", "gemma"),
+        ("kaggle://keras/gemma3/keras/gemma3_1b", "gemma"),
+        ("/models/gemma-3-1b-it/", "gemma"),
+        ("hf://google/gemma-4-26b-a4b-it", "apache-2.0"),
+        ("hf://google/gemma-5-1b", "other"),
+        ("hf://google/medgemma-4b-it", "other"),
+        ("hf://Qwen/Qwen3-0.6B", "other"),
+        ("llama3_8b_en", "other"),
+        ("tiny", "other"),
+    ],
+)
+def test_the_licence_is_known_of_gemma_alone(preset: str, expected: str) -> None:
+    assert licence(preset) == expected
+
+
+def test_figures_stand_beside_their_intervals_and_what_knows_nothing() -> None:
+    _, body = card(full())
+    for words in (
+        "| finetuned | 35.1% | 33.7 to 36.5% |",
+        "| *Always A* | 32.2% | |",
+        "| *Chance* | 25.0% | |",
+        "+4.1 points (95% interval \u22120.7 to 5.5), 512 gained and 341 lost, exact McNemar "
+        "p 4.6e-9, 9.2e-9 corrected for all tests of the run: improved.",
+        "| finetuned | 0.153 | 0.147 to 0.159 |",
+        "| *The prompt echoed* | 0.111 | 0.105 to 0.117 |",
+        "2.9134 before, 1.4981 after",
+        "Gemma Terms of Use",
+        "baseline is not measurably above always answering A",
+    ):
+        assert words in body, words
+
+
+def test_a_run_that_measured_nothing_claims_nothing() -> None:
+    _, body = card(minimal())
+    assert "Nothing was measured but the loss." in body
+    assert "not measured before, not measured after" in body
+    for word in ("Accuracy", "ROUGE", "improved", "McNemar", "None"):
+        assert word not in body
+
+
+def test_no_change_is_never_called_one() -> None:
+    run = full()
+    run["verdict"]["sentence"] = "Fine-tuning made no measurable change."
+    for test in run["evaluation"]["multiple_choice"][0]["comparisons"]:
+        test["finding"] = "no measurable change"
+    run["evaluation"]["dialogue"]["comparison"]["finding"] = "no measurable change"
+    _, body = card(run)
+    assert not re.search(r"improve|better|helped|higher", body)
+    assert body.count(": no measurable change.") == 3
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ("hf://LinhDuong/chatdoctor-200k", True),
+        ("samples", True),
+        ("hf://openlifescienceai/medmcqa", True),
+        ("hf://tatsu-lab/alpaca", False),
+        ("gs://bucket/medium-articles.jsonl", False),
+    ],
+)
+def test_medical_data_are_told_from_others(dataset: str, expected: bool) -> None:
+    run = minimal()
+    run["data"]["dataset"] = dataset
+    assert is_medical(Results.model_validate(run)) is expected
+    assert ("no medical advice" in card(run)[1]) is expected
+
+
+def test_code_to_load_it_is_python_with_the_run_s_own_values() -> None:
+    run = with_peft(full())
+    run["model"]["revision"] = "abc123"
+    blocks = re.findall(r"```python\n(.*?)```", card(run)[1], re.S)
+    for block in blocks:
+        ast.parse(block)
+    assert 'from_pretrained("google/gemma-3-1b-it", revision="abc123")' in blocks[0]
+    assert "enable_lora(16, target_layer_names=targets)" in blocks[1]
+    assert '["query", "value"]' in blocks[1]
+
+
+def test_of_a_model_that_is_nowhere_else_no_code_is_shown() -> None:
+    run = with_peft(full())
+    run["model"]["preset"] = "tiny"
+    assert "```" not in card(run)[1]
+    run["model"]["preset"] = "gemma3_1b"
+    assert '# "gemma3_1b" in the format of transformers' in card(run)[1]
+
+
+def test_hostile_text_adds_nothing() -> None:
+    run = with_peft(evil(full()))
+    run["model"]["preset"] = f"hf://{EVIL}"
+    front, body = card(run)
+    assert front["base_model"] == EVIL
+    assert set(front) <= {
+        "base_model", "base_model_relation", "library_name", "pipeline_tag", "license", "tags",
+        "datasets",
+    }  # fmt: skip
+    parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    tokens = parser.parse(body)
+    plain = parser.parse(card(with_peft(full()))[1])
+    headings = [t.tag for t in tokens if t.type == "heading_open"]
+    assert headings == [t.tag for t in plain if t.type == "heading_open"]
+    kinds = {child.type for token in tokens for child in token.children or []}
+    assert kinds <= {
+        "text", "strong_open", "strong_close", "em_open", "em_close", "softbreak", "code_inline",
+    }  # fmt: skip
+    inline = [child for token in tokens for child in token.children or []]
+    assert {child.content for child in inline if child.type == "code_inline"} == {"job generate"}
+    assert not [token for token in tokens if token.type == "html_block"]
+    for token in tokens:
+        if token.type == "fence":
+            ast.parse(token.content.replace("\u2039", "").replace("\u203a", ""))
+    assert "\x1b" not in body

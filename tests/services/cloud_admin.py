@@ -1,0 +1,216 @@
+"""What a Google Cloud project consists of besides machines and objects, for the stand-in.
+
+Projects, services, service accounts, roles, IAM policies, secrets, Artifact Registry, quotas and
+log entries: each kept as the API's JSON in a dictionary, created once, read back. Nothing is
+enforced: that the scripts ask for the right roles is read off the policies.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from tests.services.base import Reply, Request, json_reply
+from tests.services.cloud_machines import Refused
+
+_PROJECT = re.compile(r"/v1/projects/(?P<project>[^/:]+)")
+_POLICY = re.compile(r"(?P<resource>/.+?)(?::(?P<verb>getIamPolicy|setIamPolicy)|/iam)")
+_SERVICES = re.compile(r"/v1/projects/[^/]+/services(?P<verb>:batchEnable|/[^/]+:enable)?")
+_ACCOUNTS = re.compile(r"/v1/projects/[^/]+/serviceAccounts(?:/(?P<name>[^/]+))?")
+_ROLES = re.compile(r"/v1/projects/[^/]+/roles(?:/(?P<name>[^/]+))?")
+_SECRETS = re.compile(
+    r"/v1/(?P<parent>projects/[^/]+)/secrets(?:/(?P<name>[^/:]+))?"
+    r"(?P<versions>/versions)?(?:/(?P<version>[^/:]+))?(?::(?P<verb>\w+))?"
+)
+_REPOSITORIES = re.compile(
+    r"/v1/projects/[^/]+/locations/(?P<region>[^/]+)/repositories(?:/(?P<name>[^/]+))?"
+)
+_TAGS = re.compile(r"/v1/(?P<package>projects/.+/packages/[^/]+)/tags(?:/(?P<tag>[^/]+))?")
+_IMAGES = re.compile(r"/v1/projects/.+/(dockerImages|versions|packages)(/.+)?")
+_QUOTA = re.compile(
+    r"/v1\w*/projects/[^/]+/locations/global/services/[^/]+/quotaInfos/(?P<name>[^/]+)"
+)
+_LOGS = "/v2/entries:write"
+
+
+class Admin:
+    """The project; `policies` and the other dictionaries are read by tests."""
+
+    def __init__(self, project: str) -> None:
+        self.project = project
+        self.services: set[str] = set()
+        self.accounts: dict[str, Any] = {}
+        self.roles: dict[str, Any] = {}
+        self.policies: dict[str, dict[str, Any]] = {}
+        self.secrets: dict[str, list[str]] = {}
+        """Values of a secret's versions, oldest first."""
+        self.repositories: dict[str, Any] = {}
+        self.tags: dict[str, str] = {}
+        """Digest by image name with its tag."""
+        self.quotas: dict[str, dict[str, int]] = {}
+        """Chips by zone, and under "" where no zone is named, of each quota."""
+        self.log_entries: list[dict[str, Any]] = []
+
+    def respond(self, request: Request, body: Any) -> Reply | None:
+        """The answer, or None where the call is none of these."""
+        handlers: list[tuple[re.Pattern[str], Callable[[Request, Any, dict[str, str]], Any]]] = [
+            (_POLICY, self._policy),
+            (_SERVICES, self._services),
+            (_ACCOUNTS, self._accounts),
+            (_ROLES, self._roles),
+            (_SECRETS, self._secrets),
+            (_TAGS, self._tags),
+            (_REPOSITORIES, self._repositories),
+            (_IMAGES, self._images),
+            (_QUOTA, self._quota),
+            (_PROJECT, self._project),
+        ]
+        if request.route == _LOGS:
+            self.log_entries += body["entries"]
+            return json_reply({})
+        if request.route == "/v1/permissions:queryTestablePermissions":
+            return json_reply({})
+        for pattern, handler in handlers:
+            if found := pattern.fullmatch(request.route):
+                return json_reply(handler(request, body, found.groupdict(default="")))
+        return None
+
+    def _project(self, request: Request, body: Any, part: dict[str, str]) -> Any:
+        if part["project"] != self.project:
+            raise Refused(403, "PERMISSION_DENIED", "The caller does not have permission")
+        return {"projectId": self.project, "projectNumber": "1", "lifecycleState": "ACTIVE"}
+
+    def _policy(self, request: Request, body: Any, part: dict[str, str]) -> Any:
+        policy = self.policies.setdefault(part["resource"], {"etag": "BwE="})
+        if part["verb"] == "setIamPolicy" or request.method == "PUT":
+            given = body.get("policy", body)
+            policy["bindings"] = given.get("bindings", [])
+        return policy
+
+    def grants(self, member: str) -> set[tuple[str, str]]:
+        """The last part of each resource and the role that a member has there."""
+        return {
+            (resource.rpartition("/")[2], binding["role"])
+            for resource, policy in self.policies.items()
+            for binding in policy.get("bindings", [])
+            if member in binding["members"]
+        }
+
+    def _services(self, request: Request, body: Any, part: dict[str, str]) -> Any:
+        if part["verb"]:
+            self.services |= set((body or {}).get("serviceIds", ()))
+            if part["verb"].endswith(":enable"):
+                self.services.add(part["verb"][1:].partition(":")[0])
+            return {"name": "operations/noop.DONE_OPERATION", "done": True, "response": {}}
+        return {
+            "services": [
+                {
+                    "name": f"projects/1/services/{name}",
+                    "config": {"name": name},
+                    "state": "ENABLED",
+                }
+                for name in sorted(self.services)
+            ]
+        }
+
+    def _accounts(self, request: Request, body: Any, part: dict[str, str]) -> Any:
+        if request.method == "POST":
+            email = f"{body['accountId']}@{self.project}.iam.gserviceaccount.com"
+            return self._add(self.accounts, email, {"email": email})
+        return self._get(self.accounts, part["name"])
+
+    def _roles(self, request: Request, body: Any, part: dict[str, str]) -> Any:
+        if request.method == "POST":
+            role = body["role"] | {"name": f"projects/{self.project}/roles/{body['roleId']}"}
+            return self._add(self.roles, body["roleId"], role)
+        if request.method == "PATCH":
+            self.roles[part["name"]].update(body)
+        return self._get(self.roles, part["name"])
+
+    def _secrets(self, request: Request, body: Any, part: dict[str, str]) -> Any:
+        name, where = part["name"], f"{part['parent']}/secrets"
+        if request.method == "POST" and not name:
+            name = request.query["secretId"]
+            self._add(self.secrets, name, [])
+            return {"name": f"{where}/{name}"}
+        if not name:
+            return {"secrets": [{"name": f"{where}/{one}"} for one in sorted(self.secrets)]}
+        versions = self._get(self.secrets, name)
+        if part["verb"] == "addVersion":
+            versions.append(base64.b64decode(body["payload"]["data"]).decode())
+            return {
+                "name": f"{where}/{name}/versions/{len(versions)}",
+                "state": "ENABLED",
+                "clientSpecifiedPayloadChecksum": True,
+            }
+        if part["verb"] == "access":
+            if not versions:
+                raise Refused(404, "NOT_FOUND", f"Secret [{where}/{name}] has no version")
+            data = base64.b64encode(versions[-1].encode()).decode()
+            return {"name": f"{where}/{name}/versions/latest", "payload": {"data": data}}
+        if part["versions"]:
+            return {
+                "versions": [
+                    {"name": f"{where}/{name}/versions/{n + 1}", "state": "ENABLED"}
+                    for n in range(len(versions))
+                ]
+            }
+        return {"name": f"{where}/{name}"}
+
+    def _repositories(self, request: Request, body: Any, part: dict[str, str]) -> Any:
+        where = f"projects/{self.project}/locations/{part['region']}"
+        if request.method == "POST":
+            made = self.add_repository(request.query["repositoryId"], where)
+            return {"name": f"{where}/operations/make", "done": True, "response": made}
+        return self._get(self.repositories, part["name"])
+
+    def add_repository(self, name: str, where: str) -> Any:
+        """A repository of Docker images."""
+        made = {"name": f"{where}/repositories/{name}", "format": "DOCKER"}
+        return self._add(self.repositories, name, made)
+
+    def _tags(self, request: Request, body: Any, part: dict[str, str]) -> Any:
+        shown = {
+            tag: {
+                "name": f"{part['package']}/tags/{tag}",
+                "version": f"{part['package']}/versions/{digest}",
+            }
+            for tag, digest in self.tags.items()
+        }
+        return self._get(shown, part["tag"]) if part["tag"] else {"tags": list(shown.values())}
+
+    def _images(self, request: Request, body: Any, part: dict[str, str]) -> Any:
+        return {"name": request.route.removeprefix("/v1/")}
+
+    def _quota(self, request: Request, body: Any, part: dict[str, str]) -> Any:
+        limits = self._get(self.quotas, part["name"])
+        return {
+            "quotaId": part["name"],
+            "dimensionsInfos": [
+                {"details": {"value": str(limit)}}
+                | ({"applicableLocations": [zone]} if zone else {})
+                for zone, limit in limits.items()
+            ],
+        }
+
+    @staticmethod
+    def _add(kept: dict[str, Any], name: str, value: Any) -> Any:
+        if name in kept:
+            raise Refused(409, "ALREADY_EXISTS", f"{name} already exists")
+        kept[name] = value
+        return value
+
+    @staticmethod
+    def _get(kept: dict[str, Any], name: str) -> Any:
+        if name not in kept:
+            raise Refused(404, "NOT_FOUND", f"{name} was not found")
+        return kept[name]
+
+
+def parsed(body: bytes) -> Any:
+    """A body as JSON, None where it is none."""
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
