@@ -17,7 +17,8 @@ from tests.command import COMMAND, job
 
 SHORT = (
     "run", "smoke", "--until", "train", "--run-id", "r", "--set", "train.checkpoint_every=4",
-    "--set", "train.log_every=1", "--set", "train.validate_every=9", "--output",
+    "--set", "train.log_every=1", "--set", "train.validate_every=9", "--set", "train.epochs=2",
+    "--output",
 )  # fmt: skip
 
 

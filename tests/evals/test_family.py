@@ -11,6 +11,7 @@ from tests.report import full
 def evaluation(*p_values: float) -> Evaluation:
     """Two comparisons of accuracies and one of dialogues, each a change by its own p-value."""
     found = full()["evaluation"]
+    found["dialogue"]["markers"] = []
     tests = [*found["multiple_choice"][0]["comparisons"], found["dialogue"]["comparison"]]
     for test, p_value in zip(tests, p_values, strict=True):
         test |= {"p_value": p_value, "p_holm": p_value, "finding": "improved"}

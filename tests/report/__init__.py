@@ -34,6 +34,10 @@ def paired(a: str, b: str, gained: int, lost: int, p_value: float, finding: str)
     }
 
 
+def share(count: int, of: int) -> dict[str, Any]:
+    return {"count": count, "of": of, "share": count / of, "ci95": [0.1, 0.9]}
+
+
 def rouge(mean: float) -> dict[str, Any]:
     parts = {"rouge1": estimate(mean * 2), "rouge2": estimate(mean / 5), "rougeL": estimate(mean)}
     return parts | {"mean_tokens": 88.4, "truncated": 21}
@@ -79,6 +83,20 @@ def full() -> dict[str, Any]:
                             "finetuned", "reference", 1500, 1470, 0.6912, "no measurable change"
                         ),
                     ],
+                    "in_training_text": 17,
+                    "grouped_by": "subject_name",
+                    "groups": [
+                        {
+                            "name": name,
+                            "questions": 2091,
+                            "models": {
+                                "baseline": share(650, 2091),
+                                "finetuned": share(737, 2091),
+                                "reference": share(1421, 2088),
+                            },
+                        }
+                        for name in ("Anatomy", "Surgery")
+                    ],
                 }
             ],
             "dialogue": {
@@ -100,6 +118,14 @@ def full() -> dict[str, Any]:
                     "p_holm": 0.002,
                     "finding": "improved",
                 },
+                "markers": [
+                    {
+                        "name": "urges urgent care",
+                        "expected": share(41, 200),
+                        "models": {"baseline": share(77, 200), "finetuned": share(46, 200)},
+                        "comparison": paired("baseline", "finetuned", 12, 43, 3.3e-5, "worse"),
+                    }
+                ],
             },
             "side_by_side": [
                 {
@@ -210,7 +236,10 @@ def evil(value: Any, key: str = "") -> Any:
 
 HISTORY: list[dict[str, Any]] = [
     {"step": 0, "validation_loss": 2.9134, "validation_token_accuracy": 0.3},
-    *({"step": step, "loss": 1.4 + 20 / (step + 10)} for step in range(10, 1251, 10)),
+    *(
+        {"step": step, "loss": 1.4 + 20 / (step + 10), "tokens_per_second": 13_000.0 + step}
+        for step in range(10, 1251, 10)
+    ),
     {"step": 1250, "validation_loss": 1.4981, "validation_token_accuracy": 0.4},
 ]
 FLIPS = [

@@ -71,10 +71,12 @@ def test_the_verdict_comes_before_every_figure_and_section(
 
 
 KEY_FIGURES = [
+    "Anatomy", "17 of 4,183", "20.5%", "38.5%", "less often", "18.42", "under 2.0 points",
     "31.0% \u2192 35.1%", "p 4.6e-9", "0.109 \u2192 0.153", "+0.044 (0.036 to 0.052)",
     "2.9134 \u2192 1.4981", "13,593 tokens/s", "MFU 8.3%", "18 min 28 s", "2.46 chip-hours",
 ]  # fmt: skip
 FIGURES = [
+    "Anatomy", "17 of 4,183", "20.5%", "38.5%", "less often", "18.42", "under 2.0 points",
     "999,885,952", "2,609,152", "0.26%", "1,297 / 4,183", "29.6 to 32.4%", "32.2%", "25.0%",
     "68.0%", "512", "341", "0.69", "0.111", "0.102", "1.5127", "39.6%", "41.3%", "412 cut short",
     "8.0% of the slots", "43.8 s", "207,405", "3 blank", "6 min 43 s", "0.012 USD", "10.5 MB",
@@ -206,10 +208,10 @@ def test_text_keeps_its_lines_letters_and_emoji_and_shows_the_rest() -> None:
 def test_every_drawing_is_described_and_ids_never_clash(html: str) -> None:
     page = Page(html)
     drawings = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(drawings) == html.count("<svg") == html.count("</title>") - 1 == 4
+    assert len(drawings) == html.count("<svg") == html.count("</title>") - 1 == 6
     for drawing in drawings:
         assert drawing["role"] == "img"
-        assert re.search(r"31\.0%|1\.4981", drawing["aria-label"] or "")
+        assert re.search(r"31\.0%|1\.4981|14,250", drawing["aria-label"] or "")
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     used = re.findall(r'(?:href="|url\()#([\w-]+)', html)
     assert len(ids) == len(set(ids))
