@@ -21,6 +21,7 @@ from job.model.adapter_info import H5, check_model
 from job.report.page import legible
 from job.spec import Mesh, Runtime
 from job.spec_types import template_fields
+from job.stopping import STOP
 from job.trained_run import TrainedRun
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def generate_answers(
         if text is not None:
             conversation.say(text)
             return
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), STOP.conversing():
             for said in _lines_said():
                 if said == _NEW:
                     conversation.begin()

@@ -44,6 +44,7 @@ class StopSignal:
         self.grace = 0.0
         """0 while there is nothing to keep."""
         self.leave: Callable[[int, str], None] = end_now
+        self._conversing = False
 
     def install(self) -> None:
         """Listen to the signals from now on; threads that are there already must block them."""
@@ -59,8 +60,21 @@ class StopSignal:
         finally:
             self.grace = 0.0
 
+    @contextlib.contextmanager
+    def conversing(self) -> Iterator[None]:
+        """Within this block Ctrl-C is Python's own `KeyboardInterrupt` in the main thread."""
+        before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        self._conversing = True
+        try:
+            yield
+        finally:
+            self._conversing = False
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     def _listen(self) -> None:
-        self.requested = signal.Signals(signal.sigwait(_SIGNALS)).name
+        while (number := signal.sigwait(_SIGNALS)) == signal.SIGINT and self._conversing:
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+        self.requested = signal.Signals(number).name
         threading.Thread(target=self._leave_at_ctrl_c, name="stop-now", daemon=True).start()
         time.sleep(self.grace)
         self.leave(EXIT_RESUMABLE, self._message)

@@ -36,11 +36,11 @@ GRACE_SECONDS = 22
 """Docker is told to wait for 25 seconds."""
 MOMENTS: tuple[tuple[signal.Signals, str, dict[str, object]], ...] = (
     (signal.SIGTERM, "job started", {}),  # JAX is imported next
-    (signal.SIGTERM, "stage started", {"stage": "data"}),
+    (signal.SIGINT, "stage started", {"stage": "data"}),
     (signal.SIGTERM, "stage started", {"stage": "baseline"}),  # Keras is imported next
     (signal.SIGTERM, "step", {"step": 10}),
     (signal.SIGKILL, "step", {"step": 30}),
-    (signal.SIGINT, "answered", {"stage": "finetuned"}),
+    (signal.SIGTERM, "answered", {"stage": "finetuned"}),
 )
 TOKEN = "hf_" + "aTokenThatMustNotBeSeen" * 2
 

@@ -80,6 +80,20 @@ def test_work_that_does_not_come_round_is_ended_after_the_time_of_grace() -> Non
     assert 0.9 < seconds < 10
 
 
+def test_ctrl_c_ends_a_conversation_quietly() -> None:
+    work = """
+try:
+    with stopping.STOP.conversing():
+        ready()
+        time.sleep(20)
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+    code, err, seconds = run_program(PROGRAM.format(grace=20, work=work), signal.SIGINT)
+    assert (code, err) == (7, "")
+    assert seconds < 5
+
+
 def test_a_second_ctrl_c_does_not_wait() -> None:
     work = "with stopping.STOP.in_good_order(): ready(); time.sleep(20)"
     program = PROGRAM.format(grace=20, work=work)
@@ -94,7 +108,8 @@ def test_a_stop_while_the_command_starts_is_not_lost(seconds: float, tmp_path: P
         [*BLOCKED, *COMMAND, "run", "smoke", "--output", str(tmp_path / "runs")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while Path(f"/proc/{process.pid}/cmdline").read_bytes().startswith(b"env"):
+    command = Path(f"/proc/{process.pid}/cmdline")
+    while not command.read_bytes().startswith(sys.executable.encode()):
         time.sleep(0.001)
     time.sleep(seconds)
     process.send_signal(signal.SIGTERM)
