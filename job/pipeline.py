@@ -10,12 +10,10 @@ import contextlib
 import contextvars
 import json
 import logging
-import re
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -25,38 +23,24 @@ from pydantic import BaseModel, ValidationError
 
 from job import logs, retry, runtime
 from job.errors import EnvironmentProblem, Interrupted, JobError, StageError, UsageError
+from job.inputs import check_inputs, checked_id
 from job.lease import alone
 from job.log_keeper import LOG, LogKeeper
+from job.markers import RESULTS, now, read_markers, read_results, write_marker, write_results
 from job.processes import join
 from job.pulse import PULSE
-from job.results import Results
 from job.revisions import resolve_all
 from job.run import Marker, Preflight, Run
 from job.spec import Spec
-from job.spec_loading import LoadedSpec, digest, run_id
-from job.spec_types import SAMPLES
+from job.spec_loading import LoadedSpec, digest
 from job.stages import NAMES, STAGES, Stage, dependents, stage_digests
 from job.stopping import STOP
 from job.storage import ReadingStore, Store, child_uri, open_store
 
-RESULTS = "results.json"
 SPEC = "spec.yaml"
 
 _OWNED = (RESULTS, SPEC, "report.", "stages/", "data/", "evals/", "train/", "adapter/", "logs/")
 """What a run may leave in its folder, and all that --fresh removes from it."""
-
-
-def read_markers(store: Store) -> dict[str, Marker]:
-    """The markers of a run; an unreadable one counts as absent."""
-    markers = {}
-    for name in NAMES:
-        content = store.read(f"stages/{name}.json")
-        if content is not None:
-            try:
-                markers[name] = Marker.model_validate_json(content)
-            except ValidationError:
-                continue
-    return markers
 
 
 def stale_stages(
@@ -90,12 +74,12 @@ def run_job(
         JobError: with the exit code of what went wrong.
     """
     spec = loaded.spec
-    identity = _checked_id(run_id, spec)
+    identity = checked_id(run_id, spec)
     if until is not None and until not in NAMES:
         raise UsageError(
             f"--until {until}: there is no such stage; write one of {', '.join(NAMES)}"
         )
-    _check_inputs(spec)
+    check_inputs(spec)
     run_log = logs.RunLog()
     logs.configure(run_log)
     structlog.contextvars.bind_contextvars(run_id=identity)
@@ -162,7 +146,7 @@ def _standing(spec: Spec, store: Store, *, fresh: bool) -> Standing:
     markers = {} if fresh else read_markers(store)
     digests = stage_digests(spec, _earlier(markers).revisions)
     stale = stale_stages(spec, store, markers, digests)
-    whole = _read_results(store) is not None and _is_there(store, markers.get("preflight"))
+    whole = read_results(store) is not None and _is_there(store, markers.get("preflight"))
     if not whole and "report" not in stale:
         stale.append("report")
     return Standing(markers=markers, stale=stale, whole=whole)
@@ -230,58 +214,13 @@ def _earlier(markers: dict[str, Marker]) -> Preflight:
     if "preflight" in markers:
         with contextlib.suppress(ValidationError):
             return Preflight.model_validate(markers["preflight"].outcome)
-    return Preflight(first_started=_now(), resumes=0, revisions={})
+    return Preflight(first_started=now(), resumes=0, revisions={})
 
 
 def _is_there(store: Store, marker: Marker | None) -> bool:
     return marker is not None and all(
         store.size(item.path) == item.bytes for item in marker.outputs
     )
-
-
-def _read_results(store: Store) -> Results | None:
-    """The results of a whole run; unreadable ones count as absent."""
-    content = store.read(RESULTS)
-    if content is None:
-        return None
-    try:
-        return Results.model_validate_json(content)
-    except ValidationError:
-        return None
-
-
-def _checked_id(given: str | None, spec: Spec) -> str:
-    identity = given if given is not None else run_id(spec)
-    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?", identity):
-        raise UsageError(
-            f"--run-id {identity!r}: use up to 128 letters, digits, '.', '_' and '-', "
-            "with a letter or digit first and last"
-        )
-    return identity
-
-
-def _check_inputs(spec: Spec) -> None:
-    """Local input files must be there before anything is started or written."""
-    preset = spec.model.preset
-    if "/" in preset and "://" not in preset and not Path(preset).is_dir():
-        raise UsageError(
-            f"model.preset: there is no folder {preset!r}; for a model of the Hub write "
-            "hf://owner/name"
-        )
-    for where, source in (
-        ("data", spec.data),
-        *((f"evals.multiple_choice.{i}", s) for i, s in enumerate(spec.evals.multiple_choice)),
-    ):
-        if source.dataset == SAMPLES or "://" in source.dataset:
-            continue
-        if source.data_files is not None:
-            if not Path(source.dataset).is_dir():
-                raise UsageError(f"{where}.dataset: there is no folder {source.dataset!r}")
-        elif not Path(source.dataset).is_file():
-            raise UsageError(
-                f"{where}.dataset: there is no file {source.dataset!r}; "
-                "for a dataset of the Hub write hf://owner/name"
-            )
 
 
 def _forget(store: Store) -> None:
@@ -291,10 +230,6 @@ def _forget(store: Store) -> None:
     ):
         if key.startswith(_OWNED):
             store.delete(key)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _preflight(run: Run, *, resumed: bool) -> None:
@@ -313,7 +248,7 @@ def _preflight(run: Run, *, resumed: bool) -> None:
 
 
 def _lead_preflight(run: Run, *, resumed: bool) -> Marker:
-    started = _now()
+    started = now()
     earlier = _earlier(run.markers)
     run.revisions = resolve_all(run.spec, earlier.revisions)
     outcome = Preflight(
@@ -325,7 +260,7 @@ def _lead_preflight(run: Run, *, resumed: bool) -> Marker:
     run.written = []
     run.put(SPEC, _spec_text(run.spec))
     run.digests["preflight"] = digest([run.environment.model_dump(mode="json"), run.revisions])
-    marker = _write_marker(run, "preflight", started, 0.0, outcome)
+    marker = write_marker(run, "preflight", started, 0.0, outcome)
     logs.get().info(
         "machine is as the spec asks",
         platform=run.environment.platform,
@@ -365,14 +300,14 @@ def _run_stages(
             run.store.delete(f"stages/{name}.json")
             run.markers.pop(name, None)
         logs.get().info("stage started")
-        started, clock = _now(), time.monotonic()
+        started, clock = now(), time.monotonic()
         run.written = []
         if stage.everywhere or run.processes.leads:
             outcome = stage.run(run)
             seconds = time.monotonic() - clock
-            _write_marker(run, stage.name, started, seconds, outcome)
+            write_marker(run, stage.name, started, seconds, outcome)
             if stage.name == "report":
-                _write_results(run)
+                write_results(run)
             logs.get().info("stage done", seconds=round(seconds, 1))
             keep()
         made = run.processes.share(partial(_marker_text, run, stage), run.stop.check)
@@ -381,38 +316,6 @@ def _run_stages(
 
 def _marker_text(run: Run, stage: Stage) -> str:
     return run.markers[stage.name].model_dump_json()
-
-
-def _write_marker(run: Run, name: str, started: str, seconds: float, outcome: BaseModel) -> Marker:
-    marker = Marker(
-        stage=name,
-        digest=run.digests[name],
-        outputs=run.written,
-        started=started,
-        seconds=round(seconds, 3),
-        environment=run.environment,
-        outcome=outcome.model_dump(mode="json"),
-    )
-    content = marker.model_dump_json(indent=2).encode()
-    run.conclude(f"stages/{name}.json", content, again=name == "preflight")
-    run.markers[name] = marker
-    return marker
-
-
-def _write_results(run: Run) -> None:
-    """The last file of a run: what the report stage found, and every file with its checksum."""
-    results = run.outcome("report", Results)
-    artifacts = [item for name in NAMES for item in run.markers[name].outputs]
-    seconds = results.run.stage_seconds | {"report": run.markers["report"].seconds}
-    info = results.run.model_copy(
-        update={
-            "finished": _now(),
-            "stage_seconds": seconds,
-            "seconds": round(sum(seconds.values()), 3),
-        }
-    )
-    whole = results.model_copy(update={"artifacts": artifacts, "run": info})
-    run.conclude(RESULTS, whole.model_dump_json(indent=2).encode())
 
 
 def _say_skipped(wanted: Sequence[str]) -> None:
@@ -425,7 +328,7 @@ def _say_end(store: Store, reported: bool) -> None:
     """The last lines: the verdict, and where things are."""
     structlog.contextvars.unbind_contextvars("stage")
     log = logs.get()
-    results = _read_results(store) if reported else None
+    results = read_results(store) if reported else None
     if results is None:
         log.info("stopped before the report, as asked", run=store.uri)
         return

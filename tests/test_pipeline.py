@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from job.errors import UsageError
-from job.pipeline import read_markers, run_job, stale_stages
+from job.markers import read_markers
+from job.pipeline import run_job, stale_stages
 from job.results import Artifact, EnvironmentInfo
 from job.run import Marker
 from job.spec import Spec

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from job import logs
 from job.accelerators import Machine, machine, slices
 from job.errors import JobError, UsageError
-from job.pipeline import read_markers, stale_stages
+from job.markers import read_markers
+from job.pipeline import stale_stages
 from job.plan.estimate import MFU
 from job.plan.plan import MachinePlan, Plan, default_machine, make_plan
 from job.plan.shapes import Config, find_config
