@@ -4,13 +4,11 @@ The rows of step n follow from the seed and n alone, so a training that was stop
 goes on exactly where its newest checkpoint is.
 """
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -34,9 +32,9 @@ from job.train.checkpoint import (
     read_checkpoint,
 )
 from job.train.initial import initial_lora
-from job.train.memory import device_memory, divisors, held_bytes, rows_that_fit
 from job.train.optimizer import make_optimizer
 from job.train.order import Plan
+from job.train.portions import OutOfMemory, Portions, memory_errors
 from job.train.step import (
     Recipe,
     StepFigures,
@@ -45,7 +43,6 @@ from job.train.step import (
     make_train_step,
     make_validation,
     place,
-    row_bytes,
 )
 from job.train.tensorboard import EVENTS, event_file
 from job.train.throughput import training_flops, utilization
@@ -62,10 +59,6 @@ class Trained:
     validation_after: Validation
     """Of the adapter that is kept."""
     mfu: float | None
-
-
-class _OutOfMemory(Exception):
-    """The rows that a device holds at once do not fit."""
 
 
 class Trainer:
@@ -106,7 +99,8 @@ class Trainer:
         )
         self._step = make_train_step(model, self._optimizer, recipe)
         self._validate_rows = make_validation(model, forward)
-        self._micro = self._first_micro(recipe)
+        state = [*self._start[0], *self._start[1]]
+        self._portions = Portions(self._train, model, rows, self._plan, recipe, state)
         self._begin()
 
     def _begin(self) -> None:
@@ -116,83 +110,6 @@ class Trainer:
         self._history: list[dict[str, Any]] = []
         self._progress = Progress()
 
-    @property
-    def _rows_a_device(self) -> int:
-        return self._train.batch_size // self._model.devices
-
-    @property
-    def _accumulation(self) -> int:
-        return self._rows_a_device // self._micro
-
-    def _first_micro(self, recipe: Recipe) -> int:
-        """Rows a device holds at once: the spec's number, or an estimate of what fits."""
-        if self._train.micro_batch != "auto":
-            return self._train.micro_batch
-        length = self._rows.ladder[-1]
-        most = int(np.count_nonzero(self._rows.batch.weights, axis=1).max(initial=1))
-        row = row_bytes(self._model, recipe, length, loss_width(most))
-        held = held_bytes([*self._model.weights, *self._start[0], *self._start[1]])
-        memory = device_memory(self._model.mesh.local_devices[0])
-        micro = rows_that_fit(self._rows_a_device, row, held, memory)
-        logs.get().info(
-            "rows a device holds at once",
-            rows=micro,
-            accumulated=self._rows_a_device // micro,
-            estimate_mb=round((held + micro * row) / 1e6),
-            memory_mb=round(memory / 1e6),
-        )
-        return micro
-
-    def _smaller_micro(self) -> None:
-        """Take half as many rows at once, or the next divisor below.
-
-        Raises:
-            StageError: the spec fixes their number, or it is one already.
-        """
-        fixed = self._train.micro_batch != "auto"
-        if fixed or self._micro == 1:
-            ways = (
-                "lower train.micro_batch or set it to auto; " if fixed and self._micro > 1 else ""
-            )
-            raise StageError(
-                f"training: {self._micro} row{'s' if self._micro > 1 else ''} of "
-                f"{self._rows.ladder[-1]} tokens do not fit into a device's memory; {ways}"
-                "set train.remat to blocks, lower train.max_length and train.pack_length, or "
-                "split the weights with runtime.mesh.model"
-            )
-        before = self._micro
-        self._micro = next(n for n in divisors(self._rows_a_device) if n <= before // 2)
-        logs.get().warning(
-            "out of memory: fewer rows at once, the rest accumulated", rows=self._micro, was=before
-        )
-
-    @cached_property
-    def _widths(self) -> dict[tuple[int, int], int]:
-        """The width that holds the losses of a device in any part of any step.
-
-        By the number of rows a device holds at once, and their length.
-        """
-        return {}
-
-    def _width(self, length: int) -> int:
-        key = (self._micro, length)
-        if key not in self._widths:
-            groups = self._accumulation * self._model.devices
-            counts = np.append(np.count_nonzero(self._rows.batch.weights, axis=1), 0)
-            steps = (self._plan.rows_of(step) for step in range(self._plan.steps))
-            self._widths[key] = loss_width(
-                max(
-                    int(counts[rows].reshape(groups, -1).sum(axis=1).max())
-                    for rows in steps
-                    if self._length(rows) == length
-                )
-            )
-        return self._widths[key]
-
-    def _length(self, rows: np.ndarray) -> int:
-        """What the rows of a step are padded to."""
-        return int(self._rows.lengths[rows[rows >= 0]].max())
-
     def _place(self, lora: Sequence[Any], optimizer: Sequence[Any]) -> TrainState:
         # Copied, because the step gives its state's memory away and these may be in use elsewhere.
         copied = jax.tree.map(np.array, (list(lora), list(optimizer)))
@@ -201,10 +118,7 @@ class Trainer:
 
     def trace_first(self) -> Callable[[], None]:
         """Trace the first step; what is returned compiles it, on any thread."""
-        rows = self._plan.rows_of(0)
-        length = self._length(rows)
-        batch = self._rows.batch.take(rows, length)
-        placed = place(self._model, batch, self._accumulation, self._width(length))
+        _, placed = self._portions.take(0)
         step: Any = self._step
         traced = step.lower(self._state, self._model.weights, placed)
 
@@ -222,10 +136,10 @@ class Trainer:
         """
         while True:
             try:
-                with _memory_errors():
+                with memory_errors():
                     return self._run_through()
-            except _OutOfMemory:
-                self._smaller_micro()
+            except OutOfMemory:
+                self._portions.halve()
 
     def _run_through(self) -> Trained:
         self._resume()
@@ -272,16 +186,8 @@ class Trainer:
         pending: _Pending | None = None
         mark, compiled = time.monotonic(), COMPILE_CLOCK.seconds
         while progress.step < total and not progress.stopped:
-            rows = self._plan.rows_of(progress.step)
-            length = self._length(rows)
-            batch = self._rows.batch.take(rows, length)
-            placed = place(
-                self._model,
-                batch,
-                self._accumulation,
-                self._width(length),
-                progress.step,
-                stop=self._run.stop.requested is not None,
+            batch, placed = self._portions.take(
+                progress.step, stop=self._run.stop.requested is not None
             )
             self._state, figures = self._step(self._state, self._model.weights, placed)
             # The step before is looked at while this one runs.
@@ -368,12 +274,13 @@ class Trainer:
     def _validate(self) -> Validation:
         """Measure the adapter on the validation rows, and remember it if it is the best."""
         batch, lengths = self._validation.batch, self._validation.lengths
-        at_once = self._model.devices * self._micro
+        each = self._portions.at_once
+        at_once = self._model.devices * each
         counts = np.count_nonzero(batch.weights, axis=1)
         loss = correct = 0.0
         for length in self._validation.ladder:
             alike = np.flatnonzero(lengths == length)
-            width = loss_width(int(np.sort(counts[alike])[::-1][: self._micro].sum()))
+            width = loss_width(int(np.sort(counts[alike])[::-1][:each].sum()))
             for start in range(0, len(alike), at_once):
                 rows = alike[start : start + at_once]
                 rows = np.pad(rows, (0, at_once - len(rows)), constant_values=-1)
@@ -442,14 +349,3 @@ class _Pending(NamedTuple):
     step: int
     batch: Batch
     figures: StepFigures
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Tell a device's memory running out from other errors."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise _OutOfMemory from error
-        raise

@@ -189,7 +189,7 @@ def test_out_of_memory_halves_the_rows_at_once_and_goes_on(
 ) -> None:
     expected = trainer(tmp_path / "whole", tiny, optimizer="sgd")[0].run()
     made, _ = trainer(tmp_path / "full", tiny, optimizer="sgd", checkpoint_every=checkpoint_every)
-    assert made._micro == 4
+    assert made._portions.at_once == 4
     step, calls = made._step, 0
 
     def full(state: TrainState, weights: Weights, batch: Arrays) -> tuple[TrainState, StepFigures]:
@@ -203,7 +203,7 @@ def test_out_of_memory_halves_the_rows_at_once_and_goes_on(
 
     made._step = full
     trained = made.run()
-    assert made._micro == 1
+    assert made._portions.at_once == 1
     assert trained.progress.tokens == expected.progress.tokens
     for ours, theirs in zip(values(trained), values(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -234,15 +234,15 @@ OUT_OF_MEMORY = """
 import resource
 import jax
 import jax.numpy as jnp
-from job.train.loop import _memory_errors, _OutOfMemory
+from job.train.portions import OutOfMemory, memory_errors
 
 outer = jax.jit(lambda x: jnp.sort(x[:, None] * x[None, :]).sum(axis=0))
 outer(jnp.ones(4)).block_until_ready()
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 try:
-    with _memory_errors():
+    with memory_errors():
         outer(jnp.ones(60_000)).block_until_ready()
-except _OutOfMemory:
+except OutOfMemory:
     print("noticed")
 """
 
