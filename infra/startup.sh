@@ -189,19 +189,26 @@ is_running() {
   [[ $(docker container inspect -f '{{.State.Running}}' "$CONTAINER" 2>/dev/null) == true ]]
 }
 
+# Gives the container its time to keep a checkpoint, and ships its last lines.
+stop_job() {
+  docker stop -t 25 "$CONTAINER" >/dev/null 2>&1 || true
+  # They are in the log once the client that brings them has ended.
+  [[ -z $CLIENT ]] || timeout 5 tail --pid="$CLIENT" -f /dev/null || true
+  ship || true
+}
+
 # Follows the container to its end; its exit code is in CODE.
 follow() {
-  local client=$!
-  while kill -0 "$client" 2>/dev/null || is_running; do
+  CLIENT=$!
+  while kill -0 "$CLIENT" 2>/dev/null || is_running; do
     if (($(date +%s) > DEADLINE)); then
-      docker stop -t 25 "$CONTAINER" >/dev/null || true
-      ship || true
+      stop_job
       end 124 "the maximum run time is over"
     fi
     nap "$TICK"
     ship || say "the log could not be shipped"
   done
-  wait "$client" 2>/dev/null || true
+  wait "$CLIENT" 2>/dev/null || true
   CODE=$(docker container inspect -f '{{.State.ExitCode}}' "$CONTAINER" 2>/dev/null || echo 125)
 }
 
@@ -209,8 +216,7 @@ follow() {
 # The VM is being shut down: the job gets its time to keep a checkpoint.
 shut_down() {
   say "shutting down"
-  docker stop -t 25 "$CONTAINER" >/dev/null 2>&1 || true
-  ship || true
+  stop_job
   exit 0
 }
 
@@ -237,6 +243,7 @@ if [[ ${1:-} == --dry-run ]]; then
   say "run $RUN, attempt $ATTEMPT, worker $WORKER, image $IMAGE, until $(date -u -d "@$DEADLINE" +%T)"
   exit 0
 fi
+CLIENT=
 trap shut_down TERM INT
 if has_ended; then
   say "attempt $ATTEMPT of $RUN has ended"

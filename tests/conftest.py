@@ -8,11 +8,12 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import pytest
+import structlog
 from hypothesis import settings
 
 if TYPE_CHECKING:
@@ -35,7 +36,17 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", f"{_cache}/xla")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
+LONG = ("end_to_end", "test_loop", "test_step", "test_decoding", "test_language_model", "test_shar")
+"""Files that take long, the longest first."""
+
 MakeModel = Callable[..., "LanguageModel"]
+
+
+@pytest.fixture(autouse=True)
+def default_log() -> Iterator[None]:
+    """A command that a test ran has set up the log, on a stream that is closed by now."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")
@@ -71,5 +82,5 @@ def tiny(make_model: MakeModel) -> "LanguageModel":
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest file, so that two workers end at about the same time."""
-    items.sort(key=lambda item: "end_to_end" not in item.nodeid)
+    """Begin with the longest files, so that two workers end at about the same time."""
+    items.sort(key=lambda item: next((n for n, name in enumerate(LONG) if name in item.nodeid), 99))

@@ -144,6 +144,7 @@ def test_stopped_while_measuring_the_job_ends_at_once_and_can_go_on(tmp_path: Pa
     assert done.events[-1]["message"] == "stopped before the report, as asked"
 
 
+@pytest.mark.slow
 def test_killed_in_training_and_started_again_ends_with_the_same_bytes(
     smoke: Finished, tmp_path: Path
 ) -> None:
@@ -188,6 +189,7 @@ def services() -> Iterator[tuple[Hub, Bucket, OpenRouter]]:
         yield hub, bucket, router
 
 
+@pytest.mark.slow
 def test_job_from_the_hub_into_a_bucket_stopped_and_resumed_equals_the_local_one(
     services: tuple[Hub, Bucket, OpenRouter], tmp_path: Path
 ) -> None:

@@ -20,7 +20,8 @@ def run_program(program: str, *signals: signal.Signals) -> tuple[int, str, float
     Returns:
         Its exit code, what it wrote to stderr, and the seconds from the first signal to its end.
     """
-    command = [sys.executable, "-c", program]
+    # A shell may have begun these tests with Ctrl-C ignored.
+    command = ["env", "--default-signal=INT", sys.executable, "-c", program]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

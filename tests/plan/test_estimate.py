@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from job.accelerators import machine
+from job.accelerators import machine, slices
 from job.plan.estimate import Layout, estimate, keys_seen, memory, step_flops
-from job.plan.plan import default_machine, make_plan, slices
+from job.plan.plan import default_machine, make_plan
 from job.plan.shapes import find_config, model_shape
 from job.plan.workload import workload
 from job.results import DataInfo, RowCounts
