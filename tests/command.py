@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 COMMAND = (sys.executable, "-m", "job")
-LIMIT_SECONDS = 170
+LIMIT_SECONDS = 400
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def begin(output: Path, arguments: Sequence[str] = SHORT, *, count: int = 2) -> 
     return started
 
 
-def ended(processes: list, seconds: float = 240) -> list[int]:
+def ended(processes: list, seconds: float = 480) -> list[int]:
     """Their exit codes; all must end in time."""
     until = time.monotonic() + seconds
     try:

@@ -17,6 +17,8 @@ from job.train.stage import Prepared
 from tests.train.test_loop import trainer
 
 FORCED = """
+from job.stopping import STOP
+STOP.install()
 import sys, time
 import job.train.ahead as ahead
 from job.cli import main
