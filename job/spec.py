@@ -179,7 +179,9 @@ class Train(Section):
         1.0, description="Global gradient norm is clipped to this; null turns clipping off."
     )
     log_every: Positive = Field(10, description="Steps between lines of history.jsonl.")
-    checkpoint_every: Positive = Field(100, description="Steps between checkpoints.")
+    checkpoint_every: Positive = Field(
+        100, description="Steps between checkpoints; more where storage is slower than that."
+    )
     validate_every: Positive | None = Field(
         None, description="Steps between validation losses; unset: before and after training only."
     )

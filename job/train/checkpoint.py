@@ -122,6 +122,11 @@ class CheckpointWriter:
         self._worker.shutdown()
         self.wait()
 
+    @property
+    def idle(self) -> bool:
+        """Whether a checkpoint begun now would not wait for the one before."""
+        return self._pending is None or self._pending.done()
+
     def save(self, progress: Progress, arrays: Sequence[Any], beside: Mapping[str, bytes]) -> None:
         """Begin to write a checkpoint, once the one before is there.
 

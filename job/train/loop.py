@@ -185,6 +185,7 @@ class Trainer:
         train, progress = self._train, self._progress
         pending: _Pending | None = None
         mark, compiled = time.monotonic(), COMPILE_CLOCK.seconds
+        due = False
         while progress.step < total and not progress.stopped:
             batch, placed = self._portions.take(
                 progress.step, stop=self._run.stop.requested is not None
@@ -196,9 +197,9 @@ class Trainer:
             progress.step += 1
             if self._run.processes.count == 1:
                 stopping = self._run.stop.requested is not None
-            saving = (
-                progress.step % train.checkpoint_every == 0 or progress.step == total or stopping
-            )
+            due = due or progress.step % train.checkpoint_every == 0
+            # Steps do not wait for slow storage: the checkpoint is made once the last is written.
+            saving = stopping or progress.step == total or (due and writer.idle)
             validating = train.validate_every and progress.step % train.validate_every == 0
             if saving or validating:
                 self._account(pending, advance)
@@ -210,6 +211,7 @@ class Trainer:
             mark, compiled = time.monotonic(), COMPILE_CLOCK.seconds
             if saving or progress.stopped:
                 self._save(writer)
+                due = False
             if stopping:
                 writer.wait()
                 self._run.check()

@@ -30,8 +30,8 @@ def make_task(shape: str, dtype: str) -> Any:
     return keras_hub.models.Gemma3CausalLM(preprocessor=None, backbone=backbone)
 
 
-def make_model(shape: str, dtype: str) -> "LanguageModel":
-    """The same as this project holds it, on one device, LoRA of rank 16 on query and value.
+def make_model(shape: str, dtype: str, rank: int = 16) -> "LanguageModel":
+    """The same as this project holds it, on one device, with LoRA on query and value.
 
     Its tokenizer is that of the `tiny` preset, and knows a part of the vocabulary only.
     """
@@ -47,7 +47,7 @@ def make_model(shape: str, dtype: str) -> "LanguageModel":
     from job.spec import Lora, Model
 
     tokenizer = keras_hub.tokenizers.Gemma3Tokenizer(train_tokenizer(), has_vision_tokens=False)
-    spec = Model(preset="benchmark", dtype=dtype, lora=Lora(rank=16))
+    spec = Model(preset="benchmark", dtype=dtype, lora=Lora(rank=rank))
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     preset = Preset("benchmark", None)
     return LanguageModel(make_task(shape, dtype), TextCodec(tokenizer), spec, preset, mesh)

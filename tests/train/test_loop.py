@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from job.run import Run
 from job.spec import Spec, Train
 from job.stopping import StopSignal
 from job.storage import LocalStore
-from job.train.checkpoint import load_checkpoint
+from job.train.checkpoint import FOLDER, load_checkpoint
 from job.train.loop import HISTORY, Trained, Trainer
 from job.train.memory import rows_that_fit
 from job.train.order import Plan
@@ -89,6 +90,38 @@ def test_learning_rate_zero_changes_nothing(tmp_path: Path, tiny: LanguageModel)
     before = trained.progress.validation_before
     assert before is not None
     assert trained.validation_after.loss == before.loss
+
+
+class SlowStore(LocalStore):
+    """A store that keeps checkpoints waiting until `ready`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.ready = threading.Event()
+        self.written: list[str] = []
+
+    def write(self, key: str, content: bytes) -> None:
+        if key.startswith(FOLDER):
+            assert self.ready.wait(60), "steps wait for a checkpoint"
+            self.written.append(key)
+        super().write(key, content)
+
+
+def test_steps_do_not_wait_for_slow_storage(tmp_path: Path, tiny: LanguageModel) -> None:
+    made, run = trainer(tmp_path, tiny, checkpoint_every=2)
+    run.store = store = SlowStore(tmp_path)
+    step, count = made._step, 0
+
+    def counting(*args: object) -> object:
+        nonlocal count
+        count += 1
+        if count == made._plan.steps:
+            store.ready.set()
+        return step(*args)
+
+    made._step = counting
+    assert made.run().progress.step == 9
+    assert [Path(key).name[:13] for key in store.written] == ["step-00000002", "step-00000009"]
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 5, 8])

@@ -1,0 +1,95 @@
+"""What checkpoints cost: training that keeps many of them against training that keeps one.
+
+The same training, twice in turn with a checkpoint every few steps and without, each into a bucket
+on loopback, which another process serves. The adapter is wide, so that a checkpoint is as large
+as that of Gemma 3 1B at rank 16. Seconds are those of training without compilation, the last
+checkpoint and the loop's waits counted. On the CPU, writing takes the step's own cores: an
+accelerator's steps go on beside it.
+
+    uv run python -m tests.benchmarks.checkpoints [--every 10] [--json FILE]
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.benchmarks import report
+from tests.benchmarks.shapes import SHAPES, make_model
+from tests.benchmarks.train_speed import make_examples
+
+os.environ["KERAS_BACKEND"] = "jax"
+
+SERVE = """
+import sys
+from tests.services.bucket import Bucket
+with Bucket("checkpoints") as bucket:
+    print(bucket.url, flush=True)
+    sys.stdin.read()
+"""
+
+
+def main() -> None:
+    """Train both ways and print what checkpoints cost."""
+    parser = report.arguments(__doc__ or "")
+    parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
+    parser.add_argument("--examples", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=2, help="the fastest one counts")
+    parser.add_argument("--rank", type=int, default=192)
+    given = parser.parse_args()
+
+    from job.data.packing import make_rows
+    from job.run import Run
+    from job.spec import Spec
+    from job.stopping import StopSignal
+    from job.storage import open_store
+    from job.train.checkpoint import FOLDER
+    from job.train.loop import Trainer
+    from tests.data.staged import MACHINE
+
+    model = make_model("proxy", "float32", given.rank)
+    examples = make_examples(given.examples, SHAPES["proxy"]["vocabulary_size"])
+    rows = make_rows(examples, 512, packing=True)
+    held_out = make_rows(examples[:2], 512, packing=True)
+
+    def train(name: str, every: int) -> tuple[float, int]:
+        """Seconds a step, and bytes of the newest checkpoint."""
+        spec = Spec.model_validate({
+            "name": name,
+            "model": {"preset": "tiny", "lora": {"rank": given.rank}},
+            "data": {"dataset": "samples", "prompt": "{input}", "response": "{output}"},
+            "train": {"batch_size": 1, "checkpoint_every": every, "log_every": 10**6},
+        })  # fmt: skip
+        store = open_store(f"gs://checkpoints/{name}")
+        run = Run(name, spec, store, Path(folder), StopSignal(), MACHINE, lambda: model.mesh)
+        run.digests["train"] = name
+        progress = Trainer(run, model, rows, held_out, packed=True).run().progress
+        newest = store.stat(store.list(FOLDER)[-1])
+        assert newest is not None
+        return progress.busy / progress.step, newest.bytes
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(
+            [sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as server,
+    ):
+        assert server.stdout is not None
+        os.environ["STORAGE_EMULATOR_HOST"] = server.stdout.readline().strip()
+        never, often, size = [], [], 0
+        for number in range(given.repeats):
+            never.append(train(f"never-{number}", 10**9)[0])
+            seconds, size = train(f"often-{number}", given.every)
+            often.append(seconds)
+        server.communicate()
+    report.show(
+        f"proxy, rank {given.rank}, checkpoints of {size / 1e6:.1f} MB into a bucket",
+        ("checkpoints", "seconds a step"),
+        [("at the end", min(never)), (f"every {given.every} steps", min(often))],
+    )
+    report.finish({"stall": min(often) / min(never) - 1, "checkpoint_mb": size / 1e6}, given.json)
+
+
+if __name__ == "__main__":
+    main()
