@@ -1,28 +1,33 @@
-"""A Cloud Storage bucket as a store: the JSON API, every transfer resumable and checksummed.
+"""A Cloud Storage bucket as a store, by Google's client.
 
 Credentials are the environment's (application default credentials); `STORAGE_EMULATOR_HOST` is
 another server that needs none. `JOB_USER_PROJECT` is billed where the bucket's requester pays.
-Every object's CRC32C is compared in both directions, and a write whose answer was lost is told
-from one that another made.
+What is tried again, and how soon, is the job's to say (`job.retry`), not the client's. Every
+object's CRC32C is compared in both directions, and a write whose answer was lost is told from
+one that another made.
 """
 
+import contextlib
 import functools
-import json
+import io
 import os
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import Any, BinaryIO
+
+from google.api_core.exceptions import GoogleAPICallError, NotFound, PreconditionFailed
+from google.auth.exceptions import GoogleAuthError, TransportError
+from google.cloud import storage
+from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 
 from job.checksums import crc32c, file_crc32c
 from job.errors import EnvironmentProblem, StageError, UsageError
-from job.retry import Transient, Tries, stop_point
+from job.partial import Arriving, bring
+from job.pulse import PULSE
+from job.retry import Transient, retrying, stop_point
 from job.storage import Stat, check_key
-from job.transfer import Client, Refused, Reply
+from job.transfer import first_line, lost_connections, raise_if_transient, timeouts, widen
 
-_ENDPOINT = "https://storage.googleapis.com"
-_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _CHUNK = 8 * 1024 * 1024
 """Bytes of a request of a resumable upload: a multiple of 256 KiB."""
 
@@ -31,7 +36,7 @@ class BucketStore:
     """A prefix of a bucket."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
-        if not bucket:
+        if not (bucket[:1].isalnum() and bucket[-1:].isalnum()):
             raise UsageError("a gs:// URI needs a bucket: gs://bucket/prefix")
         self._name = bucket
         self._prefix = prefix
@@ -45,338 +50,267 @@ class BucketStore:
         return None if found is None else found[0]
 
     def read_version(self, key: str) -> tuple[bytes, str] | None:
-        url = self._media(key)
-        version = ""
+        def work() -> tuple[bytes, str]:
+            blob = self._blob(key)
+            # What the client resumes by itself it does not compare with its checksum.
+            content: bytes = blob.download_as_bytes(checksum="crc32c", **_patience())
+            if blob.crc32c is None or blob.generation is None:  # emulators leave the headers out
+                blob.reload(**_patience())
+                if blob.crc32c != crc32c(content):
+                    raise Transient("the content does not have its checksum")
+            return content, str(blob.generation)
 
-        def check(reply: Reply) -> None:
-            nonlocal version
-            wanted, version = _hash_of(reply.headers), reply.headers.get("x-goog-generation", "")
-            if not wanted or not version:  # emulators leave these headers out
-                resource = self._resource(key)
-                if resource is None:
-                    raise Transient("the object is gone")
-                wanted, version = str(resource["crc32c"]), str(resource["generation"])
-            if wanted != crc32c(reply.content):
-                raise Transient("the content does not have its checksum")
+        return self._call("read", key, work)
 
-        try:
-            reply = self._call("read", key, "GET", url, params={"alt": "media"}, check=check)
-        except _NotThere:
-            return None
-        return reply.content, version
+    def _found(self, key: str) -> storage.Blob | None:
+        """An object with its metadata."""
+
+        def work() -> storage.Blob:
+            blob = self._blob(key)
+            blob.reload(**_patience())
+            if None in (blob.size, blob.generation, blob.crc32c):
+                raise Transient("the reply is not the metadata of an object")
+            return blob
+
+        return self._call("read", key, work)
 
     def stat(self, key: str) -> Stat | None:
-        found = self._resource(key)
-        return None if found is None else Stat(int(found["size"]), str(found["generation"]))
+        found = self._found(key)
+        return None if found is None else Stat(found.size, str(found.generation))
 
     def size(self, key: str) -> int | None:
         found = self.stat(key)
         return None if found is None else found.bytes
 
-    def _resource(self, key: str) -> dict[str, Any] | None:
-        def check(reply: Reply) -> None:
-            _checked_resource(reply.json())
-
-        try:
-            reply = self._call("read", key, "GET", self._object(key), check=check)
-        except _NotThere:
-            return None
-        return _checked_resource(reply.json())
-
     def write(self, key: str, content: bytes) -> None:
-        self._write(key, content, None)
+        self._write(key, io.BytesIO(content), len(content), crc32c(content))
 
     def swap(self, key: str, content: bytes | None, version: str | None) -> str | None:
-        expected = {"ifGenerationMatch": version or "0"}
-        if content is not None:
-            return self._write(key, content, expected)
+        expected = int(version or 0)
         try:
-            self._call("delete", key, "DELETE", self._object(key), ok=(200, 204), params=expected)
-        except _NotThere:
-            return ""
-        except _Conflict:
-            return None
-        return ""
-
-    def _write(self, key: str, content: bytes, expected: Mapping[str, str] | None) -> str | None:
-        """Write in one request; the new generation, or None if the expected one is gone."""
-        checksum = crc32c(content)
-        boundary = uuid.uuid4().hex
-        resource = json.dumps({"name": self._path(key), "crc32c": checksum})
-        head = (
-            f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n"
-            f"{resource}\r\n"
-            f"--{boundary}\r\nContent-Type: application/octet-stream\r\n\r\n"
-        )
-        body = head.encode() + content + f"\r\n--{boundary}--".encode()
-
-        def check(reply: Reply) -> None:
-            _check_written(reply.json(), len(content), checksum)
-
-        try:
-            reply = self._call(
-                "write", key, "POST", f"{_endpoint()}/upload/storage/v1/b/{self._name}/o",
-                params={"uploadType": "multipart", **(expected or {})}, data=body, check=check,
-                headers={"Content-Type": f'multipart/related; boundary="{boundary}"'},
-            )  # fmt: skip
-        except _Conflict:
+            if content is None:
+                self._delete(key, expected)
+                return ""
+            file = io.BytesIO(content)
+            return self._write(key, file, len(content), crc32c(content), expected)
+        except PreconditionFailed:
             # An earlier try may have written it, and its answer been lost.
             found = self.read_version(key)
             return found[1] if found is not None and found[0] == content else None
-        except _NotThere:
-            raise StageError(f"cannot write {self.uri}/{key}: the upload was lost") from None
-        return str(reply.json()["generation"])
 
     def upload(self, path: Path, key: str) -> None:
-        check_key(key)
         try:
-            size = path.stat().st_size
-            if size <= _CHUNK:
-                self.write(key, path.read_bytes())
-                return
-            checksum = file_crc32c(path)
+            with path.open("rb") as file:
+                self._write(key, file, path.stat().st_size, file_crc32c(path))
         except OSError as error:
             raise StageError(f"cannot read {path}: {error.strerror}") from error
-        tries = Tries(f"write {self.uri}/{key}")
-        while True:
-            try:
-                resource = self._resumable(path, key, size, checksum, tries)
-                _check_written(resource, size, checksum)
-                return
-            except Transient as error:
-                tries.failed(error)
 
-    def _resumable(
-        self, path: Path, key: str, size: int, checksum: str, tries: Tries
-    ) -> dict[str, Any]:
-        """One session of the resumable protocol; a lost answer is asked for again.
+    def _write(
+        self, key: str, file: BinaryIO, size: int, checksum: str, expected: int | None = None
+    ) -> str | None:
+        """Write in one request, or a large file in chunks; the new generation.
 
-        https://cloud.google.com/storage/docs/performing-resumable-uploads
+        The checksum goes with the metadata, so that the service refuses what does not have it.
+        The client's own check would delete the object, whoever wrote it, after a damaged reply.
         """
-        opened = self._call(
-            "write", key, "POST", f"{_endpoint()}/upload/storage/v1/b/{self._name}/o",
-            params={"uploadType": "resumable"},
-            json={"name": self._path(key), "crc32c": checksum},
-            headers={"X-Upload-Content-Length": str(size)},
-        )  # fmt: skip
-        session = opened.headers.get("location")
-        if not session:
-            raise Transient("the reply opens no upload")
-        sent, known = 0, True
-        with path.open("rb") as file:
-            while True:
-                stop_point()
-                if known:
-                    file.seek(sent)
-                    body = file.read(_CHUNK)
-                    part = f"bytes {sent}-{sent + len(body) - 1}/{size}"
-                else:
-                    body, part = b"", f"bytes */{size}"
-                try:
-                    reply = self._client().once(
-                        "PUT", session, ok=(200, 201, 308), data=body,
-                        headers={"Content-Range": part},
-                    )  # fmt: skip
-                except Transient as error:
-                    tries.failed(error)
-                    known = False
-                    continue
-                except Refused as refused:
-                    if refused.status in (404, 410):
-                        raise Transient("the upload was lost, and begins again") from refused
-                    raise self._error("write", key, refused) from refused
-                if reply.status != 308:
-                    made: dict[str, Any] = reply.json()
-                    return made
-                have = _persisted(reply)
-                if have > sent:
-                    tries.progress()
-                elif known:
-                    tries.failed(Transient("the service kept nothing of what was sent"))
-                sent, known = have, True
+
+        def work() -> str:
+            file.seek(0)
+            blob = self._blob(key)
+            blob.chunk_size, blob.crc32c = _CHUNK, checksum
+            retry = self._policy("write", key) if size > _CHUNK else None
+            try:
+                blob.upload_from_file(
+                    file, size=size, if_generation_match=expected, **_patience(retry), checksum=None
+                )
+            except GoogleAPICallError as error:
+                if _is_lost(error):
+                    raise Transient("the upload was lost, and begins again") from error
+                raise
+            if (blob.size, blob.crc32c) != (size, checksum):
+                raise Transient("what was stored is not what was sent")
+            return str(blob.generation)
+
+        return self._call("write", key, work)
 
     def download(self, key: str, path: Path, version: str | None = None) -> bool:
-        found = self._resource(key)
-        if found is None or version not in (None, str(found["generation"])):
+        found = self._found(key)
+        if found is None or version not in (None, str(found.generation)):
             return False
-        checksum = str(found["crc32c"])
+
+        def append(file: Arriving) -> None:
+            with _failures():
+                self._blob(key, found.generation).download_to_file(
+                    file, start=file.have or None, raw_download=True, **_patience(), checksum=None
+                )
+
         path.unlink(missing_ok=True)
         # A partial file is of one generation only, or what is resumed would be of two.
-        arriving = path.with_name(f"{path.name}.{found['generation']}")
+        arriving = path.with_name(f"{path.name}.{found.generation}")
         try:
-            self._client().download(
-                f"read {self.uri}/{key}",
-                self._media(key),
-                arriving,
-                size=int(found["size"]),
-                is_right=lambda partial: file_crc32c(partial) == checksum,
-                params={**self._params(), "alt": "media", "generation": str(found["generation"])},
-            )
-        except Refused as refused:
-            if refused.status == 404:
-                return False
-            raise self._error("read", key, refused) from refused
+            with self._refusals("read", key):
+                bring(
+                    f"read {self._place(key)}", arriving, size=found.size, append=append,
+                    is_right=lambda partial: file_crc32c(partial) == found.crc32c,
+                )  # fmt: skip
+        except NotFound:
+            return False
         arriving.replace(path)
         return True
 
     def list(self, prefix: str = "") -> list[str]:
         root = f"{self._prefix}/" if self._prefix else ""
-        names: list[str] = []
-        token = ""
-        while True:
-            page = self._page(prefix, {"prefix": root + prefix}, token)
-            names += [str(item["name"]).removeprefix(root) for item in page.get("items", [])]
-            token = str(page.get("nextPageToken", ""))
-            if not token:
-                return sorted(names)
 
-    def _page(self, prefix: str, params: dict[str, str], token: str) -> dict[str, Any]:
-        """A page of a listing that came twice the same: it has no checksum."""
-        url = f"{_endpoint()}/storage/v1/b/{self._name}/o"
-        if token:
-            params = {**params, "pageToken": token}
-        before: bytes | None = None
+        def listed() -> list[str]:
+            patience = _patience(self._policy("list", prefix))
+            blobs = self._bucket().list_blobs(prefix=root + prefix, **patience)
+            return sorted(str(blob.name).removeprefix(root) for blob in blobs)
 
-        def check(reply: Reply) -> None:
-            nonlocal before
-            earlier, before = before, reply.content
-            reply.json()
-            if earlier is not None and earlier != before:
+        def work() -> list[str]:
+            names = listed()
+            if names != listed():  # a listing has no checksum
                 raise Transient("two replies to the same request differ")
+            return names
 
-        try:
-            for _ in range(2):
-                reply = self._call("list", prefix, "GET", url, params=params, check=check)
-        except _NotThere:
-            raise self._no_bucket() from None
-        page: dict[str, Any] = reply.json()
-        return page
+        names = self._call("list", prefix, work)
+        if names is None:
+            raise self._no_bucket()
+        return names
 
     def delete(self, key: str) -> None:
+        self._delete(key)
+
+    def _delete(self, key: str, expected: int | None = None) -> None:
+        def work() -> None:
+            self._blob(key).delete(if_generation_match=expected, **_patience())
+
+        self._call("delete", key, work)
+
+    def _bucket(self) -> storage.Bucket:
+        project = os.environ.get("JOB_USER_PROJECT", "").strip() or None
+        emulator = os.environ.get("STORAGE_EMULATOR_HOST", "").strip().rstrip("/")
+        return client(emulator).bucket(self._name, user_project=project)
+
+    def _blob(self, key: str, generation: int | None = None) -> storage.Blob:
+        path = f"{self._prefix}/{check_key(key)}".lstrip("/")
+        return self._bucket().blob(path, generation=generation)
+
+    def _place(self, key: str) -> str:
+        return f"{self.uri}/{key}".rstrip("/")
+
+    def _call[Result](self, action: str, key: str, work: Callable[[], Result]) -> Result | None:
+        """The result of `work`, tried again where that may help; None where nothing is found.
+
+        Raises:
+            PreconditionFailed, EnvironmentProblem, StageError: see `_refusals`, `retrying`.
+        """
+
+        def once() -> Result:
+            with _failures():
+                return work()
+
+        with contextlib.suppress(NotFound), self._refusals(action, key):
+            return retrying(f"{action} {self._place(key)}", once)
+        return None
+
+    def _policy(self, action: str, key: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
+        """What the client takes as `retry` where each of its requests is some progress."""
+
+        def each(request: Callable[[], Any]) -> Callable[[], Any]:
+            def once() -> Any:
+                stop_point()
+                with _failures():
+                    reply = request()
+                PULSE.beat()
+                return reply
+
+            return lambda: retrying(f"{action} {self._place(key)}", once)
+
+        return each
+
+    @contextlib.contextmanager
+    def _refusals(self, action: str, key: str) -> Iterator[None]:
+        """Turns what the service refuses in this block into errors with the way out.
+
+        Raises:
+            NotFound, PreconditionFailed: there is no such object, or another than expected.
+            EnvironmentProblem: there is no such bucket, or no permission or credentials for it.
+            StageError: anything else.
+        """
         try:
-            self._call("delete", key, "DELETE", self._object(key), ok=(200, 204))
-        except _NotThere:
-            return
-
-    def _path(self, key: str) -> str:
-        check_key(key)
-        return f"{self._prefix}/{key}" if self._prefix else key
-
-    def _object(self, key: str) -> str:
-        return f"{_endpoint()}/storage/v1/b/{self._name}/o/{quote(self._path(key), safe='')}"
-
-    def _media(self, key: str) -> str:
-        path = quote(self._path(key), safe="")
-        return f"{_endpoint()}/download/storage/v1/b/{self._name}/o/{path}"
-
-    def _params(self) -> dict[str, str]:
-        project = os.environ.get("JOB_USER_PROJECT", "").strip()
-        return {"userProject": project} if project else {}
-
-    def _client(self) -> Client:
-        return client(os.environ.get("STORAGE_EMULATOR_HOST", ""))
-
-    def _call(self, action: str, key: str, method: str, url: str, **arguments: Any) -> Reply:
-        params = {**self._params(), **arguments.pop("params", {})}
-        place = f"{self.uri}/{key}".rstrip("/")
-        try:
-            return self._client().call(f"{action} {place}", method, url, params=params, **arguments)
-        except Refused as refused:
-            if refused.status == 404 and "bucket does not exist" not in refused.text.lower():
-                raise _NotThere from refused
-            if refused.status == 412:
-                raise _Conflict from refused
-            raise self._error(action, key, refused) from refused
-
-    def _error(self, action: str, key: str, refused: Refused) -> Exception:
-        place = f"{self.uri}/{key}".rstrip("/")
-        if refused.status == 404:
-            return self._no_bucket()
-        if refused.status in (401, 403):
-            return EnvironmentProblem(
-                f"not allowed to {action} {place}: the account in use needs "
-                f"roles/storage.objectUser on the bucket ({refused})"
-            )
-        return StageError(f"cannot {action} {place}: {refused}")
+            yield
+        except GoogleAPICallError as error:
+            if _is_of_bucket(error):
+                raise self._no_bucket() from error
+            if isinstance(error, NotFound | PreconditionFailed):
+                raise
+            said = first_line(error.response.text) or error.response.reason
+            if error.code in (401, 403):
+                raise EnvironmentProblem(
+                    f"not allowed to {action} {self._place(key)}: the account in use needs "
+                    f"roles/storage.objectUser on the bucket ({error.code}: {said})"
+                ) from error
+            raise StageError(f"cannot {action} {self._place(key)}: {error.code}: {said}") from error
+        except GoogleAuthError as error:
+            raise EnvironmentProblem(
+                "no Google Cloud credentials that can be used: run `gcloud auth "
+                f"application-default login`, or run on a VM with a service account ({error})"
+            ) from error
 
     def _no_bucket(self) -> EnvironmentProblem:
         return EnvironmentProblem(f"there is no bucket gs://{self._name}; create it first")
 
 
-class _NotThere(Exception):
-    """There is no such object."""
-
-
-class _Conflict(Exception):
-    """A precondition does not hold."""
-
-
-def _endpoint() -> str:
-    host = os.environ.get("STORAGE_EMULATOR_HOST", "").strip().rstrip("/")
-    if host and "://" not in host:
-        host = f"http://{host}"
-    return host or _ENDPOINT
-
-
 @functools.cache
-def client(emulator: str) -> Client:
+def client(emulator: str) -> storage.Client:
     """The connections to Cloud Storage, or to the emulator.
 
     Raises:
-        EnvironmentProblem: there are no credentials.
+        GoogleAuthError: there are no credentials.
     """
-    import requests
+    # Or it asks about each bucket by itself, in the background, for traces that nobody collects.
+    os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "1"
+    endpoint = emulator if "://" in emulator else f"http://{emulator}"
+    made = storage.Client(
+        project=None, client_options={"api_endpoint": endpoint} if emulator else None
+    )
+    made._http.trust_env = not emulator
+    widen(made._http)
+    return made
 
-    if emulator:
-        session = requests.Session()
-        session.trust_env = False
-        return Client(session, _was_damaged)
-    import google.auth
-    from google.auth.exceptions import DefaultCredentialsError
-    from google.auth.transport.requests import AuthorizedSession
 
+def _patience(retry: Any = None) -> dict[str, Any]:
+    """How long the client waits, and how it tries again: by itself not at all."""
+    return {"retry": retry, "timeout": timeouts()}
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    """Within this block of the client's calls, what may pass is `Transient`."""
     try:
-        credentials, _ = google.auth.default(scopes=[_SCOPE])
-    except DefaultCredentialsError as error:
-        raise EnvironmentProblem(
-            "no Google Cloud credentials: run `gcloud auth application-default login`, or run on "
-            "a VM with a service account"
-        ) from error
-    session = AuthorizedSession(credentials)  # type: ignore[no-untyped-call]
-    return Client(session, _was_damaged)
+        with lost_connections():
+            yield
+    except (GoogleAPICallError, InvalidResponse) as error:
+        raise_if_transient(error.response)
+        raise
+    except GoogleAuthError as error:
+        if error.retryable or any(isinstance(cause, TransportError) for cause in error.args):
+            raise Transient(str(error)) from error
+        raise
+    except (DataCorruption, ValueError) as error:  # ValueError: of JSON, or a chunk kept in part
+        raise Transient(f"the reply is not what it should be: {error}") from error
 
 
-def _was_damaged(status: int, text: str) -> bool:
-    """Whether an upload was refused because its checksum does not fit."""
-    return status == 400 and "crc32c" in text.lower()
+def _is_of_bucket(error: GoogleAPICallError) -> bool:
+    """Whether it is the bucket that is not found, not an object."""
+    return error.code == 404 and "bucket does not exist" in error.response.text.lower()
 
 
-def _hash_of(headers: Mapping[str, str]) -> str | None:
-    """The CRC32C of an `X-Goog-Hash` header."""
-    for item in headers.get("x-goog-hash", "").split(","):
-        name, _, value = item.strip().partition("=")
-        if name == "crc32c":
-            return value
-    return None
+def _is_lost(error: GoogleAPICallError) -> bool:
+    """Whether an upload may succeed from its beginning.
 
-
-def _checked_resource(resource: Any) -> dict[str, Any]:
-    """An object's metadata, if it is whole."""
-    try:
-        int(resource["size"]), int(resource["generation"]), str(resource["crc32c"])
-    except (KeyError, TypeError, ValueError):
-        raise Transient("the reply is not the metadata of an object") from None
-    found: dict[str, Any] = resource
-    return found
-
-
-def _check_written(resource: Any, size: int, checksum: str) -> None:
-    found = _checked_resource(resource)
-    if int(found["size"]) != size or found["crc32c"] != checksum:
-        raise Transient("what was stored is not what was sent")
-
-
-def _persisted(reply: Reply) -> int:
-    """Bytes that a resumable upload has kept."""
-    _, _, last = reply.headers.get("range", "").rpartition("-")
-    return int(last) + 1 if last.isdigit() else 0
+    Its session is gone, nothing of a chunk was kept, or what came was damaged on the way.
+    """
+    if error.code == 400:
+        return "crc32c" in error.response.text.lower()
+    return error.code in (308, 404, 410) and not _is_of_bucket(error)

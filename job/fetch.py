@@ -5,10 +5,10 @@ from pathlib import Path
 from job import logs
 from job.errors import StageError
 from job.finished import read_results
+from job.partial import PARTIAL
 from job.results import Artifact
 from job.storage import LocalStore, Store, check_key, file_sha256
 from job.threads import Threads
-from job.transfer import PARTIAL
 
 _AT_ONCE = 4
 

@@ -18,9 +18,10 @@ from urllib.parse import quote, urlsplit
 
 from job import logs
 from job.errors import EnvironmentProblem, StageError, UsageError
+from job.partial import PARTIAL
 from job.retry import Transient, retrying
 from job.threads import Threads
-from job.transfer import PARTIAL, Client, Refused
+from job.transfer import Client, Refused
 
 Kind = Literal["dataset", "model"]
 
@@ -135,7 +136,7 @@ class Repository:
         """A reply that came twice the same: nothing else vouches for what the API says."""
 
         def once() -> tuple[bytes, Any]:
-            reply = client().once("GET", url)
+            reply = client().get(url)
             parsed = reply.json()
             if not pages:
                 if not isinstance(parsed, dict) or not _COMMIT.fullmatch(str(parsed.get("sha"))):

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from job.errors import EnvironmentProblem, StageError, UsageError
-from job.transfer import PARTIAL
+from job.partial import PARTIAL
 
 
 @dataclass(frozen=True)

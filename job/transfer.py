@@ -1,41 +1,34 @@
-"""HTTP as the job uses it: whole replies or none, downloads that resume, one retry policy.
+"""HTTP as the job uses it: whole replies or none, and what of its failures may pass.
 
 A `Client` is a connection pool with the credentials of one service. A reply is either one that
-the caller says it can use, or it is tried again, or it is `Refused`. Large bodies go to a file
-beside which a stopped download leaves what it has; the next one begins there.
+the caller says it can use, or a failure that may pass, or it is `Refused`. Large bodies go to a
+file: see `job.partial`.
 """
 
 import contextlib
-import fcntl
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import StageError
-from job.pulse import PULSE
-from job.retry import Transient, Tries, retry_after, retrying, seconds_from, stop_point
+from job.partial import Arriving, bring
+from job.retry import Transient, retry_after, seconds_from
 
 if TYPE_CHECKING:
     import requests
 
-PARTIAL = ".partial-"
-"""Begins the names of files that are not whole yet."""
-
 _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _STALL_SECONDS = 30.0
 _PIECE = 256 * 1024
-_MISMATCHES = 3
-"""Times that a file may come with the wrong content before the source is taken to be wrong."""
 
 
 class Refused(Exception):
     """An answer that no second try would change."""
 
     def __init__(self, status: int, headers: Mapping[str, str], text: str) -> None:
-        super().__init__(f"{status}: {_first_line(text)}" if text else str(status))
+        super().__init__(f"{status}: {first_line(text)}" if text else str(status))
         self.status = status
         self.headers = headers
         self.text = text
@@ -45,7 +38,6 @@ class Refused(Exception):
 class Reply:
     """A whole reply; the names of headers are in lower case."""
 
-    status: int
     headers: Mapping[str, str]
     content: bytes
 
@@ -61,67 +53,78 @@ class Reply:
             raise Transient("the reply is not valid JSON") from None
 
 
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
+    """A text shortened to one line."""
     return " ".join(text.split())[:200]
+
+
+def timeouts() -> tuple[float, float]:
+    """Seconds to wait for a connection, and for the next byte (`JOB_STALL_SECONDS`)."""
+    stall = seconds_from("JOB_STALL_SECONDS", _STALL_SECONDS)
+    return min(stall, 10.0), stall
+
+
+def widen(session: "requests.Session") -> None:
+    """Let a session keep as many connections as there are transfers at once."""
+    from requests.adapters import HTTPAdapter
+
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(pool_maxsize=16))
+
+
+def raise_if_transient(response: "requests.Response") -> None:
+    """Raise `Transient` if the status is one that may pass."""
+    if response.status_code in _RETRYABLE:
+        after = retry_after(response.headers.get("Retry-After"))
+        raise Transient(f"{response.status_code} {response.reason}", after)
+
+
+@contextlib.contextmanager
+def lost_connections() -> Iterator[None]:
+    """Within this block a connection that is lost, or stalls, is `Transient`.
+
+    Raises:
+        StageError: an address is none.
+    """
+    import requests
+    import urllib3
+    from google.auth.exceptions import TransportError
+
+    wrong = requests.exceptions
+    try:
+        yield
+    except (wrong.InvalidURL, wrong.MissingSchema, wrong.InvalidSchema) as error:
+        raise StageError(f"there is a wrong address: {error}") from error
+    except (
+        wrong.RequestException,
+        urllib3.exceptions.HTTPError,
+        TransportError,
+        ConnectionError,
+    ) as error:
+        raise Transient(_reason(error)) from error
 
 
 class Client:
     """One service over HTTP, with a session that carries its credentials."""
 
-    def __init__(
-        self,
-        session: "requests.Session",
-        passing: Callable[[int, str], bool] = lambda status, text: False,
-    ) -> None:
-        """`passing` says whether a refusal, by status and text, may pass."""
-        from requests.adapters import HTTPAdapter
-
-        stall = seconds_from("JOB_STALL_SECONDS", _STALL_SECONDS)
+    def __init__(self, session: "requests.Session") -> None:
         self._session = session
-        self._passing = passing
-        self._timeout = (min(stall, 10.0), stall)
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, HTTPAdapter(pool_maxsize=16))
+        widen(session)
 
-    def call(
-        self,
-        what: str,
-        method: str,
-        url: str,
-        *,
-        ok: Collection[int] = (200,),
-        check: Callable[[Reply], None] = lambda reply: None,
-        **arguments: Any,
-    ) -> Reply:
-        """The reply to one request whose body is in memory, tried again where that may help.
-
-        Args:
-            check: raises `Transient` if the reply is not what it should be.
+    def get(self, url: str) -> Reply:
+        """The whole reply to one request, tried only once.
 
         Raises:
+            Transient: it failed in a way that may pass.
             Refused: the service says no.
-            StageError: the time is up.
         """
-
-        def once() -> Reply:
-            reply = self.once(method, url, ok=ok, **arguments)
-            check(reply)
-            return reply
-
-        return retrying(what, once)
-
-    def once(
-        self, method: str, url: str, *, ok: Collection[int] = (200,), **arguments: Any
-    ) -> Reply:
-        """The same, tried only once."""
-        with self._open(method, url, ok=ok, **arguments) as response:
+        with self._open(url, (200,)) as response:
             content = response.content
-            headers = {name.lower(): value for name, value in response.headers.items()}
-            return Reply(response.status_code, headers, content)
+            return Reply({name.lower(): value for name, value in response.headers.items()}, content)
 
     @contextlib.contextmanager
     def _open(
-        self, method: str, url: str, *, ok: Collection[int], **arguments: Any
+        self, url: str, ok: Collection[int], headers: Mapping[str, str] | None = None
     ) -> Iterator["requests.Response"]:
         """An open response with one of the statuses `ok`.
 
@@ -129,138 +132,41 @@ class Client:
             Transient: it failed in a way that may pass, in here or inside the block.
             Refused: any other status.
         """
-        import requests
-        import urllib3
-        from google.auth.exceptions import TransportError
-
-        try:
-            response = self._session.request(
-                method, url, stream=True, timeout=self._timeout, **arguments
-            )
-            with response:
-                status = response.status_code
-                if status in _RETRYABLE:
-                    after = retry_after(response.headers.get("Retry-After"))
-                    raise Transient(f"{status} {response.reason}", after)
-                if status not in ok:
-                    if self._passing(status, response.text):
-                        raise Transient(_first_line(response.text))
-                    raise Refused(status, response.headers, response.text)
-                yield response
-        except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema) as error:
-            raise StageError(f"{url} is no address: {error}") from error
-        except (
-            requests.exceptions.RequestException,
-            urllib3.exceptions.HTTPError,
-            TransportError,
-            ConnectionError,
-        ) as error:
-            raise Transient(_reason(error)) from error
+        with (
+            lost_connections(),
+            self._session.get(url, headers=headers, stream=True, timeout=timeouts()) as response,
+        ):
+            raise_if_transient(response)
+            if response.status_code not in ok:
+                raise Refused(response.status_code, response.headers, response.text)
+            yield response
 
     def download(
-        self,
-        what: str,
-        url: str,
-        path: Path,
-        *,
-        size: int,
-        is_right: Callable[[Path], bool],
-        headers: Mapping[str, str] | None = None,
-        params: Mapping[str, str] | None = None,
+        self, what: str, url: str, path: Path, *, size: int, is_right: Callable[[Path], bool]
     ) -> None:
-        """Bring a file of `size` bytes to `path`, which appears only once `is_right` holds.
-
-        What an interrupted download has got is kept beside it, and the next one goes on there;
-        two processes that want the same file take turns.
+        """Bring a file of `size` bytes to `path`: see `job.partial.bring`.
 
         Raises:
             Refused: the service says no.
             StageError: the time is up, the disk is full, or the content is wrong every time.
         """
-        partial = path.with_name(PARTIAL + path.name)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("ab") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if path.is_file():  # another process was faster
-                    partial.unlink(missing_ok=True)
-                    return
-                self._fill(what, url, partial, file, size, is_right, headers or {}, params)
-                partial.replace(path)
-        except OSError as error:
-            raise StageError(f"cannot write {path}: {error.strerror or error}") from error
+        bring(what, path, size=size, is_right=is_right, append=lambda file: self._append(url, file))
 
-    def _fill(
-        self,
-        what: str,
-        url: str,
-        partial: Path,
-        file: Any,
-        size: int,
-        is_right: Callable[[Path], bool],
-        headers: Mapping[str, str],
-        params: Mapping[str, str] | None,
-    ) -> None:
-        tries, wrong = Tries(what), 0
-        while True:
-            have = os.fstat(file.fileno()).st_size
-            try:
-                if have > size:
-                    file.truncate(0)
-                    have = 0
-                if have < size:
-                    self._append(url, file, have, size, headers, params)
-                file.flush()
-                if is_right(partial):
-                    return
-                file.truncate(0)
-                wrong += 1
-                if wrong == _MISMATCHES:
-                    raise StageError(
-                        f"cannot {what}: {wrong} times its content did not have the checksum it "
-                        "should have; the file is damaged at its source"
-                    )
-                raise Transient("the content does not have its checksum")
-            except Transient as error:
-                if os.fstat(file.fileno()).st_size > have:
-                    tries.progress()
-                tries.failed(error)
-
-    def _append(
-        self,
-        url: str,
-        file: Any,
-        have: int,
-        size: int,
-        headers: Mapping[str, str],
-        params: Mapping[str, str] | None,
-    ) -> None:
-        wanted = {**headers, "Accept-Encoding": "identity"}
+    def _append(self, url: str, file: Arriving) -> None:
+        wanted, have = {"Accept-Encoding": "identity"}, file.have
         if have:
             wanted["Range"] = f"bytes={have}-"
-        with self._open("GET", url, ok=(200, 206, 416), headers=wanted, params=params) as response:
+        with self._open(url, (200, 206, 416), wanted) as response:
             if response.status_code == 416:
-                file.truncate(0)
+                file.restart()
                 raise Transient("the service has less of the file than it said")
             said = response.headers.get("Content-Range", "")
             if have and (response.status_code == 200 or not said.startswith(f"bytes {have}-")):
-                file.truncate(0)
+                file.restart()
                 if response.status_code == 206:
                     raise Transient("another part of the file came than was asked for")
-                have = 0
-            try:
-                for piece in response.iter_content(_PIECE):
-                    stop_point()
-                    PULSE.beat()
-                    file.write(piece[: size - have])
-                    have += len(piece)
-            finally:
-                file.flush()
-        if have < size:
-            raise Transient(f"the file ended after {have} of {size} bytes")
-        if have > size:
-            file.truncate(0)
-            raise Transient(f"{have} bytes came instead of {size}")
+            for piece in response.iter_content(_PIECE):
+                file.write(piece)
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"keras", "keras_hub", "jax", "jaxlib", "datasets", "matplotlib", "pyarrow", "tensorflow"}
+HEAVY = {
+    "keras", "keras_hub", "jax", "jaxlib", "datasets", "google", "matplotlib", "pyarrow",
+    "tensorflow",
+}  # fmt: skip
 LIGHT = [["--help"], ["run", "--help"], ["validate", "smoke"], ["plan", "smoke"], ["schema"]]
 CPU_SECONDS = 1.0
 

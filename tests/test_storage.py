@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from job.bucket import BucketStore
 from job.errors import EnvironmentProblem, StageError, UsageError
+from job.pulse import PULSE
 from job.storage import (
     LocalStore,
     Store,
@@ -32,7 +33,7 @@ CALLS: dict[str, Call] = {
     "upload": lambda store, key, path: store.upload(path, key),
 }
 OBJECTS = "/b/runs/o"
-"""What the paths of all requests for objects hold; the client also asks about the bucket."""
+"""What the paths of all requests for objects hold."""
 OUTSIDE = ["", ".", "..", "../up", "a/../../up", "/etc/hosts", "a\\..\\b", "a\0b"]
 
 
@@ -205,6 +206,7 @@ def test_a_large_object_survives_an_outage_half_way(
     (tmp_path / "big").write_bytes(content)
     bucket.faults.add("PUT /upload", cut_after=0)
     remote.upload(tmp_path / "big", "big")
+    assert len(bucket.requested("POST /upload")) == 1
     bucket.faults.add("alt=media", cut_after=5_000_000)
     assert remote.download("big", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == content
@@ -321,11 +323,60 @@ def test_a_child_lies_inside(uri: str, child: str) -> None:
     assert child_uri(uri, "one") == child
 
 
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [(404, {}), (410, {}), (308, {}), (308, {"Range": "bytes=0-262143"})],
+    ids=["not found", "gone", "kept nothing", "kept a part"],
+)
 def test_an_upload_that_is_lost_half_way_begins_again(
-    bucket: Bucket, remote: Store, tmp_path: Path
+    status: int, headers: dict[str, str], bucket: Bucket, remote: Store, tmp_path: Path
 ) -> None:
     content = os.urandom(9 * 1024 * 1024)
     (tmp_path / "big").write_bytes(content)
-    bucket.faults.add("PUT /upload", status=404)
+    bucket.faults.add("PUT /upload", status=status, headers=headers)
     remote.upload(tmp_path / "big", "big")
     assert remote.read("big") == content
+    assert len(bucket.requested("POST /upload")) == 2
+
+
+def test_the_project_that_pays_is_named_in_every_request(
+    bucket: Bucket, remote: Store, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOB_USER_PROJECT", "payer")
+    for call in CALLS.values():
+        call(remote, "a", file)
+    remote.list()
+    assert {request.query.get("userProject") for request in bucket.requests} == {"payer"}
+
+
+def test_an_emulator_is_named_with_or_without_a_scheme(
+    bucket: Bucket, remote: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket.url.removeprefix("http://"))
+    remote.write("a", b"1")
+    assert bucket.names("runs") == ["team/doctor-1/a"]
+
+
+def test_without_credentials_the_way_to_them_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    with pytest.raises(EnvironmentProblem, match="gcloud auth application-default login"):
+        open_store("gs://runs/r").read("a")
+
+
+def test_only_the_bytes_of_transfers_count_as_progress(
+    remote: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats: list[None] = []
+    monkeypatch.setattr(PULSE, "beat", lambda: beats.append(None))
+    version = remote.swap("lease", b"1", None)
+    remote.swap("lease", b"2", version)
+    assert not beats  # or a lease that is renewed would hide a job that hangs
+    (tmp_path / "big").write_bytes(bytes(9 * 1024 * 1024))
+    remote.upload(tmp_path / "big", "big")
+    sent = len(beats)
+    assert sent >= 2
+    remote.download("big", tmp_path / "copy")
+    assert len(beats) > sent + 2

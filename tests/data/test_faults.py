@@ -102,6 +102,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             patch.setenv("JOB_STALL_SECONDS", "0.5")
             patch.setattr(staging, "SHARD_ROWS", 600)
             patch.setattr(bucket_module, "_CHUNK", GRANULE)
+            patch.setattr("google.cloud.storage.blob._MAX_MULTIPART_SIZE", GRANULE)
             patch.setattr("job.retry._FIRST_SECONDS", 0.02)
             hub_module.client.cache_clear()
             bucket_module.client.cache_clear()

@@ -42,6 +42,7 @@ _CONTENT_RANGE = re.compile(r"bytes (?:\*|(?P<first>\d+)-\d+)/(?P<total>\*|\d+)"
 _BOUNDARY = re.compile(r"""boundary=["']?([^"';]+)""")
 _LISTING = {
     "prefix", "delimiter", "maxResults", "pageToken", "projection", "fields", "prettyPrint", "alt",
+    "userProject",
 }  # fmt: skip
 _HASH_KEYS = {"crc32c": "crc32c", "md5": "md5Hash"}
 
