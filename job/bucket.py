@@ -126,6 +126,8 @@ class BucketStore:
             except GoogleAPICallError as error:
                 if _is_lost(error):
                     raise Transient("the upload was lost, and begins again") from error
+                if error.code == 404:
+                    raise self._no_bucket() from error
                 raise
             if (blob.size, blob.crc32c) != (size, checksum):
                 raise Transient("what was stored is not what was sent")
@@ -313,4 +315,5 @@ def _is_lost(error: GoogleAPICallError) -> bool:
     """
     if error.code == 400:
         return "crc32c" in error.response.text.lower()
-    return error.code in (308, 404, 410) and not _is_of_bucket(error)
+    is_session = error.response.request.method == "PUT"
+    return is_session and error.code in (308, 404, 410) and not _is_of_bucket(error)

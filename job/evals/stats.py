@@ -68,7 +68,8 @@ def bootstrap_test(differences: Sequence[float], samples: int, seed: int) -> tup
     """The paired bootstrap: the mean difference with its interval, and a p-value for it being 0.
 
     The p-value is that of the interval (Efron and Tibshirani 1993, section 15.4): twice the
-    share of resampled means on the other side of 0, and never below 2 / (samples + 1).
+    share of resampled means on the other side of 0, and never below 2 / (samples + 1). Of fewer
+    than 10 items the bootstrap knows too little to tell anything from chance: 1.
 
     Args:
         differences: one an item, as for `bootstrap`.
@@ -76,7 +77,7 @@ def bootstrap_test(differences: Sequence[float], samples: int, seed: int) -> tup
     array = np.asarray(differences, dtype=np.float64)
     means = _resampled_means(array, samples, seed)
     beyond = min((means <= 0).sum(), (means >= 0).sum())
-    p_value = min(1.0, 2 * (1 + int(beyond)) / (1 + samples))
+    p_value = min(1.0, 2 * (1 + int(beyond)) / (1 + samples)) if len(array) >= FEWEST else 1.0
     return _estimate(array, means), p_value
 
 

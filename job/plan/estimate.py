@@ -20,7 +20,7 @@ MFU = 0.4
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _CHUNK = 128
 """Queries that share their keys (`job.model.local_attention.CHUNK`)."""
-_SLICE = 256 * 2**20
+_SLICE = 2**30
 """Bytes of float32 logits held at once (`job.train.loss.SLICE_BYTES`)."""
 _LOGITS_HELD = 1.75
 """Slices that are there at a time: logits, their gradient, what one is being made of."""

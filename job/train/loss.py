@@ -19,8 +19,8 @@ Head = Callable[[Any, jax.Array], jax.Array]
 _Pair = tuple[jax.Array, jax.Array]
 _Part = tuple[jax.Array, jax.Array, jax.Array]
 
-SLICE_BYTES = 256 * 1024 * 1024
-"""Logits held at once on a device, in bytes of float32."""
+SLICE_BYTES = 2**30
+"""Logits held at once on a device, in bytes of float32; each slice reads the whole head again."""
 
 
 class LossSums(NamedTuple):

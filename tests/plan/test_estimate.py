@@ -103,9 +103,9 @@ def test_memory_grows_with_rows_and_shrinks_with_remat_and_split_weights() -> No
 
 
 def test_a_batch_that_no_chip_can_share_names_the_next_that_can() -> None:
-    found = estimated("v5e-32")
-    assert (found.layout.rows, found.work.batch_size) == (1, 32)
-    assert found.advice == ("train.batch_size 32",)
+    found = estimated("v5e-128")
+    assert (found.layout.rows, found.work.batch_size) == (1, 128)
+    assert found.advice == ("train.batch_size 128",)
 
 
 def test_twice_the_chips_take_half_the_time_of_a_step() -> None:
@@ -116,7 +116,7 @@ def test_twice_the_chips_take_half_the_time_of_a_step() -> None:
 def test_rows_are_accumulated_where_they_do_not_fit_at_once() -> None:
     found = estimated("v5e-1", "runtime.devices=null")
     assert found.fits
-    assert found.layout.micro < found.layout.rows == 16
+    assert found.layout.micro < found.layout.rows == 64
 
 
 def test_a_model_too_large_for_a_chip_is_split_in_the_plan() -> None:
