@@ -199,7 +199,9 @@ class Trainer:
                 stopping = self._run.stop.requested is not None
             due = due or progress.step % train.checkpoint_every == 0
             # Steps do not wait for slow storage: the checkpoint is made once the last is written.
-            saving = stopping or progress.step == total or (due and writer.idle)
+            # Several processes do, because all must save at the same step.
+            ready = writer.idle or self._run.processes.count > 1
+            saving = stopping or progress.step == total or (due and ready)
             validating = train.validate_every and progress.step % train.validate_every == 0
             if saving or validating:
                 self._account(pending, advance)
