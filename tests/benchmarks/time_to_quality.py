@@ -5,8 +5,7 @@ tokens, SGD at 1e-4, loss on every token, one pass over the examples. The recomm
 of the shipped spec `chatdoctor-gemma3-1b`, packed and by this project's step. Both train LoRA of
 rank 16 on the `tiny` preset and the same examples, made of the shipped dialogues at the lengths
 of real ones. After each of our steps the loss on held-out responses is measured, until it is
-what the published recipe ends with. Seconds are those of training, without compilation and
-without the first touch of a program's memory; `time_ratio_cold` counts that as well.
+what the published recipe ends with. Seconds are those of training, without compilation.
 
     uv run python -m tests.benchmarks.time_to_quality [--json FILE]
 """
@@ -130,12 +129,6 @@ def main() -> None:
     first = place(model, batches[0], 1, width)
     program = step.lower(state, model.weights, first).compile()
 
-    # The first run of a program touches its memory for the first time, which is no training.
-    begin = time.perf_counter()
-    again = TrainState(*jax.tree.map(lambda a: jax.numpy.array(a, copy=True), tuple(state)))
-    jax.block_until_ready(program(again, model.weights, first))
-    cold = time.perf_counter() - begin
-
     seconds, reached, curve, seen = 0.0, None, [], 0
     for number, batch in enumerate(batches):
         begin = time.perf_counter()
@@ -162,7 +155,6 @@ def main() -> None:
     report.finish(
         {
             "time_ratio": their_seconds / reached[1],
-            "time_ratio_cold": their_seconds / (reached[1] + cold - seconds / len(batches)),
             "examples_ratio": len(examples) / reached[0],
         },
         given.json,
