@@ -21,7 +21,7 @@ from job.errors import UsageError
 from job.model import decoding
 from job.model.checkpoint_names import target_matrices
 from job.model.factors import Matrix
-from job.model.local_attention import can_cut, local_attention
+from job.model.local_attention import ACCELERATOR, CPU, can_cut, local_attention
 from job.model.lora import LoraLayout, LoraWeights, Weights, plan_lora
 from job.model.narrowing import can_narrow, gather, narrowed
 from job.model.presets import Preset, load_task, resolve
@@ -196,7 +196,8 @@ class LanguageModel:
     def _attention(self, segments: jax.Array, settings: Forward) -> AbstractContextManager[None]:
         if settings.reach is None or not can_cut(self._backbone):
             return nullcontext()
-        return local_attention(self._backbone, segments, settings.reach)
+        cut = CPU if self.platform == "cpu" else ACCELERATOR
+        return local_attention(self._backbone, segments, settings.reach, cut)
 
     def states_at(
         self,

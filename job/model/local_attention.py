@@ -10,14 +10,34 @@ no larger, and their masks are made from the segments, so that no mask of a whol
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from job.model.segments import PACKABLE
 
-CHUNK = 128
-"""Queries that share their keys."""
+
+class Cut(NamedTuple):
+    """How rows are cut."""
+
+    queries: int
+    """Of a chunk: they share their keys."""
+    gain: float
+    """How many times fewer keys there must be for it to be worth it."""
+
+    def before(self, reach: int) -> int:
+        """Keys in front of a chunk that its queries can see, a whole number of chunks."""
+        return -(-(reach - 1) // self.queries) * self.queries
+
+    def fits(self, before: int, length: int) -> bool:
+        """Whether chunks with so many keys before them are worth it in rows of `length`."""
+        return self.gain * (before + self.queries) <= length
+
+
+ACCELERATOR = Cut(128, 2.0)
+"""With more keys the TPU's compiler moves more bytes for the chunks than it saves."""
+CPU = Cut(32, 1.0)
+"""What is not computed is saved; smaller chunks make products that are too small."""
 
 
 def can_cut(backbone: Any) -> bool:
@@ -25,27 +45,15 @@ def can_cut(backbone: Any) -> bool:
     return type(backbone).__name__ in PACKABLE
 
 
-def keys_before(reach: int) -> int:
-    """Keys in front of a chunk that its queries can see, a whole number of chunks."""
-    return -(-(reach - 1) // CHUNK) * CHUNK
-
-
-def is_cut(before: int, length: int) -> bool:
-    """Whether chunks with so many keys before them are worth it: with half the keys or fewer.
-
-    With more the TPU's compiler moves more bytes for the chunks than it saves.
-    """
-    return 2 * (before + CHUNK) <= length
-
-
 @contextlib.contextmanager
-def local_attention(backbone: Any, segments: Any, reach: int) -> Iterator[None]:
+def local_attention(backbone: Any, segments: Any, reach: int, cut: Cut) -> Iterator[None]:
     """Within this block attention runs chunk by chunk, where that leaves enough out.
 
     Args:
         segments: int32 `[batch, length]`; 0 is padding, and tokens attend only to earlier tokens
             of the same number.
         reach: tokens, its own included, that a token can see at most.
+        cut: how the rows are cut.
     """
     layers = [
         layer
@@ -54,7 +62,7 @@ def local_attention(backbone: Any, segments: Any, reach: int) -> Iterator[None]:
     ]
     for layer in layers:
         # Straight into the instance's dictionary: Keras tracks ordinary attributes.
-        layer.__dict__["_compute_attention"] = _by_chunk(layer, segments, reach)
+        layer.__dict__["_compute_attention"] = _by_chunk(layer, segments, reach, cut)
     try:
         yield
     finally:
@@ -62,7 +70,7 @@ def local_attention(backbone: Any, segments: Any, reach: int) -> Iterator[None]:
             del layer.__dict__["_compute_attention"]
 
 
-def _by_chunk(layer: Any, segments: Any, reach: int) -> Callable[..., Any]:
+def _by_chunk(layer: Any, segments: Any, reach: int, cut: Cut) -> Callable[..., Any]:
     attend = layer._compute_attention
     # Some families lay the window over the mask they are given, others over all masks before.
     placed = "cache_update_index" in inspect.signature(attend).parameters
@@ -70,27 +78,27 @@ def _by_chunk(layer: Any, segments: Any, reach: int) -> Callable[..., Any]:
     if getattr(layer, "use_sliding_window_attention", False):
         window = layer.sliding_window_size
     reach = min(reach, window or reach)
-    before = keys_before(reach)
+    before, queries = cut.before(reach), cut.queries
 
     def by_chunk(query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
         batch, length = query.shape[:2]
-        if not is_cut(before, length):
+        if not cut.fits(before, length):
             return attend(query, key, value, mask, **settings)
         if placed:
             settings["cache_update_index"] = before
-        count = -(-length // CHUNK)
-        after = count * CHUNK - length
+        count = -(-length // queries)
+        after = count * queries - length
 
         def chunks(array: Any) -> Any:
-            return _pad(array, 0, after).reshape(batch * count, CHUNK, *array.shape[2:])
+            return _pad(array, 0, after).reshape(batch * count, queries, *array.shape[2:])
 
         def windows(array: Any) -> Any:
             padded = _pad(array, before, after)
-            whole = padded.reshape(batch, -1, CHUNK, *array.shape[2:])
+            whole = padded.reshape(batch, -1, queries, *array.shape[2:])
             # Slices side by side and no gather, whose gradient would be a scatter.
-            parts = [whole[:, first : first + count] for first in range(before // CHUNK + 1)]
+            parts = [whole[:, first : first + count] for first in range(before // queries + 1)]
             joined = jnp.concatenate(parts, axis=2)
-            return joined.reshape(batch * count, before + CHUNK, *array.shape[2:])
+            return joined.reshape(batch * count, before + queries, *array.shape[2:])
 
         parts = attend(
             chunks(query),
@@ -99,13 +107,13 @@ def _by_chunk(layer: Any, segments: Any, reach: int) -> Callable[..., Any]:
             _mask(chunks(segments), windows(segments), window),
             **settings,
         )
-        return parts.reshape(batch, count * CHUNK, *parts.shape[2:])[:, :length]
+        return parts.reshape(batch, count * queries, *parts.shape[2:])[:, :length]
 
     return by_chunk
 
 
 def _mask(queries: Any, keys: Any, window: int | None) -> Any:
-    """Which keys each query sees, bool `[chunks, CHUNK, keys]`, from the segments of both.
+    """Which keys each query sees, bool `[chunks, queries, keys]`, from the segments of both.
 
     The queries are the last of the keys.
     """

@@ -19,7 +19,7 @@ MFU = 0.4
 """Share of the peak that is assumed."""
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _CHUNK = 128
-"""Queries that share their keys (`job.model.local_attention.CHUNK`)."""
+"""Queries that share their keys (`job.model.local_attention.ACCELERATOR`)."""
 _SLICE = 2**30
 """Bytes of float32 logits held at once (`job.train.loss.SLICE_BYTES`)."""
 _LOGITS_HELD = 1.75

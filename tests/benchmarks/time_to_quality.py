@@ -7,7 +7,7 @@ rank 16 on the `tiny` preset and the same examples, made of the shipped dialogue
 of real ones. After each of our steps the loss on held-out responses is measured, until it is
 what the published recipe ends with. Seconds are those of training, without compilation.
 
-    uv run python -m tests.benchmarks.time_to_quality [--json FILE]
+    uv run python -m tests.benchmarks.time_to_quality [--json FILE] [--set KEY=VALUE]
 """
 
 import os
@@ -72,6 +72,7 @@ def main() -> None:
     """Run both recipes and print how much sooner the recommended one is there."""
     parser = report.arguments(__doc__ or "")
     parser.add_argument("--examples", type=int, default=1800)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     given = parser.parse_args()
 
     from job.runtime import import_keras
@@ -96,7 +97,7 @@ def main() -> None:
         place,
     )
 
-    settings = ["model.preset=tiny", "model.dtype=float32"]
+    settings = ["model.preset=tiny", "model.dtype=float32", *given.settings]
     spec = load_spec("chatdoctor-gemma3-1b", settings).spec
     train = spec.train
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))

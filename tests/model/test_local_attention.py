@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from job.model import local_attention
+from job.model.local_attention import Cut, can_cut, local_attention
 from job.model.segments import PACKABLE, segment_attention
 from tests.model.families import small_backbone
 
@@ -22,46 +22,40 @@ def rows() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("family", PACKABLE)
-@pytest.mark.parametrize("chunk", [4, 7])
-def test_chunks_give_what_the_whole_row_gives(
-    monkeypatch: pytest.MonkeyPatch, family: str, chunk: int
-) -> None:
-    monkeypatch.setattr(local_attention, "CHUNK", chunk)
+@pytest.mark.parametrize("cut", [Cut(4, 1.0), Cut(7, 2.0)])
+def test_chunks_give_what_the_whole_row_gives(family: str, cut: Cut) -> None:
     backbone, inputs = small_backbone(family), rows()
-    assert local_attention.can_cut(backbone)
-    assert local_attention.is_cut(local_attention.keys_before(LONGEST), LENGTH)
+    assert can_cut(backbone)
+    assert cut.fits(cut.before(LONGEST), LENGTH)
     with segment_attention(backbone):
         whole = backbone(inputs)
-        with local_attention.local_attention(backbone, inputs["padding_mask"], LONGEST):
+        with local_attention(backbone, inputs["padding_mask"], LONGEST, cut):
             ours = backbone(inputs)
     real = inputs["padding_mask"] > 0
     np.testing.assert_allclose(np.asarray(ours)[real], np.asarray(whole)[real], atol=2e-5)
 
 
-def test_a_reach_that_is_too_short_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_attention, "CHUNK", 4)
+def test_a_reach_that_is_too_short_is_noticed() -> None:
     backbone, inputs = small_backbone("LlamaBackbone"), rows()
     with segment_attention(backbone):
         whole = np.asarray(backbone(inputs))
-        with local_attention.local_attention(backbone, inputs["padding_mask"], 2):
+        with local_attention(backbone, inputs["padding_mask"], 2, Cut(4, 1.0)):
             ours = np.asarray(backbone(inputs))
     assert np.abs(ours - whole).max() > 1e-3
 
 
-def test_fewer_products_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_attention, "CHUNK", 64)
+def test_fewer_products_are_computed() -> None:
     backbone = small_backbone("Gemma3Backbone", sliding_window_size=64, head_dim=64)
     inputs = {name: np.ones((1, 512), np.int32) for name in ("token_ids", "padding_mask")}
 
-    def flops(reach: int) -> float:
+    def flops(reach: int, cut: Cut) -> float:
         def forward(inputs: dict[str, jax.Array]) -> jax.Array:
-            with local_attention.local_attention(backbone, inputs["padding_mask"], reach):
+            with local_attention(backbone, inputs["padding_mask"], reach, cut):
                 return backbone(inputs)
 
         return float(jax.jit(forward).lower(inputs).compile().cost_analysis()["flops"])
 
-    with monkeypatch.context() as patch:
-        patch.setattr(local_attention, "CHUNK", 512)
-        whole = flops(512)
-    assert flops(512) < 0.5 * whole  # the sliding windows
-    assert flops(128) < 0.9 * flops(512)  # the global layer too
+    whole, windows = flops(512, Cut(512, 1.0)), flops(512, Cut(64, 2.0))
+    assert windows < 0.5 * whole  # the sliding windows
+    assert flops(128, Cut(64, 2.0)) < 0.9 * windows  # the global layer too
+    assert flops(512, Cut(64, 16.0)) > 0.95 * whole  # not worth it

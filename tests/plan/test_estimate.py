@@ -67,15 +67,14 @@ def test_what_is_known_of_the_code_without_importing_it_is_true() -> None:
     from job.plan import estimate as planned
     from job.train import loss
 
-    assert planned._CHUNK == local_attention.CHUNK
+    cut = local_attention.ACCELERATOR
+    assert cut.queries == planned._CHUNK
     assert planned._SLICE == loss.SLICE_BYTES
     (layer, *_) = model_shape(find_config(spec_of().model), "1b").layers
     for length, reach in ((512, 100), (1024, 384), (1024, 385), (1024, 386), (4096, 512)):
-        before = local_attention.keys_before(min(reach, layer.window or reach))
-        cut = local_attention.is_cut(before, length)
-        assert keys_seen(layer, length, reach) == (
-            before + local_attention.CHUNK if cut else length
-        )
+        before = cut.before(min(reach, layer.window or reach))
+        fewer = before + cut.queries if cut.fits(before, length) else length
+        assert keys_seen(layer, length, reach) == fewer
 
 
 def test_a_query_is_scored_against_no_more_keys_than_it_can_see() -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from job.data.packing import PackedRows, TokenExample, make_rows
-from job.model import local_attention
+from job.model import language_model, local_attention
 from job.model.language_model import Forward, LanguageModel
+from job.model.local_attention import Cut
 from job.model.lora import LoraWeights, flatten
 from job.model.tracing import Remat
 from job.spec import Train
@@ -83,11 +84,11 @@ def test_slices_stay_within_the_memory_bound() -> None:
         assert length == 1 or rows * length * vocabulary * 4 <= 2**30
 
 
-@pytest.mark.parametrize("chunk", [16, local_attention.CHUNK])
+@pytest.mark.parametrize("cut", [local_attention.CPU, Cut(16, 1.0), Cut(128, 2.0)])
 def test_packed_loss_and_gradients_equal_unpacked_ones(
-    monkeypatch: pytest.MonkeyPatch, tiny: LanguageModel, chunk: int
+    monkeypatch: pytest.MonkeyPatch, tiny: LanguageModel, cut: Cut
 ) -> None:
-    monkeypatch.setattr(local_attention, "CHUNK", chunk)
+    monkeypatch.setattr(language_model, "CPU", cut)
     made = examples()
     packed = make_rows(made, 256, packing=True)
     apart = make_rows(made, 128, packing=False)
