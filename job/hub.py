@@ -26,6 +26,8 @@ from job.transfer import Client, Refused
 Kind = Literal["dataset", "model"]
 
 SCHEME = "hf://"
+README = "README.md"
+"""The card of a repository."""
 _AT_ONCE = 4
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NEXT = re.compile(r'<([^>]+)>;\s*rel="next"')

@@ -1,30 +1,93 @@
 """Which files of a repository or a folder a split is made of.
 
-The rules are those of Hub datasets: what the spec names; else what the `configs` of the
-README's header say; else the names of files and folders (`data/train-00000-of-00002.parquet`,
-`validation/a.jsonl`), where what names no split is all `train`.
+What the spec names; else what the `configs` of the README's header say; else what the names of
+files and folders say (`data/train-00000-of-00002.parquet`, `validation/a.jsonl`), where what
+names no split is all `train`. The rules are those of Hub datasets, and `datasets` applies them,
+to a list of paths: nothing is read or downloaded.
 See https://huggingface.co/docs/hub/datasets-data-files-configuration.
 """
 
-import re
 from collections import Counter
-from collections.abc import Sequence
-from fnmatch import translate
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+from datasets import DownloadConfig
+from datasets.data_files import (
+    EmptyDatasetError,
+    get_data_patterns,
+    resolve_pattern,
+    sanitize_patterns,
+)
+from datasets.utils.metadata import MetadataConfigs
+from fsspec import AbstractFileSystem, register_implementation
+from huggingface_hub import DatasetCard
 
 from job.data.readers import format_of
 from job.errors import UsageError
+from job.hub import README
 
-README = "README.md"
+_ROOT = "listing://files"
+_JSON = (".json", ".jsonl", ".ndjson")
 
-_SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-_SHARDED = re.compile(r"data/(\w+)-\d{5}-of-\d{5}\.[\w.]+")
+
+class _Listing(AbstractFileSystem):  # type: ignore[misc]
+    """Files of which only the paths are known."""
+
+    protocol = "listing"
+    cachable = False
+
+    def __init__(self, folders: Mapping[str, Mapping[str, str]], **rest: Any) -> None:
+        super().__init__(**rest)
+        self._folders = folders
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+        """What a folder holds."""
+        inside = self._folders.get(self._strip_protocol(path))
+        if inside is None:
+            raise FileNotFoundError(path)
+        if not detail:
+            return list(inside)
+        return [{"name": name, "size": None, "type": kind} for name, kind in inside.items()]
+
+
+class _Files:
+    """Paths that patterns are looked for among."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        register_implementation(_Listing.protocol, _Listing, clobber=True)
+        folders: dict[str, dict[str, str]] = {"files": {}}
+        for path in paths:
+            whole, kind = f"files/{path}", "file"
+            while "/" in whole:
+                folder, _, _ = whole.rpartition("/")
+                folders.setdefault(folder, {})[whole] = kind
+                whole, kind = folder, "directory"
+        self.paths = paths
+        self._config = DownloadConfig(storage_options={_Listing.protocol: {"folders": folders}})
+
+    def patterns(self, folder: str) -> dict[str, list[str]]:
+        """The patterns of each split, by the names of the files in a folder."""
+        try:
+            found: dict[str, list[str]] = get_data_patterns(_inside(folder), self._config)
+        except EmptyDatasetError:
+            return {}
+        return {str(split): patterns for split, patterns in found.items()}
+
+    def matching(self, pattern: str, folder: str) -> list[str]:
+        """The files a pattern stands for, in order; none that lie elsewhere."""
+        if pattern.startswith(("/", "~")) or "::" in pattern or "://" in pattern:
+            return []
+        pattern = pattern.removeprefix("./")
+        try:
+            found = resolve_pattern(pattern, _inside(folder), download_config=self._config)
+        except FileNotFoundError:
+            return []
+        return sorted(path.removeprefix(f"{_ROOT}/") for path in found)
+
+
+def _inside(folder: str) -> str:
+    return f"{_ROOT}/{folder}" if folder else _ROOT
 
 
 def choose_files(
@@ -46,132 +109,85 @@ def choose_files(
     Raises:
         UsageError: there is no such configuration, split or file.
     """
-    readable = sorted(path for path in paths if format_of(path) and not _hidden(path))
+    readable = sorted(path for path in paths if format_of(path))
     if data_files is not None:
         if config is not None:
             raise UsageError(f"data_files take the place of a config of {where}; remove one")
-        return _split({"train": _matching(readable, data_files, "", where)}, split, where)
-    configs = _configs(readme)
-    if not configs:
-        if config not in (None, "default"):
-            raise UsageError(f"{where} has no config {config!r}; it has only `default`")
-        return _split(_by_name(readable), split, where)
-    chosen = _config(configs, config, where)
-    folder = str(chosen.get("data_dir") or "").strip("/")
-    given = chosen.get("data_files")
-    if given is None:
-        inside = [path for path in readable if not folder or path.startswith(f"{folder}/")]
-        return _split(_by_name(inside, folder), split, where)
-    patterns = _patterns(given)
-    if split not in patterns:
-        raise _no_split(split, list(patterns), where)
-    return _matching(readable, patterns[split], folder, where)
-
-
-def _hidden(path: str) -> bool:
-    return any(part.startswith((".", "__")) for part in path.split("/"))
-
-
-def _configs(readme: bytes | None) -> list[dict[str, Any]]:
-    text = (readme or b"").decode("utf-8", "replace")
-    found = re.match(r"\ufeff?---\r?\n(.*?)\n---", text, re.DOTALL)
-    if not found:
-        return []
-    try:
-        header = yaml.safe_load(found[1])
-    except yaml.YAMLError:
-        return []
-    configs = header.get("configs") if isinstance(header, dict) else None
-    return [c for c in configs or [] if isinstance(c, dict) and c.get("config_name")]
-
-
-def _config(configs: list[dict[str, Any]], wanted: str | None, where: str) -> dict[str, Any]:
-    names = [str(config["config_name"]) for config in configs]
-    if wanted is not None:
-        if wanted not in names:
-            raise UsageError(f"{where} has no config {wanted!r}; it has {', '.join(names)}")
-        return configs[names.index(wanted)]
-    for config in configs:
-        if config.get("default") is True or config["config_name"] == "default":
-            return config
-    if len(configs) > 1:
-        raise UsageError(f"{where} has several configs; write one of {', '.join(names)} in config")
-    return configs[0]
-
-
-def _patterns(given: Any) -> dict[str, list[str]]:
-    """Patterns by split, from the forms that `data_files` has in a README."""
-    if isinstance(given, dict):
-        given = [{"split": split, "path": path} for split, path in given.items()]
-    items = given if isinstance(given, list) else [given]
-    patterns: dict[str, list[str]] = {}
-    for item in items:
-        split, path = ("train", item)
-        if isinstance(item, dict):
-            split, path = str(item.get("split", "train")), item.get("path", [])
-        patterns.setdefault(split, []).extend(path if isinstance(path, list) else [str(path)])
-    return patterns
-
-
-def _matching(paths: Sequence[str], patterns: Sequence[str], folder: str, where: str) -> list[str]:
-    found: list[str] = []
-    for pattern in patterns:
-        whole = f"{folder}/{pattern}" if folder else pattern
-        hits = [path for path in paths if path == whole] or [
-            path for path in paths if _glob(whole).fullmatch(path)
-        ]
-        if not hits:
-            raise UsageError(f"{where} has no readable file {whole!r}; it has {_some(paths)}")
-        found += [path for path in hits if path not in found]
-    return found
-
-
-def _glob(pattern: str) -> re.Pattern[str]:
-    """A pattern where `*` stays inside a folder and `**` does not."""
-    made = ""
-    for part in re.split(r"(\*\*/|\*\*|\*)", pattern.removeprefix("./")):
-        if part == "**/":
-            made += r"(?:.*/)?"
-        elif part == "**":
-            made += r".*"
-        elif part == "*":
-            made += r"[^/]*"
-        else:
-            made += translate(part).removeprefix("(?s:").removesuffix(r")\Z")
-    return re.compile(made, re.DOTALL)
-
-
-def _by_name(paths: Sequence[str], folder: str = "") -> dict[str, list[str]]:
-    """Files by split, by what their names say; only those of the commonest format."""
-    formats = Counter(format_of(path) for path in paths)
-    if not formats:
-        return {}
-    commonest = max(formats, key=lambda kind: (formats[kind], kind or ""))
-    paths = [path for path in paths if format_of(path) == commonest]
-    sharded: dict[str, list[str]] = {}
-    named: dict[str, list[str]] = {}
-    for path in paths:
-        inside = path.removeprefix(f"{folder}/") if folder else path
-        if found := _SHARDED.fullmatch(inside):
-            sharded.setdefault(found[1], []).append(path)
-        for split, words in _SPLITS.items():
-            any_word = "|".join(words)
-            if re.search(rf"(?:^|[/._ 0-9-])(?:{any_word})(?:[/._ 0-9-]|$)", inside):
-                named.setdefault(split, []).append(path)
-                break
-    return sharded or named or {"train": list(paths)}
-
-
-def _split(files: dict[str, list[str]], split: str, where: str) -> list[str]:
-    if not any(files.values()):
+        return _split(_Files(readable), {"train": list(data_files)}, "", split, where)
+    configs = _configs(readme, where)
+    if configs:
+        chosen = configs[_config(configs, config, where)]
+    elif config not in (None, "default"):
+        raise UsageError(f"{where} has no config {config!r}; it has only `default`")
+    else:
+        chosen = {}
+    folder = str(chosen.get("data_dir") or "").removeprefix("./").strip("/")
+    if given := chosen.get("data_files"):
+        return _split(_Files(readable), sanitize_patterns(given), folder, split, where)
+    files = _Files(_of_one_kind(_Files(readable).matching("**", folder)))
+    patterns = files.patterns(folder)
+    if not patterns:
         raise UsageError(f"{where} has no file in a format that can be read")
-    if split not in files:
-        raise _no_split(split, sorted(files), where)
-    return files[split]
+    return _split(files, patterns, folder, split, where, each=False)
 
 
-def _no_split(split: str, known: list[str], where: str) -> UsageError:
-    return UsageError(f"{where} has no split {split!r}; it has {', '.join(known)}")
+def _configs(readme: bytes | None, where: str) -> MetadataConfigs:
+    text = (readme or b"").decode("utf-8-sig", "replace").lstrip()
+    if not text.startswith("---"):
+        return MetadataConfigs()
+    try:
+        card = DatasetCard(text, ignore_metadata_errors=True)
+        return MetadataConfigs.from_dataset_card_data(card.data)
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"{where}: the header of its {README} cannot be used: {reason:.200}; "
+            "write the files to read in data_files"
+        ) from None
+
+
+def _config(configs: MetadataConfigs, wanted: str | None, where: str) -> str:
+    names = ", ".join(configs)
+    if wanted is None:
+        try:
+            wanted = configs.get_default_config_name()
+        except ValueError:  # more than one says that it is
+            wanted = None
+        if wanted is None:
+            raise UsageError(f"{where} has several configs; write one of {names} in config")
+    if wanted not in configs:
+        raise UsageError(f"{where} has no config {wanted!r}; it has {names}")
+    return wanted
+
+
+def _of_one_kind(paths: Sequence[str]) -> list[str]:
+    """Those of the commonest format; all that is JSON is of one."""
+    kinds = {path: "json" if (kind := format_of(path)) in _JSON else kind for path in paths}
+    counts = Counter(kinds.values())
+    commonest = max(counts, key=lambda kind: (counts[kind], kind or ""), default=None)
+    return [path for path in paths if kinds[path] == commonest]
+
+
+def _split(
+    files: _Files,
+    patterns: Mapping[str, Sequence[str]],
+    folder: str,
+    split: str,
+    where: str,
+    *,
+    each: bool = True,
+) -> list[str]:
+    """The files of a split; with `each`, every one of its patterns has to stand for some."""
+    if split not in patterns:
+        raise UsageError(f"{where} has no split {split!r}; it has {', '.join(sorted(patterns))}")
+    found: list[str] = []
+    for pattern in patterns[split]:
+        hits = files.matching(pattern, folder)
+        if each and not hits:
+            whole = f"{folder}/{pattern}" if folder else pattern
+            raise UsageError(f"{where} has no readable file {whole!r}; it has {_some(files.paths)}")
+        found += hits
+    return list(dict.fromkeys(found))
 
 
 def _some(paths: Sequence[str]) -> str:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from job.data.blocks import Row
-from job.data.layout import README, choose_files
 from job.data.readers import format_of, read_blocks
 from job.errors import UsageError
-from job.hub import SCHEME, HubFile, Repository
+from job.hub import README, SCHEME, HubFile, Repository
 from job.revisions import NONE, Revisions, resolve_commit, source_key
 from job.runtime import cache_folder
 from job.spec import Source
@@ -92,6 +91,8 @@ def _of_folder(source: Source) -> list[SourceFile]:
 
 
 def _chosen(source: Source, paths: list[str], readme: bytes | None = None) -> list[str]:
+    from job.data.layout import choose_files  # imports `datasets`, which takes a second
+
     return choose_files(
         paths,
         where=source.dataset,

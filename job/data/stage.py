@@ -41,8 +41,9 @@ def run_stage(run: Run) -> DataInfo:
     Raises:
         UsageError: the templates do not fit the rows, or there are too few.
     """
-    data, clock = run.spec.data, time.monotonic()
+    data = run.spec.data
     rows = open_rows(data, "dialogues", run.revisions)
+    clock = time.monotonic()
     where = child_uri(child_uri(run.spec.output, "datasets"), staging_key(data, rows))
     staged = stage_rows(data, rows, open_store(where), run.work, run.stop.check)
     manifest = staged.manifest

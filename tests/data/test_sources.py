@@ -355,6 +355,7 @@ configs:
     path: held.jsonl
 ---
 """
+README_IN = "---\nconfigs:\n- config_name: only\n  data_dir: ./in/\n---\n"
 
 
 @pytest.mark.parametrize(
@@ -374,6 +375,10 @@ configs:
          {"readme": README_HEAD, "split": "test"}, ["held.jsonl"]),
         (["a.jsonl", "more/b.jsonl", "held.jsonl", "small/s.jsonl"],
          {"readme": README_HEAD, "config": "small"}, ["small/s.jsonl"]),
+        (["a.csv", "config.json", "dataset_infos.json"], {}, ["a.csv"]),
+        (["b.json", "a.jsonl", ".hidden.jsonl", "__made__/c.jsonl"], {}, ["a.jsonl", "b.json"]),
+        (["a.jsonl", "in/b-test.jsonl", "in/train.jsonl"],
+         {"readme": README_IN, "split": "test"}, ["in/b-test.jsonl"]),
     ],
 )  # fmt: skip
 def test_the_layout_of_a_hub_dataset_says_which_files_a_split_is(
@@ -382,3 +387,33 @@ def test_the_layout_of_a_hub_dataset_says_which_files_a_split_is(
     given = {"split": "train"} | wanted
     readme = given.pop("readme", "").encode()
     assert choose_files(paths, where="hf://org/set", readme=readme, **given) == chosen  # type: ignore[arg-type]
+
+
+TWO_CONFIGS = "---\nconfigs:\n- config_name: x\n- config_name: y\n---\n"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"data_files": ["/etc/hosts"]}, r"no readable file '/etc/hosts'; it has a\.jsonl"),
+        ({"data_files": ["https://a.b/c.jsonl"]}, r"no readable file 'https://a\.b/c\.jsonl'"),
+        ({"data_files": ["../a.jsonl"]}, r"no readable file '\.\./a\.jsonl'"),
+        ({"data_files": ["a.jsonl"], "config": "x"}, r"data_files take the place of a config"),
+        ({"readme": b"---\nconfigs: 5\n---\n"}, r"README\.md cannot be used: .*in data_files"),
+        ({"readme": b"---\nconfigs: [a: [\n---\n"}, r"README\.md cannot be used: .*in data_files"),
+        ({"readme": TWO_CONFIGS.encode()}, r"several configs; write one of x, y in config"),
+        ({"readme": TWO_CONFIGS.encode(), "config": "z"}, r"no config 'z'; it has x, y"),
+        ({"split": "dev"}, r"has no split 'dev'; it has train"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_does_not_fit_is_refused_with_the_way_out(
+    wanted: dict[str, Any], message: str
+) -> None:
+    given = {"split": "train"} | wanted
+    with pytest.raises(UsageError, match=message):
+        choose_files(["a.jsonl", "notes.txt"], where="hf://org/set", **given)
+
+
+def test_a_folder_without_rows_says_so() -> None:
+    with pytest.raises(UsageError, match=r"org/set has no file in a format that can be read"):
+        choose_files(["notes.txt", "config.json"], where="hf://org/set", split="train")
