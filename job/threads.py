@@ -14,7 +14,7 @@ class Threads(ThreadPoolExecutor):
         return super().submit(contextvars.copy_context().run, call, *args, **kwargs)
 
 
-AHEAD = 3
+AHEAD = 2
 """Pieces of work that may be done before they are asked for, or after they were given."""
 
 

@@ -56,10 +56,15 @@ class RowBlock:
     def column(self, name: str) -> "pa.Array | None":
         import pyarrow as pa
 
-        try:
-            return pa.array([row.get(name) for row in self.values], pa.string())
-        except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError):
+        texts = [row.get(name) for row in self.values]
+        if not all(text is None or isinstance(text, str) for text in texts):
             return None
+        try:
+            # Arrow takes bytes eight times as fast as it takes str.
+            raw = pa.array([None if t is None else t.encode() for t in texts], pa.binary())
+        except UnicodeEncodeError:
+            return None
+        return pa.Array.from_buffers(pa.string(), len(raw), raw.buffers(), raw.null_count)
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,8 @@ class Judge:
         found = {name: mask & left for name, mask in looked.faults.items()}
         found[DUPLICATES] = same & left
         found[NORMALISED] = alike & ~same & left
-        self.remember(hashes[left], groups[left])
+        self._hashes.add_new(hashes[left & ~same])
+        self._groups.add_new(groups[left & ~alike])
         return Fate(left, dropped, found)
 
     @staticmethod

@@ -4,7 +4,6 @@ This is the meaning of a row, one at a time and for any type of value; `mapping`
 to whole columns where all is plain text.
 """
 
-import hashlib
 import math
 import re
 import unicodedata
@@ -12,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
+
+import xxhash
 
 from job.data.blocks import Row
 from job.spec import Data
@@ -61,9 +62,8 @@ def content(system: str | None, history: Iterable[Turn], prompt: str, response: 
     return SEPARATOR.join(texts).encode()
 
 
-def exact_hash(text: bytes) -> bytes:
-    """Eight bytes that stand for this content."""
-    return hashlib.blake2b(text, digest_size=8).digest()
+exact_hash = xxhash.xxh3_64_digest
+"""Eight bytes that stand for a content: XXH3, which reads text faster than memory gives it."""
 
 
 def normal_form(text: bytes) -> bytes:

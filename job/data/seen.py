@@ -42,10 +42,13 @@ class Seen:
     def add(self, hashes: np.ndarray) -> None:
         """Put these into the set."""
         fresh = np.unique(hashes)
-        fresh = fresh[~self.holds(fresh)]
-        if not len(fresh):
+        self.add_new(fresh[~self.holds(fresh)])
+
+    def add_new(self, hashes: np.ndarray) -> None:
+        """Put these, which are all different and not in it yet, into the set."""
+        if not len(hashes):
             return
-        self._runs.append(fresh)
+        self._runs.append(np.sort(hashes))
         while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
             merged = np.concatenate([self._runs.pop(), self._runs.pop()])
             merged.sort(kind="stable")  # merges what is sorted already

@@ -44,7 +44,7 @@ from job.spec_loading import digest
 from job.storage import Store, file_sha256
 from job.threads import AHEAD, Threads, ahead
 
-STAGING_VERSION = 1
+STAGING_VERSION = 2
 """Part of every key: raise it when what is staged from the same rows changes."""
 
 SHARD_ROWS = 16_384
@@ -199,8 +199,8 @@ class _Stager:
             shard.file, shard.place = number, block.end
             self.rows_read += len(block)
             advance(len(block))
-            self._give_up(shard.tally, _PATIENCE)
-        self._give_up(shard.tally, 0)
+            self._give_up(shard, _PATIENCE)
+        self._give_up(shard, 0)
         if shard.tally.raw:
             self._next(shard, threads)
 
@@ -252,10 +252,10 @@ class _Stager:
         if not self._columns and (rows := block.rows()):
             self._columns = sorted(rows[0])
 
-    def _give_up(self, tally: Tally, after: int) -> None:
+    def _give_up(self, shard: "_Open", after: int) -> None:
         """Keep nothing of a dataset whose first rows, so many, give no example."""
-        if not self._shards and not tally.kept and tally.raw >= after:
-            raise UsageError(self._why_none(tally))
+        if not shard.number and not shard.tally.kept and shard.tally.raw >= after:
+            raise UsageError(self._why_none(shard.tally))
 
     def _why_none(self, tally: Tally) -> str:
         if not tally.raw:
@@ -269,25 +269,15 @@ class _Stager:
         )
 
     def _next(self, shard: "_Open", threads: "_Threads") -> "_Open":
-        """Close a shard and let it be kept in the background; the next one."""
-        shard.close()
+        """Let a shard be closed and kept in the background; the next one."""
+        closing = shard.close()
         if self._pending:
             self._pending.result()
-        record = Shard(
-            path=shard_key(shard.number, "parquet"),
-            bytes=shard.path.stat().st_size,
-            sha256=file_sha256(shard.path),
-            rows=shard.tally.kept,
-            tally=shard.tally,
-            file=shard.file,
-            offset=shard.place.offset,
-            line=shard.place.line,
-        )
-        self._shards.append(record)
-        self._pending = threads.keep.submit(self._keep, record, shard.path)
+        self._pending = threads.keep.submit(self._keep, closing, shard.path)
         return _Open(self._work, shard.number + 1, threads.write)
 
-    def _keep(self, record: Shard, path: Path) -> None:
+    def _keep(self, closing: Future[Shard], path: Path) -> None:
+        record = closing.result()
         self._store.upload(path, record.path)
         content = record.model_dump_json().encode()
         self._lease.check()
@@ -296,6 +286,7 @@ class _Stager:
         for file in self._rows.files[self._put_away : record.file]:
             file.put_away()
         self._put_away = record.file
+        self._shards.append(record)
         logs.get().info("shard staged", shard=record.path, rows=record.rows, bytes=record.bytes)
 
     def _finish(self) -> Manifest:
@@ -351,9 +342,22 @@ class _Open:
             self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(self._writer.write, mapped, hashes, groups))
 
-    def close(self) -> None:
-        """Finish the file."""
-        while self._waiting:
-            self._waiting.popleft().result()
+    def close(self) -> Future[Shard]:
+        """Finish the file behind what is waiting to be written; its record, when that is done."""
+        return self._thread.submit(self._finish)
+
+    def _finish(self) -> Shard:
+        for written in self._waiting:
+            written.result()
         if self._writer:
             self._writer.close()
+        return Shard(
+            path=shard_key(self.number, "parquet"),
+            bytes=self.path.stat().st_size,
+            sha256=file_sha256(self.path),
+            rows=self.tally.kept,
+            tally=self.tally,
+            file=self.file,
+            offset=self.place.offset,
+            line=self.place.line,
+        )

@@ -109,5 +109,5 @@ def test_the_id_is_of_the_content_alone() -> None:
 
 def test_the_id_stays_the_same_from_version_to_version() -> None:
     assert mapper(system="{instruction}")(ROW) == Example(
-        "cd19f955ab703c72", "Be brief.", "My knee hurts.", "Rest it."
+        "98acecbe443e0d36", "Be brief.", "My knee hurts.", "Rest it."
     )
