@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from job.data.blocks import BEGIN, MAX_BYTES, MAX_ROWS, ArrowBlock, Block, Place
-from job.data.text_readers import CODECS, read_csv, read_json, read_json_lines
+from job.data.json_readers import read_json, read_json_lines
+from job.data.text_readers import CODECS, read_csv
 from job.errors import UsageError
 
 

@@ -36,7 +36,7 @@ def write(path: Path, content: list[dict[str, Any]]) -> Path:
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "SHARD_ROWS", 1000)
-    monkeypatch.setattr("job.data.text_readers.MAX_ROWS", 250)
+    monkeypatch.setattr("job.data.json_readers.MAX_ROWS", 250)
 
 
 def manifest(folder: Path, run_id: str = "r") -> dict[str, Any]:
