@@ -5,8 +5,8 @@ function serves the base model, training and the tuned model, and nothing is ass
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from job.model.local_attention import ACCELERATOR, CPU, can_cut, local_attention
 from job.model.lora import LoraLayout, LoraWeights, Weights, plan_lora
 from job.model.narrowing import can_narrow, gather, narrowed
 from job.model.presets import Preset, load_task, resolve
+from job.model.rotary import rotated_by_halves
 from job.model.sampling import Drawn
 from job.model.segments import can_pack, segment_attention
 from job.model.sharding import check_split, loading_to, put, weight_sharding
@@ -127,10 +128,12 @@ class LanguageModel:
     def _sharding(self, *axes: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, jax.P(*axes))  # type: ignore[no-untyped-call]
 
-    def _scope(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Any:
-        return keras.StatelessScope(
-            state_mapping=[*zip(self._backbone.variables, weights, strict=True), *more]
-        )
+    @contextmanager
+    def _scope(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Iterator[None]:
+        """Within this block the backbone has these weights."""
+        mapping = [*zip(self._backbone.variables, weights, strict=True), *more]
+        with keras.StatelessScope(state_mapping=mapping), rotated_by_halves(self._backbone):
+            yield
 
     def _inputs(self, token_ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
         """What the backbone is called with; some families want positions too."""

@@ -1,0 +1,36 @@
+"""Rotary embeddings half by half are KerasHub's own, to the bit."""
+
+import numpy as np
+import pytest
+
+from job.model.rotary import rotated_by_halves
+from tests.model.families import small_backbone
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("Gemma3Backbone", "bfloat16"), ("LlamaBackbone", "float32")]
+)
+def test_hidden_states_are_the_same_to_the_bit(family: str, dtype: str) -> None:
+    backbone = small_backbone(family, dtype=dtype)
+    generator = np.random.default_rng(0)
+    inputs = {
+        "token_ids": generator.integers(1, 64, size=(2, 40)).astype(np.int32),
+        "padding_mask": np.ones((2, 40), np.int32),
+    }
+    calls = []
+    before = np.asarray(backbone(inputs), np.float32)
+    with rotated_by_halves(backbone):
+        rotary = [layer for layer in backbone._flatten_layers() if "Rotary" in type(layer).__name__]
+        for layer in rotary:
+            turn = layer._apply_rotary_pos_emb
+
+            def counted(*args: object, turn: object = turn) -> object:
+                calls.append(turn.__name__)
+                return turn(*args)
+
+            layer.__dict__["_apply_rotary_pos_emb"] = counted
+        after = np.asarray(backbone(inputs), np.float32)
+    np.testing.assert_array_equal(after, before)
+    assert calls
+    assert set(calls) == {"_by_halves"}
+    assert not any("_apply_rotary_pos_emb" in layer.__dict__ for layer in rotary)
