@@ -25,7 +25,7 @@ SHORT = (
     "--set", "train.log_every=1", "--set", "train.batch_size=8", "--set", "evals.dialogue=null",
     "--set", "evals.multiple_choice=[]", "--set", "evals.side_by_side.examples=0",
     "--set", "reference=null", "--set", "train.optimizer=sgd", "--set", "train.learning_rate=0.5",
-    "--set", "train.validate_every=4", "--set", "train.epochs=2",
+    "--set", "train.validate_every=4", "--set", "train.epochs=1",
 )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def _choice_row(found: SliceTest) -> Row:
     return Row(
         f"{test.b} against {test.a}",
         f"{found.eval} ({found.scoring})",
-        _matched(test.questions, "questions", found.only_a, found.only_b),
+        _matched(test.questions, "question", found.only_a, found.only_b),
         f"{100 * test.difference:+.1f} points ({low} to {high}; {counts})",
         _p(test.p_value),
         _p(test.p_holm),
@@ -53,7 +53,7 @@ def _dialogue_row(found: DialogueTest) -> Row:
     return Row(
         f"{test.b} against {test.a}",
         "ROUGE-L, held-out dialogues",
-        _matched(test.examples, "dialogues", found.only_a, found.only_b),
+        _matched(test.examples, "dialogue", found.only_a, found.only_b),
         f"{test.difference:+.3f} ({low} to {high})",
         _p(test.p_value),
         _p(test.p_holm),
@@ -70,7 +70,7 @@ _FINDINGS = {
 
 def _matched(count: int, what: str, only_a: int, only_b: int) -> str:
     others = f"; {only_a:,} and {only_b:,} do not match" if only_a or only_b else ""
-    return f"{count:,} {what}{others}"
+    return f"{count:,} {what}{'' if count == 1 else 's'}{others}"
 
 
 def _p(value: float) -> str:
