@@ -21,7 +21,7 @@ from jax.sharding import Mesh, Sharding
 from job.errors import UsageError
 from job.model.language_model import LanguageModel
 from job.model.lora import LoraWeights, Weights
-from job.model.presets import Preset
+from job.model.presets import Preset, task_class
 from job.model.sharding import weight_sharding
 from job.spec import Model
 
@@ -108,12 +108,10 @@ def make_task(model: Model, config: Mapping[str, Any], rank: int | None = None) 
     Raises:
         UsageError: KerasHub does not know such a model.
     """
-    import keras_hub
-
     with tempfile.TemporaryDirectory(prefix="job-plan-") as folder, _without_values():
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
         try:
-            task = keras_hub.models.CausalLM.from_preset(
+            task = task_class(folder).from_preset(
                 folder, load_weights=False, preprocessor=None, dtype=model.dtype
             )
         except (ValueError, KeyError, ImportError) as error:

@@ -72,7 +72,7 @@ def load_task(preset: Preset, dtype: str) -> tuple[Any, Any]:
 
     logs.get().info("loading the model", preset=preset.handle, dtype=dtype)
     try:
-        task = _task_class(preset).from_preset(preset.handle, preprocessor=None, dtype=dtype)
+        task = task_class(preset.handle).from_preset(preset.handle, preprocessor=None, dtype=dtype)
         tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(preset.handle)
     except (ValueError, KeyError, ImportError) as error:
         raise UsageError(
@@ -84,15 +84,15 @@ def load_task(preset: Preset, dtype: str) -> tuple[Any, Any]:
     return task, tokenizer
 
 
-def _task_class(preset: Preset) -> Any:
-    """The class to load a causal LM by.
+def task_class(handle: str) -> Any:
+    """The class to load the causal LM of a preset by.
 
     KerasHub finds it by the backbone's, of which Gemma 4 has two: it takes one by chance.
     """
     import keras_hub
     from keras_hub.src.utils.preset_utils import get_preset_loader
 
-    backbone = get_preset_loader(preset.handle).check_backbone_class()
+    backbone = get_preset_loader(handle).check_backbone_class()
     if backbone is keras_hub.models.Gemma4Backbone:
         return keras_hub.models.Gemma4CausalLM
     return keras_hub.models.CausalLM

@@ -121,3 +121,14 @@ def test_an_unknown_name_and_an_unknown_target_say_the_way_out() -> None:
         UsageError, match="no layer is named 'querry'; this model has attention_out"
     ):
         shape_of("tiny").adapter(Lora(targets=["querry"]))
+
+
+def test_a_mixture_of_experts_is_made_as_the_plan_counts_it() -> None:
+    from job.model.abstract import make_task
+
+    model = Model(preset="gemma4_instruct_26b_a4b")
+    config = find_config(model)
+    config = {**config, "num_hidden_layers": 6, "layer_types": config["layer_types"][:6]}
+    backbone = make_task(model, config).backbone
+    shape = model_shape(config, model.preset)
+    assert backbone.count_params() == pytest.approx(shape.parameters, rel=1e-6)
