@@ -100,14 +100,16 @@ def stage_rows(data: Data, rows: Rows, store: Store, work: Path, stop: Check) ->
         stager = _Stager(data, rows, store, work, stop, lease)
         manifest = stager.run()
         seconds = time.monotonic() - clock
+    hashes, read = stager.hashes, stager.rows_read
+    del stager  # what it knows of duplicates is as large as the hashes
     logs.get().info(
         "staged",
-        rows=stager.rows_read,
+        rows=read,
         shards=len(manifest.shards),
-        rows_per_second=round(stager.rows_read / max(seconds, 1e-9)),
+        rows_per_second=round(read / max(seconds, 1e-9)),
         staged=store.uri,
     )
-    return Staged(manifest, store, _together(stager.hashes))
+    return Staged(manifest, store, _together(hashes))
 
 
 def _found(manifest: Manifest, store: Store, work: Path) -> Staged:
