@@ -7,8 +7,9 @@ to a list of paths: nothing is read or downloaded.
 See https://huggingface.co/docs/hub/datasets-data-files-configuration.
 """
 
+import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -123,9 +124,12 @@ def choose_files(
         chosen = {}
     folder = str(chosen.get("data_dir") or "").removeprefix("./").strip("/")
     if given := chosen.get("data_files"):
-        return _split(_Files(readable), sanitize_patterns(given), folder, split, where)
+        with _refused(where, f"`configs` of the {README}"):
+            patterns = sanitize_patterns(given)
+        return _split(_Files(readable), patterns, folder, split, where)
     files = _Files(_of_one_kind(_Files(readable).matching("**", folder)))
-    patterns = files.patterns(folder)
+    with _refused(where, "names of the files"):
+        patterns = files.patterns(folder)
     if not patterns:
         raise UsageError(f"{where} has no file in a format that can be read")
     return _split(files, patterns, folder, split, where, each=False)
@@ -135,14 +139,21 @@ def _configs(readme: bytes | None, where: str) -> MetadataConfigs:
     text = (readme or b"").decode("utf-8-sig", "replace").lstrip()
     if not text.startswith("---"):
         return MetadataConfigs()
-    try:
+    with _refused(where, f"header of the {README}"):
         card = DatasetCard(text, ignore_metadata_errors=True)
         return MetadataConfigs.from_dataset_card_data(card.data)
+
+
+@contextlib.contextmanager
+def _refused(where: str, what: str) -> Iterator[None]:
+    """Within this block, what `datasets` makes of what others wrote is an error with a way out."""
+    try:
+        yield
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(
-            f"{where}: the header of its {README} cannot be used: {reason:.200}; "
-            "write the files to read in data_files"
+            f"{where}: the {what} cannot be used: {reason:.200}; write the files to read in "
+            "data_files"
         ) from None
 
 
@@ -181,7 +192,7 @@ def _split(
     if split not in patterns:
         raise UsageError(f"{where} has no split {split!r}; it has {', '.join(sorted(patterns))}")
     found: list[str] = []
-    for pattern in patterns[split]:
+    for pattern in map(str, patterns[split]):
         hits = files.matching(pattern, folder)
         if each and not hits:
             whole = f"{folder}/{pattern}" if folder else pattern

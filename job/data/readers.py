@@ -81,7 +81,7 @@ def _parquet(path: Path, name: str, start: Place, columns: Sequence[str] | None)
 
 
 def _block_rows(metadata: Any) -> int:
-    """Rows of a block of about 4 MB: the same for a file wherever reading begins."""
+    """Rows of a block of about 2 MB: the same for a file wherever reading begins."""
     total = sum(metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups))
     return int(min(MAX_ROWS, max(1, MAX_BYTES * max(1, metadata.num_rows) // max(1, total))))
 

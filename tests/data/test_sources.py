@@ -472,6 +472,17 @@ def test_the_layout_of_a_hub_dataset_says_which_files_a_split_is(
     assert choose_files(paths, where="hf://org/set", readme=readme, **given) == chosen  # type: ignore[arg-type]
 
 
+TWICE = b"""---
+configs:
+- config_name: x
+  data_files:
+  - split: %s
+    path: a.jsonl
+  - split: %s
+    path: a.jsonl
+---
+"""
+NUMBER = (TWICE % (b"train", b"test")).replace(b"a.jsonl", b"[5]")
 TWO_CONFIGS = "---\nconfigs:\n- config_name: x\n- config_name: y\n---\n"
 
 
@@ -486,6 +497,9 @@ TWO_CONFIGS = "---\nconfigs:\n- config_name: x\n- config_name: y\n---\n"
         ({"readme": b"---\nconfigs: [a: [\n---\n"}, r"README\.md cannot be used: .*in data_files"),
         ({"readme": TWO_CONFIGS.encode()}, r"several configs; write one of x, y in config"),
         ({"readme": TWO_CONFIGS.encode(), "config": "z"}, r"no config 'z'; it has x, y"),
+        ({"readme": NUMBER}, r"no readable file '5'; it has a\.jsonl"),
+        ({"readme": (TWICE % (b"train", b"train"))}, r"`configs` of the README\.md cannot be used"),
+        ({"readme": (TWICE % (b"train", b"a b"))}, r"header of the README\.md cannot be used"),
         ({"split": "dev"}, r"has no split 'dev'; it has train"),
     ],
 )  # fmt: skip
@@ -500,3 +514,9 @@ def test_a_layout_that_does_not_fit_is_refused_with_the_way_out(
 def test_a_folder_without_rows_says_so() -> None:
     with pytest.raises(UsageError, match=r"org/set has no file in a format that can be read"):
         choose_files(["notes.txt", "config.json"], where="hf://org/set", split="train")
+
+
+def test_a_split_that_cannot_be_named_says_so() -> None:
+    path = "data/my-own-00000-of-00001.jsonl"
+    with pytest.raises(UsageError, match=r"names of the files cannot be used: Split name should"):
+        choose_files([path], where="hf://org/set", split="train")
