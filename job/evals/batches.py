@@ -1,9 +1,10 @@
 """Prompts in batches of few shapes, so that few programs are compiled.
 
-Where answers are generated, prompts are sorted by length and padded to a rung of a short ladder.
+Where answers are generated, prompts are sorted by length and padded to one of a few lengths.
 Where only letters are scored, several prompts share a row, as examples do in training.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,18 +12,48 @@ import numpy as np
 
 from job.data.packing import best_fit
 
-LADDER = (64, 128, 192, 256, 384, 512, 768, 1024)
 PACKED = 512
 """Tokens of a row of several prompts, unless one of them is longer."""
+CPU_COMPILATION = 2_000
+"""Tokens that a CPU reads while it compiles one more program."""
+COMPILATION = 1_000_000
+"""The same of accelerators."""
 _WIDTH_MULTIPLE = 8
+_LENGTH_MULTIPLE = 32
 
 
-def rung(length: int) -> int:
-    """The smallest padded length of the ladder that holds `length`; multiples of 512 above it."""
-    for step in LADDER:
-        if length <= step:
-            return step
-    return -(-length // 512) * 512
+def rounded(length: int) -> int:
+    """A length to pad to that holds `length`."""
+    return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+
+
+def padded_lengths(longest: Sequence[int], rows: int, compilation: int) -> list[int]:
+    """The length that each batch is padded to, so that reading and compiling take least time.
+
+    Args:
+        longest: tokens of the longest prompt of each batch, in ascending order.
+        rows: of a batch.
+        compilation: tokens that are read in the time one more length takes to compile.
+    """
+    batches = sorted(Counter(map(rounded, longest)).items())
+    # For the batches up to each length: the least cost, and where its last group begins.
+    best: list[tuple[int, int]] = [(0, 0)]
+    for end, (length, _) in enumerate(batches, 1):
+        counts = [count for _, count in batches[:end]]
+        best.append(
+            min(
+                (best[begin][0] + sum(counts[begin:]) * rows * length + compilation, begin)
+                for begin in range(end)
+            )
+        )
+    found: list[int] = []
+    end = len(batches)
+    while end:
+        begin = best[end][1]
+        held = sum(count for _, count in batches[begin:end])
+        found = [batches[end - 1][0]] * held + found
+        end = begin
+    return found
 
 
 @dataclass(frozen=True)
@@ -62,37 +93,41 @@ def even(count: int, most: int, devices: int) -> int:
 
 
 def by_length(
-    prompts: Sequence[list[int]], most: int, devices: int, pad_id: int
+    prompts: Sequence[list[int]], most: int, devices: int, pad_id: int, compilation: int
 ) -> Iterator[Prompts]:
-    """Batches of at most `most` prompts of like length."""
+    """Batches of at most `most` prompts of like length; see `padded_lengths`."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     rows = even(len(order), most, devices) if order else 1
-    for start in range(0, len(order), rows):
-        numbers = order[start : start + rows]
+    parts = [order[start : start + rows] for start in range(0, len(order), rows)]
+    padded = padded_lengths([len(prompts[part[-1]]) for part in parts], rows, compilation)
+    for numbers, length in zip(parts, padded, strict=True):
         filled = numbers + [numbers[-1]] * (rows - len(numbers))
         lengths = np.array([len(prompts[i]) for i in filled], np.int32)
-        tokens = np.full((rows, rung(int(lengths.max()))), pad_id, np.int32)
+        tokens = np.full((rows, length), pad_id, np.int32)
         for row, number in enumerate(filled):
             tokens[row, : lengths[row]] = prompts[number]
         yield Prompts(numbers, tokens, lengths)
 
 
 def in_rows(
-    prompts: Sequence[list[int]], most: int, devices: int, *, packing: bool
+    prompts: Sequence[list[int]], most: int, devices: int, compilation: int, *, packing: bool
 ) -> Iterator[Rows]:
     """Batches of about `most` prompts, several of them in a row where `packing` is sound."""
     lengths = [len(prompt) for prompt in prompts]
     if not prompts:
         return
     if packing:
-        length = max(PACKED, rung(max(lengths)))
+        length = packed_length(max(lengths))
         bins = best_fit(lengths, length)
         most = max(devices, packed_rows(most, sum(lengths) / len(lengths), length))
     else:
-        length = rung(max(lengths))
         bins = [[number] for number in sorted(range(len(prompts)), key=lengths.__getitem__)]
     rows = even(len(bins), most, devices)
     parts = [bins[start : start + rows] for start in range(0, len(bins), rows)]
+    if packing:
+        padded = [length] * len(parts)
+    else:
+        padded = padded_lengths([lengths[part[-1][0]] for part in parts], rows, compilation)
     each = rows // devices
     widest = max(
         sum(map(len, part[start : start + each]))
@@ -100,10 +135,13 @@ def in_rows(
         for start in range(0, len(part), each)
     )
     width = -(-widest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-    for part in parts:
-        if not packing:
-            length = rung(max(lengths[number] for (number,) in part))
+    for part, length in zip(parts, padded, strict=True):
         yield _rows(prompts, part, (rows, length), (devices, width))
+
+
+def packed_length(longest: int) -> int:
+    """Tokens of a row of several prompts, the longest of which has so many."""
+    return max(PACKED, rounded(longest))
 
 
 def packed_rows(prompts: int, mean: float, length: int) -> int:

@@ -12,7 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from job.evals.batches import Batch, Prompts, Rows, by_length, in_rows
+from job.evals.batches import (
+    COMPILATION,
+    CPU_COMPILATION,
+    Batch,
+    Prompts,
+    Rows,
+    by_length,
+    in_rows,
+    rounded,
+)
 from job.model.language_model import LanguageModel
 from job.model.lora import Weights
 from job.model.sampling import Drawn, Sampling
@@ -69,6 +78,7 @@ class Engine:
         self.rows = batch_size * model.devices
         """Prompts of a batch, at most."""
         self._limit = max_prompt_tokens
+        self._compilation = CPU_COMPILATION if model.platform == "cpu" else COMPILATION
         self._check = check
         self._drawing: dict[Sampling, Callable[..., Any]] = {}
 
@@ -108,18 +118,24 @@ class Engine:
     def scorer(self) -> Callable[..., Any]:
         """The program that scores letters after prompts; compiled for each shape it is given.
 
-        Its last argument says how many tokens at the end of each prompt are part of every
-        answer: their log-probabilities are added.
+        `shared` says how many tokens at the end of each prompt are part of every answer: their
+        log-probabilities are added. `reach` is the most tokens of a prompt, if known.
         """
         model = self._model
 
         def score(
-            weights: Weights, tokens: Any, segments: Any, ends: Any, letters: Any, shared: int = 0
+            weights: Weights,
+            tokens: Any,
+            segments: Any,
+            ends: Any,
+            letters: Any,
+            shared: int = 0,
+            reach: int | None = None,
         ) -> Any:
             groups, width = ends.shape
             places = jnp.maximum(ends[:, :, None] - jnp.arange(shared, -1, -1), 0)
             flat = places.reshape(groups, -1)
-            states = model.states_at(weights, tokens, segments, flat)
+            states = model.states_at(weights, tokens, segments, flat, reach)
             scores = jax.nn.log_softmax(model.logits(weights, states))
             scores = scores.reshape(groups, width, shared + 1, -1)
             said = jnp.take_along_axis(tokens.reshape(groups, -1), flat, axis=1)
@@ -127,7 +143,7 @@ class Engine:
             before = jnp.take_along_axis(scores[:, :, :-1], said, axis=3).sum(axis=2)
             return scores[:, :, -1, letters] + before
 
-        return jax.jit(score, static_argnames="shared", out_shardings=model.whole)
+        return jax.jit(score, static_argnames=("shared", "reach"), out_shardings=model.whole)
 
     def letter_log_probabilities(
         self,
@@ -147,12 +163,17 @@ class Engine:
 
         def ask(batch: Rows) -> list[Any]:
             tokens, segments, ends = model.split_batch((batch.tokens, batch.segments, batch.ends))
-            scores = self.scorer(weights, tokens, segments, ends, ids, shared=len(letters.shared))
+            scores = self.scorer(
+                weights, tokens, segments, ends, ids, shared=len(letters.shared), reach=reach
+            )
             found: list[Any] = np.asarray(scores)[batch.places].tolist()
             return found
 
         longer = [[*prompt, *letters.shared] for prompt in prompts]
-        batches = in_rows(longer, self.rows, model.devices, packing=model.can_pack)
+        reach = rounded(max(map(len, longer), default=0))
+        batches = in_rows(
+            longer, self.rows, model.devices, self._compilation, packing=model.can_pack
+        )
         found = self._answers(len(prompts), batches, ask, kept, label)
         return np.array(found, np.float32)
 
@@ -209,7 +230,10 @@ class Engine:
             rows = np.asarray(rows)
             return [astuple(self._cut(row.tolist())) for row in rows[: len(batch.prompts)]]
 
-        batches = by_length(prompts, self.rows, self._model.devices, self._model.codec.pad_id)
+        model = self._model
+        batches = by_length(
+            prompts, self.rows, model.devices, model.codec.pad_id, self._compilation
+        )
         found = self._answers(len(prompts), batches, ask, kept, label)
         return [Generated(*fields) for fields in found]
 

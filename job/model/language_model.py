@@ -188,7 +188,7 @@ class LanguageModel:
         with (
             self._scope(inside.merge(weights, merged)),
             segment_attention(self._backbone) if settings.packed else nullcontext(),
-            self._attention(rows["segments"], settings),
+            self._attention(rows["segments"], settings.reach),
             lora_beside(self._backbone, self.lora, lora, dropout),
             narrowed(self._backbone, positions) if narrow else nullcontext(),
             rematerialized(self._backbone, settings.remat),
@@ -196,11 +196,11 @@ class LanguageModel:
             outputs: jax.Array = self._backbone(self._inputs(rows["token_ids"], rows["segments"]))
         return outputs if narrow else gather(outputs, positions)
 
-    def _attention(self, segments: jax.Array, settings: Forward) -> AbstractContextManager[None]:
-        if settings.reach is None or not can_cut(self._backbone):
+    def _attention(self, segments: jax.Array, reach: int | None) -> AbstractContextManager[None]:
+        if reach is None or not can_cut(self._backbone):
             return nullcontext()
         cut = CPU if self.platform == "cpu" else ACCELERATOR
-        return local_attention(self._backbone, segments, settings.reach, cut)
+        return local_attention(self._backbone, segments, reach, cut)
 
     def states_at(
         self,
@@ -208,6 +208,7 @@ class LanguageModel:
         token_ids: jax.Array,
         segments: jax.Array,
         positions: jax.Array,
+        reach: int | None = None,
     ) -> jax.Array:
         """The last hidden states at some positions, and no more of the last block than they need.
 
@@ -216,6 +217,7 @@ class LanguageModel:
             token_ids, segments: int32 `[batch, length]`, as for `hidden`; where the model cannot
                 be packed, segments are 1 on the tokens.
             positions: int32 `[groups, n]` into the tokens of each equal part of the rows.
+            reach: tokens of the longest prompt, if known.
 
         Returns:
             `[groups, n, hidden]` in the compute type.
@@ -224,6 +226,7 @@ class LanguageModel:
         with (
             self._scope(weights),
             segment_attention(self._backbone) if self.can_pack else nullcontext(),
+            self._attention(segments, reach),
             narrowed(self._backbone, positions) if narrow else nullcontext(),
         ):
             outputs: jax.Array = self._backbone(self._inputs(token_ids, segments))

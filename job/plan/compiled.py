@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from job import logs
 from job.accelerators import Accelerator, Machine
 from job.data.packing import Batch
-from job.evals.batches import PACKED, even, packed_rows, rung
+from job.evals.batches import even, packed_length, packed_rows, rounded
 from job.evals.engine import Engine
 from job.model.abstract import AbstractModel, abstract_model
 from job.model.language_model import Forward
@@ -139,7 +139,7 @@ class Compiler:
         """One batch of questions, scored by their letters."""
         logs.get().info("compiling", program="letters")
         model, mean = self.model, asked.prompt_tokens
-        length = max(PACKED, rung(mean)) if model.can_pack else rung(mean)
+        length = packed_length(mean) if model.can_pack else rounded(mean)
         rows = packed_rows(self.prompts, mean, length) if model.can_pack else self.prompts
         rows = even(rows, rows, model.devices)
         integers = np.broadcast_to(np.int32(1), (rows, length))
@@ -152,7 +152,7 @@ class Compiler:
         """One batch of prompts answered: its two parts, and the whole with all turns counted."""
         first, turn = self.generation_parts(asked)
         logs.get().info("compiling", program="generate")
-        tokens, lengths = self._prompt_batch(rung(asked.prompt_tokens))
+        tokens, lengths = self._prompt_batch(rounded(asked.prompt_tokens))
         program = jax.jit(partial(self._engine.generator, limit=asked.new_tokens))
         whole = compile_program(program, self.model.weights, tokens, lengths)
         costs = first.costs.plus(turn.costs, asked.new_tokens)
@@ -162,7 +162,7 @@ class Compiler:
         """The pass over a batch of prompts, and one turn of the loop that answers them."""
         logs.get().info("compiling", program="prefill and decode")
         model = self.model
-        tokens, lengths = self._prompt_batch(rung(asked.prompt_tokens))
+        tokens, lengths = self._prompt_batch(rounded(asked.prompt_tokens))
         prefill = partial(model.prefill, room=asked.new_tokens)
         first = compile_program(jax.jit(prefill), model.weights, tokens, lengths)
         _, cache = jax.eval_shape(prefill, model.weights, tokens, lengths)

@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--dialogues", type=int, default=20)
     parser.add_argument("--unlimited", type=int, default=8, help="questions without the limit")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=32)
     given = parser.parse_args()
 
     import jax

@@ -1,10 +1,13 @@
 """Every prompt is in exactly one batch, whole, and where the batch says it is."""
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.evals.batches import by_length, even, in_rows, rung
+from job.evals.batches import by_length, even, in_rows, padded_lengths, rounded
 
 prompts = st.lists(
     st.integers(1, 600).map(lambda length: [length % 50 + 1] * length), min_size=1, max_size=40
@@ -17,7 +20,7 @@ def test_batches_of_like_length_hold_every_prompt_once(
     given: list[list[int]], size: tuple[int, int]
 ) -> None:
     each, devices = size
-    batches = list(by_length(given, each * devices, devices, 0))
+    batches = list(by_length(given, each * devices, devices, 0, 100))
     assert sorted(number for batch in batches for number in batch.prompts) == list(
         range(len(given))
     )
@@ -36,7 +39,7 @@ def test_rows_hold_every_prompt_once_and_say_where_it_ends(
     given: list[list[int]], size: tuple[int, int], packing: bool
 ) -> None:
     each, devices = size
-    batches = list(in_rows(given, each * devices, devices, packing=packing))
+    batches = list(in_rows(given, each * devices, devices, 100, packing=packing))
     assert sorted(number for batch in batches for number in batch.prompts) == list(
         range(len(given))
     )
@@ -62,5 +65,29 @@ def test_no_batch_is_left_with_a_few_prompts() -> None:
     assert even(4183, 256, 8) == 248
 
 
-def test_long_prompts_are_padded_to_multiples_of_512() -> None:
-    assert [rung(n) for n in (1, 64, 65, 1024, 1025, 1600)] == [64, 64, 128, 1024, 1536, 2048]
+lengths = st.lists(st.integers(1, 300), min_size=1, max_size=6).map(sorted)
+
+
+@given(lengths, st.integers(1, 4), st.integers(0, 800))
+def test_no_other_choice_of_lengths_costs_less(
+    longest: list[int], rows: int, compilation: int
+) -> None:
+    def cost(padded: Sequence[int]) -> int:
+        return rows * sum(padded) + compilation * len(set(padded))
+
+    found = padded_lengths(longest, rows, compilation)
+    own = [rounded(length) for length in longest]
+    assert all(a >= b for a, b in zip(found, own, strict=True))
+    others = [
+        choice
+        for choice in itertools.product(sorted(set(own)), repeat=len(own))
+        if all(a >= b for a, b in zip(choice, own, strict=True))
+    ]
+    assert cost(found) == min(map(cost, others))
+
+
+def test_a_length_more_must_be_worth_its_compilation() -> None:
+    longest = [40, 100, 100, 230]
+    assert padded_lengths(longest, 16, 0) == [64, 128, 128, 256]
+    assert padded_lengths(longest, 16, 2000) == [128, 128, 128, 256]
+    assert padded_lengths(longest, 16, 1_000_000) == [256] * 4
