@@ -13,6 +13,9 @@ import numpy as np
 
 from job.errors import UsageError
 
+_AT_ONCE = 65_536
+"""Keys that are made at once: what that needs beside them stays small."""
+
 
 def sample_keys(seed: int, groups: np.ndarray) -> np.ndarray:
     """Numbers that order examples at random, the same on every machine.
@@ -27,7 +30,9 @@ def sample_keys(seed: int, groups: np.ndarray) -> np.ndarray:
         uint64 `[n]`.
     """
     start = _mix(np.array([seed], np.uint64))
-    keys: np.ndarray = _mix(groups ^ start)
+    keys = np.empty_like(groups)
+    for at in range(0, len(groups), _AT_ONCE):
+        keys[at : at + _AT_ONCE] = _mix(groups[at : at + _AT_ONCE] ^ start)
     return keys
 
 

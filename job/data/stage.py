@@ -48,14 +48,16 @@ def run_stage(run: Run) -> DataInfo:
     staged = stage_rows(data, rows, open_store(where), run.work, run.stop.check)
     manifest = staged.manifest
     hashes, groups = staged.hashes
-    numbers = np.arange(len(hashes))
+    clean = None
     dropped = dict(manifest.tally.dropped)
     if CONTAMINATED in data.checks.drop:
         clean = clean_rows(run, staged)
         dropped[CONTAMINATED] = int((~clean).sum())
-        hashes, groups, numbers = hashes[clean], groups[clean], numbers[clean]
+        hashes, groups = hashes[clean], groups[clean]
     chosen = split(run.spec.seed, hashes, groups, data.train_examples, data.validation_examples)
-    wanted = {TRAIN: numbers[chosen.train], VALIDATION: numbers[chosen.validation]}
+    wanted = {TRAIN: chosen.train, VALIDATION: chosen.validation}
+    if clean is not None:
+        wanted = {key: np.flatnonzero(clean)[numbers] for key, numbers in wanted.items()}
     for key, path in _write_samples(run, staged, wanted).items():
         run.put_file(key, path)
     info = DataInfo(
@@ -63,7 +65,7 @@ def run_stage(run: Run) -> DataInfo:
         revision=rows.revision,
         rows=RowCounts(
             raw=manifest.tally.raw,
-            valid=len(numbers),
+            valid=len(hashes),
             dropped=dict(sorted(item for item in dropped.items() if item[1])),
         ),
         train=len(chosen.train),
