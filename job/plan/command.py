@@ -120,7 +120,7 @@ def _compiled(spec: Spec, config: Config, found: MachinePlan, work: Workload) ->
             wanted,
             runtime.make_mesh(update["runtime"], devices),
         )
-        programs = list(compiler.programs(found.rows_a_device))
+        programs = list(compiler.programs(found.micro_batch))
     return found.model_copy(update={"programs": programs})
 
 

@@ -5,8 +5,9 @@ to; only the weights are missing. Loops count once in the compiler's costs, so w
 slices, accumulated rows and decoding do beyond their first turn is added here.
 """
 
+import bisect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -39,6 +40,28 @@ _WIDEST = 1.1
 _NO_RATES: Mapping[str, int] = MappingProxyType({})
 
 
+def most_that_fit(
+    sizes: Sequence[int], estimate: int, attempt: Callable[[int], Compiled]
+) -> tuple[Compiled, int]:
+    """The largest of ascending sizes that fits, or the smallest where none does.
+
+    Looked for from an estimate, which is nearly always right: an attempt takes minutes.
+    """
+    at = max(bisect.bisect(sizes, estimate) - 1, 0)
+    found = attempt(sizes[at])
+    if not found.fits:
+        while at and not found.fits:
+            at -= 1
+            found = attempt(sizes[at])
+        return found, sizes[at]
+    for size in sizes[at + 1 :]:
+        larger = attempt(size)
+        if not larger.fits:
+            break
+        found, at = larger, at + 1
+    return found, sizes[at]
+
+
 class Compiler:
     """One spec's programs for one machine."""
 
@@ -54,9 +77,9 @@ class Compiler:
         packed = spec.train.packing and self.model.can_pack
         self._forward = Forward(packed, spec.train.remat, spec.train.max_length)
 
-    def programs(self, micro: int) -> Iterator[Program]:
-        """All programs of the job, the training step with so many rows at once or fewer."""
-        step, micro = self.fitting_step(micro)
+    def programs(self, estimate: int) -> Iterator[Program]:
+        """All programs of the job; see `fitting_step`."""
+        step, micro = self.fitting_step(estimate)
         yield self._report(
             "train", step, {"tokens_per_s": self.work.slots_a_step}, rows_at_once=micro
         )
@@ -82,22 +105,12 @@ class Compiler:
         found = [e for e in self.work.evaluations if e.scoring == scoring]
         return [max(found, key=lambda e: (e.new_tokens, e.prompts))] if found else []
 
-    def fitting_step(self, micro: int) -> tuple[Compiled, int]:
-        """The training step with as many rows at once as fit, by bisection, from `micro` down."""
-        sizes = [n for n in range(1, micro + 1) if self.rows % n == 0]
-        found = self.train_step(sizes[-1])
-        if found.fits or len(sizes) == 1:
-            return found, sizes[-1]
-        low, high = 0, len(sizes) - 1  # sizes[high] does not fit
-        best, refused = None, found
-        while low < high:
-            middle = (low + high) // 2
-            trial = self.train_step(sizes[middle])
-            if trial.fits:
-                best, low = (trial, sizes[middle]), middle + 1
-            else:
-                refused, high = trial, middle
-        return best or (refused, 1)
+    def fitting_step(self, estimate: int) -> tuple[Compiled, int]:
+        """The training step with as many rows at once as fit, looked for from an estimate."""
+        if self._spec.train.micro_batch != "auto":
+            return self.train_step(estimate), estimate
+        sizes = [n for n in range(1, self.rows + 1) if self.rows % n == 0]
+        return most_that_fit(sizes, estimate, self.train_step)
 
     def train_step(self, micro: int) -> Compiled:
         """The training step, with `micro` of a device's rows at once."""
