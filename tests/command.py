@@ -11,7 +11,7 @@ from typing import Any
 
 COMMAND = (sys.executable, "-m", "job")
 LIMIT_SECONDS = 400
-SHARED = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+SLOWER = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 """Tests that have this machine at once: what is timed may take so many times longer."""
 
 

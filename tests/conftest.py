@@ -19,12 +19,9 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from job.model.language_model import LanguageModel
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share what the session's process has made
-    _cache = os.environ["JOB_CACHE"]
-else:
-    _cache = tempfile.mkdtemp(prefix="job-tests-")
-    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-    os.environ["JOB_CACHE"] = _cache
+_cache = tempfile.mkdtemp(prefix="job-tests-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ["JOB_CACHE"] = _cache
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("OPENROUTER_API_KEY", None)

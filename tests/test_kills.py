@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import COMMAND, SHARED, job
+from tests.command import COMMAND, SLOWER, job
 
 SHORT = (
     "run", "smoke", "--until", "train", "--run-id", "r", "--set", "train.checkpoint_every=4",
@@ -63,7 +63,7 @@ def test_killed_at_random_moments_training_ends_with_the_same_adapter(
             continue
         kills += 1
         assert code == (-signal.SIGKILL if number == signal.SIGKILL else 75)
-        assert took < 10 * SHARED
+        assert took < 10 * SLOWER
         assert not (output / "r/stages/train.json").exists()
     done = job(*SHORT, str(output))
     assert done.code == 0, done.err

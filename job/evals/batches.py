@@ -14,10 +14,12 @@ from job.data.packing import best_fit
 
 PACKED = 512
 """Tokens of a row of several prompts, unless one of them is longer."""
-CPU_COMPILATION = 2_000
+LAYOUT = 2
+"""Raise it when the same prompts lie in other batches: what was kept of them is measured again."""
+CPU_COMPILE_TOKENS = 2_000
 """Tokens that a CPU reads while it compiles one more program."""
-COMPILATION = 1_000_000
-"""The same of accelerators."""
+COMPILE_TOKENS = 1_000_000
+"""The same of an accelerator."""
 _WIDTH_MULTIPLE = 8
 _LENGTH_MULTIPLE = 32
 
@@ -27,13 +29,13 @@ def rounded(length: int) -> int:
     return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
 
 
-def padded_lengths(longest: Sequence[int], rows: int, compilation: int) -> list[int]:
+def padded_lengths(longest: Sequence[int], rows: int, compile_tokens: int) -> list[int]:
     """The length that each batch is padded to, so that reading and compiling take least time.
 
     Args:
         longest: tokens of the longest prompt of each batch, in ascending order.
         rows: of a batch.
-        compilation: tokens that are read in the time one more length takes to compile.
+        compile_tokens: tokens that are read in the time one more length takes to compile.
     """
     batches = sorted(Counter(map(rounded, longest)).items())
     # For the batches up to each length: the least cost, and where its last group begins.
@@ -42,7 +44,7 @@ def padded_lengths(longest: Sequence[int], rows: int, compilation: int) -> list[
         counts = [count for _, count in batches[:end]]
         best.append(
             min(
-                (best[begin][0] + sum(counts[begin:]) * rows * length + compilation, begin)
+                (best[begin][0] + sum(counts[begin:]) * rows * length + compile_tokens, begin)
                 for begin in range(end)
             )
         )
@@ -93,13 +95,13 @@ def even(count: int, most: int, devices: int) -> int:
 
 
 def by_length(
-    prompts: Sequence[list[int]], most: int, devices: int, pad_id: int, compilation: int
+    prompts: Sequence[list[int]], most: int, devices: int, pad_id: int, compile_tokens: int
 ) -> Iterator[Prompts]:
     """Batches of at most `most` prompts of like length; see `padded_lengths`."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     rows = even(len(order), most, devices) if order else 1
     parts = [order[start : start + rows] for start in range(0, len(order), rows)]
-    padded = padded_lengths([len(prompts[part[-1]]) for part in parts], rows, compilation)
+    padded = padded_lengths([len(prompts[part[-1]]) for part in parts], rows, compile_tokens)
     for numbers, length in zip(parts, padded, strict=True):
         filled = numbers + [numbers[-1]] * (rows - len(numbers))
         lengths = np.array([len(prompts[i]) for i in filled], np.int32)
@@ -110,7 +112,7 @@ def by_length(
 
 
 def in_rows(
-    prompts: Sequence[list[int]], most: int, devices: int, compilation: int, *, packing: bool
+    prompts: Sequence[list[int]], most: int, devices: int, compile_tokens: int, *, packing: bool
 ) -> Iterator[Rows]:
     """Batches of about `most` prompts, several of them in a row where `packing` is sound."""
     lengths = [len(prompt) for prompt in prompts]
@@ -127,7 +129,7 @@ def in_rows(
     if packing:
         padded = [length] * len(parts)
     else:
-        padded = padded_lengths([lengths[part[-1][0]] for part in parts], rows, compilation)
+        padded = padded_lengths([lengths[part[-1][0]] for part in parts], rows, compile_tokens)
     each = rows // devices
     widest = max(
         sum(map(len, part[start : start + each]))

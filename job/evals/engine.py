@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from job.evals.batches import (
-    COMPILATION,
-    CPU_COMPILATION,
+    COMPILE_TOKENS,
+    CPU_COMPILE_TOKENS,
     Batch,
     Prompts,
     Rows,
@@ -78,7 +78,8 @@ class Engine:
         self.rows = batch_size * model.devices
         """Prompts of a batch, at most."""
         self._limit = max_prompt_tokens
-        self._compilation = CPU_COMPILATION if model.platform == "cpu" else COMPILATION
+        each = CPU_COMPILE_TOKENS if model.platform == "cpu" else COMPILE_TOKENS
+        self._compile_tokens = each * model.devices
         self._check = check
         self._drawing: dict[Sampling, Callable[..., Any]] = {}
 
@@ -172,7 +173,7 @@ class Engine:
         longer = [[*prompt, *letters.shared] for prompt in prompts]
         reach = rounded(max(map(len, longer), default=0))
         batches = in_rows(
-            longer, self.rows, model.devices, self._compilation, packing=model.can_pack
+            longer, self.rows, model.devices, self._compile_tokens, packing=model.can_pack
         )
         found = self._answers(len(prompts), batches, ask, kept, label)
         return np.array(found, np.float32)
@@ -232,7 +233,7 @@ class Engine:
 
         model = self._model
         batches = by_length(
-            prompts, self.rows, model.devices, model.codec.pad_id, self._compilation
+            prompts, self.rows, model.devices, model.codec.pad_id, self._compile_tokens
         )
         found = self._answers(len(prompts), batches, ask, kept, label)
         return [Generated(*fields) for fields in found]

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from job import logs
 from job.data import contamination
 from job.data.stage import TRAIN, VALIDATION, iter_examples, read_examples
+from job.evals.batches import LAYOUT
 from job.evals.dialogue import MOST_DIALOGUES, rouge_scores
 from job.evals.engine import Engine
 from job.evals.parsing import parse_choice
@@ -60,7 +61,7 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     loaded = [load_slice(entry, run.revisions) for entry in evals.multiple_choice]
     if name == "baseline" and loaded and run.processes.leads:
         _look_for_overlap(run, loaded)
-    with Progress(run, name, [run.digests[name], engine.rows]) as done:
+    with Progress(run, name, [run.digests[name], engine.rows, LAYOUT]) as done:
         measured = _Measured(run, name, engine, model, weights, done)
         slices = {found.entry.name: measured.multiple_choice(found) for found in loaded}
         if evals.dialogue is not None:

@@ -1,10 +1,11 @@
 """Attention over no more keys than a query can see.
 
 KerasHub's attention scores every query of a row against every key and masks most of it away:
-what comes later, and in a packed row what belongs to other examples. In training the row is
-cut into chunks instead, and each attends to itself and to the tokens before it that an example,
-or the layer's sliding window, can reach. The chunks are one more batch axis, so the program is
-no larger, and their masks are made from the segments, so that no mask of a whole row exists.
+what comes later, and in a packed row what belongs to other examples. In training, and where
+letters are scored, the row is cut into chunks instead, and each attends to itself and to the
+tokens before it that an example, or the layer's sliding window, can reach. The chunks are one more
+batch axis, so the program is no larger, and their masks are made from the segments, so that no
+mask of a whole row exists.
 """
 
 import contextlib

@@ -1,8 +1,9 @@
 """`job plan --compile`: the programs of a job through the TPU compiler, without a TPU.
 
 They are the very functions that training and evaluation call, for the shapes that the spec leads
-to; only the weights are missing. Loops count once in the compiler's costs, so what the head's
-slices, accumulated rows and decoding do beyond their first turn is added here.
+to with prompts of the assumed lengths; only the weights are missing. Loops count once in the
+compiler's costs, so what the head's slices, accumulated rows and decoding do beyond their first
+turn is added here.
 """
 
 import bisect
@@ -68,7 +69,7 @@ class Compiler:
     def __init__(
         self, spec: Spec, config: Config, work: Workload, machine: Machine, mesh: Mesh
     ) -> None:
-        self._spec = spec
+        self.spec = spec
         self.work = work
         self._chip: Accelerator = machine.accelerator
         self.model: AbstractModel = abstract_model(spec.model, config, mesh)
@@ -98,7 +99,7 @@ class Compiler:
     @property
     def prompts(self) -> int:
         """Prompts at once, over all devices."""
-        return self._spec.evals.batch_size * self.model.devices
+        return self.spec.evals.batch_size * self.model.devices
 
     def _asked(self, scoring: str) -> Sequence[Evaluation]:
         """The evaluation of a kind that takes most memory; the others are like it."""
@@ -106,24 +107,27 @@ class Compiler:
         return [max(found, key=lambda e: (e.new_tokens, e.prompts))] if found else []
 
     def fitting_step(self, estimate: int) -> tuple[Compiled, int]:
-        """The training step with as many rows at once as fit, looked for from an estimate."""
-        if self._spec.train.micro_batch != "auto":
+        """The training step with as many rows at once as fit, looked for from an estimate.
+
+        A run begins with an estimate of its own, and only ever goes down from it.
+        """
+        if self.spec.train.micro_batch != "auto":
             return self.train_step(estimate), estimate
         sizes = [n for n in range(1, self.rows + 1) if self.rows % n == 0]
         return most_that_fit(sizes, estimate, self.train_step)
 
     def train_step(self, micro: int) -> Compiled:
         """The training step, with `micro` of a device's rows at once."""
-        model, train = self.model, self._spec.train
+        model, train = self.model, self.spec.train
         logs.get().info("compiling", program="train", rows_at_once=micro)
-        start = model.lora.start(self._spec.seed)
+        start = model.lora.start(self.spec.seed)
         optimizer, _ = make_optimizer(train, self.work.steps, start)
         recipe = Recipe(
             self._forward,
-            dropout=self._spec.model.lora.dropout,
+            dropout=self.spec.model.lora.dropout,
             label_smoothing=train.label_smoothing,
             lora_plus_ratio=train.lora_plus_ratio,
-            seed=self._spec.seed,
+            seed=self.spec.seed,
         )
         state = TrainState(
             model.adapter(), model.replicate(tuple(v.value for v in optimizer.variables))
@@ -156,7 +160,7 @@ class Compiler:
         rows = packed_rows(self.prompts, mean, length) if model.can_pack else self.prompts
         rows = even(rows, rows, model.devices)
         integers = np.broadcast_to(np.int32(1), (rows, length))
-        ends = np.broadcast_to(np.int32(0), (model.devices, self._spec.evals.batch_size))
+        ends = np.broadcast_to(np.int32(0), (model.devices, self.spec.evals.batch_size))
         placed = model.split_batch((integers, integers, ends))
         letters = jax.ShapeDtypeStruct((4,), jnp.int32)  # type: ignore[no-untyped-call]
         return compile_program(self._engine.scorer, model.weights, *placed, letters)
@@ -186,7 +190,7 @@ class Compiler:
 
     @property
     def _engine(self) -> Engine:
-        evals = self._spec.evals
+        evals = self.spec.evals
         return Engine(self.model, evals.batch_size, evals.max_prompt_tokens)
 
     def _prompt_batch(self, length: int) -> Any:

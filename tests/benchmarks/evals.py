@@ -2,11 +2,12 @@
 
 The published way asks one question at a time, padded to 256 tokens, with KerasHub's own
 `generate` and the same limit of new tokens. Ours scores letters by one forward pass, or generates
-in batches of prompts of like length. Questions and dialogues are random tokens with the lengths of
-MedMCQA's questions and ChatDoctor's prompts; both sides run the same model, once to compile and
-once to be timed, and their answers are compared. Letters need no new tokens: they are compared
-with answers of 16, which is what the job generates, and with the published call as it stands,
-whose only limit is the 256 tokens of the row (some of the questions, a random model never stops).
+in batches of prompts of like length, as many at once as the recommended spec takes. Questions and
+dialogues are random tokens with the lengths of MedMCQA's questions and ChatDoctor's prompts; both
+sides run the same model, once to compile and once to be timed, and their answers are compared.
+Letters need no new tokens: they are compared with answers of 16, which is what the job generates,
+and with the published call as it stands, whose only limit is the 256 tokens of the row (some of
+the questions, a random model never stops).
 
     uv run python -m tests.benchmarks.evals [--json FILE]
 """

@@ -116,8 +116,9 @@ def ours(preset: str, on: Machine, *changes: str) -> tuple[Step, Any]:
     from job import runtime
 
     made = compiler(preset, on, *changes)
+    asked = made.spec.train.micro_batch
     with runtime.compiling_for(on):
-        program, _ = made.fitting_step(made.rows)
+        program, _ = made.fitting_step(made.rows if asked == "auto" else asked)
     work = made.work
     tokens = work.slots_a_step
     return Step(tokens, made.model.parameters, on.chips, program, roofline(program, on)), made

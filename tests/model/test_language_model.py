@@ -8,6 +8,7 @@ import pytest
 from job.evals.engine import Engine
 from job.model.language_model import LanguageModel
 from job.model.segments import PACKABLE, segment_attention
+from job.model.text import LetterTokens
 from job.model.tiny import train_tokenizer
 from tests.model.families import small_backbone
 
@@ -87,6 +88,23 @@ def test_letter_scores_do_not_depend_on_the_batch(tiny: LanguageModel) -> None:
     ]
     np.testing.assert_allclose(together, np.array(alone), atol=1e-5)
     assert np.all(together < 0)
+
+
+def test_letter_scores_are_those_of_each_prompt_alone_without_any_packing(
+    tiny: LanguageModel,
+) -> None:
+    generator = np.random.default_rng(0)
+    lengths = (5, 33, 64, 90, 150, 31, 97)
+    prompts = [generator.integers(10, 200, size=length).tolist() for length in lengths]
+    letters = LetterTokens([7, 8], [20, 21, 22])
+    found = Engine(tiny, 8, 512).letter_log_probabilities(tiny.weights, prompts, letters, "t")
+    for prompt, scores in zip(prompts, found, strict=True):
+        tokens = np.array([[*prompt, *letters.shared]], np.int32)
+        hidden = tiny.plain_hidden(tiny.weights, tokens, np.ones_like(tokens))
+        said = jax.nn.log_softmax(tiny.logits(tiny.weights, hidden)[0])
+        shared = sum(float(said[len(prompt) - 1 + n, t]) for n, t in enumerate(letters.shared))
+        expected = np.asarray(said)[-1, letters.ids] + shared
+        np.testing.assert_allclose(scores, expected, atol=2e-5)
 
 
 def test_prompt_over_the_limit_loses_its_beginning_and_is_counted(tiny: LanguageModel) -> None:
