@@ -17,9 +17,9 @@ PACKED = 512
 LAYOUT = 2
 """Raise it when the same prompts lie in other batches: what was kept of them is measured again."""
 CPU_COMPILE_TOKENS = 2_000
-"""Tokens that a CPU reads while it compiles one more program."""
+"""Tokens that a CPU reads while it compiles one more program: an order of magnitude."""
 COMPILE_TOKENS = 1_000_000
-"""The same of an accelerator."""
+"""The same of one accelerator, which reads far more in that time."""
 _WIDTH_MULTIPLE = 8
 _LENGTH_MULTIPLE = 32
 

@@ -46,7 +46,7 @@ def most_that_fit(
 ) -> tuple[Compiled, int]:
     """The largest of ascending sizes that fits, or the smallest where none does.
 
-    Looked for from an estimate, which is nearly always right: an attempt takes minutes.
+    Looked for from an estimate, size by size: where it is right that takes two attempts.
     """
     at = max(bisect.bisect(sizes, estimate) - 1, 0)
     found = attempt(sizes[at])
