@@ -20,9 +20,9 @@ from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 
-from job.checksums import crc32c, file_crc32c
+from job.checksums import Crc32c, crc32c, file_crc32c, hex_of
 from job.errors import EnvironmentProblem, StageError, UsageError
-from job.partial import Arriving, bring
+from job.partial import Arriving, Content, bring
 from job.pulse import PULSE
 from job.retry import Transient, retrying, stop_point
 from job.storage import Stat, check_key
@@ -70,6 +70,7 @@ class BucketStore:
             blob.reload(**_patience())
             if None in (blob.size, blob.generation, blob.crc32c):
                 raise Transient("the reply is not the metadata of an object")
+            hex_of(blob.crc32c)  # else it was damaged on the way
             return blob
 
         return self._call("read", key, work)
@@ -104,6 +105,10 @@ class BucketStore:
                 self._write(key, file, path.stat().st_size, file_crc32c(path))
         except OSError as error:
             raise StageError(f"cannot read {path}: {error.strerror}") from error
+
+    def take(self, path: Path, key: str) -> None:
+        self.upload(path, key)
+        path.unlink()
 
     def _write(
         self, key: str, file: BinaryIO, size: int, checksum: str, expected: int | None = None
@@ -151,10 +156,8 @@ class BucketStore:
         arriving = path.with_name(f"{path.name}.{found.generation}")
         try:
             with self._refusals("read", key):
-                bring(
-                    f"read {self._place(key)}", arriving, size=found.size, append=append,
-                    is_right=lambda partial: file_crc32c(partial) == found.crc32c,
-                )  # fmt: skip
+                content = Content(found.size, Crc32c, hex_of(found.crc32c))
+                bring(f"read {self._place(key)}", arriving, content, append)
         except NotFound:
             return False
         arriving.replace(path)

@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 
 from job import logs
 from job.errors import EnvironmentProblem, StageError, UsageError
-from job.partial import PARTIAL
+from job.partial import PARTIAL, Content
 from job.retry import Transient, retrying
 from job.threads import Threads
 from job.transfer import Client, Refused
@@ -31,7 +31,6 @@ README = "README.md"
 _AT_ONCE = 4
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NEXT = re.compile(r'<([^>]+)>;\s*rel="next"')
-_PIECE = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,14 @@ class HubFile:
     sha1: str
     """The id that git gives to the content."""
 
-    def is_right(self, path: Path) -> bool:
-        """Whether a local file has this file's size and hash."""
-        if path.stat().st_size != self.size:
-            return False
-        digest = hashlib.sha256()
-        if not self.sha256:
-            digest = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-        with path.open("rb") as file:
-            while piece := file.read(_PIECE):
-                digest.update(piece)
-        return digest.hexdigest() == (self.sha256 or self.sha1)
+    @property
+    def content(self) -> Content:
+        """What a local copy should be."""
+        if self.sha256:
+            return Content(self.size, hashlib.sha256, self.sha256)
+        header = b"blob %d\0" % self.size
+        new = functools.partial(hashlib.sha1, header, usedforsecurity=False)
+        return Content(self.size, new, self.sha1)
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,7 @@ class Repository:
         with self.errors():
             path = folder / file.path
             path.unlink(missing_ok=True)
-            client().download(what, address, path, size=file.size, is_right=file.is_right)
+            client().download(what, address, path, file.content)
         logs.get().info("fetched from the Hub", file=file.path, bytes=file.size, commit=commit[:12])
 
     def _agreed(self, url: str, *, pages: bool = False) -> Any:
@@ -213,7 +209,7 @@ def _file(entry: Any) -> HubFile:
 
 def _is_there(folder: Path, file: HubFile) -> bool:
     path = folder / file.path
-    return path.is_file() and path.stat().st_size == file.size and file.is_right(path)
+    return path.is_file() and file.content.is_that_of(path)
 
 
 def _endpoint() -> str:

@@ -1,10 +1,10 @@
 """Files that arrive in parts: a stopped download leaves what it has, and the next begins there."""
 
 import fcntl
-import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from job.errors import StageError
 from job.pulse import PULSE
@@ -17,19 +17,73 @@ _MISMATCHES = 3
 """Times that a file may come with the wrong content before the source is taken to be wrong."""
 
 
-class Arriving:
-    """A file of `size` bytes that arrives in parts; `have` of them are here."""
+_PIECE = 1024 * 1024
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+
+class Digest(Protocol):
+    """A checksum in the making, as those of hashlib."""
+
+    def update(self, piece: bytes, /) -> object:
+        """Add what follows."""
+
+    def hexdigest(self) -> str:
+        """The checksum of what was added."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file should be.
+
+    new_digest: makes a checksum of nothing yet.
+    digest: what it should be in the end, in hex.
+    """
+
+    size: int
+    new_digest: Callable[[], Digest]
+    digest: str
+
+    def is_that_of(self, path: Path) -> bool:
+        """Whether a local file has this content."""
+        if path.stat().st_size != self.size:
+            return False
+        with path.open("rb") as file:
+            return self.read(file).hexdigest() == self.digest
+
+    def read(self, file: BinaryIO) -> Digest:
+        """The checksum of the rest of an open file."""
+        digest = self.new_digest()
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+        return digest
+
+
+class Arriving:
+    """A file that arrives in parts; `have` of its bytes are here."""
+
+    def __init__(self, file: BinaryIO, content: Content) -> None:
+        """Args: file: open for appending and reading; what it has is taken for the beginning."""
         self._file = file
-        self.size = size
-        self.have = os.fstat(file.fileno()).st_size
-        if self.have > size:
+        self._content = content
+        file.seek(0)
+        self._digest = content.read(file)
+        self.have = file.tell()
+        if self.have > content.size:
             self.restart()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self._content.size
+
+    @property
+    def is_right(self) -> bool:
+        """Whether what is here has the checksum of the whole."""
+        return self._digest.hexdigest() == self._content.digest
 
     def restart(self) -> None:
         """Forget what is here."""
         self._file.truncate(0)
+        self._digest = self._content.new_digest()
         self.have = 0
 
     def flush(self) -> None:
@@ -45,6 +99,7 @@ class Arriving:
         stop_point()
         PULSE.beat()
         self._file.write(piece)
+        self._digest.update(piece)
         self.have += len(piece)
         if self.have > self.size:
             self.restart()
@@ -52,15 +107,8 @@ class Arriving:
         return len(piece)
 
 
-def bring(
-    what: str,
-    path: Path,
-    *,
-    size: int,
-    is_right: Callable[[Path], bool],
-    append: Callable[[Arriving], None],
-) -> None:
-    """Bring a file of `size` bytes to `path`, which appears only once `is_right` holds.
+def bring(what: str, path: Path, content: Content, append: Callable[[Arriving], None]) -> None:
+    """Bring a file to `path`, where it appears only once its content is right.
 
     What an interrupted download has got is kept beside it, and the next one goes on there;
     two processes that want the same file take turns.
@@ -74,23 +122,18 @@ def bring(
     partial = path.with_name(PARTIAL + path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("ab") as file:
+        with partial.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if path.is_file():  # another process was faster
                 partial.unlink(missing_ok=True)
                 return
-            _fill(what, Arriving(file, size), lambda: is_right(partial), append)
+            _fill(what, Arriving(file, content), append)
             partial.replace(path)
     except OSError as error:
         raise StageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _fill(
-    what: str,
-    file: Arriving,
-    is_right: Callable[[], bool],
-    append: Callable[[Arriving], None],
-) -> None:
+def _fill(what: str, file: Arriving, append: Callable[[Arriving], None]) -> None:
     tries, wrong = Tries(what), 0
     while True:
         before = file.have
@@ -99,8 +142,8 @@ def _fill(
                 append(file)
             if file.have < file.size:
                 raise Transient(f"the file ended after {file.have} of {file.size} bytes")
-            file.flush()
-            if is_right():
+            if file.is_right:
+                file.flush()
                 return
             file.restart()
             wrong += 1

@@ -58,6 +58,9 @@ class Store(Protocol):
     def upload(self, path: Path, key: str) -> None:
         """Copy a local file in, replacing what was there."""
 
+    def take(self, path: Path, key: str) -> None:
+        """Move a local file in, replacing what was there."""
+
     def size(self, key: str) -> int | None:
         """Bytes of a file, or None where there is none."""
 
@@ -136,6 +139,10 @@ class ReadingStore:
     def upload(self, path: Path, key: str) -> None:
         """Does nothing."""
 
+    def take(self, path: Path, key: str) -> None:
+        """Removes the local file."""
+        path.unlink()
+
     def swap(self, key: str, content: bytes | None, version: str | None) -> str | None:
         """Does nothing, and says that it could not."""
 
@@ -173,6 +180,9 @@ class LocalStore:
 
     def upload(self, path: Path, key: str) -> None:
         self._replace(key, lambda target: shutil.copyfile(path, target))
+
+    def take(self, path: Path, key: str) -> None:
+        self._replace(key, lambda target: shutil.move(path, target))
 
     def _replace(self, key: str, fill: Any) -> None:
         """Fill a temporary file beside the target, sync it, and rename it into place."""

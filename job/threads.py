@@ -2,7 +2,7 @@
 
 import contextvars
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +14,7 @@ class Threads(ThreadPoolExecutor):
         return super().submit(contextvars.copy_context().run, call, *args, **kwargs)
 
 
-AHEAD = 2
+AHEAD = 3
 """Pieces of work that may be done before they are asked for, or after they were given."""
 
 
@@ -25,3 +25,14 @@ def ahead[T](items: Iterator[T], pool: Threads) -> Iterator[T]:
     while (item := waiting.popleft().result()) is not end:
         waiting.append(pool.submit(next, items, end))
         yield item
+
+
+def each_ahead[A, B](call: Callable[[A], B], items: Iterable[A], pool: Threads) -> Iterator[B]:
+    """What a call gives for each item, in order; the next few are made while one is worked on."""
+    waiting: deque[Future[B]] = deque()
+    for item in items:
+        waiting.append(pool.submit(call, item))
+        if len(waiting) > AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

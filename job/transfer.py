@@ -7,13 +7,13 @@ file: see `job.partial`.
 
 import contextlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import StageError
-from job.partial import Arriving, bring
+from job.partial import Arriving, Content, bring
 from job.retry import Transient, retry_after, seconds_from
 
 if TYPE_CHECKING:
@@ -141,16 +141,14 @@ class Client:
                 raise Refused(response.status_code, response.headers, response.text)
             yield response
 
-    def download(
-        self, what: str, url: str, path: Path, *, size: int, is_right: Callable[[Path], bool]
-    ) -> None:
-        """Bring a file of `size` bytes to `path`: see `job.partial.bring`.
+    def download(self, what: str, url: str, path: Path, content: Content) -> None:
+        """Bring a file to `path`: see `job.partial.bring`.
 
         Raises:
             Refused: the service says no.
             StageError: the time is up, the disk is full, or the content is wrong every time.
         """
-        bring(what, path, size=size, is_right=is_right, append=lambda file: self._append(url, file))
+        bring(what, path, content, lambda file: self._append(url, file))
 
     def _append(self, url: str, file: Arriving) -> None:
         wanted, have = {"Accept-Encoding": "identity"}, file.have

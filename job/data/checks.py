@@ -57,11 +57,14 @@ class Looked:
     """What the checks see in some examples without Python's own work; arrays are `[examples]`.
 
     contents: the whole text of each (see `examples.content`).
+    prompt, response: their lengths in characters, int.
     faults: bool by name.
     short, long: bool.
     """
 
     contents: pa.Array
+    prompt: np.ndarray
+    response: np.ndarray
     faults: dict[str, np.ndarray]
     short: np.ndarray
     long: np.ndarray
@@ -70,12 +73,13 @@ class Looked:
 def look(mapped: Mapped, checks: Checks) -> Looked:
     """Look at every example."""
     contents = mapped.contents()
-    shortest = pc.min_element_wise(pc.utf8_length(mapped.prompt), pc.utf8_length(mapped.response))
+    prompt, response = _characters(mapped.prompt), _characters(mapped.response)
+    short = np.minimum(prompt, response) < checks.min_characters
     long = np.zeros(len(mapped), bool)
-    if checks.max_characters:
-        long = _mask(pc.greater(pc.utf8_length(contents), checks.max_characters))
-    short = _mask(pc.less(shortest, checks.min_characters))
-    return Looked(contents, _faults(contents), short, long)
+    most = checks.max_characters
+    if most and (pc.max(pc.binary_length(contents)).as_py() or 0) > most:
+        long = _characters(contents) > most
+    return Looked(contents, prompt, response, _faults(contents), short, long)
 
 
 def hashes_of(looked: Looked) -> tuple[np.ndarray, np.ndarray]:
@@ -94,6 +98,10 @@ def excerpt(contents: pa.Array, number: int, fault: str) -> str:
         at = max(0, pc.find_substring_regex(contents[number], PATTERNS[fault]).as_py() - _AROUND)
     cut: str = text[at : at + 4 * _AROUND].decode(errors="ignore")
     return cut.replace(SEPARATOR, " | ")
+
+
+def _characters(texts: pa.Array) -> np.ndarray:
+    return np.asarray(pc.utf8_length(texts).to_numpy(zero_copy_only=False))
 
 
 def _mask(array: pa.Array) -> np.ndarray:

@@ -26,6 +26,9 @@ class Seen:
         Returns:
             bool `[n]`.
         """
+        ordered = np.sort(hashes)
+        if not (ordered[1:] == ordered[:-1]).any() and not self.holds(ordered).any():
+            return np.zeros(len(hashes), bool)  # as nearly always
         values, first = np.unique(hashes, return_index=True)
         before = np.ones(len(hashes), bool)
         before[first] = self.holds(values)

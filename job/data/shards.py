@@ -18,6 +18,7 @@ from job.data.mapping import HISTORY, Mapped
 from job.data.tally import Tally
 from job.errors import StageError
 from job.storage import LocalStore, Store, file_sha256
+from job.threads import Threads, each_ahead
 
 MANIFEST = "manifest.json"
 
@@ -33,6 +34,8 @@ SCHEMA = pa.schema(
 )
 """Columns of a shard: hashes of the text and of its letters and digits, and the texts."""
 
+READERS = 2
+"""Threads that read shards."""
 _GROUP_BYTES = 8 * 1024 * 1024
 
 
@@ -146,11 +149,15 @@ def close_shard(path: Path, work: Path) -> None:
 
 def read_hashes(store: Store, shards: list[Shard], work: Path) -> Iterator[np.ndarray]:
     """For each shard its hashes and groups: uint64 `[2, rows]`."""
-    for shard in shards:
+
+    def read(shard: Shard) -> np.ndarray:
         path = open_shard(store, shard, work)
         table = pq.read_table(path, columns=["hash", "group"], use_threads=False)
         close_shard(path, work)
-        yield np.stack([table["hash"].to_numpy(), table["group"].to_numpy()])
+        return np.stack([table["hash"].to_numpy(), table["group"].to_numpy()])
+
+    with Threads(READERS) as pool:
+        yield from each_ahead(read, shards, pool)
 
 
 class ShardWriter:

@@ -17,12 +17,13 @@ from job.data.contamination import clean_rows
 from job.data.examples import Example, Turn
 from job.data.mapping import HISTORY
 from job.data.sampling import split
-from job.data.shards import Shard, close_shard, open_shard
+from job.data.shards import READERS, Shard, close_shard, open_shard
 from job.data.sources import open_rows
 from job.data.staging import Staged, stage_rows, staging_key
 from job.results import DataInfo, RowCounts
 from job.run import Run
 from job.storage import child_uri, open_store
+from job.threads import Threads, each_ahead
 
 TRAIN = "data/train.parquet"
 VALIDATION = "data/validation.parquet"
@@ -96,17 +97,28 @@ def _write_samples(run: Run, staged: Staged, wanted: Mapping[str, np.ndarray]) -
     """
     deals = {key: _Deal(run.work / Path(key).name, numbers) for key, numbers in wanted.items()}
     everything = np.sort(np.concatenate(list(wanted.values())))
-    first = 0
-    for shard in staged.manifest.shards:
-        run.stop.check()
-        low, high = np.searchsorted(everything, [first, first + shard.rows])
-        if high > low:
-            numbers = everything[low:high]
-            picked = _pick(run, staged, shard, numbers - first)
+    parts = [part for part in _by_shard(staged, everything) if len(part[2])]
+
+    def pick(part: tuple[Shard, int, np.ndarray]) -> pa.Table:
+        shard, first, numbers = part
+        return _pick(run, staged, shard, numbers - first)
+
+    with Threads(READERS) as pool:
+        picks = each_ahead(pick, parts, pool)
+        for (_, _, numbers), picked in zip(parts, picks, strict=True):
+            run.stop.check()
             for deal in deals.values():
                 deal.add(picked, numbers)
-        first += shard.rows
     return {key: deal.write() for key, deal in deals.items()}
+
+
+def _by_shard(staged: Staged, numbers: np.ndarray) -> Iterator[tuple[Shard, int, np.ndarray]]:
+    """Each shard, the number of its first example, and those of `numbers`, sorted, in it."""
+    first = 0
+    for shard in staged.manifest.shards:
+        low, high = np.searchsorted(numbers, [first, first + shard.rows])
+        yield shard, first, numbers[low:high]
+        first += shard.rows
 
 
 class _Deal:

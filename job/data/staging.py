@@ -174,7 +174,7 @@ class _Stager:
                 self.hashes.append(pair)
         # A thread for each kind of work, so that everything comes in order.
         with contextlib.ExitStack() as stack:
-            threads = _Threads(*(stack.enter_context(Threads(1)) for _ in range(3)))
+            threads = _Threads(*(stack.enter_context(Threads(1)) for _ in range(4)))
             before = sum(shard.tally.raw for shard in self._shards)
             self._read(threads, stack.enter_context(progress("rows", None, before)))
             if self._pending:
@@ -183,7 +183,8 @@ class _Stager:
 
     def _read(self, threads: "_Threads", advance: Advance) -> None:
         shard = _Open(self._work, len(self._shards), threads.write)
-        for number, read in ahead(self._blocks(), threads.read):
+        blocks = ahead(self._blocks(), threads.read)
+        for number, read in ahead(self._looked_at(blocks), threads.look):
             self._stop()
             if read is None:  # the end of a file
                 shard.file, shard.place = number + 1, Place()
@@ -210,19 +211,28 @@ class _Stager:
     def _is_full(shard: "_Open") -> bool:
         return shard.tally.raw >= SHARD_ROWS or shard.tally.text_bytes >= SHARD_BYTES
 
-    def _blocks(self) -> Iterator[tuple[int, tuple[Block, Mapped, Looked] | None]]:
+    def _blocks(self) -> Iterator[tuple[int, Block | None]]:
         """All blocks behind the last whole shard, and None behind the last of each file."""
-        checks = self._data.checks
         first, place = 0, Place()
         if self._shards:
             first, place = self._shards[-1].file, self._shards[-1].place
         for number in range(first, len(self._rows.files)):
             file = self._rows.files[number]
             for block in read_blocks(file.bring(), file.name, place, self._mapper.fields):
-                mapped = map_block(block, self._mapper)
-                yield number, (block, mapped, look(mapped, checks))
+                yield number, block
             yield number, None
             place = Place()
+
+    def _looked_at(
+        self, blocks: Iterator[tuple[int, Block | None]]
+    ) -> Iterator[tuple[int, tuple[Block, Mapped, Looked] | None]]:
+        """The same with the examples of each block, and what the checks see in them."""
+        for number, block in blocks:
+            if block is None:
+                yield number, None
+            else:
+                mapped = map_block(block, self._mapper)
+                yield number, (block, mapped, look(mapped, self._data.checks))
 
     def _count(
         self,
@@ -248,8 +258,9 @@ class _Stager:
                 first = int(np.flatnonzero(mask)[0])
                 shown = "" if tally.knows(fault) else excerpt(looked.contents, first, fault)
                 tally.find(fault, int(mask.sum()), shown)
-        for lengths, column in ((tally.prompt, kept.prompt), (tally.response, kept.response)):
-            lengths.add(pc.utf8_length(column).to_numpy(zero_copy_only=False))
+        tally.prompt.add(looked.prompt[fate.kept])
+        tally.response.add(looked.response[fate.kept])
+        for column in (kept.prompt, kept.response):
             tally.text_bytes += int(pc.sum(pc.binary_length(column)).as_py() or 0)
         if not self._columns and (rows := block.rows()):
             self._columns = sorted(rows[0])
@@ -280,11 +291,10 @@ class _Stager:
 
     def _keep(self, closing: Future[Shard], path: Path) -> None:
         record = closing.result()
-        self._store.upload(path, record.path)
+        self._store.take(path, record.path)
         content = record.model_dump_json().encode()
         self._lease.check()
         self._store.write(record.path.replace(".parquet", ".json"), content)
-        path.unlink()
         for file in self._rows.files[self._put_away : record.file]:
             file.put_away()
         self._put_away = record.file
@@ -319,6 +329,7 @@ class _Threads:
     """One thread for each kind of work that goes on beside Python's own."""
 
     read: Threads
+    look: Threads
     write: Threads
     keep: Threads
 
