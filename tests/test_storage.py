@@ -31,6 +31,7 @@ CALLS: dict[str, Call] = {
     "delete": lambda store, key, path: store.delete(key),
     "download": lambda store, key, path: store.download(key, path.with_name("copy")),
     "upload": lambda store, key, path: store.upload(path, key),
+    "take": lambda store, key, path: store.take(path, key),
 }
 OBJECTS = "/b/runs/o"
 """What the paths of all requests for objects hold."""
@@ -97,6 +98,14 @@ def test_files_go_up_and_come_down(store: Store, file: Path, tmp_path: Path) -> 
     assert store.download("deep/down/file", target)
     assert target.read_bytes() == b"changed"
     assert file_sha256(target) == file_sha256(file)
+
+
+def test_a_file_that_is_taken_is_gone_from_where_it_was(store: Store, file: Path) -> None:
+    content = file.read_bytes()
+    store.write("a", b"old")
+    store.take(file, "a")
+    assert store.read("a") == content
+    assert not file.exists()
 
 
 def test_what_is_missing_is_none_and_deleting_it_is_no_error(store: Store, tmp_path: Path) -> None:

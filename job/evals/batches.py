@@ -13,8 +13,8 @@ import numpy as np
 from job.data.packing import best_fit
 
 PACKED = 512
-"""Tokens of a row of several prompts, unless one of them is longer."""
-LAYOUT = 2
+"""Tokens of a row of several prompts, at most, unless one of them is longer."""
+LAYOUT = 3
 """Raise it when the same prompts lie in other batches: what was kept of them is measured again."""
 CPU_COMPILE_TOKENS = 2_000
 """Tokens that a CPU reads while it compiles one more program: an order of magnitude."""
@@ -125,6 +125,8 @@ def in_rows(
     else:
         bins = [[number] for number in sorted(range(len(prompts)), key=lengths.__getitem__)]
     rows = even(len(bins), most, devices)
+    if packing:
+        length, bins = _shortest(lengths, length, bins, -(-len(bins) // rows) * rows)
     parts = [bins[start : start + rows] for start in range(0, len(bins), rows)]
     if packing:
         padded = [length] * len(parts)
@@ -139,6 +141,19 @@ def in_rows(
     width = -(-widest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
     for part, length in zip(parts, padded, strict=True):
         yield _rows(prompts, part, (rows, length), (devices, width))
+
+
+def _shortest(
+    lengths: Sequence[int], length: int, bins: list[list[int]], rows: int
+) -> tuple[int, list[list[int]]]:
+    """The least length of so many rows that holds all prompts, from `length` down, and its bins."""
+    least = rounded(max(lengths))
+    while length - _LENGTH_MULTIPLE >= least:
+        shorter = best_fit(lengths, length - _LENGTH_MULTIPLE)
+        if len(shorter) > rows:
+            break
+        length, bins = length - _LENGTH_MULTIPLE, shorter
+    return length, bins
 
 
 def packed_length(longest: int) -> int:

@@ -163,7 +163,7 @@ def test_interrupted_anywhere_it_goes_on_behind_the_last_whole_shard(
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalStore, "write", after(LocalStore.write))
-        patch.setattr(LocalStore, "upload", after(LocalStore.upload))
+        patch.setattr(LocalStore, "take", after(LocalStore.take))
         with pytest.raises(Stopped):
             stage(broken)
     records = len(list((tmp_path / "broken/datasets").rglob("shard-*.json")))

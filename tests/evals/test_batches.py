@@ -91,3 +91,12 @@ def test_a_length_more_must_be_worth_its_compilation() -> None:
     assert padded_lengths(longest, 16, 0) == [64, 128, 128, 256]
     assert padded_lengths(longest, 16, 2000) == [128, 128, 128, 256]
     assert padded_lengths(longest, 16, 1_000_000) == [256] * 4
+
+
+def test_rows_are_no_longer_than_their_prompts_need() -> None:
+    given = [[1] * 94] * 20
+    (one,) = in_rows(given[:1], 4, 1, 100, packing=True)
+    assert one.tokens.shape == (1, 96)
+    # Five prompts a row take 470 tokens.
+    shapes = [batch.tokens.shape for batch in in_rows(given, 16, 1, 100, packing=True)]
+    assert shapes == [(2, 480), (2, 480)]
