@@ -15,8 +15,6 @@ PARTIAL = ".partial-"
 
 _MISMATCHES = 3
 """Times that a file may come with the wrong content before the source is taken to be wrong."""
-
-
 _PIECE = 1024 * 1024
 
 

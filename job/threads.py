@@ -27,12 +27,14 @@ def ahead[T](items: Iterator[T], pool: Threads) -> Iterator[T]:
         yield item
 
 
-def each_ahead[A, B](call: Callable[[A], B], items: Iterable[A], pool: Threads) -> Iterator[B]:
-    """What a call gives for each item, in order; the next few are made while one is worked on."""
+def each_ahead[A, B](
+    call: Callable[[A], B], items: Iterable[A], pool: Threads, most: int
+) -> Iterator[B]:
+    """What a call gives for each item, in order; at most `most` of them at once."""
     waiting: deque[Future[B]] = deque()
     for item in items:
         waiting.append(pool.submit(call, item))
-        if len(waiting) > AHEAD:
+        if len(waiting) == most:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()

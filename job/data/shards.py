@@ -35,7 +35,7 @@ SCHEMA = pa.schema(
 """Columns of a shard: hashes of the text and of its letters and digits, and the texts."""
 
 READERS = 2
-"""Threads that read shards."""
+"""Threads that read shards, and shards that are held at once."""
 _GROUP_BYTES = 8 * 1024 * 1024
 
 
@@ -157,7 +157,7 @@ def read_hashes(store: Store, shards: list[Shard], work: Path) -> Iterator[np.nd
         return np.stack([table["hash"].to_numpy(), table["group"].to_numpy()])
 
     with Threads(READERS) as pool:
-        yield from each_ahead(read, shards, pool)
+        yield from each_ahead(read, shards, pool, READERS)
 
 
 class ShardWriter:

@@ -104,7 +104,7 @@ def _write_samples(run: Run, staged: Staged, wanted: Mapping[str, np.ndarray]) -
         return _pick(run, staged, shard, numbers - first)
 
     with Threads(READERS) as pool:
-        picks = each_ahead(pick, parts, pool)
+        picks = each_ahead(pick, parts, pool, READERS)
         for (_, _, numbers), picked in zip(parts, picks, strict=True):
             run.stop.check()
             for deal in deals.values():
