@@ -1,7 +1,9 @@
 """Files that arrive in parts: a stopped download leaves what it has, and the next begins there."""
 
 import fcntl
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -9,6 +11,7 @@ from typing import BinaryIO, Protocol
 from job.errors import StageError
 from job.pulse import PULSE
 from job.retry import Transient, Tries, stop_point
+from job.threads import AHEAD, Threads
 
 PARTIAL = ".partial-"
 """Begins the names of files that are not whole yet."""
@@ -58,10 +61,17 @@ class Content:
 class Arriving:
     """A file that arrives in parts; `have` of its bytes are here."""
 
-    def __init__(self, file: BinaryIO, content: Content) -> None:
-        """Args: file: open for appending and reading; what it has is taken for the beginning."""
+    def __init__(self, file: BinaryIO, content: Content, thread: Threads) -> None:
+        """Make it from what the file has.
+
+        Args:
+            file: open for appending and reading.
+            thread: a single one, which makes the checksum while the next pieces arrive.
+        """
         self._file = file
         self._content = content
+        self._thread = thread
+        self._waiting: deque[Future[object]] = deque()
         file.seek(0)
         self._digest = content.read(file)
         self.have = file.tell()
@@ -76,11 +86,14 @@ class Arriving:
     @property
     def is_right(self) -> bool:
         """Whether what is here has the checksum of the whole."""
+        while self._waiting:
+            self._waiting.popleft().result()
         return self._digest.hexdigest() == self._content.digest
 
     def restart(self) -> None:
         """Forget what is here."""
         self._file.truncate(0)
+        self._waiting.clear()
         self._digest = self._content.new_digest()
         self.have = 0
 
@@ -97,7 +110,9 @@ class Arriving:
         stop_point()
         PULSE.beat()
         self._file.write(piece)
-        self._digest.update(piece)
+        if len(self._waiting) == AHEAD:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._digest.update, piece))
         self.have += len(piece)
         if self.have > self.size:
             self.restart()
@@ -125,7 +140,8 @@ def bring(what: str, path: Path, content: Content, append: Callable[[Arriving], 
             if path.is_file():  # another process was faster
                 partial.unlink(missing_ok=True)
                 return
-            _fill(what, Arriving(file, content), append)
+            with Threads(1) as thread:
+                _fill(what, Arriving(file, content, thread), append)
             partial.replace(path)
     except OSError as error:
         raise StageError(f"cannot write {path}: {error.strerror or error}") from error

@@ -27,6 +27,16 @@ def ahead[T](items: Iterator[T], pool: Threads) -> Iterator[T]:
         yield item
 
 
+def later[T](items: Iterator[T], by: int) -> Iterator[T]:
+    """The same items, each once so many more were made: what they wait for goes on meanwhile."""
+    waiting: deque[T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > by:
+            yield waiting.popleft()
+    yield from waiting
+
+
 def each_ahead[A, B](
     call: Callable[[A], B], items: Iterable[A], pool: Threads, most: int
 ) -> Iterator[B]:

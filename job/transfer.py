@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _STALL_SECONDS = 30.0
-_PIECE = 256 * 1024
+_PIECE = 512 * 1024
 
 
 class Refused(Exception):

@@ -4,6 +4,8 @@ All works on columns. The patterns are looked for at once first, and one by one 
 found something.
 """
 
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from job.data.chat import CONTROL_PATTERN
-from job.data.examples import SEPARATOR, exact_hash, normal_form
+from job.data.examples import SEPARATOR, exact_hash, normal_form, opening
 from job.data.mapping import Mapped
 from job.data.seen import Seen
 from job.spec import Checks
@@ -52,67 +54,109 @@ _ANY = "|".join(
 """Holds for every text that a pattern holds for."""
 
 
+Faults = dict[str, np.ndarray]
+"""By the name of a pattern: which examples it holds for, bool `[examples]`."""
+
+
 @dataclass(frozen=True)
 class Looked:
-    """What the checks see in some examples without Python's own work; arrays are `[examples]`.
+    """The texts of some examples, and their lengths; arrays are `[examples]`.
 
-    contents: the whole text of each (see `examples.content`).
-    prompt, response: their lengths in characters, int.
-    faults: bool by name.
+    system, dialogues: the texts of each (see `examples.dialogue`).
+    lengths: characters of prompts and responses, int `[2, examples]`.
+    size: bytes of prompt and response, int.
     short, long: bool.
     """
 
-    contents: pa.Array
-    prompt: np.ndarray
-    response: np.ndarray
-    faults: dict[str, np.ndarray]
+    system: pa.DictionaryArray
+    dialogues: pa.Array
+    lengths: np.ndarray
+    size: np.ndarray
     short: np.ndarray
     long: np.ndarray
 
 
 def look(mapped: Mapped, checks: Checks) -> Looked:
     """Look at every example."""
-    contents = mapped.contents()
-    prompt, response = _characters(mapped.prompt), _characters(mapped.response)
-    short = np.minimum(prompt, response) < checks.min_characters
+    system = pc.fill_null(mapped.system, "").dictionary_encode()
+    dialogues = mapped.dialogues()
+    sides = mapped.prompt, mapped.response
+    sizes = [_numbers(pc.binary_length(texts)) for texts in sides]
+    plain = all(_is_ascii(texts) for texts in sides)
+    lengths = sizes if plain else [_numbers(pc.utf8_length(texts)) for texts in sides]
+    short = np.minimum(*lengths) < checks.min_characters
     long = np.zeros(len(mapped), bool)
     most = checks.max_characters
-    if most and (pc.max(pc.binary_length(contents)).as_py() or 0) > most:
-        long = _characters(contents) > most
-    return Looked(contents, prompt, response, _faults(contents), short, long)
+    if most and _longest(system.dictionary) + _longest(dialogues) >= most:
+        before = _numbers(pc.utf8_length(system.dictionary)) + len(SEPARATOR)
+        whole = before[system.indices.to_numpy()] + _numbers(pc.utf8_length(dialogues))
+        long = whole > most
+    return Looked(system, dialogues, np.stack(lengths), np.add(*sizes), short, long)
 
 
-def hashes_of(looked: Looked) -> tuple[np.ndarray, np.ndarray]:
-    """Equal where the text is the same, and where its letters and digits are: uint64 each."""
-    raw = looked.contents.cast(pa.binary()).to_pylist()
-    exact = b"".join([exact_hash(text) for text in raw])
-    normal = b"".join([exact_hash(normal_form(text)) for text in raw])
-    return np.frombuffer(exact, np.uint64), np.frombuffer(normal, np.uint64)
+def faults_of(looked: Looked) -> Faults:
+    """Which patterns hold for each example; nearly all of it is Arrow's work."""
+    faults = _matches(looked.dialogues)
+    for name, found in _matches(looked.system.dictionary).items():
+        if found.any():
+            faults[name] |= found[looked.system.indices.to_numpy()]
+    return faults
 
 
-def excerpt(contents: pa.Array, number: int, fault: str) -> str:
+def hashes_of(looked: Looked) -> np.ndarray:
+    """Equal where the content is the same, and where its letters and digits are.
+
+    Returns:
+        uint64 `[2, examples]`.
+    """
+    raw = looked.dialogues.cast(pa.binary()).to_pylist()
+    numbers = looked.system.indices.to_pylist()
+    openings = [opening(text) for text in looked.system.dictionary.to_pylist()]
+    normal_openings = [normal_form(text) for text in openings]
+
+    def hashes(begin: list[bytes], texts: Iterable[bytes]) -> bytes:
+        return b"".join(map(exact_hash, map(operator.add, map(begin.__getitem__, numbers), texts)))
+
+    exact, normal = hashes(openings, raw), hashes(normal_openings, map(normal_form, raw))
+    return np.frombuffer(exact + normal, np.uint64).reshape(2, len(raw))
+
+
+def excerpt(looked: Looked, number: int, fault: str) -> str:
     """The text around what a check found in one example; its beginning for other faults."""
-    text = contents[number].as_py().encode()
-    at = 0
+    dialogue, at = looked.dialogues[number], 0
     if fault in PATTERNS:
-        at = max(0, pc.find_substring_regex(contents[number], PATTERNS[fault]).as_py() - _AROUND)
-    cut: str = text[at : at + 4 * _AROUND].decode(errors="ignore")
+        at = pc.find_substring_regex(dialogue, PATTERNS[fault]).as_py()
+        if at < 0:
+            dialogue = pa.scalar(looked.system[number].as_py())
+            at = pc.find_substring_regex(dialogue, PATTERNS[fault]).as_py()
+    begin = max(0, at - _AROUND)
+    cut: str = dialogue.as_py().encode()[begin : begin + 4 * _AROUND].decode(errors="ignore")
     return cut.replace(SEPARATOR, " | ")
 
 
-def _characters(texts: pa.Array) -> np.ndarray:
-    return np.asarray(pc.utf8_length(texts).to_numpy(zero_copy_only=False))
+def _longest(texts: pa.Array) -> int:
+    """Bytes of the longest."""
+    return pc.max(pc.binary_length(texts)).as_py() or 0
+
+
+def _is_ascii(texts: pa.Array) -> bool:
+    content = texts.buffers()[2]
+    return not content or bool(np.frombuffer(content, np.uint8).max(initial=0) < 128)
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+    return np.asarray(array.to_numpy(zero_copy_only=False))
 
 
 def _mask(array: pa.Array) -> np.ndarray:
     return np.asarray(array.to_numpy(zero_copy_only=False), dtype=bool)
 
 
-def _faults(contents: pa.Array) -> dict[str, np.ndarray]:
-    suspects = np.flatnonzero(_mask(pc.match_substring_regex(contents, _ANY)))
-    found = {name: np.zeros(len(contents), bool) for name in PATTERNS}
+def _matches(texts: pa.Array) -> Faults:
+    suspects = np.flatnonzero(_mask(pc.match_substring_regex(texts, _ANY)))
+    found = {name: np.zeros(len(texts), bool) for name in PATTERNS}
     if len(suspects):
-        texts = contents.take(pa.array(suspects))
+        texts = texts.take(pa.array(suspects))
         for name, pattern in PATTERNS.items():
             found[name][suspects] = _mask(pc.match_substring_regex(texts, pattern))
     return found
@@ -125,8 +169,8 @@ class Fate:
     kept: np.ndarray
     dropped: dict[str, np.ndarray]
     """By reason; an example has one reason, the first that applies."""
-    found: dict[str, np.ndarray]
-    """Faults of those that are kept, by name."""
+    found: Faults
+    """Those of what is kept, and duplicates."""
 
 
 class Judge:
@@ -143,7 +187,9 @@ class Judge:
         self._hashes.add(hashes)
         self._groups.add(groups)
 
-    def decide(self, looked: Looked, hashes: np.ndarray, groups: np.ndarray) -> Fate:
+    def decide(
+        self, looked: Looked, faults: Faults, hashes: np.ndarray, groups: np.ndarray
+    ) -> Fate:
         """The fate of examples that follow those before; what is kept is remembered."""
         left = np.ones(len(hashes), bool)
         dropped: dict[str, np.ndarray] = {}
@@ -157,8 +203,8 @@ class Judge:
         drop("too short", looked.short)
         drop("too long", looked.long)
         for name in self._checks.drop:
-            if name in looked.faults:
-                drop(name.replace("_", " "), looked.faults[name])
+            if name in faults:
+                drop(name.replace("_", " "), faults[name])
         same = self._repeated(self._hashes, hashes, left)
         alike = self._repeated(self._groups, groups, left)
         if NORMALISED in self._checks.drop:
@@ -169,7 +215,7 @@ class Judge:
         elif self._drop_duplicates:
             drop("duplicate", same)
             alike = self._repeated(self._groups, groups, left)
-        found = {name: mask & left for name, mask in looked.faults.items()}
+        found = {name: mask & left for name, mask in faults.items()}
         found[DUPLICATES] = same & left
         found[NORMALISED] = alike & ~same & left
         self._hashes.add_new(hashes[left & ~same])

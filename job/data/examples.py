@@ -56,10 +56,14 @@ class Dropped(Exception):
     """A row that cannot be used; the message is the reason it is counted under."""
 
 
-def content(system: str | None, history: Iterable[Turn], prompt: str, response: str) -> bytes:
-    """The texts of an example as one, which its hashes are taken of."""
-    texts = [system or "", *(text for turn in history for text in turn), prompt, response]
-    return SEPARATOR.join(texts).encode()
+def dialogue(history: Iterable[Turn], prompt: str, response: str) -> str:
+    """The turns of an example as one text."""
+    return SEPARATOR.join([*(text for turn in history for text in turn), prompt, response])
+
+
+def opening(system: str | None) -> bytes:
+    """What stands before the dialogue in the content of an example, which is hashed."""
+    return f"{system or ''}{SEPARATOR}".encode()
 
 
 exact_hash = xxhash.xxh3_64_digest
@@ -144,7 +148,8 @@ class ExampleMapper:
     def _made(
         self, system: str | None, history: tuple[Turn, ...], prompt: str, response: str
     ) -> Example:
-        identity = exact_hash(content(system, history, prompt, response)).hex()
+        said = dialogue(history, prompt, response)
+        identity = exact_hash(opening(system) + said.encode()).hex()
         return Example(identity, system, prompt, response, history)
 
 

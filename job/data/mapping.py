@@ -5,14 +5,13 @@ Both ways give the same: what a row means is said in `examples`.
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from job.data.blocks import Block, Row
-from job.data.examples import SEPARATOR, Dropped, Example, ExampleMapper
+from job.data.examples import SEPARATOR, Dropped, Example, ExampleMapper, Turn, dialogue
 from job.spec_types import template_parts
 
 HISTORY = pa.list_(pa.struct([("prompt", pa.string()), ("response", pa.string())]))
@@ -49,21 +48,17 @@ class Mapped:
             self.history.filter(mask),
         )
 
-    def contents(self) -> pa.Array:
-        """What `examples.content` gives for each example, as text."""
-        parts = [pc.fill_null(self.system, ""), self.prompt, self.response]
-        if self.history.null_count < len(self.history):
-            return pa.array([_joined(*texts) for texts in self._texts()], pa.string())
-        return pc.binary_join_element_wise(*parts, SEPARATOR)
-
-    def _texts(self) -> Any:
-        columns = (self.system, self.history, self.prompt, self.response)
-        return zip(*(column.to_pylist() for column in columns), strict=True)
+    def dialogues(self) -> pa.Array:
+        """What `examples.dialogue` gives for each example."""
+        if self.history.null_count == len(self.history):
+            return pc.binary_join_element_wise(self.prompt, self.response, SEPARATOR)
+        columns = (self.history, self.prompt, self.response)
+        texts = zip(*(column.to_pylist() for column in columns), strict=True)
+        return pa.array([_dialogue(*example) for example in texts], pa.string())
 
 
-def _joined(system: str | None, history: list[dict[str, str]] | None, *last: str) -> str:
-    before = [turn[side] for turn in history or [] for side in ("prompt", "response")]
-    return SEPARATOR.join([system or "", *before, *last])
+def _dialogue(history: list[dict[str, str]] | None, prompt: str, response: str) -> str:
+    return dialogue([Turn(**turn) for turn in history or []], prompt, response)
 
 
 def map_block(block: Block, mapper: ExampleMapper) -> Mapped:
@@ -114,7 +109,7 @@ def _by_column(block: Block, mapper: ExampleMapper) -> Mapped | None:
             continue
         literals, fields = template_parts(template)
         if not fields:  # a system text for all
-            filled[name] = pa.array([literals[0].strip()] * len(block), pa.string())
+            filled[name] = pa.repeat(literals[0].strip(), len(block))
             continue
         given = [columns[field] for field in fields]
         trimmed = [pc.utf8_trim(column, _SPACE) for column in given]

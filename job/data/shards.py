@@ -118,6 +118,18 @@ def whole_shards(store: Store) -> list[Shard]:
     return found
 
 
+_HASHED: dict[tuple[int, int, int, int], str] = {}
+
+
+def shard_sha256(path: Path) -> str:
+    """The SHA-256 of a shard, which is not read again while the file stays as it is."""
+    status = path.stat()
+    file = status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+    if file not in _HASHED:
+        _HASHED[file] = file_sha256(path)
+    return _HASHED[file]
+
+
 def open_shard(store: Store, shard: Shard, work: Path) -> Path:
     """A local file with the content of a shard, its checksum checked; see `close_shard`.
 
@@ -131,7 +143,7 @@ def open_shard(store: Store, shard: Shard, work: Path) -> Path:
         there = path.is_file()
     else:
         there = store.download(shard.path, path)
-    if not there or file_sha256(path) != shard.sha256:
+    if not there or shard_sha256(path) != shard.sha256:
         store.delete(MANIFEST)
         store.delete(f"{shard.path.removesuffix('.parquet')}.json")
         raise StageError(

@@ -1,8 +1,8 @@
 """Rows stream from their source through checks into shards, in constant memory.
 
-Reading, checking and writing overlap: hashes are Python's work, while patterns, compression
-and uploads go on beside it. Interrupted, staging goes on behind the last whole shard; shards
-end at places that depend on the rows alone, so the result is the same.
+Hashes are Python's own work; reading, patterns, compression and uploads, which leave its lock
+alone, go on beside it. Interrupted, staging goes on behind the last whole shard; shards end at
+places that depend on the rows alone, so the result is the same.
 """
 
 import contextlib
@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 
 from job import logs
 from job.data.blocks import Block, Place
-from job.data.checks import Fate, Judge, Looked, excerpt, hashes_of, look
+from job.data.checks import Fate, Faults, Judge, Looked, excerpt, faults_of, hashes_of, look
 from job.data.examples import ExampleMapper
 from job.data.mapping import Mapped, map_block
 from job.data.readers import read_blocks
@@ -31,6 +31,7 @@ from job.data.shards import (
     read_hashes,
     read_manifest,
     shard_key,
+    shard_sha256,
     whole_shards,
 )
 from job.data.sources import Rows
@@ -41,8 +42,8 @@ from job.progress import Advance, progress
 from job.pulse import PULSE
 from job.spec import Data
 from job.spec_loading import digest
-from job.storage import Store, file_sha256
-from job.threads import AHEAD, Threads, ahead
+from job.storage import Store
+from job.threads import Threads, ahead, later
 
 STAGING_VERSION = 2
 """Part of every key: raise it when what is staged from the same rows changes."""
@@ -52,6 +53,10 @@ SHARD_BYTES = 64 * 1024 * 1024
 _PATIENCE = 1000
 """Rows without a single usable one before the mapping is taken to be wrong."""
 _LOOK_SECONDS = 2.0
+_LOOKED_AHEAD = 2
+"""Blocks whose patterns may still be looked for while the next are hashed."""
+_TO_WRITE = 6
+"""Blocks that may wait to be written: a row group is compressed at once."""
 
 Check = Callable[[], None]
 
@@ -184,24 +189,22 @@ class _Stager:
     def _read(self, threads: "_Threads", advance: Advance) -> None:
         shard = _Open(self._work, len(self._shards), threads.write)
         blocks = ahead(self._blocks(), threads.read)
-        for number, read in ahead(self._looked_at(blocks), threads.look):
+        for number, seen in later(self._looked_at(blocks, threads.look), _LOOKED_AHEAD):
             self._stop()
-            if read is None:  # the end of a file
+            if seen is None:  # the end of a file
                 shard.file, shard.place = number + 1, Place()
                 continue
             if self._is_full(shard):
                 shard = self._next(shard, threads)
-            block, mapped, looked = read
-            hashes, groups = hashes_of(looked)
-            fate = self._judge.decide(looked, hashes, groups)
-            kept = mapped.take(fate.kept)
-            self._count(shard.tally, block, mapped, kept, fate, looked)
-            hashes, groups = hashes[fate.kept], groups[fate.kept]
-            self.hashes.append(np.stack([hashes, groups]))
-            shard.write(kept, hashes, groups)
-            shard.file, shard.place = number, block.end
-            self.rows_read += len(block)
-            advance(len(block))
+            fate = self._judge.decide(seen.looked, seen.faults.result(), *seen.hashes)
+            self._count(shard.tally, seen, fate)
+            hashes = seen.hashes[:, fate.kept]
+            self.hashes.append(hashes)
+            shard.write(seen.mapped.take(fate.kept), *hashes)
+            shard.lengths.append(seen.looked.lengths[:, fate.kept])
+            shard.file, shard.place = number, seen.block.end
+            self.rows_read += len(seen.block)
+            advance(len(seen.block))
             self._give_up(shard, _PATIENCE)
         self._give_up(shard, 0)
         if shard.tally.raw:
@@ -224,27 +227,22 @@ class _Stager:
             place = Place()
 
     def _looked_at(
-        self, blocks: Iterator[tuple[int, Block | None]]
-    ) -> Iterator[tuple[int, tuple[Block, Mapped, Looked] | None]]:
-        """The same with the examples of each block, and what the checks see in them."""
+        self, blocks: Iterator[tuple[int, Block | None]], thread: Threads
+    ) -> Iterator[tuple[int, "_Seen | None"]]:
+        """The same with the examples of each block, and what is seen in them."""
         for number, block in blocks:
             if block is None:
                 yield number, None
             else:
                 mapped = map_block(block, self._mapper)
-                yield number, (block, mapped, look(mapped, self._data.checks))
+                looked = look(mapped, self._data.checks)
+                faults = thread.submit(faults_of, looked)
+                yield number, _Seen(block, mapped, looked, faults, hashes_of(looked))
 
-    def _count(
-        self,
-        tally: Tally,
-        block: Block,
-        mapped: Mapped,
-        kept: Mapped,
-        fate: Fate,
-        looked: Looked,
-    ) -> None:
+    def _count(self, tally: Tally, seen: "_Seen", fate: Fate) -> None:
+        block, mapped, looked = seen.block, seen.mapped, seen.looked
         tally.raw += len(block)
-        tally.kept += len(kept)
+        tally.kept += int(fate.kept.sum())
         reasons: dict[str, list[int]] = {}
         for row, reason in mapped.dropped:
             reasons.setdefault(reason, []).append(row)
@@ -256,12 +254,9 @@ class _Stager:
         for fault, mask in fate.found.items():
             if mask.any():
                 first = int(np.flatnonzero(mask)[0])
-                shown = "" if tally.knows(fault) else excerpt(looked.contents, first, fault)
+                shown = "" if tally.knows(fault) else excerpt(looked, first, fault)
                 tally.find(fault, int(mask.sum()), shown)
-        tally.prompt.add(looked.prompt[fate.kept])
-        tally.response.add(looked.response[fate.kept])
-        for column in (kept.prompt, kept.response):
-            tally.text_bytes += int(pc.sum(pc.binary_length(column)).as_py() or 0)
+        tally.text_bytes += int(looked.size[fate.kept].sum())
         if not self._columns and (rows := block.rows()):
             self._columns = sorted(rows[0])
 
@@ -334,6 +329,17 @@ class _Threads:
     keep: Threads
 
 
+class _Seen(NamedTuple):
+    """A block, its examples, and what is seen in them."""
+
+    block: Block
+    mapped: Mapped
+    looked: Looked
+    faults: Future[Faults]
+    hashes: np.ndarray
+    """Those of `checks.hashes_of`."""
+
+
 class _Open:
     """The shard that is being written."""
 
@@ -343,6 +349,8 @@ class _Open:
         self.tally = Tally()
         self.file = 0
         self.place = Place()
+        self.lengths: list[np.ndarray] = []
+        """Characters of the prompts and of the responses that are kept, int `[2, examples]`."""
         self._thread = thread
         self._writer: ShardWriter | None = None
         self._waiting: deque[Future[None]] = deque()
@@ -351,7 +359,7 @@ class _Open:
         """Add examples, compressed beside the work on the next."""
         if self._writer is None:
             self._writer = ShardWriter(self.path)
-        while len(self._waiting) >= AHEAD:
+        while len(self._waiting) >= _TO_WRITE:
             self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(self._writer.write, mapped, hashes, groups))
 
@@ -364,10 +372,14 @@ class _Open:
             written.result()
         if self._writer:
             self._writer.close()
+        if self.lengths:
+            prompts, responses = np.concatenate(self.lengths, axis=1)
+            self.tally.prompt.add(prompts)
+            self.tally.response.add(responses)
         return Shard(
             path=shard_key(self.number, "parquet"),
             bytes=self.path.stat().st_size,
-            sha256=file_sha256(self.path),
+            sha256=shard_sha256(self.path),
             rows=self.tally.kept,
             tally=self.tally,
             file=self.file,

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.data.blocks import ArrowBlock, Place, RowBlock
-from job.data.examples import Dropped, Example, ExampleMapper, Turn, exact_hash, normal_form
+from job.data.examples import (
+    Dropped,
+    Example,
+    ExampleMapper,
+    Turn,
+    exact_hash,
+    normal_form,
+    opening,
+)
 from job.data.mapping import Mapped, map_block
 from job.spec import Data
 
@@ -42,12 +50,12 @@ def by_row(rows: list[dict[str, Any]], data: Data) -> tuple[list[Any], list[Any]
 def examples_of(mapped: Mapped) -> list[tuple[int, Example]]:
     """The examples of columns, one by one."""
     made = []
-    contents = mapped.contents().to_pylist()
+    dialogues = mapped.dialogues().to_pylist()
     columns = (mapped.system, mapped.prompt, mapped.response, mapped.history)
     for number, text, system, prompt, response, history in zip(
-        mapped.rows.tolist(), contents, *(c.to_pylist() for c in columns), strict=True
+        mapped.rows.tolist(), dialogues, *(c.to_pylist() for c in columns), strict=True
     ):
-        identity = exact_hash(text.encode()).hex()
+        identity = exact_hash(opening(system) + text.encode()).hex()
         turns = tuple(Turn(**turn) for turn in history or [])
         made.append((number, Example(identity, system, prompt, response, turns)))
     return made

@@ -69,7 +69,7 @@ def test_rows_are_checked_and_every_one_is_accounted_for(tmp_path: Path) -> None
     assert info.neutralised == 1
     kept = manifest(tmp_path / "out")
     assert kept["examples"].keys() == info.rows.dropped.keys() | info.found.keys()
-    assert kept["examples"]["phone_numbers"].startswith(" | call 555-123-4567 890 | see https:")
+    assert kept["examples"]["phone_numbers"].startswith("call 555-123-4567 890 | see https:")
     assert kept["shards"][0]["rows"] == info.rows.valid
     assert kept["characters"]["prompt"]["max"] == max(len(row["input"]) for row in rows(50))
 
@@ -92,6 +92,18 @@ def test_a_fault_is_dropped_where_the_spec_says_so(
     (reason,) = dropped.rows.dropped
     assert (dropped.rows.valid, dropped.found) == (40, {})
     assert reason.replace(" ", "_").rstrip("s") == fault.rstrip("s")
+
+
+@pytest.mark.parametrize(
+    ("system", "found"), [("See www.example.org.", 40), ("{hint}", 1)], ids=["for all", "for one"]
+)
+def test_system_texts_are_looked_at_too(system: str, found: int, tmp_path: Path) -> None:
+    content = [{**row, "hint": "Be brief."} for row in rows(40)]
+    content[7]["hint"] = "See www.example.org."
+    path = write(tmp_path / "rows.json", content)
+    info = stage(spec_of(str(tmp_path / "out"), str(path), system=system))
+    assert (info.rows.valid, info.found) == (40, {"urls": found})
+    assert manifest(tmp_path / "out")["examples"]["urls"] == "See www.example.org."
 
 
 def test_duplicates_can_be_kept_and_still_never_are_on_both_sides(tmp_path: Path) -> None:
