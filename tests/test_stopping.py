@@ -117,4 +117,5 @@ def test_a_stop_while_the_command_starts_is_not_lost(seconds: float, tmp_path: P
     out, err = process.communicate(timeout=30)
     assert process.returncode == 75, out + err
     assert "stopped by SIGTERM; run the same command to go on" in err
-    assert not (tmp_path / "runs").exists()
+    begun = "job started" in out  # where a second is enough for that
+    assert begun or not (tmp_path / "runs").exists()
