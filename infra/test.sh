@@ -15,8 +15,9 @@ if ! started=$(docker/daemon.sh); then
   echo "the scripts are not tested here with the image"
   exit 0
 fi
-# Only what was started here is ended here.
-[[ -z $started ]] || trap 'kill "$started"' EXIT
+# Only what was started here is ended here, and waited for: the next daemon needs its place.
+[[ -z $started ]] ||
+  trap 'kill "$started"; while kill -0 "$started" 2>/dev/null; do sleep 0.2; done' EXIT
 
 if ! docker image inspect job:cpu >/dev/null 2>&1; then
   if [[ -z ${BASE_IMAGE:-} && $(id -u) == 0 ]]; then
