@@ -28,12 +28,19 @@ def ahead[T](items: Iterator[T], pool: Threads) -> Iterator[T]:
 
 
 def later[T](items: Iterator[T], by: int) -> Iterator[T]:
-    """The same items, each once so many more were made: what they wait for goes on meanwhile."""
+    """The same items, each once so many more were made: what they wait for goes on meanwhile.
+
+    Where no more can be made, those that were come before the error.
+    """
     waiting: deque[T] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > by:
-            yield waiting.popleft()
+    try:
+        for item in items:
+            waiting.append(item)
+            if len(waiting) > by:
+                yield waiting.popleft()
+    except Exception:
+        yield from waiting
+        raise
     yield from waiting
 
 

@@ -45,7 +45,7 @@ from job.spec_loading import digest
 from job.storage import Store
 from job.threads import Threads, ahead, later
 
-STAGING_VERSION = 2
+STAGING_VERSION = 3
 """Part of every key: raise it when what is staged from the same rows changes."""
 
 SHARD_ROWS = 16_384

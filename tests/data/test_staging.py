@@ -205,6 +205,14 @@ def test_interrupted_anywhere_it_goes_on_behind_the_last_whole_shard(
     }
 
 
+def test_what_was_read_before_an_error_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(1300)) + "{broken\n")
+    with pytest.raises(UsageError, match="rows.jsonl"):
+        stage(spec_of(str(tmp_path / "out"), str(path)))
+    assert [file.name for file in tmp_path.glob("out/datasets/*/*.json")] == ["shard-00000.json"]
+
+
 def test_a_damaged_shard_is_noticed_and_made_again(several: Path, tmp_path: Path) -> None:
     spec = spec_of(str(tmp_path), str(several), data_files=FILES)
     stage(spec)
