@@ -65,6 +65,11 @@ class LanguageModel:
         return tuple(put(v.value, weight_sharding(v.shape, self.mesh)) for v in variables)
 
     @property
+    def backbone(self) -> Any:
+        """KerasHub's layers."""
+        return self._backbone
+
+    @property
     def can_pack(self) -> bool:
         """Whether several examples may share a row."""
         return can_pack(self._backbone)
@@ -107,6 +112,11 @@ class LanguageModel:
         """The sharding of an array that every device has whole."""
         return self._sharding()
 
+    @property
+    def split(self) -> NamedSharding:
+        """The sharding of an array whose first axis is split over the data-parallel devices."""
+        return self._sharding("data")
+
     def replicate(self, tree: Any) -> Any:
         """Arrays, whole on every device of the mesh."""
         return jax.tree.map(lambda array: put(array, self.whole), tree)
@@ -135,7 +145,7 @@ class LanguageModel:
         with keras.StatelessScope(state_mapping=mapping), rotated_by_halves(self._backbone):
             yield
 
-    def _inputs(self, token_ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    def inputs(self, token_ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
         """What the backbone is called with; some families want positions too."""
         inputs = {"token_ids": jnp.asarray(token_ids), "padding_mask": jnp.asarray(mask)}
         if "position_ids" in self._backbone.input:
@@ -157,7 +167,7 @@ class LanguageModel:
             `[batch, length, hidden]` in the compute type.
         """
         with self._scope(weights), segment_attention(self._backbone):
-            outputs: jax.Array = self._backbone(self._inputs(token_ids, segments))
+            outputs: jax.Array = self._backbone(self.inputs(token_ids, segments))
         return outputs
 
     def loss_states(
@@ -188,15 +198,16 @@ class LanguageModel:
         with (
             self._scope(inside.merge(weights, merged)),
             segment_attention(self._backbone) if settings.packed else nullcontext(),
-            self._attention(rows["segments"], settings.reach),
+            self.attention(rows["segments"], settings.reach),
             lora_beside(self._backbone, self.lora, lora, dropout),
             narrowed(self._backbone, positions) if narrow else nullcontext(),
             rematerialized(self._backbone, settings.remat),
         ):
-            outputs: jax.Array = self._backbone(self._inputs(rows["token_ids"], rows["segments"]))
+            outputs: jax.Array = self._backbone(self.inputs(rows["token_ids"], rows["segments"]))
         return outputs if narrow else gather(outputs, positions)
 
-    def _attention(self, segments: jax.Array, reach: int | None) -> AbstractContextManager[None]:
+    def attention(self, segments: jax.Array, reach: int | None) -> AbstractContextManager[None]:
+        """Within this block attention looks no further than `reach` tokens, where that pays."""
         if reach is None or not can_cut(self._backbone):
             return nullcontext()
         cut = CPU if self.platform == "cpu" else ACCELERATOR
@@ -226,16 +237,16 @@ class LanguageModel:
         with (
             self._scope(weights),
             segment_attention(self._backbone) if self.can_pack else nullcontext(),
-            self._attention(segments, reach),
+            self.attention(segments, reach),
             narrowed(self._backbone, positions) if narrow else nullcontext(),
         ):
-            outputs: jax.Array = self._backbone(self._inputs(token_ids, segments))
+            outputs: jax.Array = self._backbone(self.inputs(token_ids, segments))
         return outputs if narrow else gather(outputs, positions)
 
     def plain_hidden(self, weights: Weights, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
         """The last hidden states `[batch, length, hidden]` with an ordinary padding mask."""
         with self._scope(weights):
-            outputs: jax.Array = self._backbone(self._inputs(token_ids, mask))
+            outputs: jax.Array = self._backbone(self.inputs(token_ids, mask))
         return outputs
 
     def logits(self, weights: Weights, hidden: jax.Array) -> jax.Array:

@@ -13,11 +13,16 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
+import keras
+from jax.ad_checkpoint import checkpoint_name
 from keras import ops
 
 from job.model.lora import LoraLayout, LoraWeights, weighted_layers
 
 Remat = Literal["none", "matmuls", "blocks"]
+
+_RESULT = "result"
+"""The name of what a layer with a kernel gives, for `jax.checkpoint`."""
 
 
 @contextlib.contextmanager
@@ -45,20 +50,35 @@ class Dropout(NamedTuple):
 
 
 def lora_beside(
-    backbone: Any, layout: LoraLayout, lora: LoraWeights, dropout: Dropout | None
+    backbone: Any,
+    layout: LoraLayout,
+    lora: LoraWeights,
+    dropout: Dropout | None,
+    numbers: jax.Array | None = None,
 ) -> contextlib.AbstractContextManager[None]:
-    """Within this block the adapted layers add their adapter's output to their own."""
+    """Within this block the adapted layers add their adapter's output to their own.
+
+    Args:
+        numbers: int32 `[targets]`, from which their dropout follows; those of the layers if unset.
+    """
     layers = weighted_layers(backbone)
     replacements = []
-    for target, (a, b) in zip(layout.targets, layout.scaled(lora), strict=True):
+    for place, (target, (a, b)) in enumerate(zip(layout.targets, layout.scaled(lora), strict=True)):
         if target.equations is not None:
             layer = layers[target.layer_index]
-            drop = _dropper(dropout, target.layer_index)
+            number = target.layer_index if numbers is None else numbers[place]
+            drop = _dropper(dropout, number)
             replacements.append((layer, _beside(layer, target.equations, a, b, drop)))
     return replaced_calls(replacements)
 
 
-def _dropper(dropout: Dropout | None, number: int) -> Callable[[Any], Any]:
+def kernel_layers(block: Any) -> list[Any]:
+    """The layers of a block that multiply by a kernel, in its own order."""
+    kinds = (keras.layers.Dense, keras.layers.EinsumDense)
+    return [part for part in block._flatten_layers(include_self=False) if isinstance(part, kinds)]
+
+
+def _dropper(dropout: Dropout | None, number: int | jax.Array) -> Callable[[Any], Any]:
     """Inverted dropout (Srivastava et al. 2014) with a key of the layer's own."""
     if dropout is None or not dropout.rate:
         return lambda x: x
@@ -86,20 +106,37 @@ def _beside(
 def rematerialized(backbone: Any, remat: Remat) -> contextlib.AbstractContextManager[None]:
     """Within this block each decoder block keeps less for the backward pass.
 
-    `matmuls` keeps the results of matrix products with weights and computes the rest again:
-    elementwise work and attention scores, a few percent of the time for a third of the
+    `matmuls` keeps what layers with kernels give, their adapters included, and computes the rest
+    again: elementwise work and attention scores, a few percent of the time for a third of the
     memory. `blocks` keeps only each block's input: least memory, one more forward pass.
     """
     if remat == "none":
         return contextlib.nullcontext()
     policies = jax.checkpoint_policies
-    policy = (
-        policies.dots_with_no_batch_dims_saveable
-        if remat == "matmuls"
-        else policies.nothing_saveable
-    )
+    policy, noted = policies.nothing_saveable, []
     blocks = getattr(backbone, "transformer_layers", [])
-    return replaced_calls([(block, _checkpointed(block, policy)) for block in blocks])
+    if remat == "matmuls" and all(map(_all_in_kernel_layers, blocks)):
+        policy = policies.save_only_these_names(_RESULT)
+        noted = [layer for block in blocks for layer in kernel_layers(block)]
+    elif remat == "matmuls":
+        # Experts multiply by kernels in layers of their own.
+        policy = policies.dots_with_no_batch_dims_saveable
+    calls = [(layer, _noted(layer)) for layer in noted]
+    return replaced_calls([*calls, *((block, _checkpointed(block, policy)) for block in blocks)])
+
+
+def _all_in_kernel_layers(block: Any) -> bool:
+    known = {id(variable) for layer in kernel_layers(block) for variable in layer.variables}
+    return all(len(v.shape) < 2 or id(v) in known for v in block.variables)
+
+
+def _noted(layer: Any) -> Callable[..., Any]:
+    whole = layer.call
+
+    def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint_name(whole(x, *args, **kwargs), _RESULT)  # type: ignore[no-untyped-call]
+
+    return call
 
 
 def _checkpointed(block: Any, policy: Any) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ turn is added here.
 """
 
 import bisect
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -26,13 +27,15 @@ from job.evals.engine import Engine
 from job.model.abstract import AbstractModel, abstract_model
 from job.model.language_model import Forward
 from job.plan.plan import Program
-from job.plan.programs import Compiled, Costs, compile_program, with_costs
+from job.plan.programs import Compiled, Costs, compile_program, joined, with_costs
 from job.plan.shapes import Config
 from job.plan.workload import Evaluation, Workload
 from job.spec import Spec
+from job.train.chain import VALIDATION, Chain, Link, make_training
 from job.train.loss import head_loss, slice_length
+from job.train.memory import held_bytes
 from job.train.optimizer import make_optimizer
-from job.train.step import Recipe, TrainState, loss_width, make_train_step, make_validation, place
+from job.train.step import Recipe, TrainState, loss_width, make_validation, place
 
 _WIDEST = 1.1
 """Losses of the part of a step that has most of them, over the mean."""
@@ -77,6 +80,8 @@ class Compiler:
         # The longest example is not known yet; none is longer than this.
         packed = spec.train.packing and self.model.can_pack
         self._forward = Forward(packed, spec.train.remat, spec.train.max_length)
+        # Of a step that is a chain, what makes a validation, without compiling anything more.
+        self._passes: list[tuple[Compiled, int]] = []
 
     def programs(self, estimate: int) -> Iterator[Program]:
         """All programs of the job; see `fitting_step`."""
@@ -132,24 +137,48 @@ class Compiler:
         state = TrainState(
             model.adapter(), model.replicate(tuple(v.value for v in optimizer.variables))
         )
-        step = make_train_step(model, optimizer, recipe)
+        step, _ = make_training(model, optimizer, recipe)
         again, width = self.rows // micro, self._width(micro)
-        found = compile_program(step, state, model.weights, self._batch(micro, again, width))
-        if not found.fits:
-            return found
-        one = found.costs.plus(self._head(width, backward=True), self._slices(width) - 1)
-        return with_costs(found, Costs(0, 0).plus(one, again))
+        batch = self._batch(micro, again, width)
+        more = (self._head(width, backward=True), self._slices(width) - 1)
+        if isinstance(step, Chain):
+            found = self._chain(list(step.links(state, model.weights, batch)), state, batch)
+            return with_costs(found, found.costs.plus(more[0], again * more[1]))
+        found = compile_program(step, state, model.weights, batch)
+        return with_costs(found, Costs(0, 0).plus(found.costs.plus(*more), again))
+
+    def _chain(self, links: Sequence[Link], state: Any, batch: Any) -> Compiled:
+        """A step of several programs, and what lies on a device when most does."""
+        there, parts = [self.model.weights, state, batch], len(batch["part"])
+        for link in links:
+            if link.name == "backward":
+                _, x, around, kept, total, gradient = link.arguments
+                there += [[x, kept, total]] * (link.times // parts) + [around, gradient]
+        programs = [(compile_program(link.function, *link.arguments), link.times) for link in links]
+        self._passes = [
+            (dataclasses.replace(program, seconds=0.0, cpu_seconds=0.0), times // parts)
+            for link, (program, times) in zip(links, programs, strict=True)
+            if link.name in VALIDATION
+        ]
+        return self._joined(programs, there)
+
+    def _joined(self, programs: Sequence[tuple[Compiled, int]], there: Any) -> Compiled:
+        limit = self._chip.hbm_bytes
+        assert limit
+        return joined(programs, held_bytes(jax.tree.leaves(there)), limit)
 
     def validation(self, micro: int) -> Compiled:
-        """The sums over one part of the validation rows."""
+        """The sums over one part of the validation rows, after `train_step` for as many."""
         model, width = self.model, self._width(micro)
-        logs.get().info("compiling", program="validate")
-        sums = make_validation(model, self._forward)
         batch = self._batch(micro, 1, width)
-        found = compile_program(sums, model.adapter(), model.weights, batch)
-        if not found.fits:
-            return found
-        head = self._head(width, backward=False)
+        if self._passes:
+            found = self._joined(self._passes, [model.weights, model.adapter(), batch])
+            head = self._head(width, backward=True)
+        else:
+            logs.get().info("compiling", program="validate")
+            sums = make_validation(model, self._forward)
+            found = compile_program(sums, model.adapter(), model.weights, batch)
+            head = self._head(width, backward=False)
         return with_costs(found, found.costs.plus(head, self._slices(width) - 1))
 
     def letters(self, asked: Evaluation) -> Compiled:
@@ -212,7 +241,7 @@ class Compiler:
         return place(self.model, batch, again, width)
 
     def _slice(self, width: int) -> int:
-        return slice_length(1, width, self.model.vocabulary)
+        return slice_length(1, width, self.model.vocabulary, self.model.compute_dtype)
 
     def _slices(self, width: int) -> int:
         return math.ceil(width / self._slice(width))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from job.accelerators import Machine
 from job.plan.shapes import Layer, ModelShape
 from job.plan.workload import Evaluation, Workload
-from job.spec import Lora, Spec
+from job.spec import Spec
 
 MFU = 0.4
 """Share of the peak that is assumed."""
@@ -21,9 +21,7 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _CHUNK = 128
 """Queries that share their keys (`job.model.local_attention.ACCELERATOR`)."""
 _SLICE = 2**30
-"""Bytes of float32 logits held at once (`job.train.loss.SLICE_BYTES`)."""
-_LOGITS_HELD = 1.75
-"""Slices that are there at a time: logits, their gradient, what one is being made of."""
+"""Bytes of logits held at once (`job.train.loss.SLICE_BYTES`)."""
 _WORKING = 0.4
 """Share of what a block's backward pass works with that is there at a time."""
 _OPTIMIZER_COPIES = {"sgd": 0.0, "adamw": 2.0, "lion": 1.0, "adafactor": 0.1, "muon": 1.0}
@@ -107,22 +105,19 @@ def _kept(shape: ModelShape, spec: Spec) -> _Numbers:
         numbers += _Numbers(whole=shape.hidden)
         if spec.train.remat == "blocks":
             continue
-        numbers += _results(layer, shape.hidden, spec.model.lora)
+        numbers += _results(layer, shape.hidden)
         if spec.train.remat == "none":
             numbers += _elementwise(layer, shape.hidden, spec)
     return numbers
 
 
-def _results(layer: Layer, hidden: int, lora: Lora) -> _Numbers:
-    """What kernels give; the adapter beside one gives as much again."""
+def _results(layer: Layer, hidden: int) -> _Numbers:
+    """What kernels give, with what the adapters beside them add."""
     numbers = _Numbers(split=layer.expert_outputs)
-    for name, linear in layer.linears.items():
-        adapted = lora.targets == "all-linear" or name in lora.targets
-        count = linear.output * (2 if adapted else 1)
-        inner = lora.rank if adapted else 0
+    for linear in layer.linears.values():
         # What is as wide as the model is summed over the devices, and whole on each.
         wide = linear.output == hidden
-        numbers += _Numbers(count + inner, 0) if wide else _Numbers(inner, count)
+        numbers += _Numbers(linear.output, 0) if wide else _Numbers(0, linear.output)
     return numbers
 
 
@@ -137,7 +132,7 @@ def _elementwise(layer: Layer, hidden: int, spec: Spec) -> _Numbers:
 
 def _one_block(layer: Layer, hidden: int, spec: Spec) -> _Numbers:
     """What the backward pass of a block works with."""
-    results = _results(layer, hidden, spec.model.lora)
+    results = _results(layer, hidden)
     return _Numbers(whole=2 * hidden) + results + _elementwise(layer, hidden, spec)
 
 
@@ -155,7 +150,7 @@ def memory(shape: ModelShape, spec: Spec, layout: Layout, loss_share: float) -> 
         adapter=2 * 4 * adapter,
         optimizer=math.ceil(4 * _OPTIMIZER_COPIES[spec.train.optimizer] * adapter),
         activations=math.ceil(tokens * size * (kept + _WORKING * block)),
-        logits=math.ceil(min(_SLICE, 4 * losses * shape.vocabulary) * _LOGITS_HELD),
+        logits=min(_SLICE, size * losses * shape.vocabulary),
     )
 
 

@@ -11,7 +11,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +132,33 @@ def collectives(text: str) -> tuple[dict[str, int], float]:
 
 def _bytes(dtype: str, shape: str) -> int:
     return _SIZES.get(dtype, 0) * math.prod(int(size) for size in shape.split(",") if size)
+
+
+def joined(programs: Sequence[tuple[Compiled, int]], kept: int, limit: int) -> Compiled:
+    """Programs that run one after the other as one.
+
+    Args:
+        programs: each with how often it runs.
+        kept: bytes that lie on a device besides what a program works with.
+        limit: bytes that it has.
+    """
+    costs, kinds = Costs(0, 0), Counter[str]()
+    for program, times in programs:
+        costs = costs.plus(program.costs, times)
+        kinds.update({kind: times * count for kind, count in program.collectives.items()})
+    working = max(program.temporary for program, _ in programs)
+    refused = [program for program, _ in programs if not program.fits]
+    memory = max(kept + working, *(program.memory for program, _ in programs))
+    return Compiled(
+        fits=not refused and memory <= limit,
+        memory=memory,
+        temporary=working,
+        costs=costs,
+        seconds=sum(program.seconds for program, _ in programs),
+        cpu_seconds=sum(program.cpu_seconds for program, _ in programs),
+        collectives=dict(kinds),
+        text="\n".join(program.text for program, _ in programs),
+    )
 
 
 def with_costs(program: Compiled, costs: Costs) -> Compiled:

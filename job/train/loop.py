@@ -24,6 +24,7 @@ from job.progress import progress as show_progress
 from job.run import Run
 from job.runtime import COMPILE_CLOCK
 from job.spec import Train
+from job.train.chain import make_training
 from job.train.checkpoint import (
     CheckpointWriter,
     Progress,
@@ -40,8 +41,6 @@ from job.train.step import (
     StepFigures,
     TrainState,
     loss_width,
-    make_train_step,
-    make_validation,
     place,
 )
 from job.train.tensorboard import EVENTS, event_file
@@ -97,8 +96,7 @@ class Trainer:
             lora_plus_ratio=self._train.lora_plus_ratio,
             seed=run.spec.seed,
         )
-        self._step = make_train_step(model, self._optimizer, recipe)
-        self._validate_rows = make_validation(model, forward)
+        self._step, self._validate_rows = make_training(model, self._optimizer, recipe)
         state = [*self._start[0], *self._start[1]]
         self._portions = Portions(self._train, model, rows, self._plan, recipe, state)
         self._begin()
@@ -119,8 +117,7 @@ class Trainer:
     def trace_first(self) -> Callable[[], None]:
         """Trace the first step; what is returned compiles it, on any thread."""
         _, placed = self._portions.take(0)
-        step: Any = self._step
-        traced = step.lower(self._state, self._model.weights, placed)
+        traced = self._step.lower(self._state, self._model.weights, placed)
 
         def compile_step() -> None:
             traced.compile()

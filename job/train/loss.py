@@ -20,7 +20,7 @@ _Pair = tuple[jax.Array, jax.Array]
 _Part = tuple[jax.Array, jax.Array, jax.Array]
 
 SLICE_BYTES = 2**30
-"""Logits held at once on a device, in bytes of float32; each slice reads the whole head again."""
+"""Logits held at once on a device, in bytes of their type; each slice reads the head again."""
 
 
 class LossSums(NamedTuple):
@@ -37,9 +37,13 @@ class Way(NamedTuple):
     smoothing: float
 
 
-def slice_length(rows: int, losses: int, vocabulary: int) -> int:
-    """Positions of each row for which logits are held at once: a divisor-friendly bound."""
-    fits = max(1, SLICE_BYTES // (4 * rows * vocabulary))
+def slice_length(rows: int, losses: int, vocabulary: int, dtype: Any) -> int:
+    """Positions of each row for which logits are held at once: a divisor-friendly bound.
+
+    Args:
+        dtype: of the hidden states, and of what is held: only sums are float32.
+    """
+    fits = max(1, SLICE_BYTES // (int(jnp.dtype(dtype).itemsize) * rows * vocabulary))
     slices = -(-losses // fits)
     return -(-losses // slices)
 
@@ -88,11 +92,17 @@ def _slice_sums(
     weights: jax.Array,
 ) -> _Pair:
     logits = head(frozen, hidden)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    columns = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    target = targets[..., None]
+    chosen = jnp.sum(jnp.where(columns == target, logits, 0), axis=-1)
+    # As by argmax, without another look at all logits for each: the target is the best, and none
+    # before it is as good.
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    earlier = jnp.sum(((logits >= best) & (columns < target)).astype(logits.dtype), axis=-1)
+    correct = ((chosen >= best[..., 0]) & (earlier == 0)).astype(jnp.float32)
     if way.smoothing:
         chosen = (1 - way.smoothing) * chosen + way.smoothing * jnp.mean(logits, axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
     return jnp.sum(losses * weights), jnp.sum(correct * weights)
 
 

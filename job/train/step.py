@@ -16,7 +16,7 @@ from job.data.packing import Batch
 from job.model.language_model import Forward, LanguageModel
 from job.model.lora import LoraWeights, Weights, flatten, unflatten
 from job.model.tracing import Dropout
-from job.train.loss import LossSums, head_loss, slice_length
+from job.train.loss import Head, LossSums, head_loss, slice_length
 from job.train.memory import kept_bytes
 
 Arrays = dict[str, jax.Array]
@@ -89,22 +89,40 @@ def loss_width(most: int) -> int:
     return max(8, -(-most // 8) * 8)
 
 
+def dropout_of(recipe: Recipe, part: jax.Array) -> Dropout | None:
+    """The dropout of a part of a step, by its number."""
+    if not recipe.dropout:
+        return None
+    return Dropout(recipe.dropout, jax.random.fold_in(jax.random.key(recipe.seed), part))
+
+
+def head_sums(
+    model: LanguageModel,
+    head: Head,
+    weights: Weights,
+    states: jax.Array,
+    lists: Arrays,
+    smoothing: float,
+) -> LossSums:
+    """`head_loss` of the states `[devices, losses, hidden]` at a part's lists; see `place`."""
+    return head_loss(
+        head,
+        weights,
+        states,
+        lists["targets"],
+        lists["weights"],
+        length=slice_length(1, states.shape[1], model.vocabulary, states.dtype),
+        unroll=model.platform == "cpu",
+        smoothing=smoothing,
+    )
+
+
 def _sums(
     model: LanguageModel, weights: Weights, lora: LoraWeights, rows: Arrays, recipe: Recipe
 ) -> LossSums:
-    key = jax.random.fold_in(jax.random.key(recipe.seed), rows["part"])
-    dropout = Dropout(recipe.dropout, key) if recipe.dropout else None
+    dropout = dropout_of(recipe, rows["part"])
     states = model.loss_states(weights, lora, rows, recipe.forward, dropout)
-    return head_loss(
-        model.logits,
-        weights,
-        states,
-        rows["targets"],
-        rows["weights"],
-        length=slice_length(1, states.shape[1], model.vocabulary),
-        unroll=model.platform == "cpu",
-        smoothing=recipe.label_smoothing,
-    )
+    return head_sums(model, model.logits, weights, states, rows, recipe.label_smoothing)
 
 
 def _abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -128,11 +146,43 @@ def row_bytes(model: LanguageModel, recipe: Recipe, length: int, losses: int) ->
     return kept_bytes(loss, lora, weights, rows)
 
 
+def make_update(
+    optimizer: Any, recipe: Recipe
+) -> Callable[
+    [TrainState, LoraWeights, LossSums, jax.Array, jax.Array], tuple[TrainState, StepFigures]
+]:
+    """What ends a step, traceable: from summed gradients and losses to the next state.
+
+    The last arguments are the weights of the losses and `stop`, as in a batch.
+    """
+
+    def update(
+        state: TrainState,
+        gradients: LoraWeights,
+        sums: LossSums,
+        weights: jax.Array,
+        stop: jax.Array,
+    ) -> tuple[TrainState, StepFigures]:
+        tokens = jnp.sum(weights)
+        gradients = jax.tree.map(lambda g: g / tokens, gradients)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in flatten(gradients)))
+        arrays, variables = optimizer.stateless_apply(
+            list(state.optimizer), flatten(gradients), flatten(state.lora)
+        )
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
+        lora = _faster_b(state.lora, unflatten(arrays), recipe.lora_plus_ratio)
+        changed = TrainState(lora, tuple(variables))
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
+        return kept, StepFigures(sums.loss, sums.correct, tokens, norm, jnp.sum(stop))
+
+    return update
+
+
 def make_train_step(
     model: LanguageModel, optimizer: Any, recipe: Recipe
 ) -> Callable[[TrainState, Weights, Arrays], tuple[TrainState, StepFigures]]:
     """The compiled step. A step whose loss or gradient is not finite changes nothing."""
-    unroll = model.platform == "cpu"
+    unroll, update = model.platform == "cpu", make_update(optimizer, recipe)
 
     def loss(lora: LoraWeights, weights: Weights, rows: Arrays) -> tuple[jax.Array, LossSums]:
         sums = _sums(model, weights, lora, rows, recipe)
@@ -147,18 +197,7 @@ def make_train_step(
         start = (jax.tree.map(jnp.zeros_like, state.lora), LossSums(zero, zero))
         parts = {name: array for name, array in batch.items() if name != "stop"}
         (gradients, sums), _ = jax.lax.scan(accumulate, start, parts, unroll=unroll)
-        tokens = jnp.sum(batch["weights"])
-        gradients = jax.tree.map(lambda g: g / tokens, gradients)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in flatten(gradients)))
-        arrays, variables = optimizer.stateless_apply(
-            list(state.optimizer), flatten(gradients), flatten(state.lora)
-        )
-        finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
-        lora = _faster_b(state.lora, unflatten(arrays), recipe.lora_plus_ratio)
-        changed = TrainState(lora, tuple(variables))
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
-        stop = jnp.sum(batch["stop"])
-        return kept, StepFigures(sums.loss, sums.correct, tokens, norm, stop)
+        return update(state, gradients, sums, batch["weights"], batch["stop"])
 
     return jax.jit(step, donate_argnums=0, out_shardings=model.whole)
 

@@ -86,16 +86,10 @@ def main() -> None:
     from job.model.language_model import Forward, load
     from job.model.lora import LoraWeights, flatten
     from job.spec_loading import load_spec
+    from job.train.chain import make_training
     from job.train.optimizer import make_optimizer
     from job.train.order import Plan
-    from job.train.step import (
-        Recipe,
-        TrainState,
-        loss_width,
-        make_train_step,
-        make_validation,
-        place,
-    )
+    from job.train.step import Recipe, TrainState, loss_width, make_validation, place
 
     settings = ["model.preset=tiny", "model.dtype=float32", *given.settings]
     spec = load_spec("chatdoctor-gemma3-1b", settings).spec
@@ -126,14 +120,13 @@ def main() -> None:
     state = TrainState(*jax.tree.map(lambda a: jax.numpy.array(a, copy=True), (start, variables)))
     batches = [rows.batch.take(plan.rows_of(step)) for step in range(plan.steps)]
     width = loss_width(max(int(batch.losses(1).max()) for batch in batches))
-    step = make_train_step(model, optimizer, Recipe(forward))
-    first = place(model, batches[0], 1, width)
-    program = step.lower(state, model.weights, first).compile()
+    step, _ = make_training(model, optimizer, Recipe(forward))
+    step.lower(state, model.weights, place(model, batches[0], 1, width)).compile()
 
     seconds, reached, curve, seen = 0.0, None, [], 0
     for number, batch in enumerate(batches):
         begin = time.perf_counter()
-        state, _ = program(state, model.weights, place(model, batch, 1, width))
+        state, _ = step(state, model.weights, place(model, batch, 1, width))
         jax.block_until_ready(flatten(state.lora))
         seconds += time.perf_counter() - begin
         taken = plan.rows_of(number)

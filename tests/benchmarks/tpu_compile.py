@@ -197,6 +197,7 @@ def compare(theirs: Step, mine: Step, on: Machine) -> dict[str, float]:
         "hbm_gb": mine.program.memory / 1e9,
         "compile_seconds": mine.program.seconds,
         "compile_vs_published": mine.program.cpu_seconds / theirs.program.cpu_seconds,
+        "compile_wall_vs_published": mine.program.seconds / theirs.program.seconds,
     }
 
 

@@ -79,7 +79,7 @@ def test_sliced_loss_equals_the_loss_over_all_logits(length: int, unroll: bool) 
 
 def test_slices_stay_within_the_memory_bound() -> None:
     for rows, losses, vocabulary in ((8, 256, 262_144), (1, 512, 2048), (64, 1024, 262_144)):
-        length = slice_length(rows, losses, vocabulary)
+        length = slice_length(rows, losses, vocabulary, np.float32)
         assert 1 <= length <= losses
         assert length == 1 or rows * length * vocabulary * 4 <= 2**30
 
