@@ -174,6 +174,11 @@ BAD = {
         "train.pack_length",
         "must hold an example",
     ),
+    "blocks compiled of which everything is kept": Bad(
+        BASE + "train:\n  remat: none\n  compile: blocks # <-\n",
+        "train.compile",
+        "set `remat` to matmuls or blocks",
+    ),
     "weight decay of sgd": Bad(
         BASE + "train:\n  optimizer: sgd\n  weight_decay: 0.1 # <-\n",
         "train.weight_decay",

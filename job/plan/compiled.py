@@ -137,7 +137,7 @@ class Compiler:
         state = TrainState(
             model.adapter(), model.replicate(tuple(v.value for v in optimizer.variables))
         )
-        step, _ = make_training(model, optimizer, recipe)
+        step, _ = make_training(model, optimizer, recipe, train.compile)
         again, width = self.rows // micro, self._width(micro)
         batch = self._batch(micro, again, width)
         more = (self._head(width, backward=True), self._slices(width) - 1)

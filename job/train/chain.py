@@ -9,12 +9,13 @@ program of its own.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from job import logs
 from job.model.blocks import BlockArrays, Blocks, separate
 from job.model.language_model import LanguageModel
 from job.model.lora import LoraWeights, Weights
@@ -33,6 +34,8 @@ from job.train.step import (
     make_update,
     make_validation,
 )
+
+Compile = Literal["auto", "blocks", "step"]
 
 VALIDATION = ("begin", "forward", "end")
 """The programs that a validation is made of."""
@@ -233,16 +236,19 @@ def _rows(batch: Arrays) -> Arrays:
 
 
 def make_training(
-    model: LanguageModel, optimizer: Any, recipe: Recipe, *, chained: bool | None = None
+    model: LanguageModel, optimizer: Any, recipe: Recipe, one: Compile = "auto"
 ) -> tuple[Any, Callable[[LoraWeights, Weights, Arrays], LossSums]]:
     """The compiled step and the compiled validation, as `make_train_step` and `make_validation`.
 
     Args:
-        chained: whether they are a `Chain`, where the model allows it; by itself, on a TPU.
+        one: what is one program; see `job.spec.Train.compile`.
     """
-    if model.platform == "tpu" if chained is None else chained:
+    if one == "blocks" or (one == "auto" and model.platform == "tpu"):
         blocks = separate(model, recipe.forward)
         if blocks is not None:
             chain = Chain(model, blocks, optimizer, recipe)
             return chain, chain.validate
+        logs.get().info(
+            "the step stays one program", family=model.family, remat=recipe.forward.remat
+        )
     return make_train_step(model, optimizer, recipe), make_validation(model, recipe.forward)

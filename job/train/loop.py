@@ -96,7 +96,9 @@ class Trainer:
             lora_plus_ratio=self._train.lora_plus_ratio,
             seed=run.spec.seed,
         )
-        self._step, self._validate_rows = make_training(model, self._optimizer, recipe)
+        self._step, self._validate_rows = make_training(
+            model, self._optimizer, recipe, self._train.compile
+        )
         state = [*self._start[0], *self._start[1]]
         self._portions = Portions(self._train, model, rows, self._plan, recipe, state)
         self._begin()

@@ -1,6 +1,5 @@
 """The step as a chain of programs is the step as one program, whatever the model and the mesh."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from job.model.language_model import Forward, LanguageModel
 from job.model.lora import LoraWeights, flatten
 from job.model.presets import Preset
 from job.spec import Lora, Model, Train
-from job.train import loop
 from job.train.chain import Chain, make_training
 from job.train.optimizer import make_optimizer
 from job.train.step import Recipe, TrainState, loss_width, place
@@ -71,7 +69,7 @@ def one_step(
     start = start_of(model)
     train = Train(optimizer="sgd", learning_rate=1.0, schedule="constant", warmup_ratio=0)
     optimizer, _ = make_optimizer(train, 1, start)
-    step, validate = make_training(model, optimizer, recipe, chained=chained)
+    step, validate = make_training(model, optimizer, recipe, "blocks" if chained else "step")
     assert isinstance(step, Chain) == chained
     variables = tuple(np.array(v.value) for v in optimizer.variables)
     state = TrainState(*model.replicate((start, variables)))
@@ -167,7 +165,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny: LanguageModel) -> None:
     start = start_of(tiny)
     broken: Any = ((np.full_like(start[0][0], np.nan), start[0][1]), *start[1:])
     optimizer, _ = make_optimizer(Train(), 1, start)
-    step, _ = make_training(tiny, optimizer, Recipe(Forward(packed=True)), chained=True)
+    step, _ = make_training(tiny, optimizer, Recipe(Forward(packed=True)), "blocks")
     variables = tuple(np.array(v.value) for v in optimizer.variables)
     state = TrainState(*tiny.replicate((broken, variables)))
     width = loss_width(int(rows.batch.losses(1).max()))
@@ -194,11 +192,8 @@ def test_what_cannot_be_taken_apart_stays_whole(change: str) -> None:
     assert separate(model, forward) is None
 
 
-def test_training_by_a_chain_resumes_to_the_byte(
-    tmp_path: Path, tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {"validate_every": 3, "micro_batch": 2}
-    monkeypatch.setattr(loop, "make_training", partial(make_training, chained=True))
+def test_training_by_a_chain_resumes_to_the_byte(tmp_path: Path, tiny: LanguageModel) -> None:
+    settings = {"validate_every": 3, "micro_batch": 2, "compile": "blocks"}
     unbroken = trainer(tmp_path / "unbroken", tiny, **settings)[0].run()
     before = unbroken.progress.validation_before
     assert before is not None
@@ -226,13 +221,18 @@ def test_training_by_a_chain_resumes_to_the_byte(
         assert ours.tobytes() == theirs.tobytes()
 
 
+def test_a_cpu_has_one_program_unless_told_otherwise(tmp_path: Path, tiny: LanguageModel) -> None:
+    assert not isinstance(trainer(tmp_path, tiny)[0]._step, Chain)
+    assert isinstance(trainer(tmp_path, tiny, compile="blocks")[0]._step, Chain)
+
+
 def test_programs_are_compiled_once_and_ahead(tiny: LanguageModel) -> None:
     """Lowered from shapes alone; the step that follows finds all of them."""
     rows = make_rows(make_examples(2000, 70), 96, packing=True)
     start = start_of(tiny)
     optimizer, _ = make_optimizer(Train(), 1, start)
     step, validate = make_training(
-        tiny, optimizer, Recipe(Forward(packed=True, reach=rows.longest)), chained=True
+        tiny, optimizer, Recipe(Forward(packed=True, reach=rows.longest)), "blocks"
     )
     variables = tuple(np.array(v.value) for v in optimizer.variables)
     state = TrainState(*tiny.replicate((start, variables)))
