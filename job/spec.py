@@ -213,8 +213,8 @@ class Train(Section):
             )
         if self.compile == "blocks" and self.remat == "none":
             raise ValueError(
-                "`compile` by blocks keeps no more than the results of matrix products; set `remat` "
-                "to matmuls or blocks, or `compile` to step"
+                "`compile` by blocks keeps no more than the results of matrix products; set "
+                "`remat` to matmuls or blocks, or `compile` to step"
             )
         for name, used in (("patience", self.patience), ("keep", self.keep == "best")):
             if used and self.validate_every is None:

@@ -177,7 +177,7 @@ BAD = {
     "blocks compiled of which everything is kept": Bad(
         BASE + "train:\n  remat: none\n  compile: blocks # <-\n",
         "train.compile",
-        "set `remat` to matmuls or blocks",
+        "`remat` to matmuls or blocks",
     ),
     "weight decay of sgd": Bad(
         BASE + "train:\n  optimizer: sgd\n  weight_decay: 0.1 # <-\n",

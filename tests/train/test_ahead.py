@@ -35,7 +35,7 @@ Trainer.trace_first = lambda self: (lambda: time.sleep(100))
 def test_training_finds_the_step_that_was_compiled_ahead(
     tmp_path: Path, tiny: LanguageModel
 ) -> None:
-    made, _ = trainer(tmp_path, tiny, batch_size=6, epochs=1)
+    made, _ = trainer(tmp_path, tiny, batch_size=6, epochs=1, compile="step")
     spent: list[float] = []
 
     def on_event(event: str, seconds: float, **_: object) -> None:
