@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from keras_hub.layers import RotaryEmbedding
 
 from job.model.language_model import Forward, LanguageModel
-from job.model.lora import LoraLayout, LoraTarget, LoraWeights, Weights, weighted_layers
+from job.model.lora import LoraLayout, LoraWeights, Weights, weighted_layers
 from job.model.rotary import rotated_by_halves
 from job.model.segments import PACKABLE, segment_attention
 from job.model.sharding import MODEL, split_axis
@@ -206,13 +206,6 @@ class Blocks:
         """A block, the result of each of its kernels passed through `see`."""
         block, model, settings = self._blocks[kind], self._model, self._settings
         layout, pairs = self._layout(block), arrays.lora
-        merged = [
-            (replace(target, weight_index=block.places.index(target.weight_index)), pair)
-            for target, pair in zip(layout.targets, pairs, strict=True)
-            if target.equations is None
-        ]
-        inside = replace(layout, targets=tuple(target for target, _ in merged))
-        weights = inside.merge(arrays.weights, tuple(pair for _, pair in merged))
         layers = kernel_layers(block.layer)
         mask = next(
             name
@@ -221,7 +214,7 @@ class Blocks:
         )
         with (
             keras.StatelessScope(
-                state_mapping=list(zip(block.layer.variables, weights, strict=True))
+                state_mapping=list(zip(block.layer.variables, arrays.weights, strict=True))
             ),
             rotated_by_halves(self._backbone),
             _wavelengths(block.layer, arrays.rotary),
@@ -264,8 +257,8 @@ def separate(model: LanguageModel, settings: Forward) -> Blocks | None:
     """A model block by block, or None where it cannot be taken apart.
 
     It can where a test shows that each block gets nothing but the hidden states and the mask, and
-    all adapters are in blocks; and where what is kept for the backward pass is the results of
-    kernels, or nothing.
+    all adapters are beside kernels of blocks; and where what is kept for the backward pass is the
+    results of kernels, or nothing.
     """
     backbone = model.backbone
     known = type(backbone).__name__ in PACKABLE and backbone.compute_dtype != "float16"
@@ -276,12 +269,9 @@ def separate(model: LanguageModel, settings: Forward) -> Blocks | None:
     layers = list(backbone.transformer_layers)
     owner = {id(part): n for n, layer in enumerate(layers) for part in layer._flatten_layers()}
 
-    def block_of(target: LoraTarget) -> int | None:
-        return owner.get(id(numbered[target.layer_index]))
-
-    owners = [block_of(target) for target in model.lora.targets]
-    if None in owners:
+    if any(target.equations is None for target in model.lora.targets):
         return None
+    owners = [owner[id(numbered[target.layer_index])] for target in model.lora.targets]
     kinds = _kinds(layers, settings.reach)
     blocks = [
         _Block(

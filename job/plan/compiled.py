@@ -80,8 +80,8 @@ class Compiler:
         # The longest example is not known yet; none is longer than this.
         packed = spec.train.packing and self.model.can_pack
         self._forward = Forward(packed, spec.train.remat, spec.train.max_length)
-        # Of a step that is a chain, what makes a validation, without compiling anything more.
-        self._passes: list[tuple[Compiled, int]] = []
+        # Of steps that are chains, by rows at once: what makes a validation, compiled already.
+        self._passes: dict[int, list[tuple[Compiled, int]]] = {}
 
     def programs(self, estimate: int) -> Iterator[Program]:
         """All programs of the job; see `fitting_step`."""
@@ -140,22 +140,27 @@ class Compiler:
         step, _ = make_training(model, optimizer, recipe, train.compile)
         again, width = self.rows // micro, self._width(micro)
         batch = self._batch(micro, again, width)
-        more = (self._head(width, backward=True), self._slices(width) - 1)
         if isinstance(step, Chain):
-            found = self._chain(list(step.links(state, model.weights, batch)), state, batch)
-            return with_costs(found, found.costs.plus(more[0], again * more[1]))
-        found = compile_program(step, state, model.weights, batch)
-        return with_costs(found, Costs(0, 0).plus(found.costs.plus(*more), again))
+            found = self._chain(list(step.links(state, model.weights, batch)), state, batch, micro)
+            times = 1
+        else:
+            found, times = compile_program(step, state, model.weights, batch), again
+        if not found.fits:
+            return found
+        costs = Costs(0, 0).plus(found.costs, times)
+        turns = again * (self._slices(width) - 1)
+        return with_costs(found, costs.plus(self._head(width, backward=True), turns))
 
-    def _chain(self, links: Sequence[Link], state: Any, batch: Any) -> Compiled:
+    def _chain(self, links: Sequence[Link], state: Any, batch: Any, micro: int) -> Compiled:
         """A step of several programs, and what lies on a device when most does."""
         there, parts = [self.model.weights, state, batch], len(batch["part"])
         for link in links:
             if link.name == "backward":
                 _, x, around, kept, total, gradient = link.arguments
-                there += [[x, kept, total]] * (link.times // parts) + [around, gradient]
+                blocks = link.times // parts
+                there += [[x, kept, total, total]] * blocks + [around, gradient, x]
         programs = [(compile_program(link.function, *link.arguments), link.times) for link in links]
-        self._passes = [
+        self._passes[micro] = [
             (dataclasses.replace(program, seconds=0.0, cpu_seconds=0.0), times // parts)
             for link, (program, times) in zip(links, programs, strict=True)
             if link.name in VALIDATION
@@ -171,14 +176,16 @@ class Compiler:
         """The sums over one part of the validation rows, after `train_step` for as many."""
         model, width = self.model, self._width(micro)
         batch = self._batch(micro, 1, width)
-        if self._passes:
-            found = self._joined(self._passes, [model.weights, model.adapter(), batch])
-            head = self._head(width, backward=True)
+        chained = micro in self._passes
+        if chained:
+            found = self._joined(self._passes[micro], [model.weights, model.adapter(), batch])
         else:
             logs.get().info("compiling", program="validate")
             sums = make_validation(model, self._forward)
             found = compile_program(sums, model.adapter(), model.weights, batch)
-            head = self._head(width, backward=False)
+        if not found.fits:
+            return found
+        head = self._head(width, backward=chained)
         return with_costs(found, found.costs.plus(head, self._slices(width) - 1))
 
     def letters(self, asked: Evaluation) -> Compiled:

@@ -149,11 +149,12 @@ def joined(programs: Sequence[tuple[Compiled, int]], kept: int, limit: int) -> C
     working = max(program.temporary for program, _ in programs)
     refused = [program for program, _ in programs if not program.fits]
     memory = max(kept + working, *(program.memory for program, _ in programs))
+    fits = not refused and memory <= limit
     return Compiled(
-        fits=not refused and memory <= limit,
+        fits=fits,
         memory=memory,
         temporary=working,
-        costs=costs,
+        costs=costs if fits else Costs(0, 0),
         seconds=sum(program.seconds for program, _ in programs),
         cpu_seconds=sum(program.cpu_seconds for program, _ in programs),
         collectives=dict(kinds),

@@ -3,9 +3,9 @@
 The TPU's compiler takes longer for a step that is one program than many a training takes: it makes
 each block anew, and with the whole step to choose from, not all of them alike. A chain has
 five programs, whatever the number of blocks: what comes before them, a block, the head with its
-loss and the loss's gradient, a block's gradient, and the optimizer. Devices run them one after the
-other without waiting for the host. Validation is made of the first three, and mostly needs no
-program of its own.
+loss and the loss's gradient, a block's gradient, and the optimizer; two more where blocks of
+another kind are among them. Devices run them one after the other without waiting for the host.
+Validation is made of the first three, and mostly needs no program of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -87,15 +87,27 @@ class _Program:
 class _Passes:
     """The programs of the passes through the model, forward and back."""
 
-    def __init__(self, model: LanguageModel, blocks: Blocks, recipe: Recipe) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        blocks: Blocks,
+        recipe: Recipe,
+        like: "_Passes | None" = None,
+    ) -> None:
+        """Args: like: passes of another recipe; what is the same in them is used again."""
         self._model = model
         self._blocks = blocks
         self._recipe = recipe
         whole, split = model.whole, model.split
         around = {"segments": split, "part": whole}
-        self.begin = _Program(self._begin, (split, around, split))
+        begin = like.begin if like else _Program(self._begin, (split, around, split))
+        self.begin: _Program = begin
         self.end = _Program(self._end, (split, whole))
-        self.forward, self.backward = {}, {}
+        self.forward: dict[int, _Program] = {}
+        self.backward: dict[int, _Program] = {}
+        if like is not None and like._recipe.dropout == recipe.dropout:
+            self.forward, self.backward = like.forward, like.backward
+            return
         for kind in set(blocks.kinds):
             kept = blocks.kept_shardings(kind)
             self.forward[kind] = _Program(self._forward_of(kind), (split, kept))
@@ -156,7 +168,7 @@ class Chain:
         self._passes = _Passes(model, blocks, recipe)
         plain = Recipe(recipe.forward)
         same = not (recipe.dropout or recipe.label_smoothing)
-        self._plain = self._passes if same else _Passes(model, blocks, plain)
+        self._plain = self._passes if same else _Passes(model, blocks, plain, self._passes)
         self._update = jax.jit(
             make_update(optimizer, recipe), donate_argnums=0, out_shardings=model.whole
         )
@@ -184,6 +196,7 @@ class Chain:
                 x, results = run.forward[kind].run(arrays, x, around)
                 kept.append(results)
             gradient, sums = run.end.run(outside, x, lists, sums)
+            del x, results  # the lists give them away block by block
             for number in reversed(range(len(blocks))):
                 gradient, totals[number] = run.backward[kinds[number]].run(
                     blocks[number], given.pop(), around, kept.pop(), totals[number], gradient

@@ -4,6 +4,7 @@ The rows of step n follow from the seed and n alone, so a training that was stop
 goes on exactly where its newest checkpoint is.
 """
 
+import gc
 import json
 import math
 import time
@@ -139,6 +140,8 @@ class Trainer:
                     return self._run_through()
             except OutOfMemory:
                 self._portions.halve()
+            # What the step held is still in its frames, which the error referred to.
+            gc.collect()
 
     def _run_through(self) -> Trained:
         self._resume()
@@ -284,6 +287,8 @@ class Trainer:
         for length in self._validation.ladder:
             alike = np.flatnonzero(lengths == length)
             width = loss_width(int(np.sort(counts[alike])[::-1][:each].sum()))
+            # The same programs as the steps', where these have rows of the length.
+            width = max(width, self._portions.width(length))
             for start in range(0, len(alike), at_once):
                 rows = alike[start : start + at_once]
                 rows = np.pad(rows, (0, at_once - len(rows)), constant_values=-1)

@@ -35,6 +35,7 @@ class Way(NamedTuple):
 
     unroll: bool
     smoothing: float
+    capped: bool
 
 
 def slice_length(rows: int, losses: int, vocabulary: int, dtype: Any) -> int:
@@ -58,6 +59,7 @@ def head_loss(
     length: int,
     unroll: bool,
     smoothing: float = 0.0,
+    capped: bool = False,
 ) -> LossSums:
     """Summed cross-entropy and count of right predictions.
 
@@ -69,6 +71,8 @@ def head_loss(
         weights: float32 `[batch, losses]`.
         length: positions of each row handled at once.
         smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2015).
+        capped: whether the head ends in a soft cap. A TPU's compiler rounds what it finds on the
+            way, such as a maximum, after the cap, and what it stores before it.
         unroll: slices one after the other in the program instead of in a loop; faster on CPUs.
     """
     batch, losses = targets.shape
@@ -79,7 +83,9 @@ def head_loss(
         padded = jnp.pad(array, ((0, 0), (0, pad)) + ((0, 0),) * (array.ndim - 2))
         return jnp.moveaxis(padded.reshape(batch, slices, length, *array.shape[2:]), 1, 0)
 
-    sums = _sliced(head, Way(unroll, smoothing), frozen, cut(hidden), cut(targets), cut(weights))
+    sums = _sliced(
+        head, Way(unroll, smoothing, capped), frozen, cut(hidden), cut(targets), cut(weights)
+    )
     return LossSums(*sums)
 
 
@@ -95,15 +101,17 @@ def _slice_sums(
     columns = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     target = targets[..., None]
     chosen = jnp.sum(jnp.where(columns == target, logits, 0), axis=-1)
-    # As by argmax, without another look at all logits for each: the target is the best, and none
-    # before it is as good.
-    best = jnp.max(logits, axis=-1, keepdims=True)
-    earlier = jnp.sum(((logits >= best) & (columns < target)).astype(logits.dtype), axis=-1)
-    correct = ((chosen >= best[..., 0]) & (earlier == 0)).astype(jnp.float32)
+    if way.capped:
+        correct = jnp.argmax(logits, axis=-1) == targets
+    else:
+        # The same without another look at all logits: the target is the best, none before it is.
+        best = jnp.max(logits, axis=-1, keepdims=True)
+        earlier = jnp.sum(((logits >= best) & (columns < target)).astype(logits.dtype), axis=-1)
+        correct = (chosen >= best[..., 0]) & (earlier == 0)
     if way.smoothing:
         chosen = (1 - way.smoothing) * chosen + way.smoothing * jnp.mean(logits, axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.sum(losses * weights), jnp.sum(correct * weights)
+    return jnp.sum(losses * weights), jnp.sum(correct.astype(jnp.float32) * weights)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -118,23 +118,25 @@ class Portions:
         rows = self._plan.rows_of(step)
         length = self._length(rows)
         batch = self._rows.batch.take(rows, length)
-        width = self._width(length)
+        width = self.width(length)
         return batch, place(self._model, batch, self._accumulation, width, step, stop=stop)
 
-    def _width(self, length: int) -> int:
-        """The width that holds the losses of a device in any part of any step of this length."""
+    def width(self, length: int) -> int:
+        """The width that holds the losses of a device in any part of any step of this length.
+
+        The least there is where no step has rows of it.
+        """
         key = (self.at_once, length)
         if key not in self._widths:
             groups = self._accumulation * self._model.devices
             counts = np.append(np.count_nonzero(self._rows.batch.weights, axis=1), 0)
             steps = (self._plan.rows_of(step) for step in range(self._plan.steps))
-            self._widths[key] = loss_width(
-                max(
-                    int(counts[rows].reshape(groups, -1).sum(axis=1).max())
-                    for rows in steps
-                    if self._length(rows) == length
-                )
+            most = (
+                int(counts[rows].reshape(groups, -1).sum(axis=1).max())
+                for rows in steps
+                if self._length(rows) == length
             )
+            self._widths[key] = loss_width(max(most, default=1))
         return self._widths[key]
 
     def _length(self, rows: np.ndarray) -> int:

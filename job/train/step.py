@@ -114,6 +114,7 @@ def head_sums(
         length=slice_length(1, states.shape[1], model.vocabulary, states.dtype),
         unroll=model.platform == "cpu",
         smoothing=smoothing,
+        capped=bool(getattr(model.backbone.token_embedding, "logit_soft_cap", None)),
     )
 
 

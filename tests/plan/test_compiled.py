@@ -61,3 +61,37 @@ def test_a_shipped_spec_fits_its_accelerator_as_the_plan_says(name: str) -> None
     assert planned.memory.total == pytest.approx(step.memory, rel=0.1)
     used = planned.layout.data * planned.layout.model
     assert planned.flops_a_step / used == pytest.approx(step.costs.flops, rel=0.1)
+
+
+def test_a_validation_is_that_of_the_rows_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size after the one that fits was tried too, and must not be what is reported."""
+    from job import runtime
+    from job.accelerators import machine
+    from job.plan import compiled
+    from job.plan.compiled import Compiler
+    from job.plan.shapes import find_config
+    from job.plan.workload import workload
+    from job.spec_loading import load_spec
+
+    settings = ["runtime.devices=null", "train.batch_size=32", "train.micro_batch=auto"]
+    spec = load_spec("smoke", settings).spec
+    on = machine("v5e-8")
+
+    def compiler() -> Compiler:
+        mesh = runtime.make_mesh(spec.runtime, devices)
+        return Compiler(spec, find_config(spec.model), workload(spec), on, mesh)
+
+    with runtime.compiling_for(on) as devices:
+        alone = compiler()
+        small, large = alone.train_step(1), compiler().train_step(2)
+        expected = alone.validation(1)
+        limit = (small.memory + large.memory) // 2
+        real = compiled.joined
+        monkeypatch.setattr(compiled, "joined", lambda *args: real(*args[:2], limit))
+        tried = compiler()
+        found, micro = tried.fitting_step(1)
+        assert (found.fits, micro) == (True, 1)
+        assert tried.validation(micro).costs == expected.costs
+        refused = tried.train_step(2)
+    assert not refused.fits
+    assert refused.costs.flops == 0

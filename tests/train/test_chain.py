@@ -1,5 +1,7 @@
 """The step as a chain of programs is the step as one program, whatever the model and the mesh."""
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,27 +198,83 @@ def test_a_cpu_has_one_program_unless_told_otherwise(tmp_path: Path, tiny: Langu
     assert isinstance(trainer(tmp_path, tiny)[0]._step, Chain)
 
 
-def test_programs_are_compiled_once_and_ahead(tiny: LanguageModel) -> None:
-    """Lowered from shapes alone; the step that follows finds all of them."""
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """The names of the functions that are compiled from now on."""
+    names: list[str] = []
+
+    def on_event(event: str, _: float, **about: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(about["fun_name"]))
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(on_event)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_programs_are_compiled_once_and_ahead(
+    tiny: LanguageModel, compiled: list[str], smoothing: float
+) -> None:
+    """Lowered from shapes alone; the steps and validations that follow find them."""
     rows = make_rows(make_examples(2000, 70), 96, packing=True)
     start = start_of(tiny)
     optimizer, _ = make_optimizer(Train(), 1, start)
-    step, validate = make_training(
-        tiny, optimizer, Recipe(Forward(packed=True, reach=rows.longest)), "blocks"
-    )
+    forward = Forward(packed=True, reach=rows.longest)
+    recipe = Recipe(forward, label_smoothing=smoothing)
+    step, validate = make_training(tiny, optimizer, recipe, "blocks")
     variables = tuple(np.array(v.value) for v in optimizer.variables)
     state = TrainState(*tiny.replicate((start, variables)))
     width = loss_width(int(rows.batch.losses(1).max()))
     batch = place(tiny, rows.batch, 1, width)
     step.lower(state, tiny.weights, batch).compile()
-    compiled: list[str] = []
-
-    def on_event(event: str, _: float, **about: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(str(about))
-
-    jax.monitoring.register_event_duration_secs_listener(on_event)
-    validate(state.lora, tiny.weights, batch)
-    state, _ = step(state, tiny.weights, batch)
-    step(state, tiny.weights, batch)
+    assert len(compiled) >= 5
+    compiled.clear()
+    for _ in range(2):
+        state, _ = step(state, tiny.weights, batch)
     assert compiled == []
+    validate(state.lora, tiny.weights, batch)
+    assert [name for name in compiled if "_end" in name] == compiled
+    assert len(compiled) == (1 if smoothing else 0)
+
+
+def test_validations_of_a_training_find_the_programs_of_its_steps(
+    tmp_path: Path, tiny: LanguageModel, compiled: list[str]
+) -> None:
+    made, _ = trainer(tmp_path, tiny, epochs=1, batch_size=12)  # and 4 rows to validate with
+    made.trace_first()()
+    compiled.clear()
+    made.run()
+    ours = ("begin", "forward", "end", "backward", "update")
+    assert [name for name in compiled if any(one in name for one in ours)] == []
+
+
+def test_what_a_step_held_that_did_not_fit_is_gone_when_the_next_begins(
+    tmp_path: Path, tiny: LanguageModel
+) -> None:
+    made, _ = trainer(tmp_path, tiny, epochs=1)
+    chain: Any = made._step
+    (program,) = chain._passes.backward.values()
+    run, begin = program.run, made._run_through
+    calls, there = 0, []
+
+    def full(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: a test")
+        return run(*args)
+
+    def begins() -> Any:
+        there.append(sum(array.nbytes for array in jax.live_arrays()))
+        return begin()
+
+    program.run, made._run_through = full, begins
+    gc.collect()
+    gc.disable()
+    try:
+        made.run()
+    finally:
+        gc.enable()
+    before, after = there
+    assert after - before < 100_000

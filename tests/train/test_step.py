@@ -84,6 +84,20 @@ def test_slices_stay_within_the_memory_bound() -> None:
         assert length == 1 or rows * length * vocabulary * 4 <= 2**30
 
 
+@pytest.mark.parametrize("capped", [False, True])
+def test_a_prediction_is_right_where_argmax_says_so(capped: bool) -> None:
+    """Of equal logits the first counts, as bfloat16 has many."""
+    generator = np.random.default_rng(4)
+    logits = jnp.asarray(generator.integers(0, 4, size=(1, 400, 8)), jnp.float32)
+    targets = jnp.asarray(generator.integers(0, 8, size=(1, 400)))
+    found = head_loss(
+        lambda _, states: states, None, logits, targets, jnp.ones((1, 400)),
+        length=100, unroll=False, capped=capped,
+    )  # fmt: skip
+    assert found.correct == jnp.sum(jnp.argmax(logits, -1) == targets)
+    assert 20 < found.correct < 200
+
+
 @pytest.mark.parametrize("cut", [local_attention.CPU, Cut(16, 1.0), Cut(128, 2.0)])
 def test_packed_loss_and_gradients_equal_unpacked_ones(
     monkeypatch: pytest.MonkeyPatch, tiny: LanguageModel, cut: Cut
