@@ -12,9 +12,10 @@ from job.model.local_attention import Cut
 from job.model.lora import LoraWeights, flatten
 from job.model.tracing import Remat
 from job.spec import Train
+from job.train.chain import make_training
 from job.train.loss import head_loss, slice_length
 from job.train.optimizer import WarmupSchedule, make_optimizer
-from job.train.step import Recipe, TrainState, loss_width, make_train_step, make_validation, place
+from job.train.step import Recipe, TrainState, loss_width, make_validation, place
 
 
 def examples(count: int = 8, longest: int = 90) -> list[TokenExample]:
@@ -128,7 +129,9 @@ def step_once(
             jax.tree.map(np.array, (start, tuple(v.value for v in optimizer.variables)))
         )
     )
-    step = make_train_step(model, optimizer, Recipe(Forward(packed=True, remat=remat), **recipe))
+    # By blocks, which is quicker to compile; tests of the chain compare it with the one program.
+    what = Recipe(Forward(packed=True, remat=remat), **recipe)
+    step, _ = make_training(model, optimizer, what, "blocks")
     width = loss_width(int(rows.batch.losses(accumulation * model.devices).max()))
     state, figures = step(state, model.weights, place(model, rows.batch, accumulation, width))
     return [np.asarray(a) for a in flatten(state.lora)], jax.device_get(figures)
