@@ -37,6 +37,10 @@ from job.train.step import (
 
 Compile = Literal["auto", "blocks", "step"]
 
+_SMALLER_TILES = {"xla_tpu_scoped_vmem_limit_kib": "10240"}
+"""A TPU's compiler takes a third less time for a block's gradient with 10 MiB of on-chip memory for
+what one operation works with, instead of 16; by its own count a step then takes 2 % more cycles."""
+
 VALIDATION = ("begin", "forward", "end")
 """The programs that a validation is made of."""
 
@@ -68,8 +72,16 @@ class Lowered:
 class _Program:
     """A compiled function whose results have shardings that are known beforehand."""
 
-    def __init__(self, function: Callable[..., Any], results: Any, donated: Any = ()) -> None:
-        self.run = jax.jit(function, out_shardings=results, donate_argnums=donated)
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        results: Any,
+        donated: Any = (),
+        options: dict[str, str] | None = None,
+    ) -> None:
+        self.run = jax.jit(
+            function, out_shardings=results, donate_argnums=donated, compiler_options=options
+        )
         self._results = results
 
     def shapes(self, *arguments: Any) -> Any:
@@ -108,11 +120,12 @@ class _Passes:
         if like is not None and like._recipe.dropout == recipe.dropout:
             self.forward, self.backward = like.forward, like.backward
             return
+        options = _SMALLER_TILES if model.platform == "tpu" else None
         for kind in set(blocks.kinds):
             kept = blocks.kept_shardings(kind)
             self.forward[kind] = _Program(self._forward_of(kind), (split, kept))
             # A gradient takes the memory of the one behind it.
-            self.backward[kind] = _Program(self._backward_of(kind), (split, whole), donated=5)
+            self.backward[kind] = _Program(self._backward_of(kind), (split, whole), 5, options)
 
     def _begin(self, outside: Weights, batch: Arrays, part: jax.Array) -> Any:
         """A part of a batch: what the first block is given, what all are, and the losses' lists."""
