@@ -2,7 +2,7 @@
 
 from typing import NoReturn
 
-from job.stopping import STOP
+from job.runtime.signals import STOP
 
 
 def main() -> NoReturn:

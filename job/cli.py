@@ -13,8 +13,8 @@ import typer
 
 from job import __version__
 from job.errors import EXIT_RESUMABLE, Interrupted, JobError
-from job.redact import Redactor
-from job.stopping import end_now
+from job.runtime.logs import Redactor
+from job.runtime.signals import end_now
 
 app = typer.Typer(
     name="job",
@@ -74,8 +74,8 @@ def run(
     ] = False,
 ) -> None:
     """Run the job, or go on with it where it stopped."""
-    from job.pipeline import run_job
-    from job.spec_loading import load_spec
+    from job.pipeline.runner import run_job
+    from job.spec.load import load_spec
 
     changes = list(overrides or [])
     if output is not None:
@@ -95,8 +95,7 @@ def validate(
     ] = None,
 ) -> None:
     """Check a spec and report all problems at once, each with its path and line."""
-    from job.spec_loading import load_spec, run_id
-    from job.spec_portable import check_portable, write_spec
+    from job.spec.load import check_portable, load_spec, run_id, write_spec
 
     loaded = load_spec(spec, overrides or [])
     if portable:
@@ -132,9 +131,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a run would do, need and cost, without starting it."""
-    from job.plan.command import Asked, plan_job
+    from job.commands.plan import Asked, plan_job
     from job.plan.text import render, render_table
-    from job.spec_loading import load_spec
+    from job.spec.load import load_spec
 
     asked = Asked(tuple(on or ()), table, compile_, examples, tokens, mfu)
     found = plan_job(load_spec(spec, overrides or []), asked)
@@ -154,7 +153,7 @@ def accelerators(
     """Say how machines are ordered: cloud names, quotas, list prices."""
     from dataclasses import asdict
 
-    from job.accelerators import ACCELERATORS, machine, order, slices
+    from job.machine.accelerators import ACCELERATORS, machine, order, slices
 
     wanted = [machine(name) for name in names or ()]
     found = [order(one) for one in wanted or [size for a in ACCELERATORS for size in slices(a)]]
@@ -171,7 +170,7 @@ def accelerators(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of the spec, for editors."""
-    from job.spec import Spec
+    from job.spec.schema import Spec
 
     typer.echo(json.dumps(Spec.model_json_schema(), indent=2))
 
@@ -182,7 +181,7 @@ def fetch(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Where to put it.")],
 ) -> None:
     """Download a finished run and check every checksum."""
-    from job.fetch import fetch_run
+    from job.commands.fetch import fetch_run
 
     fetch_run(run_uri, folder)
 
@@ -197,7 +196,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Put finished runs side by side, with paired tests on the questions that match."""
-    from job.compare.command import compare_finished
+    from job.commands.compare import compare_finished
 
     found = compare_finished(runs, html)
     if as_json:
@@ -205,7 +204,7 @@ def compare(
         return
     from rich.console import Console
 
-    from job.compare.text import show
+    from job.report.compare_text import show
 
     show(found, Console(width=None if sys.stdout.isatty() else 160))
 
@@ -239,7 +238,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line an answer.")] = False,
 ) -> None:
     """Let a run's tuned model answer, once or in a conversation."""
-    from job.generate import Wanted, generate_answers
+    from job.commands.generate import Wanted, generate_answers
 
     wanted = Wanted(max_new_tokens, base, system, temperature, top_p, top_k, seed, as_json)
     generate_answers(run_uri, wanted, prompt, prompt_file)
@@ -267,7 +266,7 @@ def export(
     ] = "exact",
 ) -> None:
     """Write a run's adapter, or its merged model, for where it is to be used."""
-    from job.export import export_run
+    from job.commands.export import export_run
 
     export_run(run_uri, to, folder, rank)
 
@@ -286,7 +285,10 @@ def main() -> NoReturn:
 
 def _end(code: int) -> NoReturn:
     """End with an error, without waiting for other processes or for the compiler to end."""
-    processes, ahead = (sys.modules.get(f"job.{name}") for name in ("processes", "train.ahead"))
+    processes, ahead = (
+        sys.modules.get(f"job.{name}")
+        for name in ("machine.distributed", "pipeline.background_compile")
+    )
     busy = ahead is not None and ahead.is_compiling()
     if processes is not None and (busy or processes.is_joined()):
         end_now(code)

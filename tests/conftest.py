@@ -36,7 +36,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", f"{_cache}/xla")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
-LONG = ("end_to_end", "test_loop", "test_step", "test_decoding", "test_language_model", "test_shar")
+LONG = (
+    "end_to_end",
+    "test_trainer",
+    "test_step",
+    "test_generation",
+    "test_language_model",
+    "test_shar",
+)
 """Files that take long, the longest first."""
 
 MakeModel = Callable[..., "LanguageModel"]
@@ -55,8 +62,8 @@ def make_model() -> MakeModel:
     import numpy as np
     from jax.sharding import Mesh
 
-    from job.model.language_model import load
-    from job.spec import Lora, Model
+    from job.model.load import load
+    from job.spec.schema import Lora, Model
 
     def make(
         *,

@@ -1,15 +1,46 @@
 """Blocks of rows, as the readers give them: the rows, their columns, the place behind them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+
+CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+"""Arrow's name of the compression of each ending."""
+
+
+LONGEST_ROW = 128 * 1024 * 1024
+"""Bytes of a row, at most."""
+
+
+def open_text(path: Path, name: str, offset: int) -> Any:
+    """The bytes of a file, decompressed, from a place on."""
+    import pyarrow as pa
+
+    if Path(name.lower()).suffix not in CODECS:
+        file = path.open("rb")
+        file.seek(offset)
+        return file
+    codec = CODECS[Path(name.lower()).suffix]
+    stream = pa.CompressedInputStream(pa.OSFile(str(path)), codec)
+    while offset > 0:
+        skipped = len(stream.read(min(offset, MAX_BYTES)))
+        if not skipped:
+            break
+        offset -= skipped
+    return stream
+
+
 Row = dict[str, Any]
+
 
 MAX_ROWS = 2048
 """Rows of a block, at most."""
+
+
 MAX_BYTES = 2 * 1024 * 1024
 """Bytes that are read at once; a block of text holds about as much."""
 

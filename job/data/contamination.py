@@ -15,21 +15,33 @@ import numpy as np
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
+from job.data.dataset import close_shard, open_shard
 from job.data.examples import Example
-from job.data.shards import close_shard, open_shard
 
 if TYPE_CHECKING:
     from job.data.staging import Staged
-    from job.evals.questions import Slice
-    from job.run import Run
+    from job.evals.tasks import Slice
+    from job.pipeline.run import Run
+
 
 KEY = "evals/contamination.json"
+
+
 WORDS = 13
+
+
 _FEWEST = 5
 
+
 _WORD = re.compile(r"\w+")
+
+
 _FACTORS = np.array([pow(0x9E3779B97F4A7C15, n, 2**64) for n in range(1, _FEWEST + 1)], np.uint64)
+
+
 _AT_ONCE = 256
+
+
 _PAIRS = 100
 
 
@@ -182,7 +194,7 @@ def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
 
 def clean_rows(run: "Run", staged: "Staged") -> np.ndarray:
     """Which staged examples share no passage with a question: bool `[examples]`."""
-    from job.evals.questions import load_slice
+    from job.evals.tasks import load_slice
 
     entries = run.spec.evals.multiple_choice
     questions = [q.text for entry in entries for q in load_slice(entry, run.revisions).questions]

@@ -15,18 +15,28 @@ from typing import Any, NamedTuple
 import xxhash
 
 from job.data.blocks import Row
-from job.spec import Data
-from job.spec_types import template_fields
+from job.spec.fields import template_fields
+from job.spec.schema import Data
 
 SEPARATOR = "\x1f"
 """Between the texts of an example where they are one: the ASCII unit separator."""
 
+
 _LOWER = bytes(range(256)).lower()
+
+
 _NOT_COUNTED = bytes(b for b in range(128) if not chr(b).isalnum() and b != ord(SEPARATOR))
+
+
 _NOT_COUNTED_WIDE = re.compile(rf"[^\w{SEPARATOR}]|_")
 
+
 _USERS = ("user", "human", "prompter")
+
+
 _MODELS = ("assistant", "gpt", "model", "chatgpt", "bot")
+
+
 _SYSTEMS = ("system",)
 
 

@@ -11,10 +11,12 @@ from typing import Literal
 
 import numpy as np
 
+from job.chat.tokenizer import TextCodec
 from job.data.examples import Example
-from job.model.text import TextCodec
 
 _POSITION_MULTIPLE = 8
+
+
 _LENGTH_MULTIPLE = 16
 
 
@@ -155,7 +157,7 @@ def tokenize(
     loss_on: Literal["response", "all"],
 ) -> Tokenized:
     """Examples as tokens: for each turn the wrapped prompt, the response, and what ends it."""
-    from job.data.chat import neutralise
+    from job.chat.templates import neutralise
 
     turns = [codec.template.turns(e.prompt, e.system, e.history) for e in examples]
     answers = [[*(turn.response for turn in e.history), e.response] for e in examples]

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from job.data.blocks import BEGIN, MAX_BYTES, MAX_ROWS, ArrowBlock, Block, Place
-from job.data.json_readers import read_json, read_json_lines
-from job.data.text_readers import CODECS, read_csv
+from job.data.blocks import BEGIN, CODECS, MAX_BYTES, MAX_ROWS, ArrowBlock, Block, Place
+from job.data.csv_reader import read_csv
+from job.data.json_reader import read_json, read_json_lines
 from job.errors import UsageError
 
 
@@ -87,6 +87,7 @@ def _block_rows(metadata: Any) -> int:
 
 
 Reader = Callable[[Path, str, Place, Sequence[str] | None], Iterator[Block]]
+
 
 _READERS: dict[str, Reader] = {
     ".json": read_json,

@@ -14,14 +14,16 @@ from typing import Literal
 from job.data.blocks import Row
 from job.data.readers import format_of, read_blocks
 from job.errors import UsageError
-from job.hub import README, SCHEME, HubFile, Repository
-from job.revisions import NONE, Revisions, resolve_commit, source_key
-from job.runtime import cache_folder
-from job.spec import Source
-from job.spec_types import FORMATS, SAMPLES
-from job.storage import Store, file_sha256, open_store
+from job.spec.fields import FORMATS, SAMPLES
+from job.spec.pinning import NONE, Revisions, resolve_commit, source_key
+from job.spec.schema import Source
+from job.storage.base import Store, file_sha256
+from job.storage.cache_folder import cache_folder
+from job.storage.hub import README, SCHEME, HubFile, Repository
+from job.storage.locations import open_store
 
 __all__ = ["Row", "Rows", "SourceFile", "open_rows"]
+
 
 Samples = Literal["dialogues", "questions"]
 
@@ -91,7 +93,7 @@ def _of_folder(source: Source) -> list[SourceFile]:
 
 
 def _chosen(source: Source, paths: list[str], readme: bytes | None = None) -> list[str]:
-    from job.data.layout import choose_files  # imports `datasets`, which takes a second
+    from job.data.data_files import choose_files  # imports `datasets`, which takes a second
 
     return choose_files(
         paths,

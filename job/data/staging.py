@@ -16,47 +16,58 @@ from typing import NamedTuple
 
 import numpy as np
 
-from job import logs
 from job.data.blocks import Block, Place
-from job.data.checks import Fate, Faults, Judge, Looked, excerpt, faults_of, hashes_of, look
-from job.data.examples import ExampleMapper
-from job.data.mapping import Mapped, map_block
-from job.data.readers import read_blocks
-from job.data.shards import (
+from job.data.columnar import Mapped, map_block
+from job.data.dataset import (
     MANIFEST,
     FileInfo,
     Manifest,
     Shard,
     ShardWriter,
+    Tally,
     read_hashes,
     read_manifest,
     shard_key,
     shard_sha256,
     whole_shards,
 )
+from job.data.examples import ExampleMapper
+from job.data.filters import Fate, Faults, Judge, Looked, excerpt, faults_of, hashes_of, look
+from job.data.readers import read_blocks
 from job.data.sources import Rows
-from job.data.tally import Tally
 from job.errors import UsageError
-from job.lease import Busy, Lease, leased
-from job.progress import Advance, progress
-from job.pulse import PULSE
-from job.spec import Data
-from job.spec_loading import digest
-from job.storage import Store
-from job.threads import Threads, ahead, later
+from job.runtime import logs
+from job.runtime.threads import Threads, ahead, later
+from job.runtime.watchdog import PULSE, Advance, progress
+from job.spec.load import digest
+from job.spec.schema import Data
+from job.storage.base import Store
+from job.storage.lease import Busy, Lease, leased
 
 STAGING_VERSION = 3
 """Part of every key: raise it when what is staged from the same rows changes."""
 
+
 SHARD_ROWS = 16_384
+
+
 SHARD_BYTES = 64 * 1024 * 1024
+
+
 _PATIENCE = 1000
 """Rows without a single usable one before the mapping is taken to be wrong."""
+
+
 _LOOK_SECONDS = 2.0
+
+
 _LOOKED_AHEAD = 2
 """Blocks whose patterns may still be looked for while the next are hashed."""
+
+
 _TO_WRITE = 6
 """Blocks that may wait to be written: a row group is compressed at once."""
+
 
 Check = Callable[[], None]
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from job.evals.batches import (
+from job.chat.tokenizer import LetterTokens
+from job.evals.batching import (
     COMPILE_TOKENS,
     CPU_COMPILE_TOKENS,
     Batch,
@@ -22,11 +23,10 @@ from job.evals.batches import (
     in_rows,
     rounded,
 )
+from job.model.generation import Drawn, Sampling
 from job.model.language_model import LanguageModel
 from job.model.lora import Weights
-from job.model.sampling import Drawn, Sampling
-from job.model.text import LetterTokens
-from job.progress import progress
+from job.runtime.watchdog import progress
 
 
 @dataclass(frozen=True)

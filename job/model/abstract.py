@@ -19,11 +19,11 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from job.errors import UsageError
-from job.model.language_model import LanguageModel
+from job.model.language_model import LanguageModel, Preset
+from job.model.load import task_class
 from job.model.lora import LoraWeights, Weights
-from job.model.presets import Preset, task_class
 from job.model.sharding import weight_sharding
-from job.spec import Model
+from job.spec.schema import Model
 
 _LARGE = 1 << 16
 """Elements from which a new variable gets no value; small ones may be needed while tracing."""

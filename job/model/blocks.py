@@ -20,12 +20,17 @@ import numpy as np
 from jax.sharding import NamedSharding
 from keras_hub.layers import RotaryEmbedding
 
+from job.model.attention import PACKABLE, segment_attention
 from job.model.language_model import Forward, LanguageModel
 from job.model.lora import LoraLayout, LoraWeights, Weights, weighted_layers
-from job.model.rotary import rotated_by_halves
-from job.model.segments import PACKABLE, segment_attention
+from job.model.patching import (
+    Dropout,
+    kernel_layers,
+    lora_beside,
+    replaced_calls,
+    rotated_by_halves,
+)
 from job.model.sharding import MODEL, split_axis
-from job.model.tracing import Dropout, kernel_layers, lora_beside, replaced_calls
 
 
 class BlockArrays(NamedTuple):

@@ -7,6 +7,7 @@ function serves the base model, training and the tuned model, and nothing is ass
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -16,23 +17,40 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from keras_hub.samplers import GreedySampler
 
-from job import logs
-from job.errors import UsageError
-from job.model import decoding
-from job.model.checkpoint_names import target_matrices
-from job.model.factors import Matrix
-from job.model.local_attention import ACCELERATOR, CPU, can_cut, local_attention
+from job.adapters.hf_weight_map import target_matrices
+from job.adapters.low_rank import Matrix
+from job.chat.tokenizer import TextCodec
+from job.model import generation
+from job.model.attention import (
+    ACCELERATOR,
+    CPU,
+    can_cut,
+    can_pack,
+    local_attention,
+    segment_attention,
+)
+from job.model.generation import Drawn
 from job.model.lora import LoraLayout, LoraWeights, Weights, plan_lora
-from job.model.narrowing import can_narrow, gather, narrowed
-from job.model.presets import Preset, load_task, resolve
-from job.model.rotary import rotated_by_halves
-from job.model.sampling import Drawn
-from job.model.segments import can_pack, segment_attention
-from job.model.sharding import check_split, loading_to, put, weight_sharding
-from job.model.text import TextCodec
-from job.model.tracing import Dropout, Remat, lora_beside, rematerialized
-from job.revisions import NONE, Revisions
-from job.spec import Model
+from job.model.patching import (
+    Dropout,
+    Remat,
+    can_narrow,
+    gather,
+    lora_beside,
+    narrowed,
+    rematerialized,
+    rotated_by_halves,
+)
+from job.model.sharding import check_split, put, weight_sharding
+from job.spec.schema import Model
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What KerasHub's `from_preset` is given, and the commit it is of (None if unversioned)."""
+
+    handle: str
+    revision: str | None
 
 
 class Forward(NamedTuple):
@@ -284,25 +302,25 @@ class LanguageModel:
         def follow(tokens: Any, cache: Any, turn: Any) -> tuple[jax.Array, Any]:
             return self.decode(weights, tokens, cache, length + turn, length - lengths)
 
-        choose = decoding.best if drawn is None else drawn.choose
-        return decoding.answer(first, follow, cache, limit, stop_ids, choose)
+        choose = generation.best if drawn is None else drawn.choose
+        return generation.answer(first, follow, cache, limit, stop_ids, choose)
 
     def prefill(
         self, weights: Weights, token_ids: jax.Array, lengths: jax.Array, room: int
     ) -> tuple[jax.Array, Any]:
         """The logits after prompts, float32 `[batch, vocabulary]`, and the cache of their keys."""
-        aligned = decoding.right_aligned(token_ids, lengths)
+        aligned = generation.right_aligned(token_ids, lengths)
         starts = token_ids.shape[1] - lengths
         with self._scope(weights):
-            hidden, cache = decoding.fill_cache(self._task, aligned, starts, room)
+            hidden, cache = generation.fill_cache(self._task, aligned, starts, room)
         return self.logits(weights, hidden), cache
 
     def decode(
         self, weights: Weights, tokens: jax.Array, cache: Any, place: Any, starts: jax.Array
     ) -> tuple[jax.Array, Any]:
-        """The logits after one more token a row, and the new cache; see `decoding.next_logits`."""
+        """Logits after one more token a row, and the new cache; see `generation.next_logits`."""
         with self._scope(weights):
-            return decoding.next_logits(self._task, tokens, cache, place, starts)
+            return generation.next_logits(self._task, tokens, cache, place, starts)
 
     def _kerashub_answers(
         self,
@@ -331,27 +349,3 @@ class LanguageModel:
         merge = jax.jit(layout.merge, out_shardings=shardings)
         merged: Weights = merge(self.weights, self.replicate(lora))
         return merged
-
-
-def load(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE) -> LanguageModel:
-    """Load the model of the spec, of the commit in `revisions` if it has one.
-
-    Raises:
-        UsageError: it cannot be loaded as a causal LM, or the spec does not fit it.
-    """
-    preset = resolve(model, revisions)
-    keras.utils.set_random_seed(seed)
-    with loading_to(mesh):
-        task, tokenizer = load_task(preset, model.dtype)
-    codec = TextCodec(tokenizer, model.chat_template)
-    loaded = LanguageModel(task, codec, model, preset, mesh)
-    if max(*codec.stop_ids, codec.pad_id) >= loaded.vocabulary:
-        raise UsageError(f"model.preset: the tokenizer of {model.preset} is not this model's")
-    logs.get().info(
-        "model loaded",
-        family=loaded.family,
-        parameters=loaded.parameters,
-        trainable=loaded.lora.parameters,
-        chat_template=codec.template.name,
-    )
-    return loaded

@@ -18,10 +18,11 @@ import keras
 import numpy as np
 
 from job.errors import UsageError
-from job.spec import Lora
+from job.spec.schema import Lora
 
 Weights = tuple[jax.Array, ...]
 """The variables of a backbone, in its own order."""
+
 
 LoraWeights = tuple[tuple[jax.Array, jax.Array], ...]
 """(A, B) of each target in order: `[..., rank]` and `[rank, last]`, float32."""

@@ -14,13 +14,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from job import logs
 from job.errors import UsageError
+from job.runtime import logs
 
 MODEL = "model"
 
+
 _LARGE = 1 << 16
 """Elements from which a new variable starts as zeros instead of random numbers."""
+
+
 _NEGLIGIBLE = 0.01
 """Share of all parameters that kernels which cannot be split may have."""
 

@@ -17,13 +17,18 @@ from typing import Any
 import numpy as np
 
 from job.errors import EnvironmentProblem
-from job.runtime import cache_folder
+from job.storage.cache_folder import cache_folder
 
 VERSION = 1
 """Raised when the preset is made in another way."""
 
+
 VOCABULARY = 2048
+
+
 SEED = 20250301
+
+
 SHAPE: dict[str, Any] = {
     "image_size": 0,
     "num_layers": 6,

@@ -10,22 +10,34 @@ compares them with it.
 import math
 from dataclasses import dataclass, replace
 
-from job.accelerators import Machine
-from job.plan.shapes import Layer, ModelShape
+from job.machine.accelerators import Machine
+from job.plan.model_shape import Layer, ModelShape
 from job.plan.workload import Evaluation, Workload
-from job.spec import Spec
+from job.spec.schema import Spec
 
 MFU = 0.4
 """Share of the peak that is assumed."""
+
+
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
 _CHUNK = 128
-"""Queries that share their keys (`job.model.local_attention.ACCELERATOR`)."""
+"""Queries that share their keys (`job.model.attention.ACCELERATOR`)."""
+
+
 _SLICE = 2**30
 """Bytes of logits held at once (`job.train.loss.SLICE_BYTES`)."""
+
+
 _WORKING = 0.4
 """Share of what a block's backward pass works with that is there at a time."""
+
+
 _OPTIMIZER_COPIES = {"sgd": 0.0, "adamw": 2.0, "lion": 1.0, "adafactor": 0.1, "muon": 1.0}
 """Float32 numbers that an optimizer keeps for a trained one."""
+
+
 _USABLE = 0.95
 """Share of a device's memory that is counted on."""
 
@@ -156,7 +168,7 @@ def memory(shape: ModelShape, spec: Spec, layout: Layout, loss_share: float) -> 
 
 def keys_seen(layer: Layer, length: int, reach: int) -> int:
     """Keys that each query of a row of `length` is scored against, where none sees further than
-    `reach` tokens (see `job.model.local_attention`)."""
+    `reach` tokens (see `job.model.attention`)."""
     reach = min(reach, layer.window or reach)
     keys = math.ceil((reach - 1) / _CHUNK) * _CHUNK + _CHUNK
     return keys if 2 * keys <= length else length

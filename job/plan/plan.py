@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import BaseModel
 
-from job.accelerators import Machine, machine
+from job.machine.accelerators import Machine, machine
+from job.pipeline.stages import STAGES
 from job.plan.estimate import MFU, Estimate, estimate
-from job.plan.shapes import Config, ModelShape, model_shape
+from job.plan.model_shape import Config, ModelShape, model_shape
 from job.plan.workload import Workload
-from job.spec import Mesh, Spec
-from job.stages import STAGES
+from job.spec.schema import Mesh, Spec
 
 
 class StagePlan(BaseModel):

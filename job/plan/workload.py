@@ -11,20 +11,34 @@ from pathlib import Path
 from typing import Literal
 
 from job.results import DataInfo
-from job.spec import MultipleChoice, Source, Spec
-from job.spec_types import SAMPLES
+from job.spec.fields import SAMPLES
+from job.spec.schema import MultipleChoice, Source, Spec
 
 TOKENS = 210
 """Tokens of an example: what dialogues of a patient and a doctor have on average."""
+
+
 LOSS_SHARE = 0.45
 """Share of them in the response."""
+
+
 FILL = 0.97
 """Share of a packed row's slots that hold a token; best fit reaches more where examples are
 short."""
+
+
 QUESTION_TOKENS = 192
+
+
 DIALOGUES = 200
+
+
 SIDE_BY_SIDE = 4
+
+
 _ROWS = 1000
+
+
 _KNOWN_ROWS = {
     ("hf://openlifescienceai/medmcqa", "validation"): 4183,
     ("hf://LinhDuong/chatdoctor-200k", "train"): 207_408,

@@ -16,13 +16,21 @@ from job.report.page import caveats, legible, null_answers, template_environment
 from job.results import Results
 
 KEY = "adapter/README.md"
+
+
 PEFT = "adapter/peft/adapter_config.json"
+
 
 TINY = "tiny"
 """The preset that is made on the spot: there is no such model elsewhere."""
 
+
 _HUB = "hf://"
+
+
 _GEMMA_LICENCES = {1: "gemma", 2: "gemma", 3: "gemma", 4: "apache-2.0"}
+
+
 _MEDICAL = re.compile(
     r"med(?!ium|ia|iev)|doctor|clinic|health|patient|disease|diagnos|nurs|samples", re.I
 )

@@ -31,6 +31,8 @@ from job.results import (
 
 SHOWN_FLIPS = 40
 """Changed questions on the page, gained and lost together; all are in predictions.jsonl."""
+
+
 PHONE_WIDTH = 340
 """Pixels of the second drawing of each figure, the one narrow screens show."""
 

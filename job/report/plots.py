@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+
 # Colours no design would use; `_finish` exchanges them. Fallbacks serve a figure without page.
 INK, MUTED, ACCENT, RULE, PAPER = "#01fe01", "#01fe02", "#01fe03", "#01fe04", "#01fe05"
+
+
 _CSS = {
     INK: "currentColor",
     MUTED: "var(--muted, #77808b)",
@@ -30,6 +33,8 @@ _CSS = {
     RULE: "var(--rule, #77808b55)",
     PAPER: "var(--paper, none)",
 }
+
+
 _RC: dict[Any, Any] = {
     "svg.hashsalt": "job.report", "svg.fonttype": "none", "text.parse_math": False,
     "font.size": 12, "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": RULE,
@@ -37,12 +42,21 @@ _RC: dict[Any, Any] = {
     "legend.frameon": False, "legend.borderpad": 0, "legend.borderaxespad": 0,
     "legend.fontsize": 11, "legend.labelcolor": MUTED,
 }  # fmt: skip
+
+
 _SMOOTH_FROM = 50
 """Logged steps from which a line of means is drawn over the measured one."""
+
+
 _MOST_POINTS = 500
 """Of more points neighbours are averaged."""
+
+
 _Series = list[tuple[float, float]]
+
+
 _BAR, _GROUP_TITLE, _GROUP_GAP, _TOP, _BOTTOM = 24, 44, 20, 30, 26
+
 
 MODEL_ORDER = ("baseline", "finetuned", "reference")
 

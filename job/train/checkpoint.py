@@ -17,11 +17,13 @@ import safetensors
 import safetensors.numpy
 from pydantic import BaseModel
 
-from job import logs
 from job.errors import StageError
-from job.storage import Store
+from job.runtime import logs
+from job.storage.base import Store
 
 FOLDER = "train/checkpoints/"
+
+
 KEPT = 2
 
 

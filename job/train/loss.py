@@ -16,8 +16,12 @@ import jax.numpy as jnp
 Head = Callable[[Any, jax.Array], jax.Array]
 """Float32 logits `[..., vocabulary]` of frozen weights and hidden states `[..., hidden]`."""
 
+
 _Pair = tuple[jax.Array, jax.Array]
+
+
 _Part = tuple[jax.Array, jax.Array, jax.Array]
+
 
 SLICE_BYTES = 2**30
 """Logits held at once on a device, in bytes of their type; each slice reads the head again."""

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from job.model.lora import LoraWeights, flatten
-from job.spec import Train
+from job.spec.schema import Train
 
 
 @keras.saving.register_keras_serializable(package="job")

@@ -5,6 +5,7 @@ over the first axis and divided by the number of loss tokens of the whole batch,
 result does not depend on how the batch is cut up.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,9 +16,26 @@ import numpy as np
 from job.data.packing import Batch
 from job.model.language_model import Forward, LanguageModel
 from job.model.lora import LoraWeights, Weights, flatten, unflatten
-from job.model.tracing import Dropout
+from job.model.patching import Dropout
 from job.train.loss import Head, LossSums, head_loss, slice_length
-from job.train.memory import kept_bytes
+
+
+def kept_bytes(loss: Callable[..., Any], *arguments: Any) -> int:
+    """Bytes that reverse differentiation of `loss` by its first argument keeps.
+
+    Arguments (arrays or their shapes) are not counted: they are there anyway.
+    """
+
+    def forward(*given: Any) -> Any:
+        return jax.vjp(lambda first: loss(first, *given[1:]), given[0])[1]
+
+    traced = jax.make_jaxpr(forward)(*arguments).jaxpr
+    there = {id(variable) for variable in traced.invars}
+    kept: dict[int, Any] = {
+        id(v): v.aval for v in traced.outvars if hasattr(v, "aval") and id(v) not in there
+    }
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in kept.values())
+
 
 Arrays = dict[str, jax.Array]
 """A batch by field name (see `Batch`)."""

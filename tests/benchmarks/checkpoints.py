@@ -40,12 +40,12 @@ def main() -> None:
     given = parser.parse_args()
 
     from job.data.packing import make_rows
-    from job.run import Run
-    from job.spec import Spec
-    from job.stopping import StopSignal
-    from job.storage import open_store
+    from job.pipeline.run import Run
+    from job.runtime.signals import StopSignal
+    from job.spec.schema import Spec
+    from job.storage.locations import open_store
     from job.train.checkpoint import FOLDER
-    from job.train.loop import Trainer
+    from job.train.trainer import Trainer
     from tests.data.staged import MACHINE
 
     model = make_model("proxy", "float32", given.rank)

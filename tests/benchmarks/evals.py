@@ -90,8 +90,8 @@ def main() -> None:
     import jax
     import numpy as np
 
+    from job.chat.tokenizer import LetterTokens
     from job.evals.engine import Engine
-    from job.model.text import LetterTokens
 
     model = make_model(given.shape, given.dtype)
     stops = model.codec.stop_ids

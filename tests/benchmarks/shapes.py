@@ -40,11 +40,10 @@ def make_model(shape: str, dtype: str, rank: int = 16) -> "LanguageModel":
     import numpy as np
     from jax.sharding import Mesh
 
-    from job.model.language_model import LanguageModel
-    from job.model.presets import Preset
-    from job.model.text import TextCodec
+    from job.chat.tokenizer import TextCodec
+    from job.model.language_model import LanguageModel, Preset
     from job.model.tiny import train_tokenizer
-    from job.spec import Lora, Model
+    from job.spec.schema import Lora, Model
 
     tokenizer = keras_hub.tokenizers.Gemma3Tokenizer(train_tokenizer(), has_vision_tokens=False)
     spec = Model(preset="benchmark", dtype=dtype, lora=Lora(rank=rank))

@@ -55,7 +55,7 @@ def published(folder: str, examples: list[Any]) -> tuple[list[Any], float]:
     """The notebook's loop over the examples: the adapter it ends with, and its seconds."""
     import keras_hub
 
-    from job.runtime import CompileClock
+    from job.machine.devices import CompileClock
 
     task = keras_hub.models.CausalLM.from_preset(folder, preprocessor=None, dtype="float32")
     notebook = Notebook(task, examples)
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     given = parser.parse_args()
 
-    from job.runtime import import_keras
+    from job.machine.devices import import_keras
 
     import_keras()
     import jax
@@ -83,12 +83,13 @@ def main() -> None:
     from jax.sharding import Mesh
 
     from job.data.packing import make_rows
-    from job.model.language_model import Forward, load
+    from job.model.language_model import Forward
+    from job.model.load import load
     from job.model.lora import LoraWeights, flatten
-    from job.spec_loading import load_spec
-    from job.train.chain import make_training
+    from job.spec.load import load_spec
+    from job.train.batching import Plan
+    from job.train.blockwise_step import make_training
     from job.train.optimizer import make_optimizer
-    from job.train.order import Plan
     from job.train.step import Recipe, TrainState, loss_width, make_validation, place
 
     settings = ["model.preset=tiny", "model.dtype=float32", *given.settings]

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from job.accelerators import Machine, machine
+from job.machine.accelerators import Machine, machine
 from tests.benchmarks import report
 
 os.environ["KERAS_BACKEND"] = "jax"
@@ -34,7 +34,7 @@ class Step:
     parameters: int
     chips: int
     program: Any
-    """`job.plan.programs.Compiled`."""
+    """`job.plan.cost_analysis.Compiled`."""
     seconds: float
     """By the roofline."""
 
@@ -56,18 +56,18 @@ def roofline(program: Any, on: Machine) -> float:
 
 def published(preset: str, on: Machine) -> Step:
     """The notebook's step on one chip."""
-    from job import runtime
+    from job.machine import devices
 
-    with runtime.compiling_for(on) as devices:
+    with devices.compiling_for(on) as devices:
         import jax
         import keras
         import numpy as np
         from jax.sharding import SingleDeviceSharding
 
         from job.model.abstract import array_shape, make_task
-        from job.plan.programs import compile_program
-        from job.plan.shapes import find_config
-        from job.spec import Model
+        from job.plan.cost_analysis import compile_program
+        from job.plan.model_shape import find_config
+        from job.spec.schema import Model
 
         model = Model(preset=preset)
         place = SingleDeviceSharding(devices[0])
@@ -98,26 +98,26 @@ def published(preset: str, on: Machine) -> Step:
 
 
 def compiler(preset: str, on: Machine, *changes: str) -> Any:
-    """A `job.plan.compiled.Compiler` of the recommended spec with another model."""
-    from job import runtime
-    from job.plan.compiled import Compiler
-    from job.plan.shapes import find_config
+    """A `job.plan.tpu_compile.Compiler` of the recommended spec with another model."""
+    from job.machine import devices
+    from job.plan.model_shape import find_config
+    from job.plan.tpu_compile import Compiler
     from job.plan.workload import workload
-    from job.spec_loading import load_spec
+    from job.spec.load import load_spec
 
     spec = load_spec(SPEC, [f"model.preset={preset}", "runtime.devices=null", *changes]).spec
-    with runtime.compiling_for(on) as devices:
-        mesh = runtime.make_mesh(spec.runtime, devices)
+    with devices.compiling_for(on) as devices:
+        mesh = devices.make_mesh(spec.runtime, devices)
         return Compiler(spec, find_config(spec.model), workload(spec), on, mesh)
 
 
 def ours(preset: str, on: Machine, *changes: str) -> tuple[Step, Any]:
     """The recommended step, and the compiler for more."""
-    from job import runtime
+    from job.machine import devices
 
     made = compiler(preset, on, *changes)
     asked = made.spec.train.micro_batch
-    with runtime.compiling_for(on):
+    with devices.compiling_for(on):
         program, _ = made.fitting_step(made.rows if asked == "auto" else asked)
     work = made.work
     tokens = work.slots_a_step
@@ -203,11 +203,11 @@ def compare(theirs: Step, mine: Step, on: Machine) -> dict[str, float]:
 
 def evaluations(made: Any, on: Machine) -> dict[str, float]:
     """Scoring by letters and decoding, of 256 prompts at once over the chips."""
-    from job import runtime
+    from job.machine import devices
     from job.plan.workload import Evaluation
 
     prompts = made.prompts
-    with runtime.compiling_for(on):
+    with devices.compiling_for(on):
         letters = made.letters(Evaluation("medmcqa", "letters", 4183, 192, 0))
         scored = prompts / roofline(letters, on)
         print(f"letters: {scored:,.0f} questions/s", flush=True)

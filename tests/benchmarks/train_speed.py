@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from job import accelerators
+from job.machine import accelerators
 from tests.benchmarks import report
 from tests.benchmarks.notebook import LENGTH, Notebook
 from tests.benchmarks.shapes import SHAPES, make_model, make_task
@@ -51,7 +51,7 @@ def published(shape: str, dtype: str, examples: list[Any], batch: int, repeats: 
     """The notebook's loop at a batch size."""
     import jax
 
-    from job.runtime import CompileClock
+    from job.machine.devices import CompileClock
 
     task = make_task(shape, dtype)
     notebook = Notebook(task, examples)
@@ -89,12 +89,12 @@ def ours(
     import jax
 
     from job.data.packing import make_rows
+    from job.machine.devices import CompileClock
     from job.model.language_model import Forward
     from job.model.lora import flatten
-    from job.runtime import CompileClock
-    from job.spec import Train
+    from job.spec.schema import Train
+    from job.train.batching import Plan
     from job.train.optimizer import make_optimizer
-    from job.train.order import Plan
     from job.train.step import Recipe, TrainState, loss_width, make_train_step, place
 
     model = make_model(shape, dtype)

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from job import logs
 from job.data import staging
-from job.data.stage import run_stage
+from job.pipeline.data_stage import run_stage
+from job.pipeline.run import Run
 from job.results import DataInfo, EnvironmentInfo
-from job.revisions import resolve_all
-from job.run import Run
-from job.spec import Spec
-from job.stopping import StopSignal
-from job.storage import child_uri, open_store
+from job.runtime import logs
+from job.runtime.signals import StopSignal
+from job.spec.pinning import resolve_all
+from job.spec.schema import Spec
+from job.storage.locations import child_uri, open_store
 
 MACHINE = EnvironmentInfo(
     platform="cpu", device_kind="cpu", devices=1, processes=1, python="3.12", packages={},

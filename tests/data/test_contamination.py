@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from job.data.contamination import WORDS, Passages, find_overlap
 from job.data.examples import Example, Turn
-from job.evals.questions import Question, Slice
-from job.spec import MultipleChoice
+from job.evals.tasks import Question, Slice
+from job.spec.schema import MultipleChoice
 
 WORD = [f"w{n}" for n in range(400)]
 

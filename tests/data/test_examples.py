@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.data.examples import Dropped, Example, ExampleMapper, field_text, fill
-from job.spec import Data
+from job.spec.schema import Data
 
 ROW = {"instruction": "Be brief.", "input": "My knee hurts.", "output": "Rest it."}
 

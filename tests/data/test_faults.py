@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from job import bucket as bucket_module
-from job import hub as hub_module
 from job.data import staging
 from job.errors import JobError
-from job.lease import KEY
+from job.storage import gcs as bucket_module
+from job.storage import hub as hub_module
+from job.storage.lease import KEY
 from tests.data.staged import spec_of, stage
 from tests.services.base import Service
 from tests.services.bucket import GRANULE, Bucket
@@ -103,7 +103,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             patch.setattr(staging, "SHARD_ROWS", 600)
             patch.setattr(bucket_module, "_CHUNK", GRANULE)
             patch.setattr("google.cloud.storage.blob._MAX_MULTIPART_SIZE", GRANULE)
-            patch.setattr("job.retry._FIRST_SECONDS", 0.02)
+            patch.setattr("job.storage.retry._FIRST_SECONDS", 0.02)
             hub_module.client.cache_clear()
             bucket_module.client.cache_clear()
             yield made

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from job.lease import KEY
+from job.storage.lease import KEY
 from tests.data.staged import spec_of
 from tests.services.bucket import Bucket
 from tests.services.hub import Hub

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from job.chat.tokenizer import TextCodec
 from job.data.examples import Example, Turn
 from job.data.packing import PackedRows, TokenExample, Tokenized, best_fit, make_rows, tokenize
 from job.errors import UsageError
-from job.model.text import TextCodec
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
 PAD, BOS, EOS, START, END = range(5)

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.data.json_columns import LazyBlock
-from job.data.layout import choose_files
+from job.data.data_files import choose_files
+from job.data.json_reader import LazyBlock
 from job.data.readers import read_blocks
 from job.data.sources import open_rows
 from job.errors import UsageError
-from job.spec import Source
+from job.spec.schema import Source
 from tests.services.bucket import Bucket
 from tests.services.hub import Hub
 

@@ -11,10 +11,10 @@ import pytest
 
 from job.data import staging
 from job.data.readers import read_blocks
-from job.data.stage import iter_examples
 from job.errors import StageError, UsageError
-from job.lease import KEY
-from job.storage import LocalStore
+from job.pipeline.data_stage import iter_examples
+from job.storage.lease import KEY
+from job.storage.local import LocalStore
 from tests.data.staged import left_in, spec_of, stage
 
 WORDS = [f"word{n}" for n in range(500)]
@@ -36,7 +36,7 @@ def write(path: Path, content: list[dict[str, Any]]) -> Path:
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "SHARD_ROWS", 1000)
-    monkeypatch.setattr("job.data.json_readers.MAX_ROWS", 250)
+    monkeypatch.setattr("job.data.json_reader.MAX_ROWS", 250)
 
 
 def manifest(folder: Path, run_id: str = "r") -> dict[str, Any]:
@@ -230,7 +230,7 @@ def test_a_damaged_shard_is_noticed_and_made_again(several: Path, tmp_path: Path
 def test_all_examples_can_be_trained_on_in_the_order_of_their_keys(
     several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("job.data.stage._PIECE_ROWS", 300)
+    monkeypatch.setattr("job.pipeline.data_stage._PIECE_ROWS", 300)
     every = stage(spec_of(str(tmp_path), str(several), data_files=FILES))
     assert (every.train, every.validation) == (4890, 10)
     some = spec_of(str(tmp_path), str(several), data_files=FILES, train_examples=1234)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.evals.budget import MARGIN, Budget
+from job.evals.api_client import MARGIN, Budget
 
 
 def test_without_a_cap_everything_goes() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import optimize
 from scipy import stats as scipy_stats
 
-from job.evals.stats import POWER, UNRELATED, detectable, mcnemar, mcnemar_power
+from job.evals.statistics import POWER, UNRELATED, detectable, mcnemar, mcnemar_power
 
 ONE_IN_FIVE = 0.2
 

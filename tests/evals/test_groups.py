@@ -1,8 +1,8 @@
 """Accuracy by group covers every question once, and says nothing of missing answers."""
 
-from job.evals.multiple_choice import groups
+from job.evals.metrics import group_scores
 from job.evals.predictions import ChoiceLine, choice_line
-from job.evals.questions import Question
+from job.evals.tasks import Question
 
 
 def lines(choices: str, subjects: list[str | None]) -> list[ChoiceLine]:
@@ -16,7 +16,9 @@ def lines(choices: str, subjects: list[str | None]) -> list[ChoiceLine]:
 
 def test_the_largest_group_comes_first_and_missing_answers_are_left_out() -> None:
     subjects: list[str | None] = ["Eyes", "Skin", "Skin", "Skin"]
-    found = groups({"baseline": lines("ABA-", subjects), "reference": lines("!AA!", subjects)})
+    found = group_scores(
+        {"baseline": lines("ABA-", subjects), "reference": lines("!AA!", subjects)}
+    )
     assert [(g.name, g.questions) for g in found] == [("Skin", 3), ("Eyes", 1)]
     skin, eyes = found
     assert (skin.models["baseline"].count, skin.models["baseline"].of) == (1, 3)
@@ -25,4 +27,4 @@ def test_the_largest_group_comes_first_and_missing_answers_are_left_out() -> Non
 
 
 def test_questions_without_a_group_make_none() -> None:
-    assert groups({"baseline": lines("AB", [None, None])}) == []
+    assert group_scores({"baseline": lines("AB", [None, None])}) == []

@@ -18,11 +18,10 @@ import pytest
 from jax.sharding import Mesh
 
 from job.evals.engine import Engine
-from job.evals.prompts import before_letter, question_prompts
-from job.evals.questions import load_slice
-from job.model.language_model import load
+from job.evals.tasks import before_letter, load_slice, question_prompts
+from job.model.load import load
 from job.model.tiny import VOCABULARY, train_tokenizer
-from job.spec import Model, MultipleChoice
+from job.spec.schema import Model, MultipleChoice
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.slow

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from job.data.chat import TEMPLATES
+from job.chat.templates import TEMPLATES
 from job.errors import UsageError
-from job.evals.prompts import question_prompts, solved_turns
-from job.evals.questions import Slice, load_slice
+from job.evals.tasks import Slice, load_slice, question_prompts, solved_turns
 from job.model.language_model import LanguageModel
-from job.spec import MultipleChoice
+from job.spec.schema import MultipleChoice
 
 ROWS = [
     {"question": f"Which {n}?", "a": "red ", "b": f"blue {n}", "cop": n % 2, "about": subject}

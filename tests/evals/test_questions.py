@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import structlog
 
-from job import logs
 from job.errors import UsageError
-from job.evals.prompts import user_turn
-from job.evals.questions import Question, Slice, load_slice
-from job.spec import MultipleChoice
+from job.evals.tasks import Question, Slice, load_slice, user_turn
+from job.runtime import logs
+from job.spec.schema import MultipleChoice
 
 Row = dict[str, Any]
 

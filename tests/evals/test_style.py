@@ -2,9 +2,9 @@
 
 import pytest
 
+from job.evals.metrics import pattern_of, summarize_style
 from job.evals.predictions import DialogueLine
-from job.evals.style import pattern_of, summarise
-from job.spec_evals import MARKERS
+from job.spec.evals import MARKERS
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,8 @@ def test_each_trait_is_a_share_of_each_model_beside_the_expected_answers() -> No
     before = [line(n, "It may pass.", "Consult a doctor.") for n in range(20)]
     after = [line(n, "Go to the emergency room now.", "Consult a doctor.") for n in range(20)]
     found = {
-        m.name: m for m in summarise(MARKERS, {"baseline": before, "finetuned": after}, 500, 0)
+        m.name: m
+        for m in summarize_style(MARKERS, {"baseline": before, "finetuned": after}, 500, 0)
     }
     urgent = found["urges urgent care"]
     assert (urgent.models["baseline"].share, urgent.models["finetuned"].share) == (0.0, 1.0)

@@ -15,17 +15,16 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from job.adapters.keras_format import load_adapter, save_adapter
+from job.adapters.merge import merge_checkpoint
+from job.adapters.peft_format import peft_files, read_peft, uniform
+from job.chat.tokenizer import TextCodec
 from job.data.packing import TokenExample, make_rows
-from job.model.adapter import load_adapter, save_adapter
-from job.model.language_model import Forward, LanguageModel
+from job.model.language_model import Forward, LanguageModel, Preset
 from job.model.lora import Weights, unflatten
-from job.model.merged import merge_checkpoint
-from job.model.peft import peft_files, read_peft, uniform
-from job.model.presets import Preset
-from job.model.text import TextCodec
 from job.model.tiny import VOCABULARY, train_tokenizer
-from job.spec import Lora, Model, Train
-from job.train.adapter_files import to_peft
+from job.pipeline.train_stage import to_peft
+from job.spec.schema import Lora, Model, Train
 from job.train.optimizer import make_optimizer
 from job.train.step import Recipe, TrainState, loss_width, make_train_step, place
 from tests.peers import run_peer

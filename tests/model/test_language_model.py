@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from job.chat.tokenizer import LetterTokens
 from job.evals.engine import Engine
+from job.model.attention import PACKABLE, segment_attention
 from job.model.language_model import LanguageModel
-from job.model.segments import PACKABLE, segment_attention
-from job.model.text import LetterTokens
 from job.model.tiny import train_tokenizer
 from tests.model.families import small_backbone
 

@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from job.model.local_attention import Cut, can_cut, local_attention
-from job.model.segments import PACKABLE, segment_attention
+from job.model.attention import PACKABLE, Cut, can_cut, local_attention, segment_attention
 from tests.model.families import small_backbone
 
 LENGTH, LONGEST = 45, 9

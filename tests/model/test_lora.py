@@ -8,11 +8,11 @@ import keras_hub
 import numpy as np
 import pytest
 
+from job.adapters.keras_format import load_adapter, save_adapter
 from job.errors import StageError, UsageError
-from job.model.adapter import load_adapter, save_adapter
 from job.model.language_model import LanguageModel
 from job.model.lora import LoraLayout, LoraWeights, plan_lora
-from job.spec import Lora
+from job.spec.schema import Lora
 
 
 def random_lora(layout: LoraLayout) -> LoraWeights:

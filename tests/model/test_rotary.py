@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from job.model.rotary import rotated_by_halves
+from job.model.patching import rotated_by_halves
 from tests.model.families import small_backbone
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from job.errors import UsageError
 from job.model.language_model import Forward, LanguageModel
 from job.model.sharding import loading_to, split_axis
-from job.spec import Train
+from job.spec.schema import Train
 from job.train.optimizer import make_optimizer
 from job.train.step import Recipe, TrainState, loss_width, make_train_step, place
 from tests.conftest import MakeModel

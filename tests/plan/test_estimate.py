@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from job.accelerators import machine, slices
+from job.machine.accelerators import machine, slices
 from job.plan.estimate import Layout, estimate, keys_seen, memory, step_flops
+from job.plan.model_shape import find_config, model_shape
 from job.plan.plan import default_machine, make_plan
-from job.plan.shapes import find_config, model_shape
 from job.plan.workload import workload
 from job.results import DataInfo, RowCounts
-from job.spec import Spec
-from job.spec_loading import load_spec
+from job.spec.load import load_spec
+from job.spec.schema import Spec
 
 ONE_B = "chatdoctor-gemma3-1b"
 
@@ -63,11 +63,11 @@ def test_flops_are_four_a_kernel_and_token_and_what_comes_on_top() -> None:
 
 
 def test_what_is_known_of_the_code_without_importing_it_is_true() -> None:
-    from job.model import local_attention
+    from job.model import attention
     from job.plan import estimate as planned
     from job.train import loss
 
-    cut = local_attention.ACCELERATOR
+    cut = attention.ACCELERATOR
     assert cut.queries == planned._CHUNK
     assert planned._SLICE == loss.SLICE_BYTES
     (layer, *_) = model_shape(find_config(spec_of().model), "1b").layers

@@ -2,8 +2,8 @@
 
 import pytest
 
-from job.plan.compiled import most_that_fit
-from job.plan.programs import Compiled, Costs
+from job.plan.cost_analysis import Compiled, Costs
+from job.plan.tpu_compile import most_that_fit
 
 SIZES = [1, 2, 4, 8, 16]
 

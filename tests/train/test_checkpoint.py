@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from job.errors import StageError
-from job.storage import LocalStore
+from job.storage.local import LocalStore
+from job.train.batching import Plan
 from job.train.checkpoint import (
     FOLDER,
     CheckpointWriter,
@@ -16,7 +17,6 @@ from job.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from job.train.order import Plan
 
 BEFORE = Validation(step=0, loss=1.5, token_accuracy=0.25)
 

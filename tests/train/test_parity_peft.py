@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from job.adapters.peft_format import peft_files
 from job.data.packing import TokenExample, make_rows
 from job.model.language_model import Forward
 from job.model.lora import LoraWeights
-from job.model.peft import peft_files
 from job.model.tiny import VOCABULARY, train_tokenizer
-from job.spec import Lora, Model, Train
-from job.train.adapter_files import to_peft
+from job.pipeline.train_stage import to_peft
+from job.spec.schema import Lora, Model, Train
 from job.train.optimizer import make_optimizer
 from job.train.step import Recipe, TrainState, loss_width, make_train_step, place
 from tests.conftest import MakeModel

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from job.data.packing import PackedRows, TokenExample, make_rows
-from job.model import language_model, local_attention
+from job.model import attention, language_model
+from job.model.attention import Cut
 from job.model.language_model import Forward, LanguageModel
-from job.model.local_attention import Cut
 from job.model.lora import LoraWeights, flatten
-from job.model.tracing import Remat
-from job.spec import Train
-from job.train.chain import make_training
+from job.model.patching import Remat
+from job.spec.schema import Train
+from job.train.blockwise_step import make_training
 from job.train.loss import head_loss, slice_length
 from job.train.optimizer import WarmupSchedule, make_optimizer
 from job.train.step import Recipe, TrainState, loss_width, make_validation, place
@@ -99,7 +99,7 @@ def test_a_prediction_is_right_where_argmax_says_so(capped: bool) -> None:
     assert 20 < found.correct < 200
 
 
-@pytest.mark.parametrize("cut", [local_attention.CPU, Cut(16, 1.0), Cut(128, 2.0)])
+@pytest.mark.parametrize("cut", [attention.CPU, Cut(16, 1.0), Cut(128, 2.0)])
 def test_packed_loss_and_gradients_equal_unpacked_ones(
     monkeypatch: pytest.MonkeyPatch, tiny: LanguageModel, cut: Cut
 ) -> None:

@@ -1,0 +1,65 @@
+"""`job compare`: finished runs side by side, on a terminal, as JSON or as a page."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from job.commands.fetch import read_artifact, read_results
+from job.errors import StageError, UsageError
+from job.evals.predictions import (
+    DIALOGUE,
+    ChoiceLine,
+    DialogueLine,
+    Line,
+    parse_predictions,
+    predictions_key,
+)
+from job.report.compare import Compared, Finished, compare_runs
+from job.results import Results
+from job.runtime import logs
+from job.storage.base import Store
+
+
+def compare_finished(uris: Sequence[str], html: str | None = None) -> Compared:
+    """Compare finished runs, and write the page where `html` names a file.
+
+    Raises:
+        UsageError: fewer than two runs, one that is not finished, or none that can be compared.
+        StageError: files of a run are missing or damaged, or the page cannot be written.
+    """
+    logs.configure(logs.RunLog())
+    if len(uris) < 2:
+        raise UsageError("name two runs or more; a run is <output>/<run-id>")
+    runs = [read_finished(uri) for uri in uris]
+    places = [run.uri for run in runs]
+    for place in places:
+        if places.count(place) > 1:
+            raise UsageError(f"{place} is named twice; name different runs")
+    found = compare_runs(runs)
+    if html is not None:
+        from job.report.compare_text import render_page
+
+        try:
+            Path(html).write_text(render_page(found), encoding="utf-8")
+        except OSError as error:
+            raise StageError(f"cannot write {html}: {error.strerror or error}") from error
+    return found
+
+
+def read_finished(uri: str) -> Finished:
+    """A finished run with the answers of its tuned model, checksums compared."""
+    store, _, results = read_results(uri)
+    return Finished(
+        uri=store.uri if uri.startswith("gs://") else os.path.realpath(uri),
+        results=results,
+        choices={
+            c.name: _lines(store, results, c.name, ChoiceLine)
+            for c in results.evaluation.multiple_choice
+        },
+        dialogues=_lines(store, results, DIALOGUE, DialogueLine),
+    )
+
+
+def _lines[L: Line](store: Store, results: Results, name: str, kind: type[L]) -> list[L]:
+    content = read_artifact(store, results, predictions_key("finetuned", name))
+    return [] if content is None else parse_predictions(content, kind)

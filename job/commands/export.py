@@ -1,0 +1,128 @@
+"""`job export`: a run's adapter for where it is to be used, or the whole model merged."""
+
+import contextlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+from job.adapters.keras_format import H5, check_model
+from job.adapters.locate import TrainedRun
+from job.errors import StageError, UsageError
+from job.machine import devices
+from job.runtime import logs
+
+Format = Literal["peft", "merged-keras", "merged-transformers"]
+
+
+FORMATS: tuple[str, ...] = get_args(Format)
+
+
+def export_run(uri: str, to: str, folder: str, rank: str) -> None:
+    """Write a run's adapter, or its merged model, into a new folder.
+
+    Args:
+        uri: the run.
+        to: one of FORMATS.
+        folder: where to write; missing or empty.
+        rank: of `peft`: `exact`, `uniform` or a number.
+
+    Raises:
+        UsageError: the arguments are wrong, or the model has no such format.
+        StageError: files of the run or the model are missing or damaged.
+    """
+    if to not in FORMATS:
+        raise UsageError(f"--to {to}: there is no such format; write one of {', '.join(FORMATS)}")
+    _check_rank(rank, to)
+    logs.configure(logs.RunLog())
+    with _new_folder(Path(folder)) as target, tempfile.TemporaryDirectory(prefix="job-") as work:
+        source = TrainedRun(uri, Path(work), "job export")
+        if to == "peft":
+            _export_peft(source, target, rank)
+        else:
+            _export_merged(source, target, for_keras=to == "merged-keras")
+    logs.get().info("exported", format=to, folder=str(Path(folder).absolute()))
+
+
+def _check_rank(rank: str, to: str) -> None:
+    if rank not in ("exact", "uniform") and not re.fullmatch(r"[1-9]\d{0,3}", rank):
+        raise UsageError(f"--rank {rank}: write exact, uniform or a number")
+    if rank != "exact" and to != "peft":
+        raise UsageError("--rank applies to --to peft only; a merged model is always exact")
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside the wanted one, which takes its place once this block is through."""
+    if re.match(r"\w+:/", str(folder)):
+        raise UsageError(f"{folder} is not a local folder; copy the export to a bucket afterwards")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already; name a folder that is missing or empty")
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=".job-export-", dir=folder.absolute().parent))
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}") from error
+    try:
+        yield building
+        building.chmod(0o755)
+        building.replace(folder)
+    except OSError as error:
+        raise StageError(f"cannot write to {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _export_peft(source: TrainedRun, target: Path, rank: str) -> None:
+    from job.adapters.peft_format import compress, peft_files, read_peft, uniform
+
+    folder = source.peft()
+    adapter = read_peft(folder)
+    if rank == "exact":
+        for path in folder.iterdir():
+            shutil.copyfile(path, target / path.name)
+        ranks = sorted({factors.rank for factors in adapter.modules.values()})
+        logs.get().info("exact; vLLM needs --max-lora-rank of the highest", ranks=ranks)
+        return
+    if rank == "uniform":
+        adapter = uniform(adapter)
+        highest = max(factors.rank for factors in adapter.modules.values())
+        logs.get().info("one rank for all layers, exactly", rank=highest)
+    else:
+        adapter, loss = compress(adapter, int(rank))
+        logs.get().info(
+            "one rank for all layers, the nearest adapter",
+            rank=int(rank),
+            relative_error=round(loss.whole, 6),
+            worst_layer=loss.module,
+            its_relative_error=round(loss.worst, 6),
+        )
+    for name, content in peft_files(adapter).items():
+        (target / name).write_bytes(content)
+
+
+def _export_merged(source: TrainedRun, target: Path, *, for_keras: bool) -> None:
+    devices.use_cpu()
+    from job.adapters import merge
+    from job.adapters.keras_format import load_adapter
+    from job.adapters.peft_format import read_peft
+    from job.model.load import load_task, resolve
+    from job.model.lora import plan_lora
+
+    spec, info = source.spec, source.info
+    preset = resolve(spec.model, source.revisions)
+    folder = Path(preset.handle)
+    if not for_keras and folder.is_dir() and merge.is_checkpoint(folder):
+        merge.merge_checkpoint(folder, read_peft(source.peft()), target)
+        return
+    path = source.file(H5)
+    task, tokenizer = load_task(preset, spec.model.dtype)
+    check_model(info, spec.model.preset, type(task.backbone).__name__, "job export")
+    layout, lora = load_adapter(path, plan_lora(task.backbone, spec.model.lora))
+    merge.merge_in_place(task.backbone, layout, lora)
+    if for_keras:
+        merge.write_preset(task, tokenizer, target)
+    else:
+        merge.write_checkpoint(task.backbone, tokenizer, target)

@@ -1,0 +1,377 @@
+"""One registry of accelerators: chips, memory, peaks, topologies, cloud names, quotas, prices.
+
+Training, `job plan` and the scripts that start machines all read this table. A machine is named
+as gcloud names it, without its `litepod`: `v5e-8` has 8 chips, while the number of v4 and v5p
+counts TensorCores, of which a chip has two (`v5p-8` has 4 chips). GPUs are counted one by one.
+
+Peaks, memory and links are those of https://cloud.google.com/tpu/docs/system-architecture and of
+NVIDIA's data sheets (dense, without sparsity); `hbm_bytes` of a TPU is what its compiler hands to
+programs. Prices are public list prices of the cheapest region of the United States, in USD.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from job.errors import UsageError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Price:
+    """USD an hour of one chip, and when the list was read; None where it has no such price."""
+
+    on_demand: float | None
+    spot: float | None
+    date: str
+
+
+@dataclass(frozen=True)
+class Quota:
+    """The quotas that a machine counts against, on demand and spot."""
+
+    on_demand: str
+    spot: str
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One kind of chip, and the machines it comes in."""
+
+    name: str
+    platform: Literal["tpu", "gpu", "cpu"]
+    device_kinds: tuple[str, ...]
+    """What JAX calls one: `device.device_kind`."""
+    hbm_bytes: int | None
+    """Memory of a chip that a program may use."""
+    peak_flops: float | None
+    """Dense bfloat16 FLOP/s of a chip."""
+    hbm_bandwidth: float | None
+    """Bytes a second between a chip and its memory."""
+    interconnect_bandwidth: float | None
+    """Bytes a second that a chip can send to its neighbours over all its links together."""
+    machines: Mapping[int, str] = field(default_factory=dict)
+    """Compute Engine machine types by the chips of a host; a larger slice takes several of 4."""
+    topologies: Mapping[int, str] = field(default_factory=dict)
+    """The shape of a slice by its chips; only these sizes can be had."""
+    cores: int = 1
+    """By which gcloud multiplies the chips in a name."""
+    gcloud: str = ""
+    """What stands before the number in gcloud's accelerator type."""
+    runtime_version: str = ""
+    """The TPU software version of a TPU VM."""
+    image_family: str = ""
+    """Of images for Compute Engine, in `IMAGE_PROJECT`; without one there is no such VM."""
+    quota: Quota | None = None
+    serving_quota: Quota | None = None
+    """Of slices on one host, where they count separately."""
+    price: Price | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """So many chips of a kind, as one job has them."""
+
+    accelerator: Accelerator
+    chips: int
+
+    @property
+    def name(self) -> str:
+        """The name that `machine` reads."""
+        if self.accelerator.platform == "cpu" and self.chips == 1:
+            return self.accelerator.name
+        return f"{self.accelerator.name}-{self.chips * self.accelerator.cores}"
+
+    @property
+    def hosts(self) -> int:
+        """Machines, each with a process of the job."""
+        return math.ceil(self.chips / self.chips_per_host)
+
+    @property
+    def chips_per_host(self) -> int:
+        """Chips of each machine; a slice over several TPU hosts has 4 on each."""
+        sizes = self.accelerator.machines or {self.chips: ""}
+        if self.chips in sizes:
+            return self.chips
+        return 4 if self.accelerator.platform == "tpu" else max(sizes)
+
+    @property
+    def machine_type(self) -> str | None:
+        """Compute Engine's machine type of each host."""
+        return self.accelerator.machines.get(self.chips_per_host)
+
+    @property
+    def accelerator_type(self) -> str | None:
+        """gcloud's --accelerator-type of a TPU VM."""
+        if self.accelerator.platform != "tpu":
+            return None
+        return f"{self.accelerator.gcloud}-{self.chips * self.accelerator.cores}"
+
+    @property
+    def topology(self) -> str | None:
+        """The shape of the slice, like 2x4."""
+        return self.accelerator.topologies.get(self.chips)
+
+    @property
+    def topology_name(self) -> str | None:
+        """What the TPU compiler calls the slice, like v5e:2x4."""
+        return f"{self.accelerator.name}:{self.topology}" if self.topology else None
+
+    @property
+    def quota(self) -> Quota | None:
+        """What it counts against."""
+        if self.hosts == 1 and self.accelerator.serving_quota is not None:
+            return self.accelerator.serving_quota
+        return self.accelerator.quota
+
+    def cost(self, seconds: float, *, spot: bool = False) -> float | None:
+        """USD of all its chips for so long; None where there is no price."""
+        price = self.accelerator.price
+        hourly = None if price is None else price.spot if spot else price.on_demand
+        return None if hourly is None else hourly * self.chips * seconds / 3600
+
+
+IMAGE_PROJECT = "ubuntu-os-accelerator-images"
+
+
+_TPU_IMAGE = "ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e"
+
+
+_PLANE = {
+    1: "1x1",
+    4: "2x2",
+    8: "2x4",
+    16: "4x4",
+    32: "4x8",
+    64: "8x8",
+    128: "8x16",
+    256: "16x16",
+}
+
+
+_CUBE = {
+    4: "2x2x1",
+    8: "2x2x2",
+    16: "2x2x4",
+    32: "2x4x4",
+    64: "4x4x4",
+    128: "4x4x8",
+    256: "4x8x8",
+}
+
+
+def _tpu_quota(middle: str) -> Quota:
+    before, after = middle.split("|")
+    return Quota(
+        f"TPU{before}{after}PerProjectPerZoneForTPUAPI",
+        f"TPU{before}Preemptible{after}PerProjectPerZoneForTPUAPI",
+    )
+
+
+def _gpu_quota(name: str) -> Quota:
+    return Quota(f"NVIDIA_{name}_GPUS", f"PREEMPTIBLE_NVIDIA_{name}_GPUS")
+
+
+ACCELERATORS = (
+    Accelerator(
+        name="v5e",
+        platform="tpu",
+        device_kinds=("TPU v5 lite", "TPU v5e"),
+        hbm_bytes=int(15.75 * GIB),
+        peak_flops=197e12,
+        hbm_bandwidth=819e9,
+        interconnect_bandwidth=200e9,
+        machines={n: f"ct5lp-hightpu-{n}t" for n in (1, 4, 8)},
+        topologies=_PLANE,
+        gcloud="v5litepod",
+        runtime_version="v2-alpha-tpuv5-lite",
+        image_family=_TPU_IMAGE,
+        quota=_tpu_quota("V5s|Litepod"),
+        serving_quota=_tpu_quota("V5s|LitepodServing"),
+        price=Price(1.20, 0.245, "2026-11"),
+    ),
+    Accelerator(
+        name="v5p",
+        platform="tpu",
+        device_kinds=("TPU v5p", "TPU v5"),
+        hbm_bytes=int(95.73 * GIB),
+        peak_flops=459e12,
+        hbm_bandwidth=2765e9,
+        interconnect_bandwidth=600e9,
+        machines={4: "ct5p-hightpu-4t"},
+        topologies=_CUBE,
+        cores=2,
+        gcloud="v5p",
+        runtime_version="v2-alpha-tpuv5",
+        image_family=_TPU_IMAGE,
+        quota=_tpu_quota("V5P|"),
+        price=Price(4.20, 0.836, "2026-11"),
+    ),
+    Accelerator(
+        name="v6e",
+        platform="tpu",
+        device_kinds=("TPU v6 lite", "TPU v6e"),
+        hbm_bytes=int(31.24 * GIB),
+        peak_flops=918e12,
+        hbm_bandwidth=1638e9,
+        interconnect_bandwidth=400e9,
+        machines={n: f"ct6e-standard-{n}t" for n in (1, 4, 8)},
+        topologies=_PLANE,
+        gcloud="v6e",
+        runtime_version="v2-alpha-tpuv6e",
+        image_family=_TPU_IMAGE,
+        quota=_tpu_quota("V6E|"),
+        price=Price(2.70, 0.544, "2026-11"),
+    ),
+    Accelerator(
+        name="v4",
+        platform="tpu",
+        device_kinds=("TPU v4",),
+        hbm_bytes=int(30.5 * GIB),
+        peak_flops=275e12,
+        hbm_bandwidth=1228e9,
+        interconnect_bandwidth=300e9,
+        machines={4: "ct4p-hightpu-4t"},
+        topologies=_CUBE,
+        cores=2,
+        gcloud="v4",
+        runtime_version="tpu-ubuntu2204-base",
+        price=Price(3.22, None, "2026-11"),
+    ),
+    Accelerator(
+        name="h100",
+        platform="gpu",
+        device_kinds=("NVIDIA H100 80GB HBM3",),
+        hbm_bytes=int(79.6 * GIB),
+        peak_flops=989e12,
+        hbm_bandwidth=3350e9,
+        interconnect_bandwidth=450e9,
+        machines={n: f"a3-highgpu-{n}g" for n in (1, 2, 4, 8)},
+        quota=_gpu_quota("H100"),
+        price=Price(10.98, 3.35, "2026-11"),
+    ),
+    Accelerator(
+        name="h200",
+        platform="gpu",
+        device_kinds=("NVIDIA H200",),
+        hbm_bytes=int(139.8 * GIB),
+        peak_flops=989e12,
+        hbm_bandwidth=4800e9,
+        interconnect_bandwidth=450e9,
+        machines={8: "a3-ultragpu-8g"},
+        quota=_gpu_quota("H200"),
+    ),
+    Accelerator(
+        name="a100",
+        platform="gpu",
+        device_kinds=("NVIDIA A100-SXM4-80GB",),
+        hbm_bytes=int(79.2 * GIB),
+        peak_flops=312e12,
+        hbm_bandwidth=2039e9,
+        interconnect_bandwidth=300e9,
+        machines={n: f"a2-ultragpu-{n}g" for n in (1, 2, 4, 8)},
+        quota=_gpu_quota("A100_80GB"),
+    ),
+    Accelerator(
+        name="cpu",
+        platform="cpu",
+        device_kinds=("cpu",),
+        hbm_bytes=None,
+        peak_flops=None,
+        hbm_bandwidth=None,
+        interconnect_bandwidth=None,
+    ),
+)
+
+
+def find(device_kind: str) -> Accelerator | None:
+    """The accelerator that JAX calls `device_kind`; None where the registry does not know it."""
+    for accelerator in ACCELERATORS:
+        if device_kind in accelerator.device_kinds:
+            return accelerator
+    return None
+
+
+def machine(name: str) -> Machine:
+    """The machine of a name like v5e-8, v5p-8 (4 chips of 2 cores), h100-1 or cpu.
+
+    Without a number it is the smallest of its kind. gcloud's v5litepod-8 is read too.
+
+    Raises:
+        UsageError: there is no such kind, or it does not come in this size.
+    """
+    kinds = {a.name: a for a in ACCELERATORS} | {a.gcloud: a for a in ACCELERATORS if a.gcloud}
+    match = re.fullmatch(r"([a-z0-9]+?)(?:-(\d{1,6}))?", name.strip().lower())
+    kind = kinds.get(match[1]) if match else None
+    if match is None or kind is None:
+        known = [a.name for a in ACCELERATORS]
+        near = difflib.get_close_matches(name.lower().partition("-")[0], known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(
+            f"{name!r} is no accelerator this job knows: write one of {', '.join(known)} and a "
+            f"number, like v5e-8{hint}"
+        )
+    sizes = sorted(kind.topologies)
+    number = int(match[2]) if match[2] else (sizes[0] if sizes else 1) * kind.cores
+    chips, rest = divmod(number, kind.cores)
+    if chips < 1 or rest or (sizes and chips not in sizes):
+        offered = ", ".join(f"{kind.name}-{size * kind.cores}" for size in sizes)
+        raise UsageError(
+            f"{name!r}: {kind.name} does not come in this size; write one of {offered}"
+            if sizes
+            else f"{name!r}: the number of devices must be at least 1"
+        )
+    return Machine(kind, chips)
+
+
+def slices(kind: Accelerator, most: int = 256) -> list[Machine]:
+    """Every size that a kind comes in, up to so many chips."""
+    sizes = sorted(kind.topologies) or [1 << power for power in range(9)]
+    return [Machine(kind, chips) for chips in sizes if chips <= most]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a script needs to order a machine: cloud names, quotas, and USD an hour of it all."""
+
+    machine: str
+    platform: str
+    chips: int
+    hosts: int
+    accelerator_type: str | None
+    runtime_version: str | None
+    machine_type: str | None
+    image_family: str | None
+    image_project: str | None
+    topology: str | None
+    quota: str | None
+    spot_quota: str | None
+    usd_per_hour: float | None
+    spot_usd_per_hour: float | None
+    prices_of: str | None
+
+
+def order(wanted: Machine) -> Order:
+    """The order of a machine."""
+    kind, quota = wanted.accelerator, wanted.quota
+    return Order(
+        machine=wanted.name,
+        platform=kind.platform,
+        chips=wanted.chips,
+        hosts=wanted.hosts,
+        accelerator_type=wanted.accelerator_type,
+        runtime_version=kind.runtime_version or None,
+        machine_type=wanted.machine_type,
+        image_family=kind.image_family or None,
+        image_project=IMAGE_PROJECT if kind.image_family else None,
+        topology=wanted.topology,
+        quota=quota.on_demand if quota else None,
+        spot_quota=quota.spot if quota else None,
+        usd_per_hour=wanted.cost(3600),
+        spot_usd_per_hour=wanted.cost(3600, spot=True),
+        prices_of=kind.price.date if kind.price else None,
+    )

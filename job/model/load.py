@@ -1,0 +1,121 @@
+"""Where a model comes from: a pinned snapshot of the Hub, a folder, a KerasHub name, `tiny`."""
+
+from pathlib import Path
+from typing import Any
+
+import keras
+from jax.sharding import Mesh
+
+from job.chat.tokenizer import TextCodec
+from job.errors import StageError, UsageError
+from job.machine import devices
+from job.model.language_model import LanguageModel, Preset
+from job.model.sharding import loading_to
+from job.runtime import logs
+from job.spec.pinning import NONE, Revisions, resolve_commit, revision_key
+from job.spec.schema import Model
+from job.storage.cache_folder import cache_folder
+from job.storage.hub import SCHEME, Repository
+
+
+def load(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE) -> LanguageModel:
+    """Load the model of the spec, of the commit in `revisions` if it has one.
+
+    Raises:
+        UsageError: it cannot be loaded as a causal LM, or the spec does not fit it.
+    """
+    preset = resolve(model, revisions)
+    keras.utils.set_random_seed(seed)
+    with loading_to(mesh):
+        task, tokenizer = load_task(preset, model.dtype)
+    codec = TextCodec(tokenizer, model.chat_template)
+    loaded = LanguageModel(task, codec, model, preset, mesh)
+    if max(*codec.stop_ids, codec.pad_id) >= loaded.vocabulary:
+        raise UsageError(f"model.preset: the tokenizer of {model.preset} is not this model's")
+    logs.get().info(
+        "model loaded",
+        family=loaded.family,
+        parameters=loaded.parameters,
+        trainable=loaded.lora.parameters,
+        chat_template=codec.template.name,
+    )
+    return loaded
+
+
+def resolve(model: Model, revisions: Revisions) -> Preset:
+    """Find the model of the spec and bring it to this machine where needed.
+
+    KerasHub itself would fetch the files of a Hub repository one by one without a revision;
+    a snapshot at one commit is fetched here instead and handed over as a folder.
+
+    Raises:
+        UsageError: there is no such model.
+        EnvironmentProblem: it is gated.
+        StageError: the Hub could not be reached.
+    """
+    devices.import_keras()
+    if model.preset == "tiny":
+        from job.model.tiny import tiny_preset
+
+        return Preset(str(tiny_preset()), None)
+    if model.preset.startswith("hf://"):
+        return _snapshot(model, revisions)
+    if Path(model.preset).is_dir():
+        return Preset(str(Path(model.preset).absolute()), None)
+    return Preset(model.preset, None)
+
+
+def _snapshot(model: Model, revisions: Revisions) -> Preset:
+    """The files of a commit in the cache, sizes and checksums compared."""
+    name, revision = model.preset.removeprefix(SCHEME), model.revision
+    key = revision_key("model", name, revision)
+    commit = revisions.get(key) or resolve_commit("model", name, revision)
+    repository = Repository("model", name, revision)
+    files = [file for file in repository.files(commit) if _is_needed(file.path)]
+    folder = cache_folder("models", name.replace("/", "--"), commit)
+    repository.fetch(commit, files, folder)
+    return Preset(str(folder), commit)
+
+
+def _is_needed(path: str) -> bool:
+    """Whether KerasHub reads such a file: weights in other forms than its own are left out."""
+    return not path.startswith(("original/", ".")) and not path.endswith(
+        (".gguf", ".bin", ".pth", ".pt", ".onnx", ".msgpack", ".ot", ".tflite")
+    )
+
+
+def load_task(preset: Preset, dtype: str) -> tuple[Any, Any]:
+    """The KerasHub causal LM (without a preprocessor) and its tokenizer.
+
+    Raises:
+        UsageError: the preset is not a causal language model that KerasHub can read.
+        StageError: its files cannot be read.
+    """
+    import keras_hub
+
+    logs.get().info("loading the model", preset=preset.handle, dtype=dtype)
+    try:
+        task = task_class(preset.handle).from_preset(preset.handle, preprocessor=None, dtype=dtype)
+        tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(preset.handle)
+    except (ValueError, KeyError, ImportError) as error:
+        raise UsageError(
+            f"model.preset: KerasHub cannot load {preset.handle!r} as a causal language "
+            f"model: {str(error).partition(' A preset must')[0]}"
+        ) from error
+    except OSError as error:
+        raise StageError(f"the files of {preset.handle!r} cannot be read: {error}") from error
+    return task, tokenizer
+
+
+def task_class(handle: str) -> Any:
+    """The class to load the causal LM of a preset by.
+
+    KerasHub finds it by the backbone's, of which Gemma 4 has two: it takes one by chance.
+    """
+    import keras_hub
+    from keras_hub.src.utils.preset_utils import get_preset_loader
+
+    backbone = get_preset_loader(handle).check_backbone_class()
+    if backbone is keras_hub.models.Gemma4Backbone:
+        return keras_hub.models.Gemma4CausalLM
+    return keras_hub.models.CausalLM

@@ -1,0 +1,284 @@
+"""The reference stage: the same questions and prompts to a larger model far away.
+
+Without a key the stage is skipped and says so. A request that fails leaves a missing answer,
+never a wrong one, and never costs the run its other results. Replies are kept as they arrive:
+the same command run again asks only what is still open.
+"""
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import NamedTuple
+
+from pydantic import BaseModel
+
+from job.evals.answer_parsing import parse_choice
+from job.evals.api_client import KEY, Budget, ChatClient, Reply, missing_key
+from job.evals.metrics import MOST_DIALOGUES, rouge_scores
+from job.evals.predictions import (
+    DIALOGUE,
+    SIDE_BY_SIDE,
+    ChoiceLine,
+    DialogueLine,
+    SideLine,
+    choice_line,
+    write_predictions,
+)
+from job.evals.reply_log import EVERY_SECONDS, KeptReplies, KeptReply
+from job.evals.tasks import load_slice, solved_turns, user_turn
+from job.pipeline.data_stage import VALIDATION, read_examples
+from job.pipeline.eval_stage import side_prompts
+from job.pipeline.run import Run
+from job.results import Reference as ReferenceResult
+from job.results import ReferenceTokens
+from job.runtime import logs
+from job.runtime.threads import Threads
+from job.runtime.watchdog import progress
+from job.spec.schema import DialogueEval, MultipleChoice, Reference
+
+_LAST_SECONDS = 10.0
+"""Waited for replies under way when the job is stopped."""
+
+
+class ReferenceOutcome(BaseModel):
+    """What the reference stage found out."""
+
+    result: ReferenceResult
+    open: bool
+    """Some questions have no answer that asking again could give."""
+    stopped_at_usd: float | None = None
+    """The budget, where it ended the asking."""
+
+
+class _Asked(NamedTuple):
+    """What the model is asked."""
+
+    id: str
+    prompt: str
+    system: str | None = None
+    history: Sequence[tuple[str, str]] = ()
+
+
+def run_stage(run: Run) -> ReferenceOutcome:
+    """Ask the reference model what the others were asked."""
+    reference = run.spec.reference
+    if reference is None:
+        return _skipped(None, "the spec names no reference model", can_be_asked=False)
+    missing = missing_key(reference)
+    if missing:
+        logs.get().warning(missing)
+        return _skipped(reference.model, f"{KEY} is not set", can_be_asked=True)
+    asking = _Asking(run, reference)
+    for entry in run.spec.reference_slices:
+        asking.multiple_choice(entry)
+    if reference.dialogue and run.spec.evals.dialogue is not None:
+        asking.dialogue(run.spec.evals.dialogue)
+    asking.side_by_side()
+    return asking.outcome()
+
+
+class _Asking:
+    """One pass over everything there is to ask, and the sums over all replies."""
+
+    def __init__(self, run: Run, reference: Reference) -> None:
+        self._run = run
+        self._reference = reference
+        self._kept = KeptReplies(run, run.digests["reference"])
+        self._stopping = threading.Event()
+        costs = [reply.cost_usd for reply in self._kept.all if reply.answer is not None]
+        self._client = ChatClient(
+            reference.base_url,
+            os.environ[KEY].strip(),
+            reference.model,
+            reference.max_tokens,
+            reference.timeout_seconds,
+            reference.attempts,
+            sleep=self._stopping.wait,
+            openrouter=reference.is_openrouter,
+            reasoning=reference.reasoning,
+            budget=Budget(reference.max_usd, self._cost(), max(costs, default=None)),
+        )
+        self._lines: list[ChoiceLine | DialogueLine | SideLine] = []
+
+    def _cost(self) -> float:
+        return sum(reply.cost_usd for reply in self._kept.all)
+
+    def multiple_choice(self, entry: MultipleChoice) -> None:
+        """Ask the questions of a slice and keep the lines."""
+        found = load_slice(entry, self._run.revisions)
+        questions, history = found.questions, tuple(solved_turns(entry, found.shots))
+        asked = [_Asked(q.id, user_turn(entry, q), None, history) for q in questions]
+        replies = self._ask_all(entry.name, asked)
+        self._keep(
+            entry.name,
+            [
+                choice_line(
+                    question,
+                    parse_choice(reply.answer, question.options) if reply.answer else None,
+                    answer=reply.answer,
+                    **_common(reply),
+                )
+                for question, reply in ((q, replies[q.id]) for q in questions)
+            ],
+        )
+
+    def dialogue(self, wanted: DialogueEval) -> None:
+        """Ask the held-out prompts, with the other models' limit where there is no reasoning."""
+        examples = read_examples(self._run, VALIDATION, wanted.examples or MOST_DIALOGUES)
+        asked = [_Asked(e.id, e.prompt, e.system, e.history) for e in examples]
+        limit = wanted.max_new_tokens if self._reference.reasoning == "none" else None
+        replies = self._ask_all(DIALOGUE, asked, limit)
+        self._keep(
+            DIALOGUE,
+            [
+                DialogueLine(
+                    id=e.id,
+                    prompt=e.prompt,
+                    expected=e.response,
+                    answer=reply.answer or "",
+                    tokens=reply.completion_tokens,
+                    finish=reply.finish or "none",
+                    **rouge_scores(e.response, reply.answer or ""),
+                    **_common(reply),
+                )
+                for e, reply in ((e, replies[e.id]) for e in examples)
+            ],
+        )
+
+    def side_by_side(self) -> None:
+        """Ask the prompts that every model is shown."""
+        prompts = side_prompts(self._run)
+        asked = [_Asked(p.id, p.prompt, p.system, p.history) for p in prompts]
+        replies = self._ask_all(SIDE_BY_SIDE, asked)
+        self._keep(
+            SIDE_BY_SIDE,
+            [
+                SideLine(
+                    id=p.id,
+                    prompt=p.prompt,
+                    expected=p.expected,
+                    answer=replies[p.id].answer,
+                    **_common(replies[p.id]),
+                )
+                for p in prompts
+            ],
+        )
+
+    def _keep(self, name: str, lines: Sequence[ChoiceLine | DialogueLine | SideLine]) -> None:
+        write_predictions(self._run, "reference", name, lines)
+        self._lines += lines
+
+    def _ask_all(
+        self, name: str, asked: Sequence[_Asked], max_tokens: int | None = None
+    ) -> Mapping[str, Reply | KeptReply]:
+        """By id, the replies to all that is asked: those on file, and those that come now."""
+        replies: dict[str, Reply | KeptReply] = {}
+        replies |= self._kept.settled(name)
+        missing = [item for item in asked if item.id not in replies]
+        known = len(asked) - len(missing)
+        if known:
+            logs.get().info("answers are on file", eval=name, known=known, to_ask=len(missing))
+        pool = Threads(self._reference.concurrency)
+        waiting = {
+            pool.submit(
+                self._client.ask, item.prompt, item.system, item.history, max_tokens
+            ): item.id
+            for item in missing
+        }
+
+        def collect(seconds: float) -> int:
+            done, _ = wait(waiting, seconds, FIRST_COMPLETED)
+            for future in done:
+                self._take(name, waiting.pop(future), future, replies)
+            return len(done)
+
+        try:
+            with progress(name, len(asked), known) as advance:
+                while waiting:
+                    advance(collect(EVERY_SECONDS), cost_usd=self._cost())
+                    self._kept.write()
+                    self._run.stop.check()
+        except BaseException:  # what is under way is paid for: keep what comes of it
+            self._kept.write(now=True)
+            self._client.refused = "the job was stopped"
+            self._stopping.set()
+            for future in [future for future in waiting if future.cancel()]:
+                del waiting[future]
+            wait(waiting, _LAST_SECONDS)
+            collect(0)
+            raise
+        finally:
+            self._kept.write(now=True)
+            pool.shutdown(wait=False)
+        return replies
+
+    def _take(
+        self,
+        name: str,
+        identity: str,
+        future: Future[Reply],
+        replies: dict[str, Reply | KeptReply],
+    ) -> None:
+        reply = future.result()
+        replies[identity] = self._kept.add(name, identity, reply) if reply.sent else reply
+
+    def outcome(self) -> ReferenceOutcome:
+        """The figures of this pass and those before it together."""
+        self._kept.conclude()
+        errors = Counter(line.error for line in self._lines if line.error)
+        failed = errors.total()
+        if failed:
+            logs.get().warning("answers are missing", reasons=dict(errors.most_common(5)))
+        status = "complete" if not failed else "failed" if failed == len(self._lines) else "partial"
+        reason = None
+        if failed:
+            most = errors.most_common(1)[0][0]
+            reason = f"{failed} of {len(self._lines)} have no answer: {most}"
+        replies = self._kept.all
+        result = ReferenceResult(
+            model=self._reference.model,
+            provider=sorted({reply.provider for reply in replies if reply.provider}),
+            requests=len(replies),
+            failed=failed,
+            lost=sum(reply.lost for reply in replies),
+            tokens=ReferenceTokens(
+                prompt=sum(reply.prompt_tokens for reply in replies),
+                completion=sum(reply.completion_tokens for reply in replies),
+                reasoning=sum(reply.reasoning_tokens for reply in replies),
+            ),
+            cost_usd=round(self._cost(), 6),
+            status=status,
+            reason=reason,
+        )
+        return ReferenceOutcome(
+            result=result,
+            open=any(line.error and not line.final for line in self._lines),
+            stopped_at_usd=self._reference.max_usd if self._client.budget.refused else None,
+        )
+
+
+def _common(reply: Reply | KeptReply) -> dict[str, object]:
+    """What every line says of the reply it was made from."""
+    return {
+        "error": reply.error,
+        "final": reply.final,
+        "provider": reply.provider,
+        "model": reply.model,
+    }
+
+
+def _skipped(model: str | None, reason: str, *, can_be_asked: bool) -> ReferenceOutcome:
+    result = ReferenceResult(
+        model=model,
+        provider=[],
+        requests=0,
+        failed=0,
+        lost=0,
+        tokens=ReferenceTokens(prompt=0, completion=0, reasoning=0),
+        cost_usd=0.0,
+        status="skipped",
+        reason=reason,
+    )
+    return ReferenceOutcome(result=result, open=can_be_asked)

@@ -1,0 +1,46 @@
+"""The log of a run in the run's folder, whatever becomes of the run."""
+
+import contextlib
+from pathlib import Path
+
+from job.errors import EnvironmentProblem, JobError
+from job.runtime import logs
+from job.storage.base import Store
+from job.storage.local import LocalStore
+
+LOG = "logs/job.jsonl"
+
+
+class LogKeeper:
+    """Keeps `logs/job.jsonl`: appended in place in a folder, copied up to a bucket."""
+
+    def __init__(self, store: Store, run_log: logs.RunLog, work: Path) -> None:
+        self._store = store
+        self._run_log = run_log
+        if isinstance(store, LocalStore):
+            self._path = store.root / LOG
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise EnvironmentProblem(
+                    f"cannot write to {store.uri}: {error.strerror}; choose another --output"
+                ) from error
+        else:
+            self._path = work / "job.jsonl"
+            store.download(LOG, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+        run_log.attach(self._file)
+
+    def keep(self) -> None:
+        """Make the lines so far safe."""
+        self._file.flush()
+        if not isinstance(self._store, LocalStore):
+            self._store.upload(self._path, LOG)
+
+    def close(self) -> None:
+        """Keep what there is; further lines go to the terminal only."""
+        self._run_log.detach()
+        self._file.close()
+        if not isinstance(self._store, LocalStore):
+            with contextlib.suppress(JobError):
+                self._store.upload(self._path, LOG)

@@ -1,0 +1,246 @@
+"""The train stage: examples to rows, rows to an adapter, the adapter to its file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel
+
+from job.adapters.keras_format import (
+    DESCRIPTION,
+    H5,
+    AdapterInfo,
+    check_model,
+    describe,
+    load_adapter,
+    read_info,
+    save_adapter,
+)
+from job.adapters.low_rank import Matrix
+from job.adapters.peft_format import PeftAdapter, peft_files
+from job.data.packing import PackedRows, Tokenized, ladder, make_rows, tokenize
+from job.errors import StageError, UsageError
+from job.model.language_model import LanguageModel
+from job.model.lora import LoraLayout, LoraWeights
+from job.pipeline.data_stage import TRAIN, VALIDATION, read_examples
+from job.pipeline.run import Run
+from job.results import (
+    Accuracies,
+    Losses,
+    ModelInfo,
+    ParameterCounts,
+    Seconds,
+    TokenCounts,
+    Training,
+)
+from job.runtime import logs
+from job.spec.schema import Model
+from job.storage.base import file_sha256
+from job.train.trainer import Trained, Trainer
+
+
+class TrainOutcome(BaseModel):
+    """What the train stage found out."""
+
+    model: ModelInfo
+    training: Training
+    fill: float
+    """Share of the token slots of the rows that hold a token."""
+
+
+def run_stage(run: Run) -> TrainOutcome:
+    """Fine-tune the model of the spec and write the adapter and the history.
+
+    Raises:
+        UsageError: no example fits the spec's lengths.
+        Interrupted, StageError: see `Trainer.run`.
+    """
+    prepared = run.ahead.take() if run.ahead else prepare(run)
+    model, tokenized, trainer = prepared.model, prepared.tokenized, prepared.trainer
+    matrices = exportable(model)
+    trained = trainer.run()
+    write_adapter(run, model, trained.lora, matrices)
+    for key, content in trainer.curves().items():
+        run.put(key, content)
+    return TrainOutcome(
+        model=_model_info(run, model),
+        training=_training(run, tokenized, trained),
+        fill=prepared.fill,
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training that is ready to begin."""
+
+    model: LanguageModel
+    tokenized: Tokenized
+    fill: float
+    trainer: Trainer
+
+
+def prepare(run: Run) -> Prepared:
+    """Examples to rows, and the model to a trainer for them.
+
+    Raises:
+        UsageError: no example fits the spec's lengths.
+    """
+    model = run.model()
+    packed = run.spec.train.packing and model.can_pack
+    if run.spec.train.packing and not packed:
+        logs.get().warning(
+            "packing is not known to be sound for this family of models: one example a row "
+            "instead, padded to the next of a few lengths",
+            family=model.family,
+        )
+    tokenized, rows = _rows(run, model, TRAIN, packed=packed)
+    _, validation = _rows(run, model, VALIDATION, packed=packed, lengths=rows.ladder)
+    logs.get().info(
+        "examples are tokens",
+        examples=len(tokenized.examples),
+        truncated=tokenized.truncated,
+        dropped=tokenized.dropped,
+        rows=len(rows.batch),
+        fill=round(rows.fill, 4),
+    )
+    return Prepared(
+        model, tokenized, rows.fill, Trainer(run, model, rows, validation, packed=packed)
+    )
+
+
+def _rows(
+    run: Run, model: LanguageModel, key: str, *, packed: bool, lengths: Sequence[int] = ()
+) -> tuple[Tokenized, PackedRows]:
+    train = run.spec.train
+    found = tokenize(read_examples(run, key), model.codec, train.max_length, train.loss_on)
+    if not found.examples:
+        raise UsageError(
+            f"train.max_length: no example of {key} has a response within {train.max_length} "
+            "tokens; raise it"
+        )
+    if packed:
+        return found, make_rows(found.examples, train.row_length, packing=True)
+    lengths = lengths or ladder(
+        [len(example.tokens) for example in found.examples], train.max_length, train.buckets
+    )
+    return found, make_rows(found.examples, train.max_length, packing=False, lengths=lengths)
+
+
+def _model_info(run: Run, model: LanguageModel) -> ModelInfo:
+    spec = run.spec.model
+    return ModelInfo(
+        preset=spec.preset,
+        revision=model.preset.revision,
+        chat_template=model.codec.template.name,
+        dtype=spec.dtype,
+        lora_rank=model.lora.rank,
+        lora_alpha=model.lora.alpha,
+        lora_targets=sorted({target.path.rsplit("/", 1)[-1] for target in model.lora.targets}),
+        parameters=ParameterCounts(total=model.parameters, trainable=model.lora.parameters),
+    )
+
+
+def _training(run: Run, tokenized: Tokenized, trained: Trained) -> Training:
+    progress = trained.progress
+    before, after = progress.validation_before, trained.validation_after
+    assert before is not None
+    return Training(
+        steps=progress.step,
+        kept_step=after.step if run.spec.train.keep == "best" else progress.step,
+        stopped_early=progress.stopped,
+        examples=len(tokenized.examples) * run.spec.train.epochs,
+        truncated=tokenized.truncated,
+        dropped=tokenized.dropped,
+        tokens=TokenCounts(
+            trained=progress.tokens,
+            padded=progress.slots,
+            loss=progress.loss_tokens,
+        ),
+        seconds=Seconds(
+            total=round(progress.seconds, 3), compile=round(progress.compile_seconds, 3)
+        ),
+        tokens_per_second=round(progress.tokens / max(progress.busy, 1e-9), 1),
+        mfu=trained.mfu,
+        loss=Losses(
+            train=progress.epoch_loss / progress.epoch_loss_tokens,
+            validation_before=before.loss,
+            validation_after=after.loss,
+        ),
+        token_accuracy=Accuracies(
+            train=progress.epoch_correct / progress.epoch_loss_tokens,
+            validation=after.token_accuracy,
+        ),
+    )
+
+
+FOLDER = "adapter/"
+
+
+PEFT = "peft/"
+
+
+def exportable(model: LanguageModel) -> tuple[Matrix, ...] | None:
+    """What the adapted kernels are in transformers; None, with a warning, where nothing."""
+    try:
+        return model.matrices()
+    except UsageError as error:
+        logs.get().warning("the adapter will load in KerasHub only", reason=str(error))
+        return None
+
+
+def write_adapter(
+    run: Run, model: LanguageModel, lora: LoraWeights, matrices: Sequence[Matrix] | None
+) -> None:
+    """Put a trained adapter into the run, in each format that its model has."""
+    path = run.work / H5
+    save_adapter(path, model.lora, lora)
+    run.put_file(FOLDER + H5, path)
+    files = {H5: file_sha256(path)}
+    if matrices is not None:
+        adapter = to_peft(model, run.spec.model, lora, matrices)
+        for name, content in peft_files(adapter).items():
+            run.put(f"{FOLDER}{PEFT}{name}", content)
+            files[PEFT + name] = run.written[-1].sha256
+    spec = run.spec.model
+    info = describe(model.lora, model.family, spec.preset, model.preset.revision, files)
+    run.put(FOLDER + DESCRIPTION, (info.model_dump_json(indent=2) + "\n").encode())
+
+
+def to_peft(
+    model: LanguageModel, spec: Model, lora: LoraWeights, matrices: Sequence[Matrix]
+) -> PeftAdapter:
+    """The same adapter by the names of the transformers model, exactly."""
+    layout = model.lora
+    return PeftAdapter(
+        base=spec.preset.removeprefix("hf://"),
+        revision=model.preset.revision,
+        rank=layout.rank,
+        dropout=spec.lora.dropout,
+        modules={
+            matrix.module: matrix.to_matrix(np.asarray(a), np.asarray(b), layout.scale)
+            for matrix, (a, b) in zip(matrices, lora, strict=True)
+        },
+    )
+
+
+def load_trained(run: Run, model: LanguageModel) -> tuple[LoraLayout, LoraWeights]:
+    """The adapter of the run, from its file: what is used is what was saved.
+
+    Raises:
+        UsageError: it is of another model.
+        StageError: a file is missing or damaged.
+    """
+    info = read_info(run.fetch(FOLDER + DESCRIPTION))
+    check_model(info, run.spec.model.preset, model.family, FOLDER + DESCRIPTION)
+    path = run.fetch(FOLDER + H5)
+    check_file(info, H5, path)
+    return load_adapter(path, model.lora)
+
+
+def check_file(info: AdapterInfo, name: str, path: Path) -> None:
+    """Raise StageError unless a file has the checksum that the description gives it."""
+    if info.files.get(name) != file_sha256(path):
+        raise StageError(
+            f"{FOLDER}{name} does not have the checksum in {DESCRIPTION}: it is cut off or changed"
+        )

@@ -1,0 +1,399 @@
+"""The shape of a model from its preset's configuration alone: layers, kernels, parameters.
+
+No weights and nothing heavy are needed. The configurations of common presets are known here;
+that of a folder is read, and that of another Hub repository is fetched, one small file.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job.errors import UsageError
+from job.spec.schema import Lora, Model
+from job.storage.cache_folder import cache_folder
+from job.storage.hub import Repository
+
+Config = Mapping[str, Any]
+"""A preset's config.json: KerasHub's own, or transformers'."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A kernel `[front, last]`; its front may be several axes."""
+
+    front: int
+    last: int
+    output: int
+    """Numbers it gives for a token."""
+
+    @property
+    def parameters(self) -> int:
+        return self.front * self.last
+
+    def adapter(self, rank: int) -> int:
+        """Parameters of A and B; as Keras does, the last axis is factored."""
+        return rank * (self.front + self.last)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder block."""
+
+    linears: Mapping[str, Linear]
+    """By the names of KerasHub's layers."""
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    window: int | None
+    """Tokens that attention looks back; None: all."""
+    others: int
+    """Parameters of norms and the like."""
+    experts: int = 0
+    """Parameters of a mixture of experts; KerasHub works through all of them for every token."""
+    expert_outputs: int = 0
+    """Numbers that the first kernels of all experts give for a token."""
+    expert_sums: int = 0
+    """Numbers that their last kernels give, before they are weighed and added."""
+
+    @property
+    def kernels(self) -> int:
+        """Parameters that multiply every token."""
+        return sum(linear.parameters for linear in self.linears.values()) + self.experts
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder-only language model."""
+
+    family: str
+    hidden: int
+    vocabulary: int
+    tied: bool
+    layers: tuple[Layer, ...]
+
+    @property
+    def head(self) -> int:
+        """Parameters of the head, and of the embeddings."""
+        return self.hidden * self.vocabulary
+
+    @property
+    def kernels(self) -> int:
+        """Parameters of all blocks that multiply every token."""
+        return sum(layer.kernels for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        blocks = sum(layer.kernels + layer.others for layer in self.layers)
+        return blocks + self.head * (1 if self.tied else 2) + self.hidden
+
+    def adapter(self, lora: Lora) -> int:
+        """Trainable parameters.
+
+        Raises:
+            UsageError: a target is no layer of this model.
+        """
+        names = sorted({name for layer in self.layers for name in layer.linears})
+        wanted = names if lora.targets == "all-linear" else lora.targets
+        for name in wanted:
+            if name not in names:
+                raise UsageError(
+                    f"model.lora.targets: no layer is named '{name}'; this model has "
+                    f"{', '.join(names)}"
+                )
+        return sum(
+            layer.linears[name].adapter(lora.rank)
+            for layer in self.layers
+            for name in wanted
+            if name in layer.linears
+        )
+
+
+def _gemma3(
+    layers: int, hidden: int, feed: int, heads: int, keys: int, window: int, **more: Any
+) -> Config:
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": feed,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": window,
+        "vocab_size": 262_144,
+        **more,
+    }
+
+
+_GEMMA4_26B: Config = {
+    "architectures": ["Gemma4ForCausalLM"],
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 30,
+    "hidden_size": 2816,
+    "intermediate_size": 2112,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_global_key_value_heads": 2,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "attention_k_eq_v": True,
+    "enable_moe_block": True,
+    "num_experts": 128,
+    "top_k_experts": 8,
+    "moe_intermediate_size": 704,
+    "vocab_size": 262_144,
+    "sliding_window": 1024,
+    "final_logit_softcapping": 30.0,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+        "sliding_attention": {"rope_theta": 10_000.0},
+    },
+}
+
+
+_KNOWN: dict[str, tuple[Config, tuple[str, ...]]] = {
+    "270m": (_gemma3(18, 640, 2048, 4, 1, 512), ("google/gemma-3-270m", "gemma3_270m")),
+    "1b": (_gemma3(26, 1152, 6912, 4, 1, 512), ("google/gemma-3-1b", "gemma3_1b")),
+    "4b": (_gemma3(34, 2560, 10_240, 8, 4, 1024), ("google/gemma-3-4b", "gemma3_4b_text")),
+    "12b": (_gemma3(48, 3840, 15_360, 16, 8, 1024), ("google/gemma-3-12b", "gemma3_12b_text")),
+    "27b": (
+        _gemma3(62, 5376, 21_504, 32, 16, 1024, head_dim=128, query_pre_attn_scalar=168),
+        ("google/gemma-3-27b", "gemma3_27b_text"),
+    ),
+    "26b-a4b": (_GEMMA4_26B, ("google/gemma-4-26b-a4b", "gemma4_26b_a4b")),
+}
+"""Configurations by size: of their text part, for those that can see as well."""
+
+
+def find_config(model: Model) -> Config:
+    """The configuration of the spec's preset.
+
+    Raises:
+        UsageError: it is neither known here, nor a folder, nor on the Hub.
+        EnvironmentProblem, StageError: the Hub refuses or cannot be reached.
+    """
+    preset = model.preset
+    if preset == "tiny":
+        from job.model.tiny import SHAPE, VOCABULARY
+
+        return {
+            "module": "keras_hub.src.models.gemma3.gemma3_backbone",
+            "class_name": "Gemma3Backbone",
+            "registered_name": "keras_hub>Gemma3Backbone",
+            "config": {"vocabulary_size": VOCABULARY, **SHAPE},
+        }
+    if (known := _known(preset)) is not None:
+        return known
+    if Path(preset).is_dir():
+        return _read(Path(preset, "config.json"), preset)
+    if not preset.startswith("hf://"):
+        raise UsageError(
+            f"model.preset: the shape of {preset!r} is not known without its files; give its "
+            "folder, or hf://owner/name"
+        )
+    name = preset.removeprefix("hf://")
+    repository = Repository("model", name, model.revision)
+    commit = repository.commit()
+    files = [file for file in repository.files(commit) if file.path == "config.json"]
+    folder = cache_folder("models", name.replace("/", "--"), commit)
+    repository.fetch(commit, files, folder)
+    return _read(folder / "config.json", preset)
+
+
+def _known(preset: str) -> Config | None:
+    wanted = preset.removeprefix("hf://").lower().replace("_instruct_", "_")
+    for ending in ("-it", "-pt"):
+        wanted = wanted.removesuffix(ending)
+    return next((config for config, names in _KNOWN.values() if wanted in names), None)
+
+
+def _read(path: Path, preset: str) -> Config:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model.preset: {preset!r} has no readable config.json: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"model.preset: the config.json of {preset!r} holds no object")
+    return found
+
+
+def model_shape(config: Config, preset: str) -> ModelShape:
+    """The shape that a configuration describes.
+
+    Raises:
+        UsageError: it is of a family that is not known here, or lacks a size.
+    """
+    family = str(config.get("class_name") or config.get("model_type") or "unknown")
+    make = _FAMILIES.get(family)
+    if make is None:
+        raise UsageError(
+            f"model.preset: the shape of {preset!r} ({family}) cannot be told from its "
+            f"configuration; known families are {', '.join(sorted(_FAMILIES))}"
+        )
+    if "text_config" in config:
+        config = {**config["text_config"], "model_type": family}
+    try:
+        return make(_Sizes(config.get("config", config)), family)
+    except KeyError as error:
+        raise UsageError(f"model.preset: the configuration of {preset!r} has no {error}") from None
+
+
+class _Sizes:
+    """Sizes under KerasHub's names, from either kind of configuration."""
+
+    _NAMES: Mapping[str, str] = {
+        "num_layers": "num_hidden_layers",
+        "num_query_heads": "num_attention_heads",
+        "hidden_dim": "hidden_size",
+        "intermediate_dim": "intermediate_size",
+        "vocabulary_size": "vocab_size",
+        "sliding_window_size": "sliding_window",
+        "expert_intermediate_dim": "moe_intermediate_size",
+        "tie_word_embeddings": "tie_word_embeddings",
+    }
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def get(self, name: str, default: Any = None) -> Any:
+        found = self._config.get(name, self._config.get(self._NAMES.get(name, name)))
+        return default if found is None else found
+
+    def __getitem__(self, name: str) -> int:
+        found = self.get(name)
+        if found is None:
+            raise KeyError(self._NAMES.get(name, name))
+        return int(found)
+
+
+def _attention(hidden: int, heads: int, keys: int, head_dim: int) -> dict[str, Linear]:
+    return {
+        "query": Linear(heads * hidden, head_dim, heads * head_dim),
+        "key": Linear(keys * hidden, head_dim, keys * head_dim),
+        "value": Linear(keys * hidden, head_dim, keys * head_dim),
+        "attention_output": Linear(heads * head_dim, hidden, hidden),
+    }
+
+
+def _feed_forward(hidden: int, feed: int, names: tuple[str, str, str]) -> dict[str, Linear]:
+    gate, up, down = names
+    return {
+        gate: Linear(hidden, feed, feed),
+        up: Linear(hidden, feed, feed),
+        down: Linear(feed, hidden, hidden),
+    }
+
+
+_GEMMA_NAMES = ("ffw_gating", "ffw_gating_2", "ffw_linear")
+
+
+_LLAMA_NAMES = (
+    "feedforward_gate_dense",
+    "feedforward_intermediate_dense",
+    "feedforward_output_dense",
+)
+
+
+_PERIOD = 6
+"""Gemma 3 and 4: five blocks with a window, then one without."""
+
+
+def _gemma3_shape(sizes: _Sizes, family: str) -> ModelShape:
+    hidden, heads, keys = (
+        sizes["hidden_dim"],
+        sizes["num_query_heads"],
+        sizes.get("num_key_value_heads", 4),
+    )
+    head_dim = sizes["head_dim"]
+    linears = _attention(hidden, heads, keys, head_dim) | _feed_forward(
+        hidden, sizes["intermediate_dim"], _GEMMA_NAMES
+    )
+    window = sizes.get("sliding_window_size", 4096)
+    layers = tuple(
+        Layer(
+            linears,
+            heads,
+            keys,
+            head_dim,
+            None if number % _PERIOD == _PERIOD - 1 else window,
+            4 * hidden + 2 * head_dim,
+        )
+        for number in range(sizes["num_layers"])
+    )
+    return ModelShape(family, hidden, sizes["vocabulary_size"], True, layers)
+
+
+def _gemma4_shape(sizes: _Sizes, family: str) -> ModelShape:
+    hidden, heads = sizes["hidden_dim"], sizes["num_query_heads"]
+    experts = outputs = sums = 0
+    if sizes.get("enable_moe_block", False):
+        count, feed = sizes["num_experts"], sizes["expert_intermediate_dim"]
+        experts = count * (3 * hidden * feed + hidden + 1)
+        outputs, sums = 2 * count * feed, count * hidden
+    layers = []
+    for number in range(sizes["num_layers"]):
+        whole = number % _PERIOD == _PERIOD - 1
+        head_dim = sizes.get("global_head_dim" if whole else "head_dim", sizes["head_dim"])
+        keys = sizes["num_key_value_heads"]
+        if whole:
+            keys = sizes.get("num_global_key_value_heads", keys)
+        linears = _attention(hidden, heads, keys, head_dim)
+        if whole and sizes.get("num_global_key_value_heads"):
+            del linears["value"]  # the keys serve as values
+        linears |= _feed_forward(hidden, sizes["intermediate_dim"], _GEMMA_NAMES)
+        window = None if whole else sizes["sliding_window_size"]
+        layers.append(
+            Layer(
+                linears,
+                heads,
+                keys,
+                head_dim,
+                window,
+                8 * hidden + 2 * head_dim,
+                experts,
+                outputs,
+                sums,
+            )
+        )
+    return ModelShape(family, hidden, sizes["vocabulary_size"], True, tuple(layers))
+
+
+def _llama_shape(sizes: _Sizes, family: str) -> ModelShape:
+    hidden, heads = sizes["hidden_dim"], sizes["num_query_heads"]
+    keys = sizes.get("num_key_value_heads", heads)
+    head_dim = sizes.get("head_dim", hidden // heads)
+    linears = _attention(hidden, heads, keys, head_dim) | _feed_forward(
+        hidden, sizes["intermediate_dim"], _LLAMA_NAMES
+    )
+    norms = 2 * hidden + (2 * head_dim if "qwen3" in family.lower() else 0)
+    layer = Layer(linears, heads, keys, head_dim, sizes.get("sliding_window_size"), norms)
+    return ModelShape(
+        family,
+        hidden,
+        sizes["vocabulary_size"],
+        bool(sizes.get("tie_word_embeddings", False)),
+        (layer,) * sizes["num_layers"],
+    )
+
+
+_FAMILIES: Mapping[str, Callable[[_Sizes, str], ModelShape]] = {
+    "Gemma3Backbone": _gemma3_shape,
+    "gemma3_text": _gemma3_shape,
+    "gemma3": _gemma3_shape,
+    "Gemma4Backbone": _gemma4_shape,
+    "gemma4_text": _gemma4_shape,
+    "gemma4": _gemma4_shape,
+    "Llama3Backbone": _llama_shape,
+    "LlamaBackbone": _llama_shape,
+    "llama": _llama_shape,
+    "MistralBackbone": _llama_shape,
+    "mistral": _llama_shape,
+    "Qwen3Backbone": _llama_shape,
+    "qwen3": _llama_shape,
+}

@@ -1,0 +1,285 @@
+"""What `job compare` finds out: the JSON it prints, and what its table and page show."""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from job.errors import UsageError
+from job.evals.metrics import compare_choices, compare_dialogues
+from job.evals.predictions import ChoiceLine, DialogueLine, Line
+from job.evals.statistics import corrected
+from job.results import Comparison, DialogueComparison, Estimate, Record, Results
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run that is compared: its results, and the tuned model's answers on file."""
+
+    uri: str
+    results: Results
+    choices: dict[str, list[ChoiceLine]] = field(default_factory=dict)
+    """By the name of the slice."""
+    dialogues: list[DialogueLine] = field(default_factory=list)
+
+
+class Figure(Record):
+    """A row of the table of figures; one value a run, null where it has none."""
+
+    name: str
+    values: list[str | None]
+
+
+class RunInfo(Record):
+    """A run that is compared."""
+
+    label: str
+    uri: str
+    id: str
+    finished: str
+    verdict: str
+
+
+class Matched(Record):
+    """How much of an evaluation two runs share."""
+
+    only_a: int
+    """What only the first was asked, or with another text."""
+    only_b: int
+
+
+class SliceTest(Matched):
+    """The tuned models of two runs on the questions that both answered."""
+
+    eval: str
+    scoring: Literal["letters", "generate"]
+    test: Comparison
+
+
+class DialogueTest(Matched):
+    """The same on held-out dialogues, by ROUGE-L."""
+
+    test: DialogueComparison
+
+
+class Compared(Record):
+    """Runs side by side; each is tested against the first."""
+
+    schema_version: Literal[1] = 1
+    runs: list[RunInfo]
+    figures: list[Figure]
+    multiple_choice: list[SliceTest]
+    dialogue: list[DialogueTest]
+    settings: dict[str, list[Any]]
+    """Values of the specs that differ, by their path; one a run, null where it is not set."""
+    notes: list[str]
+    """What was not compared, and why."""
+
+
+_MODELS = ("baseline", "finetuned", "reference")
+
+
+_APART = ("name", "output")
+"""Settings that make no difference to what is measured."""
+
+
+def compare_runs(runs: Sequence[Finished]) -> Compared:
+    """Everything that can be said of two or more runs together.
+
+    Raises:
+        UsageError: a run shares no question and no dialogue with the first.
+    """
+    labels = labels_of(runs)
+    first, *others = zip(labels, runs, strict=True)
+    slices: list[SliceTest] = []
+    held_out: list[DialogueTest] = []
+    notes: list[str] = []
+    for other in others:
+        pair = _Pair(first, other)
+        found = list(pair.slices())
+        talks = list(pair.dialogues())
+        if not found and not talks:
+            why = f" ({'; '.join(pair.notes)})" if pair.notes else ""
+            raise UsageError(
+                f"{other[1].uri} shares no question and no dialogue with {first[1].uri}, so "
+                f"there is nothing to compare them on{why}"
+            )
+        slices += found
+        held_out += talks
+        notes += pair.notes
+    return corrected(
+        Compared(
+            runs=[
+                RunInfo(
+                    label=label,
+                    uri=run.uri,
+                    id=run.results.run.id,
+                    finished=run.results.run.finished,
+                    verdict=run.results.verdict.sentence,
+                )
+                for label, run in zip(labels, runs, strict=True)
+            ],
+            figures=[
+                figure
+                for figure in _figures([run.results for run in runs])
+                if any(value is not None for value in figure.values)
+            ],
+            multiple_choice=slices,
+            dialogue=held_out,
+            settings=differing([run.results.run.spec for run in runs]),
+            notes=notes,
+        )
+    )
+
+
+def labels_of(runs: Sequence[Finished]) -> list[str]:
+    """What each run is called: its id where no other has it, else where it is."""
+    counts = Counter(run.results.run.id for run in runs)
+    return [r.results.run.id if counts[r.results.run.id] == 1 else r.uri for r in runs]
+
+
+class _Pair:
+    """The first run and another."""
+
+    def __init__(self, a: tuple[str, Finished], b: tuple[str, Finished]) -> None:
+        (self._a, self._first), (self._b, self._second) = a, b
+        spec = self._first.results.run.spec
+        self._seed = int(spec.get("seed", 0))
+        self._samples = int((spec.get("evals") or {}).get("bootstrap_samples", 2000))
+        self.notes: list[str] = []
+
+    def slices(self) -> Iterator[SliceTest]:
+        """Tests of the slices of the same name that were scored alike."""
+        theirs = {c.name: c for c in self._second.results.evaluation.multiple_choice}
+        for ours in self._first.results.evaluation.multiple_choice:
+            other = theirs.get(ours.name)
+            if other is None:
+                self._note(f"{ours.name} is not an evaluation of {self._b}")
+            elif other.scoring != ours.scoring:
+                self._note(f"{ours.name} was scored by {ours.scoring} and by {other.scoring}")
+            else:
+                before, after, alone = _shared(
+                    self._first.choices.get(ours.name, []),
+                    self._second.choices.get(ours.name, []),
+                    _choice_key,
+                )
+                test = compare_choices(self._a, self._b, before, after, self._samples, self._seed)
+                if test is None:
+                    self._note(f"{ours.name} has no question that both answered")
+                else:
+                    yield SliceTest(
+                        eval=ours.name,
+                        scoring=ours.scoring,
+                        only_a=alone[0],
+                        only_b=alone[1],
+                        test=test,
+                    )
+
+    def dialogues(self) -> Iterator[DialogueTest]:
+        """The test of the held-out dialogues, where the answers had the same room."""
+        ours, theirs = (run.results.evaluation.dialogue for run in (self._first, self._second))
+        if ours is None or theirs is None:
+            return
+        if ours.max_new_tokens != theirs.max_new_tokens:
+            self._note(
+                f"dialogues had up to {ours.max_new_tokens} and {theirs.max_new_tokens} new "
+                "tokens, and ROUGE depends on that"
+            )
+            return
+        before, after, alone = _shared(self._first.dialogues, self._second.dialogues, _dialogue_key)
+        test = compare_dialogues(self._a, self._b, before, after, self._samples, self._seed)
+        if test is None:
+            self._note("no dialogue was held out of both")
+        else:
+            yield DialogueTest(only_a=alone[0], only_b=alone[1], test=test)
+
+    def _note(self, text: str) -> None:
+        self.notes.append(f"{self._a} and {self._b}: {text}")
+
+
+def _choice_key(line: ChoiceLine) -> Hashable:
+    return line.id, line.question, tuple(line.options), line.gold
+
+
+def _dialogue_key(line: DialogueLine) -> Hashable:
+    return line.id, line.prompt, line.expected
+
+
+def _shared[L: Line](
+    first: Sequence[L], second: Sequence[L], key: Callable[[L], Hashable]
+) -> tuple[list[L], list[L], tuple[int, int]]:
+    """The lines of both that match, and how many of each do not."""
+    both = {key(line) for line in first} & {key(line) for line in second}
+    before, after = ([line for line in lines if key(line) in both] for lines in (first, second))
+    return before, after, (len(first) - len(before), len(second) - len(after))
+
+
+def differing(specs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The settings that are not the same in all specs, by their path."""
+    flat = [dict(_leaves(spec)) for spec in specs]
+    paths = dict.fromkeys(path for leaves in flat for path in leaves)
+    found = {path: [leaves.get(path) for leaves in flat] for path in paths}
+    return {
+        path: values
+        for path, values in found.items()
+        if path not in _APART and any(value != values[0] for value in values)
+    }
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    named = isinstance(value, list) and all(isinstance(i, dict) and "name" in i for i in value)
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    elif named and value:
+        for item in value:
+            yield from _leaves(item, f"{path}.{item['name']}")
+    else:
+        yield path, value
+
+
+def _figures(results: Sequence[Results]) -> Iterator[Figure]:
+    """Rows of the table: what each run is, and what it measured."""
+    yield Figure(name="Model", values=[r.model.preset for r in results])
+    yield Figure(name="LoRA", values=[f"rank {r.model.lora_rank}" for r in results])
+    yield Figure(
+        name="Trained on", values=[f"{r.data.train:,} of {r.data.dataset}" for r in results]
+    )
+    names = dict.fromkeys(c.name for r in results for c in r.evaluation.multiple_choice)
+    for name in names:
+        found = [
+            next((c for c in r.evaluation.multiple_choice if c.name == name), None) for r in results
+        ]
+        for model in _MODELS:
+            scores = [c.models.get(model) if c else None for c in found]
+            yield Figure(
+                name=f"{name}, {model}",
+                values=[f"{s.accuracy:.1%} ({_span(s.ci95, 100)}%)" if s else None for s in scores],
+            )
+    for model in _MODELS:
+        rouge = [_rouge(r, model) for r in results]
+        yield Figure(
+            name=f"ROUGE-L, {model}",
+            values=[f"{e.mean:.3f} ({_span(e.ci95, 1, 3)})" if e else None for e in rouge],
+        )
+    for name, losses in (
+        ("Validation loss, before", [r.training.loss.validation_before for r in results]),
+        ("Validation loss, after", [r.training.loss.validation_after for r in results]),
+    ):
+        yield Figure(name=name, values=[None if x is None else f"{x:.4f}" for x in losses])
+    yield Figure(name="Tokens/s", values=[f"{r.training.tokens_per_second:,.0f}" for r in results])
+    yield Figure(name="Minutes", values=[f"{r.run.seconds / 60:.1f}" for r in results])
+    yield Figure(
+        name="USD", values=[None if r.cost.usd is None else f"{r.cost.usd:.4f}" for r in results]
+    )
+
+
+def _rouge(results: Results, model: str) -> Estimate | None:
+    dialogue = results.evaluation.dialogue
+    score = dialogue.models.get(model) if dialogue else None
+    return score.rougeL if score else None
+
+
+def _span(interval: tuple[float, float], scale: float, decimals: int = 1) -> str:
+    low, high = interval
+    return f"{scale * low:.{decimals}f} to {scale * high:.{decimals}f}"

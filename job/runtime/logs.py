@@ -1,0 +1,208 @@
+"""Structured logs: one event, three readers.
+
+On a terminal a line for people; elsewhere one-line JSON on stdout with the field names that
+Cloud Logging takes apart (`severity`, `message`, `time`); and always `logs/job.jsonl` in the
+run. Secrets are redacted before anything is written anywhere.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping, MutableMapping
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+import structlog
+
+Event = MutableMapping[str, Any]
+
+
+class RunLog:
+    """The lines of `logs/job.jsonl`: kept in memory until told where the run is.
+
+    Nothing may be written before the spec and the machine are known to be right, so the first
+    lines wait; `attach` says where they and all later ones go.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[str] = []
+        self._file: TextIO | None = None
+        self._discarding = False
+
+    def attach(self, file: TextIO) -> None:
+        """Send the lines so far, and from now on, to an open text file."""
+        file.writelines(self._waiting)
+        file.flush()
+        self._waiting = []
+        self._file = file
+
+    def detach(self) -> None:
+        """Keep further lines in memory again."""
+        self._file = None
+
+    def discard(self) -> None:
+        """Keep no lines: another process has them."""
+        self._discarding = True
+        self._waiting = []
+
+    def line(self, text: str) -> None:
+        """Add one line, with its line break."""
+        if self._file is None:
+            if not self._discarding:
+                self._waiting.append(text)
+        else:
+            self._file.write(text)
+            self._file.flush()
+
+
+def configure(run_log: RunLog, stream: TextIO | None = None, *, least: int = logging.INFO) -> None:
+    """Set up structlog for this process, and quieten the libraries.
+
+    Lines below the level `least` are left out.
+    `stream` defaults to stdout as it is at each line, so that a progress bar can sit below.
+    """
+    redactor = Redactor(os.environ)
+
+    def redact(_logger: object, _method: str, event: Event) -> Event:
+        cleaned: Event = redactor.value(event)
+        return cleaned
+
+    terminal = (stream or sys.stdout).isatty()
+    for noisy in ("absl", "jax", "datasets", "huggingface_hub", "urllib3", "filelock", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+    def tee(_logger: object, _method: str, event: Event) -> Event:
+        run_log.line(json.dumps(_cloud(event), ensure_ascii=False, default=str) + "\n")
+        return event
+
+    processors: list[Any] = [structlog.contextvars.merge_contextvars, _stamp, redact, tee]
+    processors.append(_for_people if terminal else _as_json)
+    structlog.configure(
+        processors=processors,
+        logger_factory=lambda *_: _Printer(stream),
+        wrapper_class=structlog.make_filtering_bound_logger(least),
+        cache_logger_on_first_use=False,
+    )
+
+
+class _Printer:
+    """Prints finished lines to a stream, or to whatever stdout is at that moment."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+
+    def msg(self, line: str) -> None:
+        stream = self._stream or sys.stdout
+        stream.write(line + "\n")
+        stream.flush()
+
+    debug = info = warning = error = critical = msg
+
+
+def _stamp(_logger: object, method: str, event: Event) -> Event:
+    event["time"] = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    event["severity"] = {"warning": "WARNING", "error": "ERROR"}.get(method, "INFO")
+    return event
+
+
+def _cloud(event: Mapping[str, Any]) -> dict[str, Any]:
+    """The event with Cloud Logging's names first."""
+    rest = {key: value for key, value in event.items() if key not in ("event", "time", "severity")}
+    return {
+        "severity": event["severity"],
+        "time": event["time"],
+        "message": event["event"],
+        **rest,
+    }
+
+
+def _as_json(_logger: object, _method: str, event: Event) -> str:
+    """A line for Cloud Logging's agents, which make labels of these to filter by."""
+    line = _cloud(event)
+    labels = {key: str(line[key]) for key in ("run_id", "stage", "process") if key in line}
+    if labels:
+        line["logging.googleapis.com/labels"] = labels
+    return json.dumps(line, ensure_ascii=False, default=str)
+
+
+_COLOURS = {"INFO": "", "WARNING": "\x1b[33m", "ERROR": "\x1b[31m"}
+
+
+_DIM, _RESET = "\x1b[2m", "\x1b[0m"
+
+
+def _for_people(_logger: object, _method: str, event: Event) -> str:
+    clock = time.strftime("%H:%M:%S")
+    colour = _COLOURS[event["severity"]]
+    hidden = ("event", "time", "severity", "stage", "run_id")
+    details = "  ".join(
+        f"{key}={_short(value)}" for key, value in event.items() if key not in hidden
+    )
+    stage = event.get("stage", "")
+    line = f"{_DIM}{clock} {stage:<9}{_RESET} {colour}{event['event']}{_RESET}"
+    return f"{line}  {_DIM}{details}{_RESET}" if details else line
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}:{_short(item)}" for key, item in value.items())
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return ",".join(_short(item) for item in value)
+    return str(value)
+
+
+def get() -> Any:
+    """The logger; events are short sentences, figures are keyword arguments."""
+    return structlog.get_logger()
+
+
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENROUTER_API_KEY", "KAGGLE_KEY")
+
+
+REDACTED = "[redacted]"
+
+
+TOKEN_SHAPES = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|ya29\.[A-Za-z0-9_.-]{16,}|AIza[A-Za-z0-9_-]{30,})"
+    r"|(?i:(?<=bearer ))[A-Za-z0-9._~+/-]{8,}=*"
+)
+
+
+_SECRET_NAMES = re.compile(r"(?i)(^|[_-])(token|api[_-]?key|secret|password|authorization)$")
+
+
+class Redactor:
+    """Replaces secrets in any value: those of the environment, and anything shaped like one."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        values = (environment.get(name, "").strip() for name in SECRET_VARIABLES)
+        self._values = sorted((value for value in values if len(value) >= 6), key=len, reverse=True)
+
+    def text(self, text: str) -> str:
+        """`text` with every secret in it replaced, and lone surrogates made printable."""
+        for value in self._values:
+            text = text.replace(value, REDACTED)
+        return TOKEN_SHAPES.sub(REDACTED, text).encode("utf-8", "backslashreplace").decode()
+
+    def value(self, value: Any) -> Any:
+        """The same for nested values; what JSON has no form for becomes text first."""
+        if value is None or isinstance(value, bool | int):
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else str(value)
+        if isinstance(value, Mapping):
+            return {
+                self.text(str(key)): REDACTED
+                if _SECRET_NAMES.search(str(key)) and isinstance(item, str)
+                else self.value(item)
+                for key, item in value.items()
+            }
+        if isinstance(value, list | tuple | set | frozenset):
+            return [self.value(item) for item in value]
+        return self.text(str(value))

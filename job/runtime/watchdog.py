@@ -1,0 +1,194 @@
+"""The pulse of a run: a log line each half minute, and an end where nothing moves any more.
+
+A thread of its own beats, so that a line comes while the main thread is in the compiler too.
+Whatever gets on says so with `beat`: a step, a batch, a block of rows, a piece of a transfer.
+Where none does for `runtime.stall_minutes`, the stacks of all threads go to the log and the job
+ends, so that no machine is paid for that waits for nothing.
+"""
+
+import contextlib
+import contextvars
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from job.errors import EXIT_STAGE
+from job.runtime import logs
+
+LINE_SECONDS = 30.0
+
+
+_TICK_SECONDS = 1.0
+
+
+_FRAMES = 20
+"""Innermost frames of each thread that are logged."""
+
+
+class Pulse:
+    """What the job is at, and how long ago it last got on."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self._label = ""
+        self._done = self._said = 0
+        self._total: int | None = None
+        self._figures: dict[str, float | str] = {}
+        self._idle = 0.0
+
+    def beat(self) -> None:
+        """Something got on."""
+        self._idle = 0.0
+
+    @contextlib.contextmanager
+    def task(self, label: str, total: int | None, start: int) -> Iterator[None]:
+        """Within this block the lines tell of this work."""
+        self._label, self._total, self._done, self._said = label, total, start, start
+        self.beat()
+        try:
+            yield
+        finally:
+            self._label, self._figures = "", {}
+            self.beat()
+
+    def advance(self, done: int, figures: dict[str, float | str]) -> None:
+        """So many units of the work are done."""
+        self._done += done
+        self._figures = figures
+        self.beat()
+
+    @contextlib.contextmanager
+    def beating(
+        self, stall_minutes: float | None, leave: Callable[[int, str], None]
+    ) -> Iterator[None]:
+        """Beat within this block.
+
+        Args:
+            leave: ends the process with an exit code and a message.
+        """
+        ended = threading.Event()
+        context = contextvars.copy_context()  # its log lines name the run
+        arguments = (self._beat_until, ended, stall_minutes, leave)
+        thread = threading.Thread(target=context.run, args=arguments, name="pulse", daemon=True)
+        self.beat()
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _beat_until(
+        self,
+        ended: threading.Event,
+        stall_minutes: float | None,
+        leave: Callable[[int, str], None],
+    ) -> None:
+        file = os.environ.get("JOB_HEARTBEAT_FILE")
+        line_due = time.monotonic() + LINE_SECONDS
+        while not ended.wait(_TICK_SECONDS):
+            # Counted, not measured: a machine or container that was paused has not stalled.
+            self._idle += _TICK_SECONDS
+            if file:
+                _touch(Path(file), self._idle)
+            if time.monotonic() >= line_due:
+                line_due = time.monotonic() + LINE_SECONDS
+                self._say()
+            if stall_minutes is not None and self._idle >= stall_minutes * 60:
+                logs.get().error("the job hangs", stage=self.stage, stacks=stacks())
+                leave(
+                    EXIT_STAGE,
+                    f"{self._label or self.stage}: nothing got on for {stall_minutes:g} minutes "
+                    "(runtime.stall_minutes); the log has the stacks of all threads; "
+                    "run the same command to go on",
+                )
+
+    def _say(self) -> None:
+        if sys.stdout.isatty():  # a bar shows it
+            return
+        line: dict[str, float | str | None] = {"stage": self.stage}
+        if self._label:
+            rate = (self._done - self._said) / LINE_SECONDS
+            self._said = self._done
+            line |= {"task": self._label, "done": self._done, "of": self._total}
+            line |= {"per_second": round(rate, 3), **self._figures}
+        logs.get().info("working", **line, idle_seconds=round(self._idle))
+
+
+def _touch(file: Path, idle: float) -> None:
+    """Let the file's time be that of the last beat."""
+    with contextlib.suppress(OSError):
+        file.touch()
+        then = time.time() - idle
+        os.utime(file, (then, then))
+
+
+def stacks() -> str:
+    """Where every thread is."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"thread {names.get(number, number)}:\n{''.join(traceback.format_stack(frame, _FRAMES))}"
+        for number, frame in sys._current_frames().items()
+    )
+
+
+PULSE = Pulse()
+"""The pulse of this process, which has one main thread and one stage at a time."""
+
+
+class Advance(Protocol):
+    """Call with what was done, and figures to show beside it."""
+
+    def __call__(self, done: int = 1, **figures: float | str) -> None: ...
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int | None, start: int = 0) -> Iterator[Advance]:
+    """Show work of `total` units (None: not known), of which `start` are done."""
+    with PULSE.task(label, total, start), contextlib.ExitStack() as stack:
+        bar = stack.enter_context(_bar(label, total, start)) if sys.stdout.isatty() else None
+
+        def advance(done: int = 1, **figures: float | str) -> None:
+            PULSE.advance(done, figures)
+            if bar:
+                bar(done, **figures)
+
+        yield advance
+
+
+def _shown(figures: dict[str, float | str]) -> str:
+    return "  ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in figures.items()
+    )
+
+
+@contextlib.contextmanager
+def _bar(label: str, total: int | None, start: int) -> Iterator[Advance]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("         {task.description:<10}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(label, total=total, completed=start, figures="")
+
+        def advance(done: int = 1, **figures: float | str) -> None:
+            bar.update(task, advance=done, figures=_shown(figures))
+
+        yield advance

@@ -1,0 +1,158 @@
+"""The types of the spec's fields: numbers, names, datasets, outputs and text templates.
+
+A template is text with plain `{field}` names in it, and nothing else that Python's formatting
+could do: a spec must never reach into Python objects.
+"""
+
+import re
+import string
+from typing import Annotated
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    StringConstraints,
+)
+
+SAMPLES = "samples"
+"""The value of `dataset` that names the data shipped with the package."""
+
+
+FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+"""Endings of local files that rows can be read from."""
+
+
+COMPRESSIONS = ("", ".gz", ".zst", ".bz2")
+"""Endings that may follow, but for Parquet."""
+
+
+LETTERS = string.ascii_uppercase
+
+
+LM_EVAL = "lm-eval"
+"""The prompt of a question that stands for lm-evaluation-harness's MedMCQA prompt."""
+
+
+HUB = r"hf://[\w.-]+/[\w.-]+"
+
+
+_NAME = r"^[a-z0-9]([a-z0-9._-]*[a-z0-9])?$"
+
+
+Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=63)]
+
+
+def template_fields(template: str) -> list[str]:
+    """The field names a text template uses, in order.
+
+    A template is text with `{field}` in it; `{{` and `}}` stand for braces.
+
+    Raises:
+        ValueError: for anything but plain field names (no attributes, indices, conversions
+            or formats), so that a spec can never reach into Python objects.
+    """
+    fields = []
+    for _, field, form, conversion in string.Formatter().parse(template):
+        if field is None:
+            continue
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ -]*", field) or form or conversion:
+            shown = field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+            raise ValueError(
+                f"the template may hold plain field names only, like {{question}}; got {{{shown}}}"
+            )
+        fields.append(field)
+    return fields
+
+
+def template_parts(template: str) -> tuple[list[str], list[str]]:
+    """A template taken apart: the texts around its fields (one more than those), the fields."""
+    literals, fields = [""], []
+    for literal, field, _, _ in string.Formatter().parse(template):
+        literals[-1] += literal
+        if field is not None:
+            fields.append(field)
+            literals.append("")
+    return literals, fields
+
+
+def names_a_file(dataset: str) -> bool:
+    """Whether a path ends as a file that rows can be read from does."""
+    text = dataset.lower()
+    return any(text.endswith(f + c) for f in FORMATS for c in COMPRESSIONS)
+
+
+def _check_template(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            fields = template_fields(value)
+        except ValueError as error:
+            if "template may hold" in str(error):
+                raise
+            raise ValueError(f"the template {value!r} has unbalanced braces ({error})") from None
+        if not fields:
+            raise ValueError(
+                f"the template {value!r} names no field; "
+                "write a column in braces, like {question}"
+            )
+    return value
+
+
+def _check_question_prompt(value: object) -> object:
+    return value if value == LM_EVAL else _check_template(value)
+
+
+def _check_dataset(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if value.startswith("hf://"):
+        if not re.fullmatch(HUB, value):
+            raise ValueError(f"{value!r} is not a Hub dataset; write hf://owner/name")
+    elif value.startswith("gs://"):
+        if not re.fullmatch(r"gs://[a-z0-9][\w.-]+(/.*)?", value):
+            raise ValueError(f"{value!r} names no object; write gs://bucket/path")
+    elif "://" in value:
+        scheme = value.split("://")[0]
+        raise ValueError(
+            f"{scheme}:// is not supported here; use hf://owner/name, gs://bucket/path, a local "
+            f"file, or '{SAMPLES}'"
+        )
+    return value
+
+
+def _check_output(value: object) -> object:
+    if isinstance(value, str) and "://" in value and not re.match(r"gs://[a-z0-9][\w.-]+", value):
+        raise ValueError(f"{value!r} is neither a local folder nor gs://bucket/prefix")
+    return value
+
+
+def _check_optional_template(value: object) -> object:
+    if isinstance(value, str) and "{" in value:
+        _check_template(value)
+    return value
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"should be a number (got {value})")
+    return value
+
+
+Template = Annotated[str, BeforeValidator(_check_template)]
+
+
+Dataset = Annotated[str, BeforeValidator(_check_dataset), Field(min_length=1)]
+
+
+Positive = Annotated[int, Field(gt=0, strict=True)]
+
+
+Number = Annotated[float, BeforeValidator(_no_bool)]
+
+
+QuestionPrompt = Annotated[str, BeforeValidator(_check_question_prompt)]
+
+
+OptionalTemplate = Annotated[str, BeforeValidator(_check_optional_template)]
+
+
+Output = Annotated[str, BeforeValidator(_check_output)]

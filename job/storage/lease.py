@@ -1,0 +1,198 @@
+"""One writer at a time: a small file that is taken, renewed, and given back.
+
+It is written only if it still is what it was when it was read (a generation precondition in a
+bucket, a lock in a folder). It may be taken over once it has expired, or at once if its owner
+was a process of this machine that is no more.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ValidationError
+
+from job.errors import Interrupted, JobError
+from job.runtime import logs
+from job.storage.base import Store
+from job.storage.retry import seconds_from
+
+if TYPE_CHECKING:
+    pass
+
+
+KEY = "lease.json"
+
+
+_SECONDS = 60.0
+
+
+class Held(BaseModel):
+    """Who has the lease, and until when (seconds since 1970)."""
+
+    owner: str
+    host: str
+    process: str
+    """Names the process on its machine; empty where that cannot be told."""
+    expires: float
+
+
+class Busy(Interrupted):
+    """Another has the lease."""
+
+
+class Lease:
+    """The lease of one folder, taken by this process."""
+
+    def __init__(self, store: Store, what: str, lost: Callable[[str], None]) -> None:
+        self._store = store
+        self._what = what
+        self._lost = lost
+        self._seconds = seconds_from("JOB_LEASE_SECONDS", _SECONDS)
+        self._owner = uuid.uuid4().hex
+        self._version = ""
+        self._until = 0.0
+        self._ended = threading.Event()
+
+    def take(self) -> None:
+        """Take it, or take it over.
+
+        Raises:
+            Busy: another has it.
+        """
+        found = self._store.read_version(KEY)
+        if found is not None:
+            held = _parsed(found[0])
+            if held and held.expires > time.time() and not _is_gone(held):
+                raise Busy(self._refusal(held))
+            if held:
+                logs.get().warning("taking over from a process that is gone", host=held.host)
+        begun = time.monotonic()
+        version = self._store.swap(KEY, self._content(), found[1] if found else None)
+        if version is None:
+            raise Busy(f"another process took {self._what} at this moment; run the command again")
+        self._version, self._until = version, begun + self._seconds
+
+    def _refusal(self, held: Held) -> str:
+        when = datetime.fromtimestamp(held.expires, UTC).strftime("%H:%M:%S UTC")
+        return (
+            f"{self._what} is at work in another process ({held.host}), which holds its lease "
+            f"until {when} and renews it; wait for it to end, or use another --run-id"
+        )
+
+    def _content(self) -> bytes:
+        held = Held(
+            owner=self._owner,
+            host=socket.gethostname(),
+            process=_this_process(),
+            expires=time.time() + self._seconds,
+        )
+        return held.model_dump_json().encode()
+
+    def renew(self) -> None:
+        """Renew it until it is released; meant for a thread of its own."""
+        while not self._ended.wait(self._seconds / 3):
+            begun = time.monotonic()
+            try:
+                version = self._store.swap(KEY, self._content(), self._version)
+            except JobError as error:
+                logs.get().warning("the lease could not be renewed", reason=str(error))
+                version = self._version
+                begun = self._until - self._seconds
+            if self._ended.is_set():
+                return
+            if version is None or time.monotonic() > self._until:
+                self._until = 0.0
+                self._lost("the loss of its lease")
+                return
+            self._version, self._until = version, begun + self._seconds
+
+    def check(self) -> None:
+        """Raise if the lease has been lost, or may have been.
+
+        Raises:
+            Interrupted: another may be at work by now.
+        """
+        if time.monotonic() > self._until:
+            raise Interrupted(
+                f"the lease of {self._what} was lost, or could not be renewed in time; "
+                "run the same command to go on"
+            )
+
+    def release(self) -> None:
+        """Give it back; nothing happens where it was lost."""
+        self._ended.set()
+        with contextlib.suppress(JobError):
+            for _ in range(2):  # a renewal under way may have changed the version
+                found = self._store.read_version(KEY)
+                held = found and _parsed(found[0])
+                if not found or not held or held.owner != self._owner:
+                    return
+                if self._store.swap(KEY, None, found[1]) is not None:
+                    return
+
+
+@contextlib.contextmanager
+def leased(store: Store, what: str, lost: Callable[[str], None]) -> Iterator[Lease]:
+    """Hold the lease of a folder within this block.
+
+    Args:
+        what: names it in messages: "the run doctor-1".
+        lost: called from another thread if the lease is lost.
+
+    Raises:
+        Busy: another has it.
+    """
+    lease = Lease(store, what, lost)
+    lease.take()
+    threading.Thread(target=lease.renew, name="lease", daemon=True).start()
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def _parsed(content: bytes) -> Held | None:
+    try:
+        return Held.model_validate_json(content)
+    except ValidationError:
+        return None
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process was started, in ticks since boot; None if it is none, or a dead one."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _machine() -> str:
+    """This boot of this machine, and the process numbers that count here."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _this_process() -> str:
+    machine, start = _machine(), _start_of(os.getpid())
+    return json.dumps([machine, os.getpid(), start]) if machine and start else ""
+
+
+def _is_gone(held: Held) -> bool:
+    """Whether the owner was a process of this machine that is no more."""
+    try:
+        machine, pid, start = json.loads(held.process)
+    except ValueError:
+        return False
+    return bool(machine == _machine() and _start_of(int(pid)) != start)

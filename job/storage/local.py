@@ -1,0 +1,139 @@
+"""job.storage.local."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from job.errors import EnvironmentProblem, StageError
+from job.storage.base import PARTIAL, Stat, check_key
+
+
+class LocalStore:
+    """A folder of the local file system; missing folders are made when first written to."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    @property
+    def uri(self) -> str:
+        return str(self.root)
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    def read(self, key: str) -> bytes | None:
+        try:
+            return self._path(key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StageError(f"cannot read {self._path(key)}: {error.strerror}") from error
+
+    def write(self, key: str, content: bytes) -> None:
+        def fill(target: Path) -> None:
+            with target.open("wb") as file:
+                file.write(content)
+
+        self._replace(key, fill)
+
+    def upload(self, path: Path, key: str) -> None:
+        self._replace(key, lambda target: shutil.copyfile(path, target))
+
+    def take(self, path: Path, key: str) -> None:
+        self._replace(key, lambda target: shutil.move(path, target))
+
+    def _replace(self, key: str, fill: Any) -> None:
+        """Fill a temporary file beside the target, sync it, and rename it into place."""
+        target = self._path(key)
+        partial = None
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=target.parent)
+            os.close(handle)
+            partial = Path(name)
+            fill(partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            partial.chmod(0o644)
+            partial.replace(target)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise StageError(f"cannot write {target}: {reason}") from error
+        finally:
+            if partial is not None:
+                partial.unlink(missing_ok=True)
+
+    def read_version(self, key: str) -> tuple[bytes, str] | None:
+        content = self.read(key)
+        return None if content is None else (content, hashlib.sha256(content).hexdigest())
+
+    def swap(self, key: str, content: bytes | None, version: str | None) -> str | None:
+        with self._locked(key):
+            found = self.read_version(key)
+            if (found[1] if found else None) != version:
+                return None
+            if content is None:
+                self.delete(key)
+                return ""
+            self.write(key, content)
+            return hashlib.sha256(content).hexdigest()
+
+    @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        """Alone among all processes that would swap a file of this folder."""
+        folder = self._path(key).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"cannot write to {folder}: {error.strerror}; choose another --output"
+            ) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def stat(self, key: str) -> Stat | None:
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        found = path.stat()
+        return Stat(found.st_size, f"{found.st_mtime_ns}-{found.st_size}")
+
+    def download(self, key: str, path: Path, version: str | None = None) -> bool:
+        found = self.stat(key)
+        if found is None or version not in (None, found.version):
+            return False
+        source = self._path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, path)
+        except OSError as error:
+            raise StageError(f"cannot copy {source} to {path}: {error.strerror}") from error
+        return True
+
+    def size(self, key: str) -> int | None:
+        path = self._path(key)
+        return path.stat().st_size if path.is_file() else None
+
+    def list(self, prefix: str = "") -> list[str]:
+        return sorted(key for key in self._keys() if key.startswith(prefix))
+
+    def _keys(self) -> Iterator[str]:
+        for path in self.root.rglob("*"):
+            if path.is_file() and not path.name.startswith(PARTIAL):
+                yield path.relative_to(self.root).as_posix()
+
+    def delete(self, key: str) -> None:
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError as error:
+            raise StageError(f"cannot remove {self._path(key)}: {error.strerror}") from error

@@ -1,0 +1,43 @@
+"""Where a run is kept: a local folder or a Cloud Storage bucket, behind one interface.
+
+Keys are relative POSIX paths. A write is whole or absent: locally through a temporary file
+that is synced and renamed, in a bucket because an object appears only once it is complete.
+"""
+
+from pathlib import Path
+
+from job.errors import UsageError
+from job.storage.base import Store
+from job.storage.local import LocalStore
+
+
+def open_store(uri: str) -> Store:
+    """The store at a local path or a gs://bucket/prefix URI; nothing is created yet."""
+    if uri.startswith("gs://"):
+        name, _, prefix = uri.removeprefix("gs://").partition("/")
+        from job.storage.gcs import BucketStore
+
+        return BucketStore(name, prefix.strip("/"))
+    if "://" in uri:
+        raise UsageError(f"'{uri}' is neither a local folder nor gs://bucket/prefix")
+    return LocalStore(Path(uri))
+
+
+def child_uri(uri: str, name: str) -> str:
+    """The URI of `name` inside `uri`."""
+    return f"{uri.rstrip('/')}/{name}" if uri.startswith("gs://") else str(Path(uri) / name)
+
+
+def read_uri(uri: str) -> bytes:
+    """The content of one object, by its full gs:// URI.
+
+    Raises:
+        UsageError: there is no such object.
+    """
+    parent, _, key = uri.rpartition("/")
+    if not key or parent in ("gs:/", "gs:"):
+        raise UsageError(f"'{uri}' names no object; write gs://bucket/path")
+    content = open_store(parent).read(key)
+    if content is None:
+        raise UsageError(f"there is no object {uri}")
+    return content

@@ -1,0 +1,215 @@
+"""Adapters in PEFT's format: exact both ways, at any rank, and refused where they are more."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.adapters.low_rank import Factors, Matrix, compressed, padded
+from job.adapters.peft_format import (
+    CONFIG,
+    MODEL,
+    PeftAdapter,
+    compress,
+    peft_files,
+    read_peft,
+    uniform,
+)
+from job.adapters.safetensors_io import save_tensors
+from job.errors import StageError, UsageError
+from job.model.language_model import LanguageModel
+
+ATTENTION = Matrix("model.layers.0.self_attn.q_proj", (3, 8, 5), (0, 2), (1,))
+LAYOUTS = [
+    ATTENTION,
+    Matrix("q", (8, 3, 5), (1, 2), (0,)),  # Llama's: hidden first
+    Matrix("o", (3, 5, 8), (2,), (0, 1)),  # heads on the input's side
+    Matrix("turned", (3, 8, 5), (2, 0), (1,)),  # heads after their width
+    Matrix("mlp", (8, 6), (1,), (0,)),
+]
+
+
+def kernel_factors(matrix: Matrix, rank: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    *front, last = matrix.kernel_shape
+    a = generator.normal(size=(*front, rank)).astype(np.float32)
+    return a, generator.normal(size=(rank, last)).astype(np.float32)
+
+
+def adapter(rank: int = 2, scale: float = 1.5) -> PeftAdapter:
+    """Two layers' attention and feed-forward."""
+    modules = {}
+    for layer in range(2):
+        query, up = ATTENTION, Matrix("", (8, 6), (1,), (0,))
+        modules[f"model.layers.{layer}.self_attn.q_proj"] = query.to_matrix(
+            *kernel_factors(query, rank, layer), scale
+        )
+        modules[f"model.layers.{layer}.mlp.up_proj"] = up.to_matrix(
+            *kernel_factors(up, rank, layer + 7), scale
+        )
+    return PeftAdapter("google/gemma", "abc", rank, 0.1, modules)
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def changed(folder: Path, **values: Any) -> Path:
+    path = write(folder, peft_files(adapter())) / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+@pytest.mark.parametrize("matrix", LAYOUTS, ids=lambda matrix: matrix.module)
+@given(rank=st.integers(1, 4), seed=st.integers(0, 9))
+def test_update_of_a_kernel_is_that_of_its_matrix_and_comes_back_to_the_bit(
+    matrix: Matrix, rank: int, seed: int
+) -> None:
+    a, b = kernel_factors(matrix, rank, seed)
+    there = matrix.to_matrix(a, b, 0.5)
+    np.testing.assert_allclose(there.delta(), matrix.of_kernel(0.5 * (a @ b)), atol=1e-5)
+    for factors in (there, padded(there, there.rank + 3)):
+        back_a, back_b = matrix.to_kernel(factors)
+        np.testing.assert_array_equal(back_a, a)
+        np.testing.assert_array_equal(back_b, b)
+
+
+@pytest.mark.parametrize("matrix", LAYOUTS, ids=lambda matrix: matrix.module)
+def test_factors_in_another_basis_come_back_at_the_least_rank(matrix: Matrix) -> None:
+    a, b = kernel_factors(matrix, 2)
+    there = matrix.to_matrix(a, b, 1.0)
+    turn = np.random.default_rng(1).normal(size=(there.rank, there.rank)).astype(np.float32)
+    mixed = Factors(np.linalg.inv(turn) @ there.a, there.b @ turn, 1.0)
+    back_a, back_b = matrix.to_kernel(mixed)
+    assert back_b.shape == b.shape
+    np.testing.assert_allclose(back_a @ back_b, a @ b, atol=1e-4)
+
+
+def test_factors_that_heads_do_not_share_need_a_higher_rank_and_stay_exact() -> None:
+    generator = np.random.default_rng(0)
+    free = Factors(
+        generator.normal(size=(2, 8)).astype(np.float32),
+        generator.normal(size=(15, 2)).astype(np.float32),
+        1.0,
+    )
+    a, b = ATTENTION.to_kernel(free)
+    assert b.shape == (5, 5)
+    np.testing.assert_allclose(ATTENTION.of_kernel(a @ b), free.delta(), atol=1e-5)
+
+
+def test_compression_is_the_nearest_and_says_what_is_lost() -> None:
+    whole = ATTENTION.to_matrix(*kernel_factors(ATTENTION, 2), 1.5)
+    nearest, lost, norm = compressed(whole, 4)
+    difference = np.linalg.norm(nearest.delta() - whole.delta())
+    sizes = np.linalg.svd(whole.delta(), compute_uv=False)
+    assert difference == pytest.approx(np.linalg.norm(sizes[4:]), rel=1e-4)
+    assert (lost, norm) == pytest.approx((difference, np.linalg.norm(sizes)), rel=1e-4)
+    same, lost, _ = compressed(whole, 6)
+    assert lost < 1e-6
+    np.testing.assert_allclose(same.delta(), whole.delta(), atol=1e-5)
+
+
+def test_files_say_ranks_and_alphas_by_layer_and_are_read_back_the_same(tmp_path: Path) -> None:
+    files = peft_files(adapter())
+    config = json.loads(files[CONFIG])
+    assert config["target_modules"] == ["q_proj", "up_proj"]
+    assert (config["r"], config["lora_alpha"]) == (2, 3)
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({"q_proj": 6}, {"q_proj": 9})
+    back = read_peft(write(tmp_path / "a", files))
+    assert peft_files(back) == files == peft_files(adapter())
+
+
+def test_layers_that_differ_are_named_in_full() -> None:
+    made = adapter()
+    first = "model.layers.0.self_attn.q_proj"
+    partly = replace(made, modules={name: f for name, f in made.modules.items() if name != first})
+    config = json.loads(peft_files(partly)[CONFIG])
+    assert config["target_modules"] == sorted(partly.modules)
+    padded_first = {**made.modules, first: padded(made.modules[first], 8)}
+    config = json.loads(peft_files(replace(made, modules=padded_first))[CONFIG])
+    assert config["rank_pattern"] == {first: 8, "model.layers.1.self_attn.q_proj": 6}
+
+
+def test_one_rank_for_all_is_the_same_update() -> None:
+    made = adapter()
+    config = json.loads(peft_files(uniform(made))[CONFIG])
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (6, 9, {})
+    for name, factors in uniform(made).modules.items():
+        np.testing.assert_array_equal(factors.delta(), made.modules[name].delta())
+
+
+def test_compressed_adapter_has_the_rank_asked_for(tmp_path: Path) -> None:
+    small, loss = compress(adapter(), 3)
+    back = read_peft(write(tmp_path / "a", peft_files(small)))
+    assert {factors.rank for factors in back.modules.values()} == {3}
+    assert 0 < loss.whole < loss.worst < 1
+    assert loss.module.endswith("q_proj")
+
+
+def test_half_precision_and_rslora_of_others_are_read(tmp_path: Path) -> None:
+    folder = changed(
+        tmp_path / "a", use_rslora=True, lora_alpha=8, rank_pattern={}, alpha_pattern={}
+    )
+    made = adapter()
+    save_tensors(folder / MODEL, (
+        (f"base_model.model.{name}.lora_{letter}.weight", array.astype(ml_dtypes.bfloat16))
+        for name, factors in made.modules.items()
+        for letter, array in (("A", factors.a), ("B", factors.b))
+    ))  # fmt: skip
+    read = read_peft(folder).modules["model.layers.0.self_attn.q_proj"]
+    assert read.scale == pytest.approx(8 / 6**0.5)
+    expected = made.modules["model.layers.0.self_attn.q_proj"].a
+    np.testing.assert_allclose(read.a, expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "biases"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"peft_type": "IA3"}, "peft_type IA3"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    ],
+)
+def test_adapters_that_are_more_than_lora_are_refused(
+    tmp_path: Path, values: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UsageError, match=named):
+        read_peft(changed(tmp_path / "a", **values))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (MODEL, b"", "not a whole safetensors file"),
+        (MODEL, peft_files(adapter())[MODEL][:-100], "its tensors are cut off"),
+        (MODEL, peft_files(adapter())[MODEL][:100], "its header is cut off"),
+        (CONFIG, b"{", "is not PEFT's"),
+        (CONFIG, b'{"peft_type": "LORA", "r": 0, "lora_alpha": 1}', "is not PEFT's: see r"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    folder = write(tmp_path / "a", peft_files(adapter()))
+    (folder / name).write_bytes(content)
+    with pytest.raises(StageError, match=message):
+        read_peft(folder)
+
+
+def test_every_target_of_the_tiny_model_has_its_layer_in_transformers(make_model: Any) -> None:
+    model: LanguageModel = make_model(
+        targets=("query", "value", "attention_output", "ffw_gating_2")
+    )
+    names = [matrix.module for matrix in model.matrices()]
+    block = "model.layers.5"
+    assert len(names) == 4 * 6
+    assert {f"{block}.self_attn.{x}_proj" for x in "qvo"} | {f"{block}.mlp.up_proj"} <= set(names)

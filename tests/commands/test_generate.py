@@ -1,0 +1,266 @@
+"""`job generate`: the run's tuned model answers as it was trained, or there is one clear error."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from job import cli
+from job.adapters.keras_format import load_adapter
+from job.commands.generate import Wanted, generate_answers
+from job.data.examples import Example
+from job.evals.engine import Engine
+from job.model.language_model import LanguageModel
+from job.pipeline.data_stage import VALIDATION
+from tests.commands.test_export import leave
+from tests.conftest import MakeModel
+
+PROMPT = "I have a headache."
+LIMIT = 12
+DRAWN = 1000
+
+Said = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def model(make_model: MakeModel) -> LanguageModel:
+    return make_model(rank=4, alpha=8)
+
+
+@pytest.fixture(scope="module")
+def run(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose training is done."""
+    folder = tmp_path_factory.mktemp("run")
+    leave(folder, model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answer(run: Path, model: LanguageModel) -> Said:
+    """What the engine says with the adapter's file, or without, after these turns."""
+    engine = Engine(model, 1, 1024)
+    tuned = model.adapted(*load_adapter(run / "adapter/adapter.lora.h5", model.lora))
+
+    def say(
+        prompt: str,
+        history: tuple[tuple[str, str], ...] = (),
+        *,
+        system: str | None = None,
+        base: bool = False,
+    ) -> str:
+        tokens, _ = engine.encode([model.codec.template.dialogue(prompt, system, history)])
+        weights = model.weights if base else tuned
+        return engine.generate(weights, tokens, LIMIT, "test")[0].text
+
+    return say
+
+
+@pytest.fixture
+def generated(run: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, str]]:
+    """Runs the command; its one answer."""
+
+    def generate(**options: object) -> dict[str, str]:
+        wanted = Wanted(**({"max_new_tokens": LIMIT, "as_json": True} | options))  # type: ignore[arg-type]
+        generate_answers(str(run), wanted, PROMPT)
+        said = json.loads(capsys.readouterr().out)
+        return {name: said[name]["text"] for name in ("tuned", "base") if name in said}
+
+    return generate
+
+
+def test_the_tuned_model_answers_and_the_base_beside_it(
+    generated: Callable[..., dict[str, str]], answer: Said
+) -> None:
+    found = generated(base=True)
+    assert found == {"tuned": answer(PROMPT), "base": answer(PROMPT, base=True)}
+    assert found["tuned"] != found["base"]
+    assert generated() == {"tuned": found["tuned"]}
+
+
+@pytest.mark.slow
+def test_drawn_answers_follow_the_seed(generated: Callable[..., dict[str, str]]) -> None:
+    greedy = generated()
+    first = generated(seed=1)
+    assert first == generated(seed=1, temperature=1.0)
+    assert first["tuned"] not in (generated(seed=2)["tuned"], greedy["tuned"])
+    assert generated(top_k=1) == generated(top_p=1e-6) == greedy
+
+
+def test_a_conversation_goes_on_until_it_is_begun_anew(
+    run: Path,
+    answer: Said,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = io.StringIO(f"{PROMPT}\n\nSince yesterday.\n/new\nSince yesterday.\n/quit\nmore\n")
+    monkeypatch.setattr(sys, "stdin", said)
+    generate_answers(str(run), Wanted(LIMIT, as_json=True))
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    first = answer(PROMPT)
+    expected = [first, answer("Since yesterday.", ((PROMPT, first),)), answer("Since yesterday.")]
+    assert [line["tuned"]["text"] for line in found] == expected
+    assert [line["prompt"] for line in found] == [PROMPT, "Since yesterday.", "Since yesterday."]
+
+
+def held_out(run: Path, *systems: str) -> None:
+    """Leave held-out examples with these instructions."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [vars(Example(str(n), system, "a", "b")) for n, system in enumerate(systems)]
+    path = run / VALIDATION
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist([row | {"history": []} for row in rows]), path)
+
+
+def test_the_instruction_is_that_of_the_training_examples(
+    run: Path, answer: Said, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tuned(**options: str) -> tuple[str, str | None]:
+        generate_answers(str(run), Wanted(LIMIT, as_json=True, **options), PROMPT)  # type: ignore[arg-type]
+        said = json.loads(capsys.readouterr().out)
+        return said["tuned"]["text"], said["system"]
+
+    try:
+        held_out(run, "Be brief.", "Be brief.")
+        assert tuned() == (answer(PROMPT, system="Be brief."), "Be brief.")
+        assert tuned(system="Be kind.") == (answer(PROMPT, system="Be kind."), "Be kind.")
+        held_out(run, "Be brief.", "Be long.")
+        assert tuned() == (answer(PROMPT), None)
+    finally:
+        (run / VALIDATION).unlink()
+
+
+def test_a_prompt_is_read_from_a_file_and_the_answer_is_all_that_is_printed(
+    run: Path, answer: Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    generate_answers(str(run), Wanted(LIMIT), None, str(tmp_path / "prompt.txt"))
+    out = capsys.readouterr().out
+    assert out.rstrip("\n") != ""
+    assert "[tuned]" not in out
+    assert "{" not in out or "{" in answer(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--prompt", "a", "--prompt-file", "b"], 2, "two prompts; write one of them"),
+        (["--prompt", " "], 2, "the prompt is empty"),
+        (["--prompt-file", "none.txt"], 2, "--prompt-file none.txt: No such file"),
+        (["--prompt", "a", "--temperature", "0"], 2, "--temperature 0.0: write a number above 0"),
+        (["--prompt", "a", "--top-p", "1.5"], 2, "--top-p 1.5: write a share"),
+        (["--prompt", "a", "--top-k", "0"], 2, "--top-k 0: write 1 or more"),
+        (["--prompt", "a", "--seed", "-1"], 2, "--seed -1: write a number from 0"),
+        (["--prompt", "a", "--max-new-tokens", "0"], 2, "--max-new-tokens 0: write 1 or more"),
+        (["--prompt", "a"], 2, "has no adapter"),
+    ],
+)
+def test_wrong_arguments_and_a_run_without_an_adapter_are_told_in_one_line(
+    options: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "spec.yaml").write_text("name: t\n")
+    monkeypatch.setattr(sys, "argv", ["job", "generate", str(tmp_path), *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (code, "", 1)
+    assert message in err
+
+
+def test_a_damaged_adapter_is_refused(
+    model: LanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    leave(tmp_path / "run", model)
+    path = tmp_path / "run/adapter/adapter.lora.h5"
+    path.write_bytes(path.read_bytes()[:-100])
+    monkeypatch.setattr(sys, "argv", ["job", "generate", str(tmp_path / "run"), "--prompt", "a"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 4
+    assert "does not have the checksum in adapter.json" in capsys.readouterr().err
+
+
+def test_what_a_terminal_would_obey_is_shown_by_name(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("job.chat.tokenizer.TextCodec.decode", lambda codec, tokens: "a\x1b[2Jb\nc")
+    generate_answers(str(run), Wanted(1), PROMPT)
+    assert capsys.readouterr().out == "a\u2039U+001B\u203a[2Jb\nc\n"
+
+
+def drawn(model: LanguageModel, **options: float) -> np.ndarray:
+    """The first tokens of many answers to one prompt."""
+    from job.model.generation import Sampling
+
+    engine = Engine(model, DRAWN, 1024)
+    (tokens,), _ = engine.encode([PROMPT])
+    sampling = Sampling(**options)  # type: ignore[arg-type]
+    rows = engine.drawer(sampling)(
+        model.weights,
+        np.array([tokens] * DRAWN, np.int32),
+        np.full(DRAWN, len(tokens), np.int32),
+        sampling.state(0),
+        limit=1,
+    )
+    return np.asarray(rows)[:, 0]
+
+
+def probabilities(model: LanguageModel, temperature: float = 1.0) -> np.ndarray:
+    tokens, _ = Engine(model, 1, 1024).encode([PROMPT])
+    ids = np.array(tokens, np.int32)
+    hidden = model.plain_hidden(model.weights, ids, np.ones_like(ids))
+    logits = np.asarray(model.logits(model.weights, hidden))[0, -1] / temperature
+    scores = np.exp(logits - logits.max())
+    return scores / scores.sum()
+
+
+@pytest.mark.slow
+def test_tokens_are_drawn_as_often_as_they_are_likely(model: LanguageModel) -> None:
+    expected = probabilities(model, 0.5)
+    found = np.bincount(drawn(model, temperature=0.5), minlength=len(expected)) / DRAWN
+    likely = np.argsort(expected)[-5:]
+    error = np.sqrt(expected * (1 - expected) / DRAWN)
+    assert np.all(np.abs(found - expected)[likely] < 5 * error[likely])
+    assert expected[likely].max() > 0.002
+    assert len(np.unique(drawn(model))) > len(np.unique(drawn(model, temperature=0.2)))
+
+
+@pytest.mark.slow
+def test_only_the_likeliest_tokens_are_drawn_where_that_is_asked(model: LanguageModel) -> None:
+    order = np.argsort(probabilities(model))[::-1]
+    assert set(drawn(model, top_k=3)) == set(order[:3])
+    share = probabilities(model)[order]
+    nucleus = int(np.searchsorted(np.cumsum(share), 0.02)) + 1
+    assert set(drawn(model, top_p=0.02)) <= set(order[: nucleus + 1])
+
+
+@pytest.mark.slow
+def test_both_loops_draw_by_the_seed_alone(model: LanguageModel) -> None:
+    from job.model.generation import Drawn, Sampling
+
+    (tokens,), _ = Engine(model, 1, 1024).encode([PROMPT])
+    ids, lengths = np.array([tokens], np.int32), np.array([len(tokens)], np.int32)
+    for answers in (model.answers, model._kerashub_answers):
+
+        def said(sampling: Sampling | None, answers: Callable[..., object] = answers) -> list[int]:
+            sampler = sampling and sampling.sampler(model.vocabulary)
+            drawn = sampling and Drawn(sampler, jax.numpy.asarray(sampling.state(0)))
+            found = answers(model.weights, ids, lengths, 6, model.codec.stop_ids, drawn)
+            return list(np.asarray(found)[0])
+
+        assert said(Sampling(seed=1)) == said(Sampling(seed=1)) != said(Sampling(seed=2))
+        assert said(Sampling(top_k=1)) == said(None)

@@ -1,0 +1,102 @@
+"""Every prompt is in exactly one batch, whole, and where the batch says it is."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.evals.batching import by_length, even, in_rows, padded_lengths, rounded
+
+prompts = st.lists(
+    st.integers(1, 600).map(lambda length: [length % 50 + 1] * length), min_size=1, max_size=40
+)
+sizes = st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 8]))
+
+
+@given(prompts, sizes)
+def test_batches_of_like_length_hold_every_prompt_once(
+    given: list[list[int]], size: tuple[int, int]
+) -> None:
+    each, devices = size
+    batches = list(by_length(given, each * devices, devices, 0, 100))
+    assert sorted(number for batch in batches for number in batch.prompts) == list(
+        range(len(given))
+    )
+    assert len({len(batch.tokens) for batch in batches}) == 1
+    for batch in batches:
+        assert len(batch.tokens) % devices == 0
+        assert len(batch.tokens) <= each * devices
+        for row, number in enumerate(batch.prompts):
+            length = batch.lengths[row]
+            assert batch.tokens[row, :length].tolist() == given[number]
+            assert not batch.tokens[row, length:].any()
+
+
+@given(prompts, sizes, st.booleans())
+def test_rows_hold_every_prompt_once_and_say_where_it_ends(
+    given: list[list[int]], size: tuple[int, int], packing: bool
+) -> None:
+    each, devices = size
+    batches = list(in_rows(given, each * devices, devices, 100, packing=packing))
+    assert sorted(number for batch in batches for number in batch.prompts) == list(
+        range(len(given))
+    )
+    assert len({batch.ends.shape for batch in batches}) == 1
+    for batch in batches:
+        rows, length = batch.tokens.shape
+        flat = batch.tokens.reshape(devices, rows // devices * length)
+        segments = batch.segments.reshape(devices, rows // devices * length)
+        for number, group, column in zip(batch.prompts, *batch.places, strict=True):
+            end = batch.ends[group, column] + 1
+            begin = end - len(given[number])
+            assert flat[group, begin:end].tolist() == given[number]
+            (segment,) = set(segments[group, begin:end].tolist())
+            assert segment > 0
+            assert begin % length + len(given[number]) <= length
+        assert np.count_nonzero(batch.segments) == sum(len(given[n]) for n in batch.prompts)
+
+
+def test_no_batch_is_left_with_a_few_prompts() -> None:
+    assert even(20, 16, 1) == 10
+    assert even(33, 16, 8) == 16
+    assert even(5, 256, 8) == 8
+    assert even(4183, 256, 8) == 248
+
+
+lengths = st.lists(st.integers(1, 300), min_size=1, max_size=6).map(sorted)
+
+
+@given(lengths, st.integers(1, 4), st.integers(0, 800))
+def test_no_other_choice_of_lengths_costs_less(
+    longest: list[int], rows: int, compilation: int
+) -> None:
+    def cost(padded: Sequence[int]) -> int:
+        return rows * sum(padded) + compilation * len(set(padded))
+
+    found = padded_lengths(longest, rows, compilation)
+    own = [rounded(length) for length in longest]
+    assert all(a >= b for a, b in zip(found, own, strict=True))
+    others = [
+        choice
+        for choice in itertools.product(sorted(set(own)), repeat=len(own))
+        if all(a >= b for a, b in zip(choice, own, strict=True))
+    ]
+    assert cost(found) == min(map(cost, others))
+
+
+def test_a_length_more_must_be_worth_its_compilation() -> None:
+    longest = [40, 100, 100, 230]
+    assert padded_lengths(longest, 16, 0) == [64, 128, 128, 256]
+    assert padded_lengths(longest, 16, 2000) == [128, 128, 128, 256]
+    assert padded_lengths(longest, 16, 1_000_000) == [256] * 4
+
+
+def test_rows_are_no_longer_than_their_prompts_need() -> None:
+    given = [[1] * 94] * 20
+    (one,) = in_rows(given[:1], 4, 1, 100, packing=True)
+    assert one.tokens.shape == (1, 96)
+    # Five prompts a row take 470 tokens.
+    shapes = [batch.tokens.shape for batch in in_rows(given, 16, 1, 100, packing=True)]
+    assert shapes == [(2, 480), (2, 480)]

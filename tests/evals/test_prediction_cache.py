@@ -1,0 +1,80 @@
+"""An evaluation that was stopped goes on behind its last whole batch, with the same answers."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from job.errors import Interrupted
+from job.evals.engine import Engine
+from job.evals.predictions import Progress
+from job.machine.distributed import Processes
+from job.model.language_model import LanguageModel
+from job.storage.local import LocalStore
+
+KEY = "evals/baseline/first/partial.json"
+
+
+def run_in(folder: Path) -> Any:
+    return SimpleNamespace(store=LocalStore(folder), processes=Processes())
+
+
+def stopped_after(batches: int) -> Any:
+    left = iter(range(batches))
+
+    def check() -> None:
+        if next(left, None) is None:
+            raise Interrupted("stopped")
+
+    return check
+
+
+def prompts_of(model: LanguageModel) -> list[list[int]]:
+    return model.codec.encode_prompts([f"{'word ' * n}?" for n in range(1, 8)])
+
+
+def test_generation_goes_on_where_it_stopped(tiny: LanguageModel, tmp_path: Path) -> None:
+    prompts = prompts_of(tiny)
+    whole = Engine(tiny, 2, 512).generate(tiny.weights, prompts, 4, "t")
+
+    run = run_in(tmp_path)
+    with pytest.raises(Interrupted), Progress(run, "baseline", "inputs") as progress:
+        engine = Engine(tiny, 2, 512, stopped_after(2))
+        engine.generate(tiny.weights, prompts, 4, "t", progress.of("first"))
+    assert len(json.loads((tmp_path / KEY).read_text())["batches"]) == 2
+
+    asked: list[int] = []
+    with Progress(run, "baseline", "inputs") as progress:
+        engine = Engine(tiny, 2, 512, lambda: asked.append(1))
+        resumed = engine.generate(tiny.weights, prompts, 4, "t", progress.of("first"))
+    assert resumed == whole
+    assert len(asked) == 2
+    assert not (tmp_path / KEY).exists()
+
+
+def test_letter_scores_come_back_to_the_bit(tiny: LanguageModel, tmp_path: Path) -> None:
+    prompts, letters = prompts_of(tiny), tiny.codec.letter_tokens("ABCD")
+    whole = Engine(tiny, 2, 512).letter_log_probabilities(tiny.weights, prompts, letters, "t")
+    run = run_in(tmp_path)
+    with pytest.raises(ZeroDivisionError), Progress(run, "baseline", "inputs") as progress:
+        Engine(tiny, 2, 512).letter_log_probabilities(
+            tiny.weights, prompts, letters, "t", progress.of("first")
+        )
+        raise ZeroDivisionError
+    with Progress(run, "baseline", "inputs") as progress:
+        engine = Engine(tiny, 2, 512, stopped_after(0))  # nothing is left to ask
+        again = engine.letter_log_probabilities(
+            tiny.weights, prompts, letters, "t", progress.of("first")
+        )
+    assert again.tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"inputs": "other", "batches": {"0": []}}']
+)
+def test_what_is_damaged_or_of_other_inputs_is_not_read(content: bytes, tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    run.store.write(KEY, content)
+    assert Progress(run, "baseline", "inputs").of("first").get(0) is None

@@ -1,0 +1,139 @@
+"""The intervals and tests agree with published and hand-computed values."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job.evals.statistics import bootstrap, finding_of_interval, finding_of_test, mcnemar, wilson
+from job.results import Finding, Interval
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (29, 29, 0.8830, 1.0),
+    ],
+)
+def test_wilson_gives_the_published_intervals(
+    successes: int, trials: int, low: float, high: float
+) -> None:
+    assert wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_without_trials_nothing_is_known() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@given(st.integers(1, 500), st.data())
+def test_wilson_holds_the_proportion_and_mirrors(trials: int, data: st.DataObject) -> None:
+    successes = data.draw(st.integers(0, trials))
+    low, high = wilson(successes, trials)
+    assert 0 <= low <= successes / trials <= high <= 1
+    assert wilson(trials - successes, trials) == pytest.approx((1 - high, 1 - low))
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p_value"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+        (5, 5, 1.0),
+        (5, 0, 2 / 2**5),
+        (6, 0, 2 / 2**6),
+        (0, 10, 2 / 2**10),
+        (10, 2, 2 * (1 + 12 + 66) / 2**12),
+        (7, 3, 2 * (1 + 10 + 45 + 120) / 2**10),
+        (86, 150, 3.716e-05),  # Fay, exact2x2: approval ratings of Agresti 1990
+    ],
+)
+def test_mcnemar_gives_the_exact_p_values(gained: int, lost: int, p_value: float) -> None:
+    assert mcnemar(gained, lost) == pytest.approx(p_value, rel=1e-3)
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_mcnemar_is_two_sided(gained: int, lost: int) -> None:
+    assert mcnemar(gained, lost) == mcnemar(lost, gained)
+    assert 0 < mcnemar(gained, lost) <= 1
+
+
+VALUES = st.lists(st.floats(-1, 1), min_size=1, max_size=40)
+
+
+@given(VALUES, st.integers(0, 99))
+@settings(deadline=None)
+def test_the_interval_holds_the_mean_and_stays_within_the_values(
+    values: list[float], seed: int
+) -> None:
+    found = bootstrap(values, 200, seed)
+    low, high = found.ci95
+    assert found.mean == pytest.approx(math.fsum(values) / len(values))
+    assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12
+
+
+@given(VALUES, st.integers(0, 99))
+@settings(deadline=None)
+def test_the_interval_mirrors_and_moves_with_the_values(values: list[float], seed: int) -> None:
+    low, high = bootstrap(values, 200, seed).ci95
+    mirrored = bootstrap([-value for value in values], 200, seed).ci95
+    moved = bootstrap([value + 3 for value in values], 200, seed).ci95
+    assert mirrored == pytest.approx((-high, -low))
+    assert moved == pytest.approx((low + 3, high + 3))
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
+    values = np.random.default_rng(0).normal(size=100).tolist()
+    assert bootstrap(values, 500, 7) == bootstrap(values, 500, 7)
+    assert bootstrap(values, 500, 7).ci95 != bootstrap(values, 500, 8).ci95
+
+
+def test_one_value_or_equal_values_have_no_spread() -> None:
+    assert bootstrap([0.25], 100, 0).ci95 == (0.25, 0.25)
+    assert bootstrap([1.0] * 50, 100, 0).ci95 == (1.0, 1.0)
+
+
+def test_the_interval_is_that_of_the_normal_distribution_where_there_are_many_values() -> None:
+    values = np.random.default_rng(1).normal(0.2, 1.0, size=6000)
+    low, high = bootstrap(values.tolist(), 2000, 0).ci95
+    error = 1.96 * values.std() / math.sqrt(len(values))
+    assert (low, high) == pytest.approx(
+        (values.mean() - error, values.mean() + error), abs=error * 0.1
+    )
+
+
+def test_the_interval_covers_the_true_mean_about_95_times_in_100() -> None:
+    generator = np.random.default_rng(2)
+    covered = 0
+    for seed in range(400):
+        low, high = bootstrap(generator.normal(1.0, size=60).tolist(), 400, seed).ci95
+        covered += low <= 1.0 <= high
+    assert 360 <= covered <= 392
+
+
+@pytest.mark.parametrize(
+    ("judge", "arguments", "finding"),
+    [
+        (finding_of_test, (0.1, 0.049), "improved"),
+        (finding_of_test, (-0.1, 0.049), "worse"),
+        (finding_of_test, (0.1, 0.05), "no measurable change"),
+        (finding_of_test, (0.0, 0.001), "no measurable change"),
+        (finding_of_test, (-0.1, 1.0), "no measurable change"),
+        (finding_of_interval, ((0.01, 0.2), 10), "improved"),
+        (finding_of_interval, ((-0.2, -0.01), 99), "worse"),
+        (finding_of_interval, ((-0.1, 0.1), 99), "no measurable change"),
+        (finding_of_interval, ((0.0, 0.1), 99), "no measurable change"),
+        (finding_of_interval, ((-0.1, 0.0), 99), "no measurable change"),
+        (finding_of_interval, ((0.01, 0.2), 9), "no measurable change"),
+    ],
+)
+def test_a_change_is_claimed_only_where_it_was_shown(
+    judge: Callable[..., Finding], arguments: tuple[float | int | Interval, ...], finding: Finding
+) -> None:
+    assert judge(*arguments) == finding

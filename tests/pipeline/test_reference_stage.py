@@ -1,0 +1,285 @@
+"""The reference stage: nothing is counted wrong, paid for twice, or told of the key."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from job.errors import Interrupted
+from job.evals import metrics as dialogues
+from job.evals.api_client import KEY
+from job.evals.metrics import score_choices
+from job.evals.predictions import ChoiceLine, DialogueLine, Line, SideLine
+from job.evals.reply_log import FILE, FOLDER
+from job.pipeline.stages import could_do_more
+from job.storage.base import Store
+from job.storage.local import LocalStore
+from job.storage.locations import open_store
+from tests.pipeline.reference_runs import ALL, DIALOGUES, QUESTIONS, ask, run_of, spec_of, stage
+from tests.services.bucket import Bucket
+from tests.services.openrouter import PRICE, Chat, Misbehaviour, OpenRouter
+
+SECRET = "sk-or-v1-" + "0123456789abcdef" * 4
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose data are staged."""
+    folder = tmp_path_factory.mktemp("staged")
+    stage(LocalStore(folder / "runs/r"), str(folder / "runs"))
+    return folder / "runs/r"
+
+
+@pytest.fixture
+def store(staged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
+    monkeypatch.setenv(KEY, SECRET)
+    shutil.copytree(staged, tmp_path / "r")
+    return LocalStore(tmp_path / "r")
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def any_store(
+    request: pytest.FixtureRequest, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Store]:
+    if request.param == "folder":
+        yield store
+        return
+    with Bucket("runs") as service:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", service.url)
+        remote = open_store("gs://runs/team/r")
+        for key in store.list("data/"):
+            remote.write(key, store.read(key) or b"")
+        yield remote
+
+
+def right(chat: Chat) -> str:
+    """The right letter to every question of the samples, and words to other prompts."""
+    text = chat["messages"][-1]["content"]
+    return GOLD[text.split("\n")[0]] if "Answer with the letter" in text else "Drink water."
+
+
+def _gold() -> dict[str, str]:
+    from job.evals.tasks import load_slice
+
+    (entry,) = spec_of("http://localhost").evals.multiple_choice
+    return {q.text.split("\n")[0]: q.gold for q in load_slice(entry).questions}
+
+
+GOLD = _gold()
+
+
+@pytest.fixture
+def service() -> Iterator[OpenRouter]:
+    with OpenRouter(answer=right, key=SECRET) as found:
+        yield found
+
+
+def url(service: OpenRouter) -> str:
+    return f"{service.url}/api/v1"
+
+
+def lines[L: Line](store: Store, name: str, kind: type[L]) -> list[L]:
+    content = store.read(f"evals/reference/{name}/predictions.jsonl")
+    assert content is not None
+    return [kind.model_validate_json(line) for line in content.decode().split("\n") if line]
+
+
+FAILURES: list[Misbehaviour] = [
+    "error", "choice_error", "finish_error", "no_choices", "length", "429", "502",
+]  # fmt: skip
+
+
+def test_every_question_is_answered_by_whom_it_says_and_costs_what_was_billed(
+    store: LocalStore, service: OpenRouter
+) -> None:
+    found = ask(store, spec_of(url(service)))
+    questions = lines(store, "questions", ChoiceLine)
+    assert score_choices(questions).correct == len(questions) == QUESTIONS
+    assert {(line.provider, line.model) for line in questions} == {("Stand-in", "org/model")}
+    result = found.result
+    assert (result.status, result.requests, result.failed, result.lost) == ("complete", ALL, 0, 0)
+    assert result.cost_usd == pytest.approx(service.billed, abs=1e-6)
+    assert result.cost_usd > ALL * PRICE
+    assert not found.open
+    assert store.list(FOLDER) == []
+    assert all(chat["provider"] == {"require_parameters": True} for chat in service.chats)
+    assert all(chat["reasoning"] == {"effort": "none"} for chat in service.chats)
+
+
+@pytest.mark.parametrize("name", [*FAILURES, "cut", "402"])
+def test_a_failure_is_missing_and_never_wrong(
+    name: Misbehaviour, store: LocalStore, service: OpenRouter
+) -> None:
+    service.misbehave = lambda chat: name if len(service.chats) % 3 == 2 else "ok"
+    found = ask(store, spec_of(url(service)))
+    questions = lines(store, "questions", ChoiceLine)
+    scored = score_choices(questions)
+    assert scored.correct == QUESTIONS - scored.missing
+    assert (scored.accuracy, scored.unparsed) == (1.0, 0)
+    assert 0 < scored.missing == sum(line.error is not None for line in questions)
+    held_out = lines(store, "dialogue", DialogueLine)
+    rouge = dialogues.score_dialogues(held_out, 100, 0) if name != "402" else None
+    assert rouge is None or rouge.missing == sum(line.error is not None for line in held_out)
+    result = found.result
+    failed = sum(line.error is not None for line in [*questions, *held_out])
+    failed += sum(line.error is not None for line in lines(store, "side_by_side", SideLine))
+    assert (result.failed, result.status) == (failed, "partial")
+    if name == "cut":
+        assert result.lost == failed
+        assert result.cost_usd < service.billed
+    else:
+        assert result.lost == 0
+        assert result.cost_usd == pytest.approx(service.billed, abs=1e-6)
+    assert found.open == (name != "length")
+
+
+def test_the_next_start_asks_only_what_is_missing(any_store: Store, service: OpenRouter) -> None:
+    service.script.extend(["ok", "502", "no_choices", "ok", "length", "error"])
+    first = ask(any_store, spec_of(url(service)))
+    assert (first.result.requests, first.result.failed, len(service.chats)) == (ALL, 4, ALL)
+    second = ask(any_store, spec_of(url(service)))
+    assert len(service.chats) == ALL + 3
+    result = second.result
+    assert (result.requests, result.failed, result.status) == (ALL + 3, 1, "partial")
+    assert not second.open
+    assert result.cost_usd == pytest.approx(service.billed, abs=1e-6)
+    assert ask(any_store, spec_of(url(service))).result == result
+    assert len(service.chats) == ALL + 3
+    ask(any_store, spec_of(url(service), model="org/other"))
+    assert len(service.chats) == 2 * ALL + 3
+
+
+def test_a_stop_keeps_what_was_answered(any_store: Store, service: OpenRouter) -> None:
+    spec = spec_of(url(service))
+    with tempfile.TemporaryDirectory() as work:
+        run = run_of(any_store, spec, Path(work))
+
+        def stop_at_the_tenth(chat: Chat) -> str:
+            if len(service.chats) == 10:
+                run.stop.requested = "SIGTERM"
+            return right(chat)
+
+        service.answer = stop_at_the_tenth
+        with pytest.raises(Interrupted):
+            ask(any_store, spec, run)
+    asked = len(service.chats)
+    assert 10 <= asked < ALL
+    assert any_store.read("evals/reference/questions/predictions.jsonl") is None
+    service.answer = right
+    found = ask(any_store, spec)
+    assert len(service.chats) == ALL
+    assert (found.result.requests, found.result.status) == (ALL, "complete")
+    assert any_store.list(FOLDER) == []
+
+
+def kill_while_it_waits(store: LocalStore, service: OpenRouter, answers: int) -> str:
+    """Start the stage, let it have so many answers, and kill it; what it printed."""
+    service.faults.add("POST", spoil="stall", skip=answers, times=99)
+    before = len(service.requests)
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.pipeline.reference_runs", store.uri, url(service)],
+        env={**os.environ, KEY: SECRET},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        until = time.monotonic() + 60
+        while kept(store) < answers or len(service.requests) < before + answers + 2:
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.05)
+        arguments = Path(f"/proc/{process.pid}/cmdline").read_text()
+        process.kill()
+        said, _ = process.communicate(timeout=20)
+    service.faults.clear()
+    return said + arguments
+
+
+def kept(store: LocalStore) -> int:
+    return sum((store.read(key) or b"").count(b"\n") for key in store.list(FOLDER))
+
+
+@pytest.mark.slow
+def test_killed_twice_it_asks_only_what_is_missing_and_the_key_is_nowhere(
+    store: LocalStore, service: OpenRouter
+) -> None:
+    said = kill_while_it_waits(store, service, 9)
+    under_way = len(service.chats) - 9
+    assert store.read(FILE) is None
+    service.script.extend(["502"] * 5)
+    first = ask(store, spec_of(url(service)))
+    assert len(service.chats) == ALL + under_way
+    assert (first.result.requests, first.result.failed) == (ALL, 5)
+
+    said += kill_while_it_waits(store, service, 2)
+    again = len(service.chats)
+    found = ask(store, spec_of(url(service)))
+    assert len(service.chats) - again == 3
+    assert (found.result.requests, found.result.status) == (ALL + 5, "complete")
+    assert score_choices(lines(store, "questions", ChoiceLine)).correct == QUESTIONS
+
+    assert SECRET not in said
+    for key in store.list():
+        assert SECRET.encode() not in (store.read(key) or b"")
+    assert SECRET not in repr(service.chats)
+
+
+def test_asking_stops_before_the_budget_is_passed_and_goes_on_with_a_larger_one(
+    store: LocalStore, service: OpenRouter
+) -> None:
+    service.misbehave = lambda chat: "dear"
+    spec = spec_of(url(service), max_usd=0.5)
+    found = ask(store, spec)
+    result = found.result
+    assert 0.25 < result.cost_usd <= 0.5
+    assert result.cost_usd == pytest.approx(service.billed, abs=1e-6)
+    assert result.status == "partial"
+    assert "the budget of 0.5 USD is used up; raise reference.max_usd" in (result.reason or "")
+    assert result.requests == len(service.chats) < ALL
+    assert score_choices(lines(store, "questions", ChoiceLine)).accuracy == 1.0
+
+    outcome = found.model_dump(mode="json")
+    assert spec.reference is not None
+    assert not could_do_more(outcome, spec.reference)
+    for larger in (100.0, None):
+        more = spec_of(url(service), max_usd=larger)
+        assert more.reference is not None
+        assert could_do_more(outcome, more.reference)
+    rest = ask(store, spec_of(url(service), max_usd=100.0))
+    assert len(service.chats) == ALL
+    assert (rest.result.requests, rest.result.status) == (ALL, "complete")
+
+
+def test_without_prices_a_budget_ends_the_asking(store: LocalStore, service: OpenRouter) -> None:
+    service.misbehave = lambda chat: "no_cost"
+    result = ask(store, spec_of(url(service), max_usd=1.0)).result
+    assert (len(service.chats), result.failed) == (1, ALL - 1)
+    assert "remove it" in (result.reason or "")
+    assert ask(store, spec_of(url(service))).result.status == "complete"
+
+
+def test_dialogues_are_answered_within_the_limit_of_the_other_models(
+    store: LocalStore, service: OpenRouter
+) -> None:
+    ask(store, spec_of(url(service)))
+    held_out = lines(store, "dialogue", DialogueLine)
+    assert len(held_out) == DIALOGUES
+    assert {(line.answer, line.tokens, line.finish) for line in held_out} == {
+        ("Drink water.", 2, "stop")
+    }
+    assert [line.rougeL for line in held_out] == [
+        dialogues.rouge_scores(line.expected, line.answer)["rougeL"] for line in held_out
+    ]
+    limits = [chat["max_tokens"] for chat in service.chats]
+    assert (limits.count(48), limits.count(1024)) == (DIALOGUES, ALL - DIALOGUES)
+    failed = held_out[0].model_copy(update={"error": "HTTP 502", "rougeL": 0.0})
+    found = dialogues.compare_dialogues("a", "b", held_out, [failed, *held_out[1:]], 100, 0)
+    assert found is not None
+    assert (found.examples, found.difference) == (DIALOGUES - 1, 0.0)
+    assert dialogues.compare_dialogues("a", "b", held_out, [], 100, 0) is None

@@ -1,0 +1,385 @@
+"""A run is kept whole or not at all, in a folder and in a bucket alike."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.errors import EnvironmentProblem, StageError, UsageError
+from job.runtime.watchdog import PULSE
+from job.storage.base import Store, check_key, file_sha256
+from job.storage.gcs import BucketStore
+from job.storage.local import LocalStore
+from job.storage.locations import child_uri, open_store, read_uri
+from tests.services.bucket import Bucket
+
+Call = Callable[[Store, str, Path], object]
+
+CALLS: dict[str, Call] = {
+    "read": lambda store, key, path: store.read(key),
+    "write": lambda store, key, path: store.write(key, b"new"),
+    "size": lambda store, key, path: store.size(key),
+    "delete": lambda store, key, path: store.delete(key),
+    "download": lambda store, key, path: store.download(key, path.with_name("copy")),
+    "upload": lambda store, key, path: store.upload(path, key),
+    "take": lambda store, key, path: store.take(path, key),
+}
+OBJECTS = "/b/runs/o"
+"""What the paths of all requests for objects hold."""
+OUTSIDE = ["", ".", "..", "../up", "a/../../up", "/etc/hosts", "a\\..\\b", "a\0b"]
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    with Bucket("runs") as service:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", service.url)
+        yield service
+
+
+@pytest.fixture
+def remote(bucket: Bucket) -> Store:
+    return open_store("gs://runs/team/doctor-1")
+
+
+@pytest.fixture(params=["folder", "bucket", "whole bucket"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "folder":
+        return open_store(str(tmp_path / "runs" / "doctor-1"))
+    request.getfixturevalue("bucket")
+    return open_store("gs://runs/team/doctor-1" if request.param == "bucket" else "gs://runs")
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "run")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(b"from a file")
+    return path
+
+
+def test_what_is_written_is_read_and_replaced(store: Store) -> None:
+    content = bytes(range(256)) * 50
+    store.write("a/b.bin", content)
+    store.write("empty", b"")
+    assert (store.read("a/b.bin"), store.size("a/b.bin")) == (content, len(content))
+    assert (store.read("empty"), store.size("empty")) == (b"", 0)
+    store.write("a/b.bin", b"shorter")
+    assert (store.read("a/b.bin"), store.size("a/b.bin")) == (b"shorter", 7)
+
+
+def test_files_are_listed_by_prefix_in_order(store: Store) -> None:
+    for key in ("stages/train.json", "data/x", "data/ä b.json", "stages/data.json", "database"):
+        store.write(key, b"")
+    assert store.list("stages/") == ["stages/data.json", "stages/train.json"]
+    assert store.list("data") == ["data/x", "data/ä b.json", "database"]
+    assert store.list("none/") == []
+    assert len(store.list()) == 5
+
+
+def test_files_go_up_and_come_down(store: Store, file: Path, tmp_path: Path) -> None:
+    store.upload(file, "deep/down/file")
+    assert store.read("deep/down/file") == b"from a file"
+    file.write_bytes(b"changed")
+    store.upload(file, "deep/down/file")
+    target = tmp_path / "new" / "folder" / "file"
+    assert store.download("deep/down/file", target)
+    assert target.read_bytes() == b"changed"
+    assert file_sha256(target) == file_sha256(file)
+
+
+def test_a_file_that_is_taken_is_gone_from_where_it_was(store: Store, file: Path) -> None:
+    content = file.read_bytes()
+    store.write("a", b"old")
+    store.take(file, "a")
+    assert store.read("a") == content
+    assert not file.exists()
+
+
+def test_what_is_missing_is_none_and_deleting_it_is_no_error(store: Store, tmp_path: Path) -> None:
+    assert store.list() == []
+    assert store.read("a/none") is None
+    assert store.size("a/none") is None
+    assert not store.download("a/none", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    store.delete("a/none")
+    store.write("a/some", b"1")
+    store.delete("a/some")
+    store.delete("a/some")
+    assert store.read("a/some") is None
+    assert store.list() == []
+
+
+def test_a_part_of_a_path_is_no_file(store: Store) -> None:
+    store.write("a/b", b"1")
+    assert store.size("a") is None
+    assert store.read("a/b/c") is None
+    assert store.size("a/b/c") is None
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_a_key_that_leaves_the_folder_is_refused(call: Call, store: Store, file: Path) -> None:
+    for key in OUTSIDE:
+        with pytest.raises(StageError, match="not a path inside the run's folder"):
+            call(store, key, file)
+
+
+@given(
+    st.lists(st.sampled_from(["a", ".", "..", "/", "//", "\\", "b c", "~", "%2e%2e"]), max_size=6)
+)
+def test_a_key_that_is_accepted_stays_inside(parts: list[str]) -> None:
+    try:
+        key = check_key("/".join(parts))
+    except StageError:
+        return
+    assert os.path.normpath(f"/runs/one/{key}").startswith("/runs/one/")
+
+
+def test_a_local_write_that_fails_leaves_no_part_of_it(local: LocalStore, file: Path) -> None:
+    local.write("blocked", b"a file where a folder is needed")
+    with pytest.raises(StageError, match=r"cannot write .*blocked/a"):
+        local.write("blocked/a", b"1")
+    with pytest.raises(StageError, match=r"cannot write .*blocked/a"):
+        local.upload(file, "blocked/a")
+    assert [path.name for path in local.root.rglob("*")] == ["blocked"]
+    with pytest.raises(StageError, match="cannot write"):
+        LocalStore(local.root / "blocked").write("a", b"1")
+    assert local.read("blocked") == b"a file where a folder is needed"
+
+
+def test_a_local_write_that_fails_half_way_keeps_the_old_file(
+    local: LocalStore, tmp_path: Path
+) -> None:
+    local.write("kept", b"old")
+    local.write("folder/in", b"1")
+    with pytest.raises(StageError, match=r"cannot write .*kept"):
+        local.upload(tmp_path / "no such file", "kept")
+    with pytest.raises(StageError, match=r"cannot write .*folder"):
+        local.write("folder", b"2")
+    assert local.read("kept") == b"old"
+    assert sorted(path.name for path in local.root.rglob("*")) == ["folder", "in", "kept"]
+
+
+def test_a_file_that_was_being_written_when_the_machine_died_is_not_listed(
+    local: LocalStore,
+) -> None:
+    local.write("data/whole", b"1")
+    (local.root / "data" / ".partial-x1").write_bytes(b"half")
+    assert local.list() == ["data/whole"]
+
+
+def test_a_local_file_can_be_read_by_others(local: LocalStore) -> None:
+    local.write("report.html", b"1")
+    assert (local.root / "report.html").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_relative_folder_stays_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = open_store("runs")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    store.write("a", b"1")
+    assert store.uri == str(tmp_path / "runs")
+    assert (tmp_path / "runs" / "a").read_bytes() == b"1"
+
+
+def test_objects_lie_under_the_prefix_and_others_are_not_seen(
+    bucket: Bucket, remote: Store
+) -> None:
+    bucket.put("runs", "team/doctor-10/a", b"another run")
+    bucket.put("runs", "a", b"no run")
+    remote.write("a", b"mine")
+    assert remote.list() == ["a"]
+    remote.delete("a")
+    assert bucket.names("runs") == ["a", "team/doctor-10/a"]
+
+
+def test_a_large_object_survives_an_outage_half_way(
+    bucket: Bucket, remote: Store, tmp_path: Path
+) -> None:
+    content = os.urandom(9 * 1024 * 1024)
+    (tmp_path / "big").write_bytes(content)
+    bucket.faults.add("PUT /upload", cut_after=0)
+    remote.upload(tmp_path / "big", "big")
+    assert len(bucket.requested("POST /upload")) == 1
+    bucket.faults.add("alt=media", cut_after=5_000_000)
+    assert remote.download("big", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == content
+    assert bucket.faults.pending == []
+
+
+def test_a_burst_of_503_is_survived_by_every_call(
+    bucket: Bucket, remote: Store, file: Path
+) -> None:
+    bucket.faults.add(OBJECTS, status=503, times=2)
+    remote.write("a", b"1")
+    for call in ("upload", "read", "size", "delete"):
+        bucket.faults.add(OBJECTS, status=503)
+        CALLS[call](remote, "a", file)
+    bucket.faults.add(OBJECTS, status=503)
+    assert remote.list() == []
+    assert bucket.faults.pending == []
+    assert bucket.names("runs") == []
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_a_403_names_the_object_and_the_role_that_is_missing(
+    call: Call, bucket: Bucket, remote: Store, file: Path
+) -> None:
+    bucket.faults.add(OBJECTS, status=403, times=9)
+    with pytest.raises(EnvironmentProblem, match=r"roles/storage\.objectUser") as refused:
+        call(remote, "a.json", file)
+    assert "gs://runs/team/doctor-1/a.json" in str(refused.value)
+    assert refused.value.exit_code == 3
+    assert len(bucket.requested(OBJECTS)) == 1
+
+
+def test_a_403_on_a_listing_names_the_role_too(bucket: Bucket, remote: Store) -> None:
+    bucket.faults.add(OBJECTS, status=403, times=9)
+    with pytest.raises(EnvironmentProblem, match=r"not allowed to list .*storage\.objectUser"):
+        remote.list()
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_a_bucket_that_is_not_there_is_no_missing_file(
+    call: Call, bucket: Bucket, file: Path
+) -> None:
+    with pytest.raises(EnvironmentProblem, match="there is no bucket gs://none; create it"):
+        call(open_store("gs://none/runs"), "a", file)
+    with pytest.raises(EnvironmentProblem, match="there is no bucket gs://none"):
+        open_store("gs://none/runs").list()
+
+
+def test_a_request_that_is_refused_for_good_is_a_stage_error(bucket: Bucket, remote: Store) -> None:
+    bucket.faults.add(OBJECTS, status=400)
+    with pytest.raises(StageError, match="cannot write gs://runs/team/doctor-1/a"):
+        remote.write("a", b"1")
+
+
+def test_one_object_is_read_by_its_uri(bucket: Bucket) -> None:
+    bucket.put("runs", "specs/doctor.yaml", b"name: doctor")
+    bucket.put("runs", "top.yaml", b"name: top")
+    assert read_uri("gs://runs/specs/doctor.yaml") == b"name: doctor"
+    assert read_uri("gs://runs/top.yaml") == b"name: top"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("gs://runs/none.yaml", "there is no object gs://runs/none.yaml"),
+        ("gs://runs", "names no object"),
+        ("gs://runs/", "names no object"),
+        ("gs://", "names no object"),
+        ("gs:///a", "needs a bucket"),
+        ("s3://runs/a", "neither a local folder nor gs://"),
+        ("", "names no object"),
+    ],
+)
+def test_a_uri_that_names_nothing_is_a_wrong_argument(
+    uri: str, message: str, bucket: Bucket
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        read_uri(uri)
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://b/runs", "file:///runs", "http://host/runs", "gs://", "gs:///r"]
+)
+def test_a_store_of_another_kind_is_refused(uri: str) -> None:
+    with pytest.raises(UsageError):
+        open_store(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "kind", "shown"),
+    [
+        ("gs://runs", BucketStore, "gs://runs"),
+        ("gs://runs/", BucketStore, "gs://runs"),
+        ("gs://runs/a/b/", BucketStore, "gs://runs/a/b"),
+        ("/data/runs/", LocalStore, "/data/runs"),
+    ],
+)
+def test_a_store_says_where_it_is(uri: str, kind: type, shown: str) -> None:
+    store = open_store(uri)
+    assert (type(store), store.uri) == (kind, shown)
+
+
+@pytest.mark.parametrize(
+    ("uri", "child"),
+    [
+        ("gs://runs", "gs://runs/one"),
+        ("gs://runs/a/", "gs://runs/a/one"),
+        ("runs", "runs/one"),
+        ("./runs/", "runs/one"),
+        ("/", "/one"),
+    ],
+)
+def test_a_child_lies_inside(uri: str, child: str) -> None:
+    assert child_uri(uri, "one") == child
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [(404, {}), (410, {}), (308, {}), (308, {"Range": "bytes=0-262143"})],
+    ids=["not found", "gone", "kept nothing", "kept a part"],
+)
+def test_an_upload_that_is_lost_half_way_begins_again(
+    status: int, headers: dict[str, str], bucket: Bucket, remote: Store, tmp_path: Path
+) -> None:
+    content = os.urandom(9 * 1024 * 1024)
+    (tmp_path / "big").write_bytes(content)
+    bucket.faults.add("PUT /upload", status=status, headers=headers)
+    remote.upload(tmp_path / "big", "big")
+    assert remote.read("big") == content
+    assert len(bucket.requested("POST /upload")) == 2
+
+
+def test_the_project_that_pays_is_named_in_every_request(
+    bucket: Bucket, remote: Store, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOB_USER_PROJECT", "payer")
+    for call in CALLS.values():
+        call(remote, "a", file)
+    remote.list()
+    assert {request.query.get("userProject") for request in bucket.requests} == {"payer"}
+
+
+def test_an_emulator_is_named_with_or_without_a_scheme(
+    bucket: Bucket, remote: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket.url.removeprefix("http://"))
+    remote.write("a", b"1")
+    assert bucket.names("runs") == ["team/doctor-1/a"]
+
+
+def test_without_credentials_the_way_to_them_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    with pytest.raises(EnvironmentProblem, match="gcloud auth application-default login"):
+        open_store("gs://runs/r").read("a")
+
+
+def test_only_the_bytes_of_transfers_count_as_progress(
+    remote: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats: list[None] = []
+    monkeypatch.setattr(PULSE, "beat", lambda: beats.append(None))
+    version = remote.swap("lease", b"1", None)
+    remote.swap("lease", b"2", version)
+    assert not beats  # or a lease that is renewed would hide a job that hangs
+    (tmp_path / "big").write_bytes(bytes(9 * 1024 * 1024))
+    remote.upload(tmp_path / "big", "big")
+    sent = len(beats)
+    assert sent >= 2
+    remote.download("big", tmp_path / "copy")
+    assert len(beats) > sent + 2
