@@ -12,9 +12,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from job import __version__
-from job.errors import EXIT_RESUMABLE, Interrupted, JobError
+from job.errors import EXIT_RESUMABLE, JobError, RunStoppedError
 from job.runtime.logs import Redactor
-from job.runtime.signals import end_now
+from job.runtime.signals import exit_now
 
 app = typer.Typer(
     name="job",
@@ -88,7 +88,8 @@ def validate(
     spec: SpecArgument,
     overrides: SetOption = None,
     portable: Annotated[
-        bool, typer.Option("--portable", help="Refuse what only this machine has, like its files.")
+        bool,
+        typer.Option("--portable", help="Refuse what only this machine has, like its files."),
     ] = False,
     write: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the spec with all that was set.")
@@ -131,11 +132,11 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a run would do, need and cost, without starting it."""
-    from job.commands.plan import Asked, plan_job
+    from job.commands.plan import PlanOptions, plan_job
     from job.plan.text import render, render_table
     from job.spec.load import load_spec
 
-    asked = Asked(tuple(on or ()), table, compile_, examples, tokens, mfu)
+    asked = PlanOptions(tuple(on or ()), table, compile_, examples, tokens, mfu)
     found = plan_job(load_spec(spec, overrides or []), asked)
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
@@ -153,10 +154,13 @@ def accelerators(
     """Say how machines are ordered: cloud names, quotas, list prices."""
     from dataclasses import asdict
 
-    from job.machine.accelerators import ACCELERATORS, machine, order, slices
+    from job.machine.accelerators import ACCELERATORS, machine_order, machine_sizes, parse_machine
 
-    wanted = [machine(name) for name in names or ()]
-    found = [order(one) for one in wanted or [size for a in ACCELERATORS for size in slices(a)]]
+    wanted = [parse_machine(name) for name in names or ()]
+    found = [
+        machine_order(one)
+        for one in wanted or [size for a in ACCELERATORS for size in machine_sizes(a)]
+    ]
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in found], indent=2))
         return
@@ -238,9 +242,9 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line an answer.")] = False,
 ) -> None:
     """Let a run's tuned model answer, once or in a conversation."""
-    from job.commands.generate import Wanted, generate_answers
+    from job.commands.generate import GenerateOptions, generate_answers
 
-    wanted = Wanted(max_new_tokens, base, system, temperature, top_p, top_k, seed, as_json)
+    wanted = GenerateOptions(max_new_tokens, base, system, temperature, top_p, top_k, seed, as_json)
     generate_answers(run_uri, wanted, prompt, prompt_file)
 
 
@@ -277,7 +281,7 @@ def main() -> NoReturn:
         sys.exit(app())
     except JobError as error:
         message, code = str(error), error.exit_code
-    except Interrupted as stopped:
+    except RunStoppedError as stopped:
         message, code = str(stopped), EXIT_RESUMABLE
     sys.stderr.write(f"error: {Redactor(os.environ).text(message)}\n")
     _end(code)
@@ -291,5 +295,5 @@ def _end(code: int) -> NoReturn:
     )
     busy = ahead is not None and ahead.is_compiling()
     if processes is not None and (busy or processes.is_joined()):
-        end_now(code)
+        exit_now(code)
     sys.exit(code)

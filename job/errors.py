@@ -48,7 +48,7 @@ class SpecError(UsageError):
         super().__init__("\n".join(str(problem) for problem in problems))
 
 
-class EnvironmentProblem(JobError):
+class SetupError(JobError):
     """The machine is not what the spec asks for: backend, platform, devices, credentials."""
 
     exit_code = EXIT_ENVIRONMENT
@@ -60,7 +60,7 @@ class StageError(JobError):
     exit_code = EXIT_STAGE
 
 
-class Interrupted(BaseException):
+class RunStoppedError(BaseException):
     """Stopped early on request; the same command goes on from what was kept.
 
     Not an `Exception`, so that no library takes it for a failure of its own.

@@ -174,7 +174,7 @@ class Comparison(PairedTest):
     and this share of them that only one model gets right; null: none would be."""
 
 
-class MultipleChoice(Record):
+class MultipleChoiceResult(Record):
     name: str
     scoring: Literal["letters", "generate"]
     dataset: str
@@ -213,7 +213,7 @@ class DialogueScore(Record):
     """Prompts without an answer."""
 
 
-class Nulls(Record):
+class TrivialBaselines(Record):
     """ROUGE-L of answers that know nothing: any real score must beat these."""
 
     echoed_prompt: Estimate
@@ -227,7 +227,7 @@ class DialogueComparison(PairedTest):
     examples: int
 
 
-class Marker(Record):
+class StyleTrait(Record):
     """A trait of style: the share of answers that show it, by phrases the spec lists."""
 
     name: str
@@ -241,9 +241,9 @@ class Dialogue(Record):
     examples: int
     max_new_tokens: int
     models: dict[str, DialogueScore]
-    nulls: Nulls
+    nulls: TrivialBaselines
     comparison: DialogueComparison
-    markers: list[Marker] = []
+    markers: list[StyleTrait] = []
     reference_comparison: DialogueComparison | None = None
     """The reference against the tuned model, where it was asked."""
 
@@ -256,7 +256,7 @@ class SideBySide(Record):
 
 
 class Evaluation(Record):
-    multiple_choice: list[MultipleChoice]
+    multiple_choice: list[MultipleChoiceResult]
     dialogue: Dialogue | None
     side_by_side: list[SideBySide]
 
@@ -268,7 +268,7 @@ class ReferenceTokens(Record):
     reasoning: int = 0
 
 
-class Reference(Record):
+class ReferenceResult(Record):
     model: str | None
     provider: list[str]
     local: Literal[False] = False
@@ -312,6 +312,6 @@ class Results(Record):
     data: DataInfo
     training: Training
     evaluation: Evaluation
-    reference: Reference
+    reference: ReferenceResult
     artifacts: list[Artifact]
     cost: Cost

@@ -62,7 +62,7 @@ def make_model() -> MakeModel:
     import numpy as np
     from jax.sharding import Mesh
 
-    from job.model.load import load
+    from job.model.load import load_model
     from job.spec.schema import Lora, Model
 
     def make(
@@ -77,7 +77,7 @@ def make_model() -> MakeModel:
         lora = Lora(rank=rank, alpha=alpha, targets=list(targets))
         model = Model(preset=preset, dtype="float32", lora=lora)
         mesh = np.array(jax.devices()[: devices * split]).reshape(devices, split)
-        return load(model, 0, Mesh(mesh, ("data", "model")))
+        return load_model(model, 0, Mesh(mesh, ("data", "model")))
 
     return make
 

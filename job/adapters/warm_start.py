@@ -27,7 +27,7 @@ Found = Mapping[int, tuple[np.ndarray, np.ndarray, float]]
 """A, B and their factor, by the number of the layer."""
 
 
-def initial_lora(run: Run, model: LanguageModel) -> LoraWeights:
+def starting_lora(run: Run, model: LanguageModel) -> LoraWeights:
     """What the spec says to start from.
 
     Raises:

@@ -23,7 +23,7 @@ CONTROL_PATTERN = (
 _CONTROL = re.compile(CONTROL_PATTERN)
 
 
-def neutralise(text: str) -> str:
+def neutralize(text: str) -> str:
     """`text` with every control token of the known chat formats broken by a space."""
     while True:
         broken = _CONTROL.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
@@ -53,9 +53,9 @@ class ChatTemplate:
         Gemma has no system role; its documentation puts the instruction at the beginning of
         the user's turn (https://ai.google.dev/gemma/docs/core/prompt-structure).
         """
-        text = neutralise(prompt).strip()
+        text = neutralize(prompt).strip()
         if system:
-            text = f"{neutralise(system).strip()}\n\n{text}"
+            text = f"{neutralize(system).strip()}\n\n{text}"
         return f"{self.before}{text}{self.after}"
 
     def turns(
@@ -76,7 +76,7 @@ class ChatTemplate:
         """All that a model is given before it answers: prompts and answers in turn."""
         texts = self.turns(prompt, system, history)
         for place, (_, answer) in enumerate(history):
-            texts.insert(2 * place + 1, neutralise(answer))
+            texts.insert(2 * place + 1, neutralize(answer))
         return texts
 
     @property

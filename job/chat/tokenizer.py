@@ -9,14 +9,14 @@ from job.errors import UsageError
 
 
 @dataclass(frozen=True)
-class LetterTokens:
+class OptionTokens:
     """The letters of options as tokens: what all of them begin with, and the one each ends in."""
 
     shared: list[int]
     ids: list[int]
 
 
-class TextCodec:
+class ChatTokenizer:
     """A KerasHub tokenizer and a chat template as one thing.
 
     A prompt and a response are tokenized apart and joined, so that training sees the very
@@ -73,7 +73,7 @@ class TextCodec:
         kept = [token for token in tokens if token not in self._control]
         return str(self._tokenizer.detokenize(kept)) if kept else ""
 
-    def letter_tokens(self, letters: str, before: str = "", space: str = "") -> LetterTokens:
+    def letter_tokens(self, letters: str, before: str = "", space: str = "") -> OptionTokens:
         """How the letters are written as answers.
 
         Args:
@@ -92,7 +92,7 @@ class TextCodec:
                 "evals: this model's tokenizer does not have the letters as single tokens; "
                 "use scoring: generate"
             )
-        return LetterTokens(shared, ids)
+        return OptionTokens(shared, ids)
 
 
 def choose_template(tokenizer: Any, wanted: str) -> ChatTemplate:

@@ -26,7 +26,7 @@ from job.spec.fields import template_fields
 from job.spec.schema import Mesh, Runtime
 
 if TYPE_CHECKING:
-    from job.evals.engine import Engine, Generated
+    from job.evals.engine import Engine, Generation
     from job.model.generation import Sampling
     from job.model.lora import Weights
 
@@ -39,7 +39,7 @@ _NEW, _QUIT = "/new", "/quit"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GenerateOptions:
     """The options of the command."""
 
     max_new_tokens: int = 256
@@ -89,7 +89,7 @@ class Wanted:
 
 
 def generate_answers(
-    uri: str, wanted: Wanted, prompt: str | None = None, prompt_file: str | None = None
+    uri: str, wanted: GenerateOptions, prompt: str | None = None, prompt_file: str | None = None
 ) -> None:
     """Answer one prompt, or each line of a conversation on standard input.
 
@@ -110,7 +110,7 @@ def generate_answers(
         if text is not None:
             conversation.say(text)
             return
-        with contextlib.suppress(KeyboardInterrupt), STOP.conversing():
+        with contextlib.suppress(KeyboardInterrupt), STOP.interactive():
             for said in _lines_said():
                 if said == _NEW:
                     conversation.begin()
@@ -161,20 +161,20 @@ class _Models:
     weights: dict[str, "Weights"]
 
 
-def _load(run: TrainedRun, wanted: Wanted) -> _Models:
+def _load(run: TrainedRun, wanted: GenerateOptions) -> _Models:
     """The tuned model, and the base where it is wanted, on the devices of this machine."""
     devices.start_freely()
     import jax
 
     from job.adapters.keras_format import load_adapter
     from job.evals.engine import Engine
-    from job.model.load import load
+    from job.model.load import load_model
 
     split = run.spec.runtime.mesh.model
     split = split if split <= len(jax.devices()) else 1
     mesh = devices.make_mesh(Runtime(mesh=Mesh(data=1, model=split)))
     path = run.file(H5)
-    model = load(run.spec.model, run.spec.seed, mesh, run.revisions)
+    model = load_model(run.spec.model, run.spec.seed, mesh, run.revisions)
     check_model(run.info, run.spec.model.preset, model.family, "job generate")
     weights = {"tuned": model.adapted(*load_adapter(path, model.lora))}
     if wanted.base:
@@ -212,7 +212,7 @@ class _Conversation:
     """Turns, each model's own."""
 
     models: _Models
-    wanted: Wanted
+    wanted: GenerateOptions
     system: str | None
     wrap: Callable[[str], str]
     turns: dict[str, Turns] = field(default_factory=dict)
@@ -232,7 +232,7 @@ class _Conversation:
         self.said += 1
         self._print(text, answers)
 
-    def _answer(self, name: str, prompt: str) -> "Generated":
+    def _answer(self, name: str, prompt: str) -> "Generation":
         engine = self.models.engine
         history = self.turns.get(name, [])
         tokens, cut = engine.encode([self.models.template.dialogue(prompt, self.system, history)])
@@ -250,7 +250,7 @@ class _Conversation:
         )
         return answer
 
-    def _print(self, said: str, answers: "dict[str, Generated]") -> None:
+    def _print(self, said: str, answers: "dict[str, Generation]") -> None:
         if self.wanted.as_json:
             document: dict[str, Any] = {"prompt": said, "system": self.system}
             for name, answer in answers.items():

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pydantic import ValidationError
 
 from job.errors import JobError, UsageError
-from job.machine.accelerators import Machine, machine, slices
-from job.pipeline.run import Marker, Preflight
+from job.machine.accelerators import Machine, machine_sizes, parse_machine
+from job.pipeline.run import Preflight, StageRecord
 from job.pipeline.runner import stale_stages
-from job.pipeline.stages import STAGES, read_markers, stage_digests
+from job.pipeline.stages import STAGES, read_stage_records, stage_digests
 from job.plan.estimate import MFU
 from job.plan.model_shape import Config, find_config
 from job.plan.plan import MachinePlan, Plan, default_machine, make_plan
@@ -25,7 +25,7 @@ from job.storage.locations import child_uri, open_store
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanOptions:
     """The options of the command."""
 
     on: Sequence[str] = ()
@@ -38,7 +38,7 @@ class Asked:
     mfu: float = MFU
 
 
-def plan_job(loaded: LoadedSpec, asked: Asked) -> Plan:
+def plan_job(loaded: LoadedSpec, asked: PlanOptions) -> Plan:
     """The plan of a spec, from its preset's configuration and what its run has left.
 
     Raises:
@@ -50,7 +50,7 @@ def plan_job(loaded: LoadedSpec, asked: Asked) -> Plan:
         if number is not None and number < 1:
             raise UsageError(f"{option} {number}: write a number above 0")
     spec = loaded.spec
-    machines = [machine(name) for name in asked.on] or [default_machine(spec)]
+    machines = [parse_machine(name) for name in asked.on] or [default_machine(spec)]
     if asked.sizes:
         machines = _all_sizes(machines)
     config = find_config(spec.model)
@@ -87,7 +87,7 @@ def _standing(spec: Spec, store: Store) -> tuple[list[str], DataInfo | None, tup
     A plan needs no credentials: a bucket that cannot be read counts as empty, and that is said.
     """
     try:
-        markers = read_markers(store)
+        markers = read_stage_records(store)
         stale = stale_stages(spec, store, markers, stage_digests(spec, _revisions(markers)))
     except JobError as error:
         return [stage.name for stage in STAGES], None, (f"nothing is done yet ({error})",)
@@ -107,7 +107,7 @@ def _compiled(spec: Spec, config: Config, found: MachinePlan, work: Workload) ->
     """A machine's plan with its programs, compiled for the mesh that the plan says."""
     from job.machine import devices
 
-    wanted = machine(found.machine)
+    wanted = parse_machine(found.machine)
     mesh = Mesh(data=found.mesh["data"], model=found.mesh["model"])
     update = {"runtime": spec.runtime.model_copy(update={"mesh": mesh})}
     with devices.compiling_for(wanted) as chips:
@@ -126,16 +126,16 @@ def _compiled(spec: Spec, config: Config, found: MachinePlan, work: Workload) ->
 
 def _all_sizes(machines: Sequence[Machine]) -> list[Machine]:
     kinds = {m.accelerator.name: m.accelerator for m in machines}
-    return [size for kind in kinds.values() for size in slices(kind)]
+    return [size for kind in kinds.values() for size in machine_sizes(kind)]
 
 
-def _revisions(markers: dict[str, Marker]) -> dict[str, str]:
+def _revisions(markers: dict[str, StageRecord]) -> dict[str, str]:
     with contextlib.suppress(ValidationError, KeyError):
         return Preflight.model_validate(markers["preflight"].outcome).revisions
     return {}
 
 
-def _found(markers: dict[str, Marker]) -> DataInfo | None:
+def _found(markers: dict[str, StageRecord]) -> DataInfo | None:
     with contextlib.suppress(ValidationError, KeyError):
         return DataInfo.model_validate(markers["data"].outcome)
     return None

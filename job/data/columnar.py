@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from job.data.blocks import Block, Row
-from job.data.examples import SEPARATOR, Dropped, Example, ExampleMapper, Turn, dialogue
+from job.data.examples import SEPARATOR, Example, ExampleMapper, RowDroppedError, Turn, dialogue
 from job.spec.fields import template_parts
 
 HISTORY = pa.list_(pa.struct([("prompt", pa.string()), ("response", pa.string())]))
@@ -21,7 +21,7 @@ _SPACE = "".join(chr(c) for c in range(sys.maxunicode + 1) if chr(c).isspace())
 
 
 @dataclass(frozen=True)
-class Mapped:
+class ExampleColumns:
     """The examples of a block in columns of equal length, and the rows that gave none."""
 
     rows: np.ndarray
@@ -36,12 +36,12 @@ class Mapped:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, chosen: np.ndarray) -> "Mapped":
+    def take(self, chosen: np.ndarray) -> "ExampleColumns":
         """The examples where the boolean mask `chosen` is set."""
         if chosen.all():
             return self
         mask = pa.array(chosen)
-        return Mapped(
+        return ExampleColumns(
             self.rows[chosen],
             self.system.filter(mask),
             self.prompt.filter(mask),
@@ -62,12 +62,12 @@ def _dialogue(history: list[dict[str, str]] | None, prompt: str, response: str) 
     return dialogue([Turn(**turn) for turn in history or []], prompt, response)
 
 
-def map_block(block: Block, mapper: ExampleMapper) -> Mapped:
+def to_columns(block: Block, mapper: ExampleMapper) -> ExampleColumns:
     """The examples of a block's rows, and why each other row gave none."""
     return _by_column(block, mapper) or _by_row(block.rows(), mapper)
 
 
-def _by_row(rows: list[Row], mapper: ExampleMapper) -> Mapped:
+def _by_row(rows: list[Row], mapper: ExampleMapper) -> ExampleColumns:
     numbers: list[int] = []
     made: list[Example] = []
     dropped: list[tuple[int, str]] = []
@@ -75,10 +75,10 @@ def _by_row(rows: list[Row], mapper: ExampleMapper) -> Mapped:
         try:
             made.append(mapper(row))
             numbers.append(number)
-        except Dropped as reason:
+        except RowDroppedError as reason:
             dropped.append((number, str(reason)))
     history = [[turn._asdict() for turn in e.history] if e.history else None for e in made]
-    return Mapped(
+    return ExampleColumns(
         np.array(numbers, np.int64),
         pa.array([e.system for e in made], pa.string()),
         pa.array([e.prompt for e in made], pa.string()),
@@ -88,7 +88,7 @@ def _by_row(rows: list[Row], mapper: ExampleMapper) -> Mapped:
     )
 
 
-def _by_column(block: Block, mapper: ExampleMapper) -> Mapped | None:
+def _by_column(block: Block, mapper: ExampleMapper) -> ExampleColumns | None:
     """The same for templates over columns of text; None where something else is among them."""
     data = mapper.data
     if data.messages or not len(block):
@@ -126,7 +126,7 @@ def _by_column(block: Block, mapper: ExampleMapper) -> Mapped | None:
         usable = pc.and_(usable, filled[name].is_valid())
     mask = np.asarray(pc.fill_null(usable, False).to_numpy(zero_copy_only=False), dtype=bool)
     nothing = pa.nulls(len(block), pa.string())
-    whole_block = Mapped(
+    whole_block = ExampleColumns(
         np.arange(len(block)),
         filled.get("system", nothing),
         filled["prompt"],
@@ -140,7 +140,7 @@ def _by_column(block: Block, mapper: ExampleMapper) -> Mapped | None:
     refused = _by_row([rows[number] for number in unusable], mapper)
     dropped = [(int(unusable[number]), reason) for number, reason in refused.dropped]
     kept = whole_block.take(mask)
-    return Mapped(kept.rows, kept.system, kept.prompt, kept.response, kept.history, dropped)
+    return ExampleColumns(kept.rows, kept.system, kept.prompt, kept.response, kept.history, dropped)
 
 
 def _any(masks: list[pa.Array]) -> pa.Array:

@@ -19,8 +19,8 @@ from job.data.dataset import close_shard, open_shard
 from job.data.examples import Example
 
 if TYPE_CHECKING:
-    from job.data.staging import Staged
-    from job.evals.tasks import Slice
+    from job.data.staging import StagedDataset
+    from job.evals.tasks import Task
     from job.pipeline.run import Run
 
 
@@ -142,7 +142,7 @@ class Contamination(BaseModel):
     """The first of them, by example."""
 
 
-def find_overlap(slices: Sequence["Slice"], examples: Iterable[Example]) -> Contamination:
+def find_overlap(slices: Sequence["Task"], examples: Iterable[Example]) -> Contamination:
     """Look for the questions of every slice in the examples."""
     searched = [(part, Passages(question.text for question in part.questions)) for part in slices]
     found: dict[str, set[str]] = {part.entry.name: set() for part in slices}
@@ -192,12 +192,12 @@ def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
         yield batch
 
 
-def clean_rows(run: "Run", staged: "Staged") -> np.ndarray:
+def clean_rows(run: "Run", staged: "StagedDataset") -> np.ndarray:
     """Which staged examples share no passage with a question: bool `[examples]`."""
-    from job.evals.tasks import load_slice
+    from job.evals.tasks import load_task
 
     entries = run.spec.evals.multiple_choice
-    questions = [q.text for entry in entries for q in load_slice(entry, run.revisions).questions]
+    questions = [q.text for entry in entries for q in load_task(entry, run.revisions).questions]
     passages = Passages(questions)
     clean = np.ones(staged.manifest.rows, bool)
     at = 0

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from job.data.blocks import Place
-from job.data.columnar import HISTORY, Mapped
+from job.data.columnar import HISTORY, ExampleColumns
 from job.errors import StageError
-from job.runtime.threads import Threads, each_ahead
+from job.runtime.threads import Threads, prefetch_map
 from job.storage.base import Store, file_sha256
 from job.storage.local import LocalStore
 
@@ -74,7 +74,7 @@ class Lengths(BaseModel):
         return made | {"max": self.largest}
 
 
-class Tally(BaseModel):
+class RowStats(BaseModel):
     """What became of rows."""
 
     raw: int = 0
@@ -108,7 +108,7 @@ class Tally(BaseModel):
             text = shown if isinstance(shown, str) else json.dumps(shown, default=str)
             self.shown[name] = text[:_SHOWN].encode("utf-8", "backslashreplace").decode()
 
-    def join(self, other: "Tally") -> None:
+    def join(self, other: "RowStats") -> None:
         """Add what the other has counted; examples that are here already stay."""
         self.raw += other.raw
         self.kept += other.kept
@@ -150,7 +150,7 @@ class Shard(BaseModel):
     bytes: int
     sha256: str
     rows: int
-    tally: Tally
+    tally: RowStats
     """What became of the rows that were read for it."""
     file: int
     """Number of the file of the source in which reading goes on."""
@@ -180,7 +180,7 @@ class Manifest(BaseModel):
     key: str
     files: list[FileInfo]
     columns: list[str]
-    tally: Tally
+    tally: RowStats
     shards: list[Shard]
 
     @property
@@ -273,7 +273,7 @@ def read_hashes(store: Store, shards: list[Shard], work: Path) -> Iterator[np.nd
         return np.stack([table["hash"].to_numpy(), table["group"].to_numpy()])
 
     with Threads(READERS) as pool:
-        yield from each_ahead(read, shards, pool, READERS)
+        yield from prefetch_map(read, shards, pool, READERS)
 
 
 class ShardWriter:
@@ -293,7 +293,7 @@ class ShardWriter:
         self._waiting: list[pa.RecordBatch] = []
         self._held = 0
 
-    def write(self, mapped: Mapped, hashes: np.ndarray, groups: np.ndarray) -> None:
+    def write(self, mapped: ExampleColumns, hashes: np.ndarray, groups: np.ndarray) -> None:
         """Add examples."""
         batch = pa.record_batch(
             [

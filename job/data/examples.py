@@ -62,7 +62,7 @@ class Example:
     """The turns before."""
 
 
-class Dropped(Exception):
+class RowDroppedError(Exception):
     """A row that cannot be used; the message is the reason it is counted under."""
 
 
@@ -95,20 +95,20 @@ def field_text(row: Row, field: str) -> str:
         Dropped: it is missing, or is no text or number.
     """
     if field not in row:
-        raise Dropped(f"no column '{field}'")
+        raise RowDroppedError(f"no column '{field}'")
     return _text(row[field], field)
 
 
 def _text(value: object, field: str) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise Dropped(f"null in '{field}'")
+        raise RowDroppedError(f"null in '{field}'")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise Dropped(f"not text in '{field}'")
+        raise RowDroppedError(f"not text in '{field}'")
     text = str(value)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise Dropped(f"undecodable text in '{field}'") from None
+        raise RowDroppedError(f"undecodable text in '{field}'") from None
     return text
 
 
@@ -151,7 +151,7 @@ class ExampleMapper:
         for name, template in (("prompt", self.data.prompt), ("response", self.data.response)):
             assert template is not None
             if not any(field_text(row, field).strip() for field in template_fields(template)):
-                raise Dropped(f"empty {name}")
+                raise RowDroppedError(f"empty {name}")
             texts.append(fill(template, row).strip())
         return self._made(system, (), *texts)
 
@@ -170,10 +170,10 @@ def _turns(row: Row, column: str) -> tuple[str | None, list[Turn]]:
     user does, and what the user says last without an answer, is left out.
     """
     if column not in row:
-        raise Dropped(f"no column '{column}'")
+        raise RowDroppedError(f"no column '{column}'")
     messages = row[column]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise Dropped(f"no list of messages in '{column}'")
+        raise RowDroppedError(f"no list of messages in '{column}'")
     system: str | None = None
     sides: list[tuple[str, str]] = []
     for message in messages:
@@ -181,14 +181,14 @@ def _turns(row: Row, column: str) -> tuple[str | None, list[Turn]]:
         text = _message_text(message, column)
         if role in _SYSTEMS:
             if sides or system is not None:
-                raise Dropped(f"system message inside the dialogue in '{column}'")
+                raise RowDroppedError(f"system message inside the dialogue in '{column}'")
             system = text or None
             continue
         side = "user" if role in _USERS else "model" if role in _MODELS else ""
         if not side:
-            raise Dropped(f"unknown role '{role[:20]}' in '{column}'")
+            raise RowDroppedError(f"unknown role '{role[:20]}' in '{column}'")
         if not text:
-            raise Dropped("empty prompt" if side == "user" else "empty response")
+            raise RowDroppedError("empty prompt" if side == "user" else "empty response")
         if sides and sides[-1][0] == side:
             sides[-1] = (side, f"{sides[-1][1]}\n\n{text}")
         elif sides or side == "user":
@@ -196,7 +196,7 @@ def _turns(row: Row, column: str) -> tuple[str | None, list[Turn]]:
     texts = [text for _, text in sides]
     turns = [Turn(*pair) for pair in zip(texts[::2], texts[1::2], strict=False)]
     if not turns:
-        raise Dropped(f"no answer in '{column}'")
+        raise RowDroppedError(f"no answer in '{column}'")
     return system, turns
 
 
@@ -204,6 +204,6 @@ def _message_text(message: Row, column: str) -> str:
     value = message.get("content", message.get("value"))
     if isinstance(value, list):  # parts, of which only text can be used
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-            raise Dropped(f"not text in '{column}'")
+            raise RowDroppedError(f"not text in '{column}'")
         value = "\n".join(_text(part.get("text"), column) for part in value)
     return _text(value, column).strip()

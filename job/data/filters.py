@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from job.chat.templates import CONTROL_PATTERN
-from job.data.columnar import Mapped
+from job.data.columnar import ExampleColumns
 from job.data.examples import SEPARATOR, exact_hash, normal_form, opening
 from job.spec.schema import Checks
 
 
-class Seen:
+class HashSet:
     """A set of 64-bit hashes that grows by arrays."""
 
     def __init__(self) -> None:
@@ -113,12 +113,12 @@ _ANY = "|".join(
 """Holds for every text that a pattern holds for."""
 
 
-Faults = dict[str, np.ndarray]
+Flags = dict[str, np.ndarray]
 """By the name of a pattern: which examples it holds for, bool `[examples]`."""
 
 
 @dataclass(frozen=True)
-class Looked:
+class TextStats:
     """The texts of some examples, and their lengths; arrays are `[examples]`.
 
     system, dialogues: the texts of each (see `examples.dialogue`).
@@ -135,7 +135,7 @@ class Looked:
     long: np.ndarray
 
 
-def look(mapped: Mapped, checks: Checks) -> Looked:
+def text_stats(mapped: ExampleColumns, checks: Checks) -> TextStats:
     """Look at every example."""
     system = pc.fill_null(mapped.system, "").dictionary_encode()
     dialogues = mapped.dialogues()
@@ -150,10 +150,10 @@ def look(mapped: Mapped, checks: Checks) -> Looked:
         before = _numbers(pc.utf8_length(system.dictionary)) + len(SEPARATOR)
         whole = before[system.indices.to_numpy()] + _numbers(pc.utf8_length(dialogues))
         long = whole > most
-    return Looked(system, dialogues, np.stack(lengths), np.add(*sizes), short, long)
+    return TextStats(system, dialogues, np.stack(lengths), np.add(*sizes), short, long)
 
 
-def faults_of(looked: Looked) -> Faults:
+def find_flags(looked: TextStats) -> Flags:
     """Which patterns hold for each example; nearly all of it is Arrow's work."""
     faults = _matches(looked.dialogues)
     for name, found in _matches(looked.system.dictionary).items():
@@ -162,7 +162,7 @@ def faults_of(looked: Looked) -> Faults:
     return faults
 
 
-def hashes_of(looked: Looked) -> np.ndarray:
+def content_hashes(looked: TextStats) -> np.ndarray:
     """Equal where the content is the same, and where its letters and digits are.
 
     Returns:
@@ -180,7 +180,7 @@ def hashes_of(looked: Looked) -> np.ndarray:
     return np.frombuffer(exact + normal, np.uint64).reshape(2, len(raw))
 
 
-def excerpt(looked: Looked, number: int, fault: str) -> str:
+def excerpt(looked: TextStats, number: int, fault: str) -> str:
     """The text around what a check found in one example; its beginning for other faults."""
     dialogue, at = looked.dialogues[number], 0
     if fault in PATTERNS:
@@ -211,7 +211,7 @@ def _mask(array: pa.Array) -> np.ndarray:
     return np.asarray(array.to_numpy(zero_copy_only=False), dtype=bool)
 
 
-def _matches(texts: pa.Array) -> Faults:
+def _matches(texts: pa.Array) -> Flags:
     suspects = np.flatnonzero(_mask(pc.match_substring_regex(texts, _ANY)))
     found = {name: np.zeros(len(texts), bool) for name in PATTERNS}
     if len(suspects):
@@ -222,24 +222,24 @@ def _matches(texts: pa.Array) -> Faults:
 
 
 @dataclass(frozen=True)
-class Fate:
+class FilterResult:
     """What becomes of examples: bool `[examples]` each."""
 
     kept: np.ndarray
     dropped: dict[str, np.ndarray]
     """By reason; an example has one reason, the first that applies."""
-    found: Faults
+    found: Flags
     """Those of what is kept, and duplicates."""
 
 
-class Judge:
+class RowFilter:
     """Decides example after example what is kept, and remembers what was."""
 
     def __init__(self, checks: Checks, *, drop_duplicates: bool) -> None:
         self._checks = checks
         self._drop_duplicates = drop_duplicates
-        self._hashes = Seen()
-        self._groups = Seen()
+        self._hashes = HashSet()
+        self._groups = HashSet()
 
     def remember(self, hashes: np.ndarray, groups: np.ndarray) -> None:
         """These examples were kept."""
@@ -247,8 +247,8 @@ class Judge:
         self._groups.add(groups)
 
     def decide(
-        self, looked: Looked, faults: Faults, hashes: np.ndarray, groups: np.ndarray
-    ) -> Fate:
+        self, looked: TextStats, faults: Flags, hashes: np.ndarray, groups: np.ndarray
+    ) -> FilterResult:
         """The fate of examples that follow those before; what is kept is remembered."""
         left = np.ones(len(hashes), bool)
         dropped: dict[str, np.ndarray] = {}
@@ -279,10 +279,10 @@ class Judge:
         found[NORMALISED] = alike & ~same & left
         self._hashes.add_new(hashes[left & ~same])
         self._groups.add_new(groups[left & ~alike])
-        return Fate(left, dropped, found)
+        return FilterResult(left, dropped, found)
 
     @staticmethod
-    def _repeated(seen: Seen, hashes: np.ndarray, among: np.ndarray) -> np.ndarray:
+    def _repeated(seen: HashSet, hashes: np.ndarray, among: np.ndarray) -> np.ndarray:
         before = np.zeros(len(hashes), bool)
         before[among] = seen.repeated(hashes[among])
         return before

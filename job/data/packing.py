@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from job.chat.tokenizer import TextCodec
+from job.chat.tokenizer import ChatTokenizer
 from job.data.examples import Example
 
 _POSITION_MULTIPLE = 8
@@ -55,13 +55,13 @@ class Tokenized:
 class Batch:
     """Rows as arrays; the first axis is the row.
 
-    token_ids, segments: int32 `[rows, length]`; segment 0 is padding, 1.. are examples.
+    token_ids, segment_ids: int32 `[rows, length]`; segment 0 is padding, 1.. are examples.
     positions, targets: int32 `[rows, losses]`: hidden state `positions` predicts `targets`.
     weights: float32 `[rows, losses]`: 1 where there is a loss, 0 where the list is padded.
     """
 
     token_ids: np.ndarray
-    segments: np.ndarray
+    segment_ids: np.ndarray
     positions: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
@@ -80,7 +80,7 @@ class Batch:
 
         return Batch(
             token_ids=pick(self.token_ids, length),
-            segments=pick(self.segments, length),
+            segment_ids=pick(self.segment_ids, length),
             positions=pick(self.positions),
             targets=pick(self.targets),
             weights=pick(self.weights),
@@ -89,7 +89,7 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Tokens that are not padding."""
-        return int(np.count_nonzero(self.segments))
+        return int(np.count_nonzero(self.segment_ids))
 
     def losses(self, groups: int) -> np.ndarray:
         """Loss positions of each of `groups` equal parts of the rows."""
@@ -152,18 +152,18 @@ class PackedRows:
 
 def tokenize(
     examples: Sequence[Example],
-    codec: TextCodec,
+    codec: ChatTokenizer,
     max_length: int,
     loss_on: Literal["response", "all"],
 ) -> Tokenized:
     """Examples as tokens: for each turn the wrapped prompt, the response, and what ends it."""
-    from job.chat.templates import neutralise
+    from job.chat.templates import neutralize
 
     turns = [codec.template.turns(e.prompt, e.system, e.history) for e in examples]
     answers = [[*(turn.response for turn in e.history), e.response] for e in examples]
     prompts = iter(codec.encode([text for texts in turns for text in texts]))
     responses = iter(
-        codec.encode_responses([neutralise(text) for texts in answers for text in texts])
+        codec.encode_responses([neutralize(text) for texts in answers for text in texts])
     )
     start = [] if codec.start_id is None else [codec.start_id]
     kept: list[TokenExample] = []
@@ -215,7 +215,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def ladder(lengths: Sequence[int], longest: int, rungs: int) -> list[int]:
+def length_buckets(lengths: Sequence[int], longest: int, rungs: int) -> list[int]:
     """At most `rungs` lengths to pad to, `longest` the last: each holds as many of the examples."""
     marks = np.quantile(lengths, np.arange(1, rungs) / rungs) if rungs > 1 else np.zeros(0)
     rounded = -(-marks.astype(int) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
@@ -245,7 +245,7 @@ def make_rows(
     width = -(-needed // _POSITION_MULTIPLE) * _POSITION_MULTIPLE if losses is None else losses
     batch = Batch(
         token_ids=np.zeros((len(bins), length), np.int32),
-        segments=np.zeros((len(bins), length), np.int32),
+        segment_ids=np.zeros((len(bins), length), np.int32),
         positions=np.zeros((len(bins), width), np.int32),
         targets=np.zeros((len(bins), width), np.int32),
         weights=np.zeros((len(bins), width), np.float32),
@@ -256,14 +256,14 @@ def make_rows(
             example = examples[number]
             end = at + len(example.tokens)
             batch.token_ids[row, at:end] = example.tokens
-            batch.segments[row, at:end] = segment
+            batch.segment_ids[row, at:end] = segment
             wanted = targets[number]
             places = slice(count, count + len(wanted))
             batch.targets[row, places] = np.asarray(example.tokens, np.int32)[wanted]
             batch.positions[row, places] = at + wanted - 1
             batch.weights[row, places] = 1.0
             at, count = end, count + len(wanted)
-    used = np.count_nonzero(batch.segments, axis=1)
+    used = np.count_nonzero(batch.segment_ids, axis=1)
     steps = np.array([length] if packing else sorted({*lengths, length}), np.int32)
     padded = steps[np.searchsorted(steps, used)]
     names = [[examples[number].id for number in row] for row in bins]

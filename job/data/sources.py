@@ -22,7 +22,7 @@ from job.storage.cache_folder import cache_folder
 from job.storage.hub import README, SCHEME, HubFile, Repository
 from job.storage.locations import open_store
 
-__all__ = ["Row", "Rows", "SourceFile", "open_rows"]
+__all__ = ["Row", "RowSource", "SourceFile", "open_source"]
 
 
 Samples = Literal["dialogues", "questions"]
@@ -39,12 +39,12 @@ class SourceFile:
     """Changes whenever the content does."""
     bring: Callable[[], Path]
     """Makes it local and gives its path; a call that was interrupted goes on where it stopped."""
-    put_away: Callable[[], None] = lambda: None
+    discard: Callable[[], None] = lambda: None
     """Frees the disk space that `bring` took."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowSource:
     """The files of a source, in order, and the commit they are of (None if unversioned)."""
 
     revision: str | None
@@ -56,7 +56,7 @@ class Rows:
                 yield from block.rows()
 
 
-def open_rows(source: Source, samples: Samples, revisions: Revisions = NONE) -> Rows:
+def open_source(source: Source, samples: Samples, revisions: Revisions = NONE) -> RowSource:
     """The rows of a source, of the commit in `revisions` if it has one.
 
     Raises:
@@ -66,12 +66,12 @@ def open_rows(source: Source, samples: Samples, revisions: Revisions = NONE) -> 
     """
     if source.dataset == SAMPLES:
         path = Path(str(resources.files("job") / "samples" / f"{samples}.jsonl"))
-        return Rows(None, [_local(path, path.name)])
+        return RowSource(None, [_local(path, path.name)])
     if source.dataset.startswith(SCHEME):
         return _of_hub(source, revisions)
     if source.dataset.startswith("gs://"):
-        return Rows(None, _of_bucket(source))
-    return Rows(None, _of_folder(source))
+        return RowSource(None, _of_bucket(source))
+    return RowSource(None, _of_folder(source))
 
 
 def _local(path: Path, name: str) -> SourceFile:
@@ -125,13 +125,13 @@ def _object(store: Store, key: str) -> SourceFile:
             raise UsageError(f"{store.uri}/{key} was changed while the job ran; start it again")
         return path
 
-    def put_away() -> None:
+    def discard() -> None:
         path.unlink(missing_ok=True)
 
-    return SourceFile(f"{store.uri}/{key}", found.bytes, found.version, bring, put_away)
+    return SourceFile(f"{store.uri}/{key}", found.bytes, found.version, bring, discard)
 
 
-def _of_hub(source: Source, revisions: Revisions) -> Rows:
+def _of_hub(source: Source, revisions: Revisions) -> RowSource:
     name = source.dataset.removeprefix(SCHEME)
     commit = revisions.get(source_key(source) or "") or resolve_commit(
         "dataset", name, source.revision
@@ -151,10 +151,10 @@ def _of_hub(source: Source, revisions: Revisions) -> Rows:
             repository.fetch(commit, [file], folder)
             return folder / file.path
 
-        def put_away() -> None:
+        def discard() -> None:
             (folder / file.path).unlink(missing_ok=True)
 
         shown = f"{source.dataset}/{file.path}"
-        return SourceFile(shown, file.size, file.sha256 or file.sha1, bring, put_away)
+        return SourceFile(shown, file.size, file.sha256 or file.sha1, bring, discard)
 
-    return Rows(commit, [of_hub(by_path[path]) for path in chosen])
+    return RowSource(commit, [of_hub(by_path[path]) for path in chosen])

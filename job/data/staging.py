@@ -17,14 +17,14 @@ from typing import NamedTuple
 import numpy as np
 
 from job.data.blocks import Block, Place
-from job.data.columnar import Mapped, map_block
+from job.data.columnar import ExampleColumns, to_columns
 from job.data.dataset import (
     MANIFEST,
     FileInfo,
     Manifest,
+    RowStats,
     Shard,
     ShardWriter,
-    Tally,
     read_hashes,
     read_manifest,
     shard_key,
@@ -32,17 +32,26 @@ from job.data.dataset import (
     whole_shards,
 )
 from job.data.examples import ExampleMapper
-from job.data.filters import Fate, Faults, Judge, Looked, excerpt, faults_of, hashes_of, look
+from job.data.filters import (
+    FilterResult,
+    Flags,
+    RowFilter,
+    TextStats,
+    content_hashes,
+    excerpt,
+    find_flags,
+    text_stats,
+)
 from job.data.readers import read_blocks
-from job.data.sources import Rows
+from job.data.sources import RowSource
 from job.errors import UsageError
 from job.runtime import logs
-from job.runtime.threads import Threads, ahead, later
-from job.runtime.watchdog import PULSE, Advance, progress
+from job.runtime.threads import Threads, delay, prefetch
+from job.runtime.watchdog import WATCHDOG, Advance, progress
 from job.spec.load import digest
 from job.spec.schema import Data
 from job.storage.base import Store
-from job.storage.lease import Busy, Lease, leased
+from job.storage.lease import Lease, LeaseHeldError, hold_lease
 
 STAGING_VERSION = 3
 """Part of every key: raise it when what is staged from the same rows changes."""
@@ -72,7 +81,7 @@ _TO_WRITE = 6
 Check = Callable[[], None]
 
 
-def staging_key(data: Data, rows: Rows) -> str:
+def staging_key(data: Data, rows: RowSource) -> str:
     """Names what is staged by all that it depends on."""
     mapping = data.model_dump(
         mode="json",
@@ -85,7 +94,7 @@ def staging_key(data: Data, rows: Rows) -> str:
 
 
 @dataclass(frozen=True)
-class Staged:
+class StagedDataset:
     """A staged dataset."""
 
     manifest: Manifest
@@ -94,7 +103,7 @@ class Staged:
     """Hashes and groups of all examples, uint64 `[2, examples]`."""
 
 
-def stage_rows(data: Data, rows: Rows, store: Store, work: Path, stop: Check) -> Staged:
+def stage_rows(data: Data, rows: RowSource, store: Store, work: Path, stop: Check) -> StagedDataset:
     """Stage a source, or find that it was staged before.
 
     Args:
@@ -125,11 +134,13 @@ def stage_rows(data: Data, rows: Rows, store: Store, work: Path, stop: Check) ->
         rows_per_second=round(read / max(seconds, 1e-9)),
         staged=store.uri,
     )
-    return Staged(manifest, store, _together(hashes))
+    return StagedDataset(manifest, store, _together(hashes))
 
 
-def _found(manifest: Manifest, store: Store, work: Path) -> Staged:
-    return Staged(manifest, store, _together(list(read_hashes(store, manifest.shards, work))))
+def _found(manifest: Manifest, store: Store, work: Path) -> StagedDataset:
+    return StagedDataset(
+        manifest, store, _together(list(read_hashes(store, manifest.shards, work)))
+    )
 
 
 def _together(pairs: list[np.ndarray]) -> np.ndarray:
@@ -143,16 +154,16 @@ def _alone(store: Store, stop: Check) -> Iterator[Lease]:
     with contextlib.ExitStack() as stack:
         while True:
             try:
-                lease = stack.enter_context(leased(store, "this dataset", lambda why: None))
+                lease = stack.enter_context(hold_lease(store, "this dataset", lambda why: None))
                 break
-            except Busy as busy:
+            except LeaseHeldError as busy:
                 if not said:
                     logs.get().info("waiting for another run that stages this", why=str(busy))
                 said = True
             until = time.monotonic() + _LOOK_SECONDS
             while time.monotonic() < until:
                 stop()
-                PULSE.beat()
+                WATCHDOG.beat()
                 time.sleep(0.1)
         yield lease
 
@@ -161,7 +172,7 @@ class _Stager:
     """One pass over the source."""
 
     def __init__(
-        self, data: Data, rows: Rows, store: Store, work: Path, stop: Check, lease: Lease
+        self, data: Data, rows: RowSource, store: Store, work: Path, stop: Check, lease: Lease
     ) -> None:
         self._lease = lease
         self._data = data
@@ -170,7 +181,7 @@ class _Stager:
         self._work = work
         self._stop = stop
         self._mapper = ExampleMapper(data)
-        self._judge = Judge(data.checks, drop_duplicates=data.drop_duplicates)
+        self._judge = RowFilter(data.checks, drop_duplicates=data.drop_duplicates)
         self._columns: list[str] = []
         self._shards: list[Shard] = []
         self._pending: Future[None] | None = None
@@ -199,8 +210,8 @@ class _Stager:
 
     def _read(self, threads: "_Threads", advance: Advance) -> None:
         shard = _Open(self._work, len(self._shards), threads.write)
-        blocks = ahead(self._blocks(), threads.read)
-        for number, seen in later(self._looked_at(blocks, threads.look), _LOOKED_AHEAD):
+        blocks = prefetch(self._blocks(), threads.read)
+        for number, seen in delay(self._looked_at(blocks, threads.look), _LOOKED_AHEAD):
             self._stop()
             if seen is None:  # the end of a file
                 shard.file, shard.place = number + 1, Place()
@@ -245,12 +256,12 @@ class _Stager:
             if block is None:
                 yield number, None
             else:
-                mapped = map_block(block, self._mapper)
-                looked = look(mapped, self._data.checks)
-                faults = thread.submit(faults_of, looked)
-                yield number, _Seen(block, mapped, looked, faults, hashes_of(looked))
+                mapped = to_columns(block, self._mapper)
+                looked = text_stats(mapped, self._data.checks)
+                faults = thread.submit(find_flags, looked)
+                yield number, _Seen(block, mapped, looked, faults, content_hashes(looked))
 
-    def _count(self, tally: Tally, seen: "_Seen", fate: Fate) -> None:
+    def _count(self, tally: RowStats, seen: "_Seen", fate: FilterResult) -> None:
         block, mapped, looked = seen.block, seen.mapped, seen.looked
         tally.raw += len(block)
         tally.kept += int(fate.kept.sum())
@@ -276,7 +287,7 @@ class _Stager:
         if not shard.number and not shard.tally.kept and shard.tally.raw >= after:
             raise UsageError(self._why_none(shard.tally))
 
-    def _why_none(self, tally: Tally) -> str:
+    def _why_none(self, tally: RowStats) -> str:
         if not tally.raw:
             return f"data.dataset: {self._data.dataset} has no rows"
         most = sorted(tally.dropped.items(), key=lambda item: -item[1])[:3]
@@ -302,13 +313,13 @@ class _Stager:
         self._lease.check()
         self._store.write(record.path.replace(".parquet", ".json"), content)
         for file in self._rows.files[self._put_away : record.file]:
-            file.put_away()
+            file.discard()
         self._put_away = record.file
         self._shards.append(record)
         logs.get().info("shard staged", shard=record.path, rows=record.rows, bytes=record.bytes)
 
     def _finish(self) -> Manifest:
-        tally = Tally()
+        tally = RowStats()
         for shard in self._shards:
             tally.join(shard.tally)
         if not tally.kept:
@@ -344,9 +355,9 @@ class _Seen(NamedTuple):
     """A block, its examples, and what is seen in them."""
 
     block: Block
-    mapped: Mapped
-    looked: Looked
-    faults: Future[Faults]
+    mapped: ExampleColumns
+    looked: TextStats
+    faults: Future[Flags]
     hashes: np.ndarray
     """Those of `checks.hashes_of`."""
 
@@ -357,7 +368,7 @@ class _Open:
     def __init__(self, work: Path, number: int, thread: Threads) -> None:
         self.number = number
         self.path = work / shard_key(number, "parquet")
-        self.tally = Tally()
+        self.tally = RowStats()
         self.file = 0
         self.place = Place()
         self.lengths: list[np.ndarray] = []
@@ -366,7 +377,7 @@ class _Open:
         self._writer: ShardWriter | None = None
         self._waiting: deque[Future[None]] = deque()
 
-    def write(self, mapped: Mapped, hashes: np.ndarray, groups: np.ndarray) -> None:
+    def write(self, mapped: ExampleColumns, hashes: np.ndarray, groups: np.ndarray) -> None:
         """Add examples, compressed beside the work on the next."""
         if self._writer is None:
             self._writer = ShardWriter(self.path)

@@ -17,7 +17,7 @@ from typing import Any
 import requests
 import urllib3
 
-from job.errors import EnvironmentProblem
+from job.errors import SetupError
 from job.runtime import logs
 from job.spec.evals import Effort
 from job.spec.schema import Reference
@@ -372,7 +372,7 @@ def missing_key(reference: Reference) -> str | None:
     """
     key = os.environ.get(KEY, "").strip()
     if key and not (key.isascii() and key.isprintable()):
-        raise EnvironmentProblem(f"{KEY} holds characters that no key has; set it again")
+        raise SetupError(f"{KEY} holds characters that no key has; set it again")
     if key:
         return None
     return f"{KEY} is not set: the comparison with {reference.model} will be skipped"

@@ -69,14 +69,14 @@ def padded_lengths(longest: Sequence[int], rows: int, compile_tokens: int) -> li
 
 
 @dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """What all batches have: the numbers of their prompts, in order."""
 
     prompts: list[int]
 
 
 @dataclass(frozen=True)
-class Prompts(Batch):
+class PaddedPrompts(PromptBatch):
     """One prompt a row; rows beyond those of `prompts` repeat the last."""
 
     tokens: np.ndarray
@@ -86,11 +86,11 @@ class Prompts(Batch):
 
 
 @dataclass(frozen=True)
-class Rows(Batch):
+class PackedPrompts(PromptBatch):
     """One prompt a row, or several."""
 
     tokens: np.ndarray
-    segments: np.ndarray
+    segment_ids: np.ndarray
     """int32 `[rows, length]`; segment 0 is padding, 1.. are prompts."""
     ends: np.ndarray
     """int32 `[devices, width]`: the last token of each prompt in a device's rows, row after row."""
@@ -104,9 +104,9 @@ def even(count: int, most: int, devices: int) -> int:
     return -(-count // (batches * devices)) * devices
 
 
-def by_length(
+def batch_by_length(
     prompts: Sequence[list[int]], most: int, devices: int, pad_id: int, compile_tokens: int
-) -> Iterator[Prompts]:
+) -> Iterator[PaddedPrompts]:
     """Batches of at most `most` prompts of like length; see `padded_lengths`."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     rows = even(len(order), most, devices) if order else 1
@@ -118,12 +118,12 @@ def by_length(
         tokens = np.full((rows, length), pad_id, np.int32)
         for row, number in enumerate(filled):
             tokens[row, : lengths[row]] = prompts[number]
-        yield Prompts(numbers, tokens, lengths)
+        yield PaddedPrompts(numbers, tokens, lengths)
 
 
-def in_rows(
+def batch_packed(
     prompts: Sequence[list[int]], most: int, devices: int, compile_tokens: int, *, packing: bool
-) -> Iterator[Rows]:
+) -> Iterator[PackedPrompts]:
     """Batches of about `most` prompts, several of them in a row where `packing` is sound."""
     lengths = [len(prompt) for prompt in prompts]
     if not prompts:
@@ -181,8 +181,8 @@ def _rows(
     bins: Sequence[Sequence[int]],
     shape: tuple[int, int],
     places: tuple[int, int],
-) -> Rows:
-    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+) -> PackedPrompts:
+    tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     ends = np.zeros(places, np.int32)
     each = shape[0] // places[0]
     taken = [0] * places[0]
@@ -192,11 +192,11 @@ def _rows(
         for segment, number in enumerate(held, 1):
             end = at + len(prompts[number])
             tokens[row, at:end] = prompts[number]
-            segments[row, at:end] = segment
+            segment_ids[row, at:end] = segment
             ends[group, taken[group]] = (row % each) * shape[1] + end - 1
             numbers.append(number)
             groups.append(group)
             columns.append(taken[group])
             taken[group] += 1
             at = end
-    return Rows(numbers, tokens, segments, ends, (np.array(groups), np.array(columns)))
+    return PackedPrompts(numbers, tokens, segment_ids, ends, (np.array(groups), np.array(columns)))

@@ -12,25 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from job.chat.tokenizer import LetterTokens
+from job.chat.tokenizer import OptionTokens
 from job.evals.batching import (
     COMPILE_TOKENS,
     CPU_COMPILE_TOKENS,
-    Batch,
-    Prompts,
-    Rows,
-    by_length,
-    in_rows,
+    PackedPrompts,
+    PaddedPrompts,
+    PromptBatch,
+    batch_by_length,
+    batch_packed,
     rounded,
 )
-from job.model.generation import Drawn, Sampling
+from job.model.generation import SamplerState, Sampling
 from job.model.language_model import LanguageModel
 from job.model.lora import Weights
 from job.runtime.watchdog import progress
 
 
 @dataclass(frozen=True)
-class Generated:
+class Generation:
     """One generated answer."""
 
     text: str
@@ -39,7 +39,7 @@ class Generated:
     finish: Literal["stop", "length"]
 
 
-class Kept(Protocol):
+class BatchCache(Protocol):
     """What is known of an evaluation's batches already, and where more is added."""
 
     def get(self, batch: int) -> list[Any] | None:
@@ -49,7 +49,7 @@ class Kept(Protocol):
         """Keep what was found for the prompts of a batch: values that JSON holds exactly."""
 
 
-class NothingKept:
+class NoCache:
     """An evaluation that begins anew each time."""
 
     def get(self, batch: int) -> list[Any] | None:
@@ -60,7 +60,7 @@ class NothingKept:
         """Nothing is kept."""
 
 
-NOTHING_KEPT = NothingKept()
+NO_CACHE = NoCache()
 
 
 class Engine:
@@ -94,12 +94,12 @@ class Engine:
         ]
         return kept, sum(len(tokens) > self._limit for tokens in encoded)
 
-    def _answers[B: Batch](
+    def _answers[B: PromptBatch](
         self,
         count: int,
         batches: Iterable[B],
         ask: Callable[[B], list[Any]],
-        kept: Kept,
+        kept: BatchCache,
         label: str,
     ) -> list[Any]:
         """What is known or found of each prompt. A batch is the same whatever was kept."""
@@ -127,7 +127,7 @@ class Engine:
         def score(
             weights: Weights,
             tokens: Any,
-            segments: Any,
+            segment_ids: Any,
             ends: Any,
             letters: Any,
             shared: int = 0,
@@ -136,7 +136,7 @@ class Engine:
             groups, width = ends.shape
             places = jnp.maximum(ends[:, :, None] - jnp.arange(shared, -1, -1), 0)
             flat = places.reshape(groups, -1)
-            states = model.states_at(weights, tokens, segments, flat, reach)
+            states = model.states_at(weights, tokens, segment_ids, flat, reach)
             scores = jax.nn.log_softmax(model.logits(weights, states))
             scores = scores.reshape(groups, width, shared + 1, -1)
             said = jnp.take_along_axis(tokens.reshape(groups, -1), flat, axis=1)
@@ -144,15 +144,15 @@ class Engine:
             before = jnp.take_along_axis(scores[:, :, :-1], said, axis=3).sum(axis=2)
             return scores[:, :, -1, letters] + before
 
-        return jax.jit(score, static_argnames=("shared", "reach"), out_shardings=model.whole)
+        return jax.jit(score, static_argnames=("shared", "reach"), out_shardings=model.replicated)
 
-    def letter_log_probabilities(
+    def loglikelihood(
         self,
         weights: Weights,
         prompts: Sequence[list[int]],
-        letters: LetterTokens,
+        letters: OptionTokens,
         label: str,
-        kept: Kept = NOTHING_KEPT,
+        kept: BatchCache = NO_CACHE,
     ) -> np.ndarray:
         """Log-probability of each letter as the answer to each prompt.
 
@@ -162,17 +162,19 @@ class Engine:
         ids = np.array(letters.ids, np.int32)
         model = self._model
 
-        def ask(batch: Rows) -> list[Any]:
-            tokens, segments, ends = model.split_batch((batch.tokens, batch.segments, batch.ends))
+        def ask(batch: PackedPrompts) -> list[Any]:
+            tokens, segment_ids, ends = model.shard_batch(
+                (batch.tokens, batch.segment_ids, batch.ends)
+            )
             scores = self.scorer(
-                weights, tokens, segments, ends, ids, shared=len(letters.shared), reach=reach
+                weights, tokens, segment_ids, ends, ids, shared=len(letters.shared), reach=reach
             )
             found: list[Any] = np.asarray(scores)[batch.places].tolist()
             return found
 
         longer = [[*prompt, *letters.shared] for prompt in prompts]
         reach = rounded(max(map(len, longer), default=0))
-        batches = in_rows(
+        batches = batch_packed(
             longer, self.rows, model.devices, self._compile_tokens, packing=model.can_pack
         )
         found = self._answers(len(prompts), batches, ask, kept, label)
@@ -186,7 +188,7 @@ class Engine:
         def generate(weights: Weights, tokens: Any, lengths: Any, limit: int) -> Any:
             return model.answers(weights, tokens, lengths, limit, model.codec.stop_ids)
 
-        return jax.jit(generate, static_argnames="limit", out_shardings=model.whole)
+        return jax.jit(generate, static_argnames="limit", out_shardings=model.replicated)
 
     def drawer(self, sampling: Sampling) -> Callable[..., Any]:
         """The same for answers that are drawn; the state of the generator is an argument too."""
@@ -198,11 +200,11 @@ class Engine:
             def generate(
                 weights: Weights, tokens: Any, lengths: Any, state: Any, limit: int
             ) -> Any:
-                drawn = Drawn(sampler, state)
+                drawn = SamplerState(sampler, state)
                 return model.answers(weights, tokens, lengths, limit, model.codec.stop_ids, drawn)
 
             self._drawing[sampling] = jax.jit(
-                generate, static_argnames="limit", out_shardings=model.whole
+                generate, static_argnames="limit", out_shardings=model.replicated
             )
         return self._drawing[sampling]
 
@@ -212,16 +214,16 @@ class Engine:
         prompts: Sequence[list[int]],
         max_new_tokens: int,
         label: str,
-        kept: Kept = NOTHING_KEPT,
+        kept: BatchCache = NO_CACHE,
         sampling: Sampling | None = None,
-    ) -> list[Generated]:
+    ) -> list[Generation]:
         """Answers of at most `max_new_tokens` tokens, in the order of the prompts.
 
         Greedy without `sampling`.
         """
 
-        def ask(batch: Prompts) -> list[Any]:
-            tokens, lengths = self._model.split_batch((batch.tokens, batch.lengths))
+        def ask(batch: PaddedPrompts) -> list[Any]:
+            tokens, lengths = self._model.shard_batch((batch.tokens, batch.lengths))
             if sampling is None:
                 rows = self.generator(weights, tokens, lengths, limit=max_new_tokens)
             else:
@@ -232,15 +234,15 @@ class Engine:
             return [astuple(self._cut(row.tolist())) for row in rows[: len(batch.prompts)]]
 
         model = self._model
-        batches = by_length(
+        batches = batch_by_length(
             prompts, self.rows, model.devices, model.codec.pad_id, self._compile_tokens
         )
         found = self._answers(len(prompts), batches, ask, kept, label)
-        return [Generated(*fields) for fields in found]
+        return [Generation(*fields) for fields in found]
 
-    def _cut(self, tokens: list[int]) -> Generated:
+    def _cut(self, tokens: list[int]) -> Generation:
         """The answer up to its first stop token."""
         stops = [place for place, token in enumerate(tokens) if token in self._model.codec.stop_ids]
         kept = tokens[: stops[0]] if stops else tokens
         text = self._model.codec.decode(kept).strip()
-        return Generated(text, len(kept), "stop" if stops else "length")
+        return Generation(text, len(kept), "stop" if stops else "length")

@@ -12,8 +12,8 @@ from job.evals.statistics import (
     bootstrap,
     bootstrap_test,
     compare_shares,
-    detectable,
     finding_of_interval,
+    minimum_detectable_effect,
     share,
     wilson,
 )
@@ -22,13 +22,13 @@ from job.results import (
     DialogueComparison,
     DialogueScore,
     GroupScore,
-    Marker,
     ModelScore,
-    MultipleChoice,
-    Nulls,
+    MultipleChoiceResult,
     Share,
+    StyleTrait,
+    TrivialBaselines,
 )
-from job.spec.schema import MultipleChoice as Entry
+from job.spec.schema import MultipleChoiceEval as Entry
 
 
 def score_choices(lines: Sequence[ChoiceLine]) -> ModelScore:
@@ -89,7 +89,7 @@ def summarize_choices(
     samples: int,
     seed: int,
     in_training_text: int | None = None,
-) -> MultipleChoice:
+) -> MultipleChoiceResult:
     """All models on one slice, compared in pairs with the tuned one."""
     asked = models["baseline"]
     majority, count = Counter(line.gold for line in asked).most_common(1)[0]
@@ -99,7 +99,7 @@ def summarize_choices(
         for a, b in pairs
         if a in models and b in models
     ]
-    return MultipleChoice(
+    return MultipleChoiceResult(
         name=entry.name,
         scoring=entry.scoring,
         dataset=entry.dataset,
@@ -110,7 +110,7 @@ def summarize_choices(
         chance=1 / len(asked[0].options),
         majority_letter=majority,
         majority_accuracy=count / len(asked),
-        detectable_at_worst=detectable(len(asked), UNRELATED),
+        detectable_at_worst=minimum_detectable_effect(len(asked), UNRELATED),
         models={name: score_choices(lines) for name, lines in models.items()},
         comparisons=[comparison for comparison in found if comparison is not None],
         grouped_by=entry.group,
@@ -190,7 +190,7 @@ def compare_dialogues(
     )
 
 
-def trivial_baselines(lines: Sequence[DialogueLine], samples: int, seed: int) -> Nulls:
+def trivial_baselines(lines: Sequence[DialogueLine], samples: int, seed: int) -> TrivialBaselines:
     """ROUGE-L of answers that know nothing: the prompt echoed, the next example's answer, and one
     polite sentence for all."""
     echoed = [rouge_scores(line.expected, line.prompt)["rougeL"] for line in lines]
@@ -200,7 +200,7 @@ def trivial_baselines(lines: Sequence[DialogueLine], samples: int, seed: int) ->
         for line, other in zip(lines, rotated, strict=True)
     ]
     polite = [rouge_scores(line.expected, POLITE)["rougeL"] for line in lines]
-    return Nulls(
+    return TrivialBaselines(
         echoed_prompt=bootstrap(echoed, samples, seed),
         other_answer=bootstrap(others, samples, seed),
         polite_sentence=bootstrap(polite, samples, seed),
@@ -227,7 +227,7 @@ def summarize_style(
     models: Mapping[str, Sequence[DialogueLine]],
     samples: int,
     seed: int,
-) -> list[Marker]:
+) -> list[StyleTrait]:
     """How often each trait shows in the expected answers and in each model's, compared in pairs."""
     return [
         _marker(name, pattern_of(phrases), models, samples, seed)
@@ -241,7 +241,7 @@ def _marker(
     models: Mapping[str, Sequence[DialogueLine]],
     samples: int,
     seed: int,
-) -> Marker:
+) -> StyleTrait:
     def shows(text: str) -> bool:
         return pattern.search(text.replace("’", "'")) is not None
 
@@ -250,7 +250,7 @@ def _marker(
         for model, lines in models.items()
     }
     expected = {line.id: shows(line.expected) for line in models["baseline"]}
-    return Marker(
+    return StyleTrait(
         name=name,
         expected=_style_share(expected),
         models={model: _style_share(shown) for model, shown in found.items()},

@@ -127,7 +127,7 @@ EVERY_SECONDS = 20.0
 """The least time between two writes: what a kill costs at most, beside the batch at work."""
 
 
-class Partial:
+class PredictionCache:
     """The batches of one evaluation of one model that are done (see `engine.Kept`)."""
 
     def __init__(
@@ -147,7 +147,7 @@ class Partial:
         self._written = clock()
         self._fresh = False
         # One process reads for all: they must agree on which batches are left.
-        self._batches: dict[str, list[Any]] = json.loads(run.processes.share(self._read))
+        self._batches: dict[str, list[Any]] = json.loads(run.processes.broadcast(self._read))
         if self._batches:
             logs.get().info("resumed evaluation", file=key, batches=len(self._batches))
 
@@ -172,14 +172,14 @@ class Partial:
 
     def write(self) -> None:
         """Write what is not written yet."""
-        if self._fresh and self._run.processes.leads:
+        if self._fresh and self._run.processes.is_primary:
             content = {"inputs": self._inputs, "batches": self._batches}
             self._run.store.write(self.key, json.dumps(content, ensure_ascii=False).encode())
         self._fresh = False
         self._written = self._clock()
 
 
-class Progress:
+class EvalCaches:
     """The evaluations of one model: their files are written where work stops, and removed after."""
 
     def __init__(self, run: Run, model: str, inputs: object) -> None:
@@ -187,13 +187,15 @@ class Progress:
         self._run = run
         self._model = model
         self._inputs = digest(inputs)
-        self._open: list[Partial] = []
+        self._open: list[PredictionCache] = []
 
-    def of(self, name: str) -> Partial:
+    def of(self, name: str) -> PredictionCache:
         """What is on file of one evaluation."""
         for partial in self._open:
             partial.write()
-        partial = Partial(self._run, f"evals/{self._model}/{name}/partial.json", self._inputs)
+        partial = PredictionCache(
+            self._run, f"evals/{self._model}/{name}/partial.json", self._inputs
+        )
         self._open.append(partial)
         return partial
 
@@ -207,5 +209,5 @@ class Progress:
             if kind is not None:
                 with contextlib.suppress(JobError):  # what stopped the work says more
                     partial.write()
-            elif self._run.processes.leads:
+            elif self._run.processes.is_primary:
                 self._run.store.delete(partial.key)

@@ -25,7 +25,7 @@ EVERY_SECONDS = 0.2
 """The least time between two files."""
 
 
-class KeptReply(BaseModel):
+class LoggedReply(BaseModel):
     """A line of the files: a reply to a question, with the fields of `chat_api.Reply`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -53,7 +53,7 @@ class KeptReply(BaseModel):
         return self.answer is not None or self.final
 
 
-class KeptReplies:
+class ReplyLog:
     """All replies of a run to the same inputs, in order of arrival."""
 
     def __init__(self, run: Run, inputs: str) -> None:
@@ -67,18 +67,18 @@ class KeptReplies:
                 if reply.inputs == inputs:
                     found[reply.number] = reply
         self.all = [found[number] for number in sorted(found)]
-        self._new: list[KeptReply] = []
+        self._new: list[LoggedReply] = []
         self._written = 0.0
 
-    def settled(self, name: str) -> dict[str, KeptReply]:
+    def settled(self, name: str) -> dict[str, LoggedReply]:
         """The replies to an evaluation that leave nothing to ask, by the question's id."""
         return {reply.id: reply for reply in self.all if reply.eval == name and reply.settled}
 
-    def add(self, name: str, question: str, reply: Reply) -> KeptReply:
+    def add(self, name: str, question: str, reply: Reply) -> LoggedReply:
         """A reply that has arrived; it is on file after the next `write`."""
         fields = {name: value for name, value in asdict(reply).items() if name != "sent"}
         number = self.all[-1].number + 1 if self.all else 0
-        kept = KeptReply(inputs=self._inputs, number=number, eval=name, id=question, **fields)
+        kept = LoggedReply(inputs=self._inputs, number=number, eval=name, id=question, **fields)
         self.all.append(kept)
         self._new.append(kept)
         return kept
@@ -99,14 +99,14 @@ class KeptReplies:
             self._run.store.delete(key)
 
 
-def _text(replies: Iterable[KeptReply]) -> bytes:
+def _text(replies: Iterable[LoggedReply]) -> bytes:
     lines = (reply.model_dump_json(exclude_defaults=True) + "\n" for reply in replies)
     return "".join(lines).encode()
 
 
-def _lines(content: bytes | None) -> Iterable[KeptReply]:
+def _lines(content: bytes | None) -> Iterable[LoggedReply]:
     for line in (content or b"").split(b"\n"):
         try:
-            yield KeptReply.model_validate_json(line)
+            yield LoggedReply.model_validate_json(line)
         except ValidationError:  # the end of the text, or written by another version
             continue

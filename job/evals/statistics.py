@@ -145,7 +145,7 @@ def mcnemar_power(questions: int, discordant: float, difference: float) -> float
     return float(weights @ found)
 
 
-def detectable(questions: int, discordant: float) -> float | None:
+def minimum_detectable_effect(questions: int, discordant: float) -> float | None:
     """The smallest change of accuracy that the paired comparison finds four times in five.
 
     With 100 questions of which one in five changes sides it is 0.128, with 4,183 it is 0.020.
@@ -222,7 +222,7 @@ def compare_shares(
         p_value=p_value,
         p_holm=p_value,
         finding=finding_of_test(estimate.mean, p_value),
-        detectable=detectable(len(shared), (gained + lost) / len(shared)),
+        detectable=minimum_detectable_effect(len(shared), (gained + lost) / len(shared)),
     )
 
 

@@ -7,13 +7,13 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from job.chat.templates import ChatTemplate
-from job.data.examples import Dropped, field_text, fill
-from job.data.sources import Row, open_rows
+from job.data.examples import RowDroppedError, field_text, fill
+from job.data.sources import Row, open_source
 from job.errors import UsageError
 from job.runtime import logs
 from job.spec.fields import LETTERS, LM_EVAL
 from job.spec.pinning import NONE, Revisions
-from job.spec.schema import MultipleChoice
+from job.spec.schema import MultipleChoiceEval
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Slice:
+class Task:
     """The questions of one entry of the spec, and where they are from."""
 
-    entry: MultipleChoice
+    entry: MultipleChoiceEval
     revision: str | None
     questions: list[Question]
     shots: list[Question] = field(default_factory=list)
     """Solved questions that stand before each."""
 
 
-def shots_source(entry: MultipleChoice) -> MultipleChoice | None:
+def shots_source(entry: MultipleChoiceEval) -> MultipleChoiceEval | None:
     """Where the solved questions of an entry are from; None where it wants none."""
     if entry.few_shot is None:
         return None
@@ -52,13 +52,13 @@ def shots_source(entry: MultipleChoice) -> MultipleChoice | None:
     return entry.model_copy(update=given)
 
 
-def load_slice(entry: MultipleChoice, revisions: Revisions = NONE) -> Slice:
+def load_task(entry: MultipleChoiceEval, revisions: Revisions = NONE) -> Task:
     """The first `limit` usable questions of the entry's dataset.
 
     Raises:
         UsageError: none is usable.
     """
-    rows = open_rows(entry, "questions", revisions)
+    rows = open_source(entry, "questions", revisions)
     reading = _Reading(entry)
     questions = list(islice(reading.questions(rows), entry.limit))
     dropped = reading.dropped
@@ -81,18 +81,18 @@ def load_slice(entry: MultipleChoice, revisions: Revisions = NONE) -> Slice:
         raise UsageError(
             f"evals.multiple_choice '{entry.name}': the questions have different numbers of options"
         )
-    return Slice(entry, rows.revision, questions, _shots(entry, questions, revisions))
+    return Task(entry, rows.revision, questions, _shots(entry, questions, revisions))
 
 
 def _shots(
-    entry: MultipleChoice, questions: Sequence[Question], revisions: Revisions
+    entry: MultipleChoiceEval, questions: Sequence[Question], revisions: Revisions
 ) -> list[Question]:
     """The solved questions of an entry, none of which is asked."""
     source = shots_source(entry)
     if source is None or entry.few_shot is None:
         return []
     asked = {(question.text, question.options) for question in questions}
-    rows = open_rows(source, "questions", revisions)
+    rows = open_source(source, "questions", revisions)
     others = (q for q in _Reading(source).questions(rows) if (q.text, q.options) not in asked)
     shots = list(islice(others, entry.few_shot.examples))
     if len(shots) < entry.few_shot.examples:
@@ -107,7 +107,7 @@ def _shots(
 class _Reading:
     """One pass over rows for questions, and what became of those that are none."""
 
-    def __init__(self, entry: MultipleChoice) -> None:
+    def __init__(self, entry: MultipleChoiceEval) -> None:
         self._entry = entry
         self.dropped: Counter[str] = Counter()
         self.columns: list[str] = []
@@ -120,23 +120,23 @@ class _Reading:
             try:
                 question = _question(self._entry, row, number)
                 if question.id in seen:
-                    raise Dropped("repeated id")
-            except Dropped as reason:
+                    raise RowDroppedError("repeated id")
+            except RowDroppedError as reason:
                 self.dropped[str(reason)] += 1
                 continue
             seen.add(question.id)
             yield question
 
 
-def _question(entry: MultipleChoice, row: Row, number: int) -> Question:
+def _question(entry: MultipleChoiceEval, row: Row, number: int) -> Question:
     text = fill(entry.question, row)
     options = _options(entry, row)
     if entry.prompt != LM_EVAL:  # which takes texts as they are
         text, options = text.strip(), tuple(option.strip() for option in options)
     if not text.strip():
-        raise Dropped("empty question")
+        raise RowDroppedError("empty question")
     if not all(option.strip() for option in options):
-        raise Dropped("empty option")
+        raise RowDroppedError("empty option")
     gold = _gold(row, entry, options)
     identity = field_text(row, entry.id) if entry.id else str(number)
     group = None if entry.group is None else _group(row.get(entry.group))
@@ -147,18 +147,18 @@ def _group(value: object) -> str:
     return "none" if value is None else str(value).strip() or "none"
 
 
-def _options(entry: MultipleChoice, row: Row) -> tuple[str, ...]:
+def _options(entry: MultipleChoiceEval, row: Row) -> tuple[str, ...]:
     if not isinstance(entry.options, str):
         return tuple(field_text(row, column) for column in entry.options)
     value = row.get(entry.options)
     if not isinstance(value, list | tuple) or not 2 <= len(value) <= len(LETTERS):
-        raise Dropped(f"no list of options in '{entry.options}'")
+        raise RowDroppedError(f"no list of options in '{entry.options}'")
     if any(option is None for option in value):
-        raise Dropped("empty option")
+        raise RowDroppedError("empty option")
     return tuple(str(option) for option in value)
 
 
-def _gold(row: Row, entry: MultipleChoice, options: tuple[str, ...]) -> str:
+def _gold(row: Row, entry: MultipleChoiceEval, options: tuple[str, ...]) -> str:
     """The letter of the right option, given as the entry says.
 
     `auto` takes a number for a 0-based index and text for a letter or an option's text, and
@@ -183,10 +183,10 @@ def _gold(row: Row, entry: MultipleChoice, options: tuple[str, ...]) -> str:
     else:
         meanings = {found[kind] for kind in ("index", "letter", "text")} - {None}
         if len(meanings) > 1:
-            raise Dropped(f"ambiguous '{entry.answer}': set answer_is to index or text")
+            raise RowDroppedError(f"ambiguous '{entry.answer}': set answer_is to index or text")
         chosen = next(iter(meanings), None)
     if chosen is None:
-        raise Dropped(f"no right option in '{entry.answer}'")
+        raise RowDroppedError(f"no right option in '{entry.answer}'")
     return chosen
 
 
@@ -214,19 +214,19 @@ def lettered(question: Question) -> str:
     return "\n".join(f"{letter}. {option}" for letter, option in pairs)
 
 
-def user_turn(entry: MultipleChoice, question: Question) -> str:
+def user_turn(entry: MultipleChoiceEval, question: Question) -> str:
     """What the user says: the entry's prompt with the question and its lettered options."""
     if entry.prompt == LM_EVAL:
         return _harness(question)
     return entry.prompt.format(question=question.text, options=lettered(question))
 
 
-def solved_turns(entry: MultipleChoice, shots: Sequence[Question]) -> list[tuple[str, str]]:
+def solved_turns(entry: MultipleChoiceEval, shots: Sequence[Question]) -> list[tuple[str, str]]:
     """The turns before a question: solved ones, each with its letter for an answer."""
     return [(user_turn(entry, shot), shot.gold) for shot in shots]
 
 
-def question_prompts(found: Slice, template: ChatTemplate) -> list[Prompt]:
+def question_prompts(found: Task, template: ChatTemplate) -> list[Prompt]:
     """What a model is given to answer each question of a slice."""
     entry = found.entry
     if entry.prompt == LM_EVAL:
@@ -238,7 +238,7 @@ def question_prompts(found: Slice, template: ChatTemplate) -> list[Prompt]:
     ]
 
 
-def before_letter(entry: MultipleChoice) -> BeforeLetter:
+def before_letter(entry: MultipleChoiceEval) -> BeforeLetter:
     """What the letters are scored after."""
     return BeforeLetter(_END, " ") if entry.prompt == LM_EVAL else BeforeLetter("", "")
 

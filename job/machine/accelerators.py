@@ -81,7 +81,7 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """The name that `machine` reads."""
+        """The name that `parse_machine` reads."""
         if self.accelerator.platform == "cpu" and self.chips == 1:
             return self.accelerator.name
         return f"{self.accelerator.name}-{self.chips * self.accelerator.cores}"
@@ -288,7 +288,7 @@ ACCELERATORS = (
 )
 
 
-def find(device_kind: str) -> Accelerator | None:
+def find_accelerator(device_kind: str) -> Accelerator | None:
     """The accelerator that JAX calls `device_kind`; None where the registry does not know it."""
     for accelerator in ACCELERATORS:
         if device_kind in accelerator.device_kinds:
@@ -296,7 +296,7 @@ def find(device_kind: str) -> Accelerator | None:
     return None
 
 
-def machine(name: str) -> Machine:
+def parse_machine(name: str) -> Machine:
     """The machine of a name like v5e-8, v5p-8 (4 chips of 2 cores), h100-1 or cpu.
 
     Without a number it is the smallest of its kind. gcloud's v5litepod-8 is read too.
@@ -328,7 +328,7 @@ def machine(name: str) -> Machine:
     return Machine(kind, chips)
 
 
-def slices(kind: Accelerator, most: int = 256) -> list[Machine]:
+def machine_sizes(kind: Accelerator, most: int = 256) -> list[Machine]:
     """Every size that a kind comes in, up to so many chips."""
     sizes = sorted(kind.topologies) or [1 << power for power in range(9)]
     return [Machine(kind, chips) for chips in sizes if chips <= most]
@@ -355,7 +355,7 @@ class Order:
     prices_of: str | None
 
 
-def order(wanted: Machine) -> Order:
+def machine_order(wanted: Machine) -> Order:
     """The order of a machine."""
     kind, quota = wanted.accelerator, wanted.quota
     return Order(

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.errors import EnvironmentProblem, JobError
+from job.errors import JobError, SetupError
 from job.machine.accelerators import Machine
 from job.results import EnvironmentInfo
 from job.runtime import logs
@@ -87,7 +87,7 @@ def use_cpu() -> None:
 
 def _check_backend(found: str) -> None:
     if found != "jax":
-        raise EnvironmentProblem(
+        raise SetupError(
             f"Keras runs on the {found} backend, and this job needs jax: unset KERAS_BACKEND "
             "and remove `backend` from ~/.keras/keras.json"
         )
@@ -108,7 +108,7 @@ def start(spec: Spec) -> EnvironmentInfo:
     except (RuntimeError, AssertionError) as error:
         wanted = os.environ.get("JAX_PLATFORMS", "")
         reason = str(error).partition("\n")[0] or "there is no such platform"
-        raise EnvironmentProblem(
+        raise SetupError(
             f"JAX found no usable device (JAX_PLATFORMS={wanted!r}): {reason}{_looked_for(wanted)}"
         ) from error
     found = _platform(devices[0].platform)
@@ -157,24 +157,24 @@ def check_devices(wanted: Runtime, platform: str, devices: int, kind: str) -> No
     """Raise unless the platform and the number of devices are what the spec asks for."""
     found = f"found {devices} {platform} device{'s' if devices != 1 else ''} ({kind})"
     if wanted.platform not in ("any", platform):
-        raise EnvironmentProblem(
+        raise SetupError(
             f"runtime.platform is {wanted.platform}, but JAX {found}; {_WAY_OUT[wanted.platform]}, "
             "or run with --set runtime.platform=any --set runtime.devices=null"
         )
     if wanted.devices is not None and wanted.devices != devices:
-        raise EnvironmentProblem(
+        raise SetupError(
             f"runtime.devices is {wanted.devices}, but JAX {found}; use a machine with "
             f"{wanted.devices}, or run with --set runtime.devices={devices}"
         )
     mesh = wanted.mesh
     if devices % mesh.model and mesh.data == "auto":
-        raise EnvironmentProblem(
+        raise SetupError(
             f"runtime.mesh.model is {mesh.model}, but JAX {found}, which it does not divide; "
             "set runtime.mesh.data too, or another runtime.mesh.model"
         )
     if data_parallel(wanted, devices) * mesh.model > devices:
         beside = f" times runtime.mesh.model {mesh.model}" if mesh.model > 1 else ""
-        raise EnvironmentProblem(
+        raise SetupError(
             f"runtime.mesh.data is {mesh.data}{beside}, but JAX {found}; "
             f"run with --set runtime.mesh.data={max(1, devices // mesh.model)}"
         )
@@ -194,7 +194,7 @@ def check_batch(spec: Spec, devices: int) -> None:
         detail = f"{devices} device{'s' if devices != 1 else ''}"
         if micro != "auto":
             detail += f" times train.micro_batch {micro}"
-        raise EnvironmentProblem(
+        raise SetupError(
             f"train.batch_size {batch} cannot be shared by {detail}: use a multiple of {unit}, "
             "or fewer devices with runtime.mesh.data"
         )
@@ -249,7 +249,7 @@ def compiling_for(wanted: Machine) -> "Iterator[list[Device]]":
         )
     except (RuntimeError, ValueError, NotImplementedError) as error:
         first = str(error).partition("\n")[0]
-        raise EnvironmentProblem(
+        raise SetupError(
             "--compile needs the TPU compiler: run `uv run --extra tpu job plan ...`, or install "
             f"job[tpu] ({first})"
         ) from error

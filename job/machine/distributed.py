@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from job.errors import EXIT_RESUMABLE, EXIT_STAGE, EnvironmentProblem, Interrupted, StageError
+from job.errors import EXIT_RESUMABLE, EXIT_STAGE, RunStoppedError, SetupError, StageError
 from job.runtime import logs
-from job.runtime.signals import end_now
-from job.runtime.watchdog import PULSE
+from job.runtime.signals import exit_now
+from job.runtime.watchdog import WATCHDOG
 from job.spec.schema import Distributed, Runtime
 
 _ADDRESS, _COUNT, _INDEX = (
@@ -53,8 +53,8 @@ _CLOSE_SECONDS = 5.0
 """Time to keep the log and to give the run back, for a process that is ended."""
 
 
-class Processes:
-    """This process among those of the job; alone unless `join` found others."""
+class ProcessGroup:
+    """This process among those of the job; alone unless `join_processes` found others."""
 
     def __init__(self, index: int = 0, count: int = 1, client: Any = None) -> None:
         self.index = index
@@ -66,11 +66,11 @@ class Processes:
         self._leaving = threading.Event()
 
     @property
-    def leads(self) -> bool:
+    def is_primary(self) -> bool:
         """Whether this is the process that writes."""
         return self.index == 0
 
-    def share(self, make: Callable[[], str], check: Callable[[], None] = lambda: None) -> str:
+    def broadcast(self, make: Callable[[], str], check: Callable[[], None] = lambda: None) -> str:
         """What `make` gives on the leader, on every process.
 
         All processes must share in the same order. Those that wait call `check` each second.
@@ -79,13 +79,13 @@ class Processes:
             return make()
         self._shared += 1
         key = f"job/shared/{self._shared}"
-        if self.leads:
+        if self.is_primary:
             value = make()
             self._client.key_value_set(key, value)
             return value
         while True:
             check()
-            PULSE.beat()
+            WATCHDOG.beat()
             found = _timed(lambda: self._client.blocking_key_value_get(key, 1000))
             if found is not None:
                 return str(found)
@@ -122,12 +122,12 @@ class Processes:
             reason = json.dumps({"code": code, "message": message})
             self._client.key_value_set(f"{_LEFT}{self.index}", reason, allow_overwrite=True)
             until = time.monotonic() + 2 * _GRACE
-            while self.leads and time.monotonic() < until:
+            while self.is_primary and time.monotonic() < until:
                 if len(self._client.key_value_dir_get(_LEFT)) == self.count:
                     break
                 time.sleep(_LOOK_SECONDS / 5)
 
-    def lost(self, error: Exception) -> StageError | Interrupted | None:
+    def lost(self, error: Exception) -> StageError | RunStoppedError | None:
         """What an error of the devices means among several: another process has left."""
         from jax.errors import JaxRuntimeError
 
@@ -140,10 +140,12 @@ class Processes:
                     reason = json.loads(value)
                     message = f"process {_number(key)} has left: {reason['message']}"
                     if reason["code"] == EXIT_RESUMABLE:
-                        return Interrupted(message)
+                        return RunStoppedError(message)
                     return StageError(message)
             time.sleep(_LOOK_SECONDS)
-        return Interrupted("lost the connection to another process; run the same command to go on")
+        return RunStoppedError(
+            "lost the connection to another process; run the same command to go on"
+        )
 
     def _own(self, folder: str) -> str:
         return f"{folder}{self.index}"
@@ -184,14 +186,14 @@ class Processes:
     def leave(self, code: int, message: str) -> None:
         """End this process now, whatever its main thread is in; the others are told why."""
         level = logging.WARNING if code == EXIT_RESUMABLE else logging.ERROR
-        logs.get().log(level, message, stage=PULSE.stage)
+        logs.get().log(level, message, stage=WATCHDOG.stage)
         with contextlib.suppress(Exception):
             reason = json.dumps({"code": code, "message": message})
             self._client.key_value_set(self._own(_LEFT), reason)
         closing = threading.Thread(target=self.before_exit, daemon=True)
         closing.start()
         closing.join(_CLOSE_SECONDS)
-        end_now(code, message)
+        exit_now(code, message)
 
 
 def _number(key: str) -> str:
@@ -207,7 +209,7 @@ def _timed(get: Callable[[], Any]) -> Any:
     except JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" in str(error):
             return None
-        raise Interrupted(
+        raise RunStoppedError(
             "lost the connection to process 0; run the same command to go on"
         ) from error
 
@@ -218,7 +220,7 @@ def is_joined() -> bool:
     return distributed is not None and distributed.global_state.num_processes > 1
 
 
-def join(wanted: Runtime) -> Processes:
+def join_processes(wanted: Runtime) -> ProcessGroup:
     """Find the other processes of the job, and wait until all have come.
 
     Must come before anything asks JAX for its devices.
@@ -229,7 +231,7 @@ def join(wanted: Runtime) -> Processes:
     """
     place = _place(wanted)
     if place is None:
-        return Processes()
+        return ProcessGroup()
     import jax
     from jax._src.distributed import global_state
 
@@ -248,14 +250,14 @@ def join(wanted: Runtime) -> Processes:
         )
     except ValueError as error:
         if not place:  # nothing says that this machine is one of several
-            return Processes()
-        raise EnvironmentProblem(f"runtime.distributed: {error}") from error
+            return ProcessGroup()
+        raise SetupError(f"runtime.distributed: {error}") from error
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise EnvironmentProblem(
+        raise SetupError(
             f"runtime.distributed: not all processes came within {_JOIN_SECONDS} s: {reason}"
         ) from error
-    return Processes(jax.process_index(), jax.process_count(), global_state.client)
+    return ProcessGroup(jax.process_index(), jax.process_count(), global_state.client)
 
 
 def _place(wanted: Runtime) -> dict[str, Any] | None:
@@ -278,12 +280,12 @@ def _place(wanted: Runtime) -> dict[str, Any] | None:
             "process_id": int("" if index is None else index),
         }
     except ValueError:
-        raise EnvironmentProblem(
+        raise SetupError(
             f"runtime.distributed: {_COUNT} and {_INDEX} must be numbers; "
             f"they are {count!r} and {index!r}"
         ) from None
     if not 0 <= place["process_id"] < place["num_processes"]:  # type: ignore[operator]
-        raise EnvironmentProblem(
+        raise SetupError(
             f"runtime.distributed: process {index} is not one of {count}; they count from 0"
         )
     return place

@@ -51,9 +51,11 @@ class AbstractModel(LanguageModel):
 
     def replicate(self, tree: Any) -> Any:
         """The shapes of arrays, whole on every device."""
-        return jax.tree.map(lambda array: array_shape(array.shape, array.dtype, self.whole), tree)
+        return jax.tree.map(
+            lambda array: array_shape(array.shape, array.dtype, self.replicated), tree
+        )
 
-    def split_batch(self, tree: Any, axis: int = 0) -> Any:
+    def shard_batch(self, tree: Any, axis: int = 0) -> Any:
         """The shapes of arrays whose axis `axis` is split over the data-parallel devices."""
         sharding = self._sharding(*([None] * axis), "data")
         return jax.tree.map(lambda array: array_shape(array.shape, array.dtype, sharding), tree)
@@ -80,7 +82,10 @@ class AbstractModel(LanguageModel):
         """The shapes of an adapter, whole on every device."""
         pairs = (self.lora.shapes(target) for target in self.lora.targets)
         return tuple(
-            (array_shape(a, jnp.float32, self.whole), array_shape(b, jnp.float32, self.whole))
+            (
+                array_shape(a, jnp.float32, self.replicated),
+                array_shape(b, jnp.float32, self.replicated),
+            )
             for a, b in pairs
         )
 

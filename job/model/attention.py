@@ -62,16 +62,16 @@ def _by_segment(make_mask: Callable[..., Any]) -> Callable[..., Any]:
         from keras import ops
 
         bound = signature.bind(*args, **kwargs)
-        segments = ops.cast(bound.arguments[key], "int32")
-        bound.arguments[key] = ops.cast(segments > 0, "int32")
+        segment_ids = ops.cast(bound.arguments[key], "int32")
+        bound.arguments[key] = ops.cast(segment_ids > 0, "int32")
         mask = make_mask(*bound.args, **bound.kwargs)
-        same = ops.equal(segments[:, :, None], segments[:, None, :])
+        same = ops.equal(segment_ids[:, :, None], segment_ids[:, None, :])
         return ops.logical_and(ops.cast(mask, "bool"), same)
 
     return with_segments
 
 
-class Cut(NamedTuple):
+class Chunking(NamedTuple):
     """How rows are cut."""
 
     queries: int
@@ -88,25 +88,25 @@ class Cut(NamedTuple):
         return self.gain * (before + self.queries) <= length
 
 
-ACCELERATOR = Cut(128, 2.0)
+ACCELERATOR = Chunking(128, 2.0)
 """With more keys the TPU's compiler moves more bytes for the chunks than it saves."""
 
 
-CPU = Cut(32, 1.0)
+CPU = Chunking(32, 1.0)
 """What is not computed is saved; smaller chunks make products that are too small."""
 
 
-def can_cut(backbone: Any) -> bool:
+def can_chunk(backbone: Any) -> bool:
     """Whether a test shows that this family's attention may be cut into chunks."""
     return type(backbone).__name__ in PACKABLE
 
 
 @contextlib.contextmanager
-def local_attention(backbone: Any, segments: Any, reach: int, cut: Cut) -> Iterator[None]:
+def chunked_attention(backbone: Any, segment_ids: Any, reach: int, cut: Chunking) -> Iterator[None]:
     """Within this block attention runs chunk by chunk, where that leaves enough out.
 
     Args:
-        segments: int32 `[batch, length]`; 0 is padding, and tokens attend only to earlier tokens
+        segment_ids: int32 `[batch, length]`; 0 is padding, and tokens attend only to earlier tokens
             of the same number.
         reach: tokens, its own included, that a token can see at most.
         cut: how the rows are cut.
@@ -118,7 +118,7 @@ def local_attention(backbone: Any, segments: Any, reach: int, cut: Cut) -> Itera
     ]
     for layer in layers:
         # Straight into the instance's dictionary: Keras tracks ordinary attributes.
-        layer.__dict__["_compute_attention"] = _by_chunk(layer, segments, reach, cut)
+        layer.__dict__["_compute_attention"] = _by_chunk(layer, segment_ids, reach, cut)
     try:
         yield
     finally:
@@ -126,7 +126,7 @@ def local_attention(backbone: Any, segments: Any, reach: int, cut: Cut) -> Itera
             del layer.__dict__["_compute_attention"]
 
 
-def _by_chunk(layer: Any, segments: Any, reach: int, cut: Cut) -> Callable[..., Any]:
+def _by_chunk(layer: Any, segment_ids: Any, reach: int, cut: Chunking) -> Callable[..., Any]:
     attend = layer._compute_attention
     # Some families lay the window over the mask they are given, others over all masks before.
     placed = "cache_update_index" in inspect.signature(attend).parameters
@@ -160,7 +160,7 @@ def _by_chunk(layer: Any, segments: Any, reach: int, cut: Cut) -> Callable[..., 
             chunks(query),
             windows(key),
             windows(value),
-            _mask(chunks(segments), windows(segments), window),
+            _mask(chunks(segment_ids), windows(segment_ids), window),
             **settings,
         )
         return parts.reshape(batch, count * queries, *parts.shape[2:])[:, :length]
@@ -169,7 +169,7 @@ def _by_chunk(layer: Any, segments: Any, reach: int, cut: Cut) -> Callable[..., 
 
 
 def _mask(queries: Any, keys: Any, window: int | None) -> Any:
-    """Which keys each query sees, bool `[chunks, queries, keys]`, from the segments of both.
+    """Which keys each query sees, bool `[chunks, queries, keys]`, from the segment_ids of both.
 
     The queries are the last of the keys.
     """

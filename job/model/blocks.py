@@ -21,14 +21,14 @@ from jax.sharding import NamedSharding
 from keras_hub.layers import RotaryEmbedding
 
 from job.model.attention import PACKABLE, segment_attention
-from job.model.language_model import Forward, LanguageModel
+from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.lora import LoraLayout, LoraWeights, Weights, weighted_layers
 from job.model.patching import (
     Dropout,
+    fast_rotary,
     kernel_layers,
-    lora_beside,
+    lora_branches,
     replaced_calls,
-    rotated_by_halves,
 )
 from job.model.sharding import MODEL, split_axis
 
@@ -62,7 +62,9 @@ class _Block:
 class Blocks:
     """The functions of a model's blocks; see `separate`."""
 
-    def __init__(self, model: LanguageModel, settings: Forward, blocks: Sequence[_Block]) -> None:
+    def __init__(
+        self, model: LanguageModel, settings: ForwardConfig, blocks: Sequence[_Block]
+    ) -> None:
         self._model = model
         self._backbone = model.backbone
         self._settings = settings
@@ -101,7 +103,7 @@ class Blocks:
         }
         return tuple(pairs[target] for target in range(len(pairs)))
 
-    def begin(self, outside: Weights, token_ids: jax.Array, segments: jax.Array) -> jax.Array:
+    def begin(self, outside: Weights, token_ids: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """What the first block is given, `[batch, length, hidden]`; see `LanguageModel.hidden`."""
         given: list[jax.Array] = []
 
@@ -109,7 +111,7 @@ class Blocks:
             given.append(x)
             return x
 
-        self._around(outside, self._model.inputs(token_ids, segments), catch)
+        self._around(outside, self._model.inputs(token_ids, segment_ids), catch)
         return given[0]
 
     def end(self, outside: Weights, x: jax.Array) -> jax.Array:
@@ -143,7 +145,7 @@ class Blocks:
         kind: int,
         arrays: BlockArrays,
         x: jax.Array,
-        segments: jax.Array,
+        segment_ids: jax.Array,
         dropout: Dropout | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """A block.
@@ -152,7 +154,7 @@ class Blocks:
             kind: the number of the block that stands for it.
             arrays: what is its own.
             x: `[batch, length, hidden]`.
-            segments: int32 `[batch, length]`, as for `LanguageModel.hidden`.
+            segment_ids: int32 `[batch, length]`, as for `LanguageModel.hidden`.
             dropout: of the adapters' inputs.
 
         Returns:
@@ -164,7 +166,7 @@ class Blocks:
             results[number] = result
             return result
 
-        outputs = self._run(kind, arrays, x, segments, dropout, note)
+        outputs = self._run(kind, arrays, x, segment_ids, dropout, note)
         keep = self._settings.remat == "matmuls"
         return outputs, tuple(results[n] for n in sorted(results)) if keep else ()
 
@@ -173,7 +175,7 @@ class Blocks:
         kind: int,
         arrays: BlockArrays,
         x: jax.Array,
-        segments: jax.Array,
+        segment_ids: jax.Array,
         kept: Sequence[jax.Array],
         gradient: jax.Array,
         dropout: Dropout | None = None,
@@ -193,7 +195,7 @@ class Blocks:
                 return found
 
             own = arrays._replace(lora=lora)
-            return self._run(kind, own, x, segments, dropout, instead)
+            return self._run(kind, own, x, segment_ids, dropout, instead)
 
         _, pull = jax.vjp(run, x, arrays.lora)
         gradients: tuple[jax.Array, LoraWeights] = pull(gradient)
@@ -204,7 +206,7 @@ class Blocks:
         kind: int,
         arrays: BlockArrays,
         x: jax.Array,
-        segments: jax.Array,
+        segment_ids: jax.Array,
         dropout: Dropout | None,
         see: Callable[[int, jax.Array], jax.Array],
     ) -> jax.Array:
@@ -221,14 +223,14 @@ class Blocks:
             keras.StatelessScope(
                 state_mapping=list(zip(block.layer.variables, arrays.weights, strict=True))
             ),
-            rotated_by_halves(self._backbone),
+            fast_rotary(self._backbone),
             _wavelengths(block.layer, arrays.rotary),
             segment_attention(self._backbone) if settings.packed else nullcontext(),
-            model.attention(segments, settings.reach),
-            lora_beside(self._backbone, layout, pairs, dropout, arrays.numbers),
+            model.attention(segment_ids, settings.reach),
+            lora_branches(self._backbone, layout, pairs, dropout, arrays.numbers),
             replaced_calls([(layer, _seen(layer.call, n, see)) for n, layer in enumerate(layers)]),
         ):
-            outputs: jax.Array = block.layer.call(x, **{mask: segments})
+            outputs: jax.Array = block.layer.call(x, **{mask: segment_ids})
         return outputs
 
     def _layout(self, block: _Block) -> LoraLayout:
@@ -258,7 +260,7 @@ class Blocks:
         )
 
 
-def separate(model: LanguageModel, settings: Forward) -> Blocks | None:
+def separate(model: LanguageModel, settings: ForwardConfig) -> Blocks | None:
     """A model block by block, or None where it cannot be taken apart.
 
     It can where a test shows that each block gets nothing but the hidden states and the mask, and

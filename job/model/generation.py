@@ -22,7 +22,7 @@ from keras_hub import samplers
 from job.model.attention import mask_makers
 
 
-def right_aligned(token_ids: jax.Array, lengths: jax.Array) -> jax.Array:
+def left_padded(token_ids: jax.Array, lengths: jax.Array) -> jax.Array:
     """Prompts moved to the end of their rows.
 
     Args:
@@ -71,9 +71,7 @@ def empty_cache(task: Any, batch: int, length: int) -> Any:
         del task.__dict__["call_with_cache"]
 
 
-def fill_cache(
-    task: Any, token_ids: jax.Array, starts: jax.Array, room: int
-) -> tuple[jax.Array, Any]:
+def prefill(task: Any, token_ids: jax.Array, starts: jax.Array, room: int) -> tuple[jax.Array, Any]:
     """Read right-aligned prompts.
 
     Args:
@@ -93,7 +91,7 @@ def fill_cache(
     return hidden[:, -1], cache
 
 
-def next_logits(
+def decode_step(
     task: Any, tokens: jax.Array, cache: Any, place: Any, starts: jax.Array
 ) -> tuple[jax.Array, Any]:
     """Float32 logits `[batch, vocabulary]` after one more token a row, int32 `[batch]`."""
@@ -104,18 +102,18 @@ def next_logits(
     return jnp.asarray(logits[:, 0], jnp.float32), cache
 
 
-def best(logits: jax.Array, _turn: Any) -> jax.Array:
+def greedy(logits: jax.Array, _turn: Any) -> jax.Array:
     """The likeliest token of each row: greedy decoding."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def answer(
+def decode(
     first: jax.Array,
     follow: Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]],
     cache: Any,
     limit: int,
     stop_ids: Sequence[int],
-    choose: Callable[[jax.Array, Any], jax.Array] = best,
+    choose: Callable[[jax.Array, Any], jax.Array] = greedy,
 ) -> jax.Array:
     """The loop of decoding.
 
@@ -186,7 +184,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SamplerState:
     """A sampler inside a traced function, with the state of its generator there."""
 
     sampler: Any

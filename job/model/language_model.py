@@ -19,27 +19,27 @@ from keras_hub.samplers import GreedySampler
 
 from job.adapters.hf_weight_map import target_matrices
 from job.adapters.low_rank import Matrix
-from job.chat.tokenizer import TextCodec
+from job.chat.tokenizer import ChatTokenizer
 from job.model import generation
 from job.model.attention import (
     ACCELERATOR,
     CPU,
-    can_cut,
+    can_chunk,
     can_pack,
-    local_attention,
+    chunked_attention,
     segment_attention,
 )
-from job.model.generation import Drawn
-from job.model.lora import LoraLayout, LoraWeights, Weights, plan_lora
+from job.model.generation import SamplerState
+from job.model.lora import LoraLayout, LoraWeights, Weights, make_lora_layout
 from job.model.patching import (
     Dropout,
     Remat,
     can_narrow,
+    fast_rotary,
     gather,
-    lora_beside,
-    narrowed,
-    rematerialized,
-    rotated_by_halves,
+    lora_branches,
+    narrow_last_block,
+    remat_blocks,
 )
 from job.model.sharding import check_split, put, weight_sharding
 from job.spec.schema import Model
@@ -53,11 +53,11 @@ class Preset:
     revision: str | None
 
 
-class Forward(NamedTuple):
+class ForwardConfig(NamedTuple):
     """How rows go through the backbone in training."""
 
     packed: bool
-    """Rows hold several examples; else segments are an ordinary padding mask."""
+    """Rows hold several examples; else segment_ids are an ordinary padding mask."""
     remat: Remat = "matmuls"
     reach: int | None = None
     """Tokens of the longest example, beyond which attention need not look; None: unknown."""
@@ -67,14 +67,14 @@ class LanguageModel:
     """The structure, the frozen weights on their devices, the tokenizer, the LoRA layout."""
 
     def __init__(
-        self, task: Any, codec: TextCodec, model: Model, preset: Preset, mesh: Mesh
+        self, task: Any, codec: ChatTokenizer, model: Model, preset: Preset, mesh: Mesh
     ) -> None:
         self._task = task
         self._backbone = task.backbone
         self.codec = codec
         self.preset = preset
         self.mesh = mesh
-        self.lora: LoraLayout = plan_lora(self._backbone, model.lora)
+        self.lora: LoraLayout = make_lora_layout(self._backbone, model.lora)
         self.parameters: int = self._backbone.count_params()
         check_split(self._backbone.variables, mesh)
         self.weights: Weights = self._place(self._backbone.variables)
@@ -126,20 +126,20 @@ class LanguageModel:
         return int(self.mesh.shape["data"])
 
     @property
-    def whole(self) -> NamedSharding:
+    def replicated(self) -> NamedSharding:
         """The sharding of an array that every device has whole."""
         return self._sharding()
 
     @property
-    def split(self) -> NamedSharding:
+    def sharded(self) -> NamedSharding:
         """The sharding of an array whose first axis is split over the data-parallel devices."""
         return self._sharding("data")
 
     def replicate(self, tree: Any) -> Any:
         """Arrays, whole on every device of the mesh."""
-        return jax.tree.map(lambda array: put(array, self.whole), tree)
+        return jax.tree.map(lambda array: put(array, self.replicated), tree)
 
-    def split_batch(self, tree: Any, axis: int = 0) -> Any:
+    def shard_batch(self, tree: Any, axis: int = 0) -> Any:
         """Host arrays whose axis `axis` is the batch, split over the data-parallel devices.
 
         Each process copies only the rows of its own devices.
@@ -160,7 +160,7 @@ class LanguageModel:
     def _scope(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Iterator[None]:
         """Within this block the backbone has these weights."""
         mapping = [*zip(self._backbone.variables, weights, strict=True), *more]
-        with keras.StatelessScope(state_mapping=mapping), rotated_by_halves(self._backbone):
+        with keras.StatelessScope(state_mapping=mapping), fast_rotary(self._backbone):
             yield
 
     def inputs(self, token_ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -172,20 +172,20 @@ class LanguageModel:
             )
         return inputs
 
-    def hidden(self, weights: Weights, token_ids: jax.Array, segments: jax.Array) -> jax.Array:
+    def hidden(self, weights: Weights, token_ids: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """The last hidden states.
 
         Args:
             weights: the backbone's variables.
             token_ids: int32 `[batch, length]`.
-            segments: int32 `[batch, length]`; 0 is padding, tokens attend only to earlier
+            segment_ids: int32 `[batch, length]`; 0 is padding, tokens attend only to earlier
                 tokens of the same number.
 
         Returns:
             `[batch, length, hidden]` in the compute type.
         """
         with self._scope(weights), segment_attention(self._backbone):
-            outputs: jax.Array = self._backbone(self.inputs(token_ids, segments))
+            outputs: jax.Array = self._backbone(self.inputs(token_ids, segment_ids))
         return outputs
 
     def loss_states(
@@ -193,7 +193,7 @@ class LanguageModel:
         weights: Weights,
         lora: LoraWeights,
         rows: Mapping[str, jax.Array],
-        settings: Forward,
+        settings: ForwardConfig,
         dropout: Dropout | None = None,
     ) -> jax.Array:
         """The last hidden states that have a loss, of the model with an adapter.
@@ -201,7 +201,7 @@ class LanguageModel:
         Args:
             weights: the frozen variables.
             lora: the adapter; the states can be differentiated by it.
-            rows: `token_ids` and `segments`, int32 `[batch, length]`, as for `hidden`, and
+            rows: `token_ids` and `segment_ids`, int32 `[batch, length]`, as for `hidden`, and
                 `positions`, int32 `[groups, losses]` into the tokens of each equal part of them.
             settings: whether rows are packed, and what is kept for the backward pass.
             dropout: of the adapters' inputs.
@@ -216,26 +216,26 @@ class LanguageModel:
         with (
             self._scope(inside.merge(weights, merged)),
             segment_attention(self._backbone) if settings.packed else nullcontext(),
-            self.attention(rows["segments"], settings.reach),
-            lora_beside(self._backbone, self.lora, lora, dropout),
-            narrowed(self._backbone, positions) if narrow else nullcontext(),
-            rematerialized(self._backbone, settings.remat),
+            self.attention(rows["segment_ids"], settings.reach),
+            lora_branches(self._backbone, self.lora, lora, dropout),
+            narrow_last_block(self._backbone, positions) if narrow else nullcontext(),
+            remat_blocks(self._backbone, settings.remat),
         ):
-            outputs: jax.Array = self._backbone(self.inputs(rows["token_ids"], rows["segments"]))
+            outputs: jax.Array = self._backbone(self.inputs(rows["token_ids"], rows["segment_ids"]))
         return outputs if narrow else gather(outputs, positions)
 
-    def attention(self, segments: jax.Array, reach: int | None) -> AbstractContextManager[None]:
+    def attention(self, segment_ids: jax.Array, reach: int | None) -> AbstractContextManager[None]:
         """Within this block attention looks no further than `reach` tokens, where that pays."""
-        if reach is None or not can_cut(self._backbone):
+        if reach is None or not can_chunk(self._backbone):
             return nullcontext()
         cut = CPU if self.platform == "cpu" else ACCELERATOR
-        return local_attention(self._backbone, segments, reach, cut)
+        return chunked_attention(self._backbone, segment_ids, reach, cut)
 
     def states_at(
         self,
         weights: Weights,
         token_ids: jax.Array,
-        segments: jax.Array,
+        segment_ids: jax.Array,
         positions: jax.Array,
         reach: int | None = None,
     ) -> jax.Array:
@@ -243,8 +243,8 @@ class LanguageModel:
 
         Args:
             weights: the backbone's variables.
-            token_ids, segments: int32 `[batch, length]`, as for `hidden`; where the model cannot
-                be packed, segments are 1 on the tokens.
+            token_ids, segment_ids: int32 `[batch, length]`, as for `hidden`; where the model cannot
+                be packed, segment_ids are 1 on the tokens.
             positions: int32 `[groups, n]` into the tokens of each equal part of the rows.
             reach: tokens of the longest prompt, if known.
 
@@ -255,10 +255,10 @@ class LanguageModel:
         with (
             self._scope(weights),
             segment_attention(self._backbone) if self.can_pack else nullcontext(),
-            self.attention(segments, reach),
-            narrowed(self._backbone, positions) if narrow else nullcontext(),
+            self.attention(segment_ids, reach),
+            narrow_last_block(self._backbone, positions) if narrow else nullcontext(),
         ):
-            outputs: jax.Array = self._backbone(self.inputs(token_ids, segments))
+            outputs: jax.Array = self._backbone(self.inputs(token_ids, segment_ids))
         return outputs if narrow else gather(outputs, positions)
 
     def plain_hidden(self, weights: Weights, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -280,7 +280,7 @@ class LanguageModel:
         lengths: jax.Array,
         limit: int,
         stop_ids: Sequence[int],
-        drawn: Drawn | None = None,
+        drawn: SamplerState | None = None,
     ) -> jax.Array:
         """Decoding, traceable: greedy without `drawn`.
 
@@ -302,17 +302,17 @@ class LanguageModel:
         def follow(tokens: Any, cache: Any, turn: Any) -> tuple[jax.Array, Any]:
             return self.decode(weights, tokens, cache, length + turn, length - lengths)
 
-        choose = generation.best if drawn is None else drawn.choose
-        return generation.answer(first, follow, cache, limit, stop_ids, choose)
+        choose = generation.greedy if drawn is None else drawn.choose
+        return generation.decode(first, follow, cache, limit, stop_ids, choose)
 
     def prefill(
         self, weights: Weights, token_ids: jax.Array, lengths: jax.Array, room: int
     ) -> tuple[jax.Array, Any]:
         """The logits after prompts, float32 `[batch, vocabulary]`, and the cache of their keys."""
-        aligned = generation.right_aligned(token_ids, lengths)
+        aligned = generation.left_padded(token_ids, lengths)
         starts = token_ids.shape[1] - lengths
         with self._scope(weights):
-            hidden, cache = generation.fill_cache(self._task, aligned, starts, room)
+            hidden, cache = generation.prefill(self._task, aligned, starts, room)
         return self.logits(weights, hidden), cache
 
     def decode(
@@ -320,7 +320,7 @@ class LanguageModel:
     ) -> tuple[jax.Array, Any]:
         """Logits after one more token a row, and the new cache; see `generation.next_logits`."""
         with self._scope(weights):
-            return generation.next_logits(self._task, tokens, cache, place, starts)
+            return generation.decode_step(self._task, tokens, cache, place, starts)
 
     def _kerashub_answers(
         self,
@@ -329,7 +329,7 @@ class LanguageModel:
         lengths: jax.Array,
         limit: int,
         stop_ids: Sequence[int],
-        drawn: Drawn | None = None,
+        drawn: SamplerState | None = None,
     ) -> jax.Array:
         """The same by KerasHub's own loop, for every family of models."""
         room = jnp.pad(token_ids, ((0, 0), (0, limit)))

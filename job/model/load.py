@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from jax.sharding import Mesh
 
-from job.chat.tokenizer import TextCodec
+from job.chat.tokenizer import ChatTokenizer
 from job.errors import StageError, UsageError
 from job.machine import devices
 from job.model.language_model import LanguageModel, Preset
@@ -18,17 +18,17 @@ from job.storage.cache_folder import cache_folder
 from job.storage.hub import SCHEME, Repository
 
 
-def load(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE) -> LanguageModel:
+def load_model(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE) -> LanguageModel:
     """Load the model of the spec, of the commit in `revisions` if it has one.
 
     Raises:
         UsageError: it cannot be loaded as a causal LM, or the spec does not fit it.
     """
-    preset = resolve(model, revisions)
+    preset = resolve_preset(model, revisions)
     keras.utils.set_random_seed(seed)
     with loading_to(mesh):
-        task, tokenizer = load_task(preset, model.dtype)
-    codec = TextCodec(tokenizer, model.chat_template)
+        task, tokenizer = load_keras_hub_task(preset, model.dtype)
+    codec = ChatTokenizer(tokenizer, model.chat_template)
     loaded = LanguageModel(task, codec, model, preset, mesh)
     if max(*codec.stop_ids, codec.pad_id) >= loaded.vocabulary:
         raise UsageError(f"model.preset: the tokenizer of {model.preset} is not this model's")
@@ -42,7 +42,7 @@ def load(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE) -> La
     return loaded
 
 
-def resolve(model: Model, revisions: Revisions) -> Preset:
+def resolve_preset(model: Model, revisions: Revisions) -> Preset:
     """Find the model of the spec and bring it to this machine where needed.
 
     KerasHub itself would fetch the files of a Hub repository one by one without a revision;
@@ -84,7 +84,7 @@ def _is_needed(path: str) -> bool:
     )
 
 
-def load_task(preset: Preset, dtype: str) -> tuple[Any, Any]:
+def load_keras_hub_task(preset: Preset, dtype: str) -> tuple[Any, Any]:
     """The KerasHub causal LM (without a preprocessor) and its tokenizer.
 
     Raises:

@@ -103,7 +103,7 @@ def weighted_layers(backbone: Any) -> list[Any]:
     return [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
 
 
-def plan_lora(backbone: Any, lora: Lora) -> LoraLayout:
+def make_lora_layout(backbone: Any, lora: Lora) -> LoraLayout:
     """The layout for the layers that the spec names.
 
     Raises:
@@ -155,11 +155,11 @@ def _equations(layer: Any) -> tuple[str, str] | None:
     return f"{inputs},{kernel[:-1]}{rank}->{inner}", f"{inner},{rank}{last}->{output}"
 
 
-def flatten(lora: LoraWeights) -> list[jax.Array]:
+def flatten_lora(lora: LoraWeights) -> list[jax.Array]:
     """A and B of each target in one list: A0, B0, A1, B1, ..."""
     return [array for pair in lora for array in pair]
 
 
-def unflatten(arrays: Sequence[Any]) -> LoraWeights:
-    """The inverse of `flatten`."""
+def unflatten_lora(arrays: Sequence[Any]) -> LoraWeights:
+    """The inverse of `flatten_lora`."""
     return tuple(zip(arrays[::2], arrays[1::2], strict=True))

@@ -52,7 +52,7 @@ class Dropout(NamedTuple):
     key: jax.Array
 
 
-def lora_beside(
+def lora_branches(
     backbone: Any,
     layout: LoraLayout,
     lora: LoraWeights,
@@ -106,7 +106,7 @@ def _beside(
     return call
 
 
-def rematerialized(backbone: Any, remat: Remat) -> contextlib.AbstractContextManager[None]:
+def remat_blocks(backbone: Any, remat: Remat) -> contextlib.AbstractContextManager[None]:
     """Within this block each decoder block keeps less for the backward pass.
 
     `matmuls` keeps what layers with kernels give, their adapters included, and computes the rest
@@ -161,7 +161,7 @@ def _by_halves(x: Any, cosines: Any, sines: Any) -> Any:
 
 
 @contextlib.contextmanager
-def rotated_by_halves(backbone: Any) -> Iterator[None]:
+def fast_rotary(backbone: Any) -> Iterator[None]:
     """Within this block the rotary embeddings of a backbone work half by half."""
     layers = [
         layer
@@ -213,7 +213,7 @@ def can_narrow(backbone: Any) -> bool:
 
 
 @contextlib.contextmanager
-def narrowed(backbone: Any, positions: jax.Array) -> Iterator[None]:
+def narrow_last_block(backbone: Any, positions: jax.Array) -> Iterator[None]:
     """Within this block the backbone gives the hidden states at `positions` alone.
 
     They are `[groups, losses, hidden]`, as by `gather` of what it would give otherwise.

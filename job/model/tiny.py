@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from job.errors import EnvironmentProblem
+from job.errors import SetupError
 from job.storage.cache_folder import cache_folder
 
 VERSION = 1
@@ -59,7 +59,7 @@ def tiny_preset() -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=".tiny-", dir=folder.parent))
     except OSError as error:
-        raise EnvironmentProblem(
+        raise SetupError(
             f"cannot write to the cache {folder.parent}: {error.strerror}; set JOB_CACHE to a "
             "folder that can be written"
         ) from error

@@ -16,13 +16,13 @@ from job.data.contamination import clean_rows
 from job.data.dataset import READERS, Shard, close_shard, open_shard
 from job.data.examples import Example, Turn
 from job.data.filters import CHAT_MARKUP, CONTAMINATED
-from job.data.sources import open_rows
+from job.data.sources import open_source
 from job.data.split import split
-from job.data.staging import Staged, stage_rows, staging_key
+from job.data.staging import StagedDataset, stage_rows, staging_key
 from job.pipeline.run import Run
 from job.results import DataInfo, RowCounts
 from job.runtime import logs
-from job.runtime.threads import Threads, each_ahead
+from job.runtime.threads import Threads, prefetch_map
 from job.storage.locations import child_uri, open_store
 
 TRAIN = "data/train.parquet"
@@ -51,7 +51,7 @@ def run_stage(run: Run) -> DataInfo:
         UsageError: the templates do not fit the rows, or there are too few.
     """
     data = run.spec.data
-    rows = open_rows(data, "dialogues", run.revisions)
+    rows = open_source(data, "dialogues", run.revisions)
     clock = time.monotonic()
     where = child_uri(child_uri(run.spec.output, "datasets"), staging_key(data, rows))
     staged = stage_rows(data, rows, open_store(where), run.work, run.stop.check)
@@ -97,7 +97,9 @@ def run_stage(run: Run) -> DataInfo:
     return info
 
 
-def _write_samples(run: Run, staged: Staged, wanted: Mapping[str, np.ndarray]) -> dict[str, Path]:
+def _write_samples(
+    run: Run, staged: StagedDataset, wanted: Mapping[str, np.ndarray]
+) -> dict[str, Path]:
     """For each key a Parquet file of the examples with these numbers, in this order.
 
     One pass over the shards deals the examples into pieces of the final order, each small
@@ -112,7 +114,7 @@ def _write_samples(run: Run, staged: Staged, wanted: Mapping[str, np.ndarray]) -
         return _pick(run, staged, shard, numbers - first)
 
     with Threads(READERS) as pool:
-        picks = each_ahead(pick, parts, pool, READERS)
+        picks = prefetch_map(pick, parts, pool, READERS)
         for (_, _, numbers), picked in zip(parts, picks, strict=True):
             run.stop.check()
             for deal in deals.values():
@@ -120,7 +122,9 @@ def _write_samples(run: Run, staged: Staged, wanted: Mapping[str, np.ndarray]) -
     return {key: deal.write() for key, deal in deals.items()}
 
 
-def _by_shard(staged: Staged, numbers: np.ndarray) -> Iterator[tuple[Shard, int, np.ndarray]]:
+def _by_shard(
+    staged: StagedDataset, numbers: np.ndarray
+) -> Iterator[tuple[Shard, int, np.ndarray]]:
     """Each shard, the number of its first example, and those of `numbers`, sorted, in it."""
     first = 0
     for shard in staged.manifest.shards:
@@ -156,7 +160,7 @@ class _Deal:
         return self._path
 
 
-def _pick(run: Run, staged: Staged, shard: Shard, rows: np.ndarray) -> pa.Table:
+def _pick(run: Run, staged: StagedDataset, shard: Shard, rows: np.ndarray) -> pa.Table:
     path = open_shard(staged.store, shard, run.work)
     found: list[pa.RecordBatch] = []
     with pq.ParquetFile(path) as file:
@@ -197,7 +201,7 @@ class _Piece:
         return table.sort_by("place").drop_columns(["place"]).combine_chunks()
 
 
-def _manifest(run: Run, staged: Staged, info: DataInfo) -> dict[str, Any]:
+def _manifest(run: Run, staged: StagedDataset, info: DataInfo) -> dict[str, Any]:
     tally = staged.manifest.tally
     return info.model_dump(mode="json") | {
         "examples": dict(sorted(tally.shown.items())),

@@ -21,12 +21,12 @@ from job.evals.predictions import (
     SIDE_BY_SIDE,
     ChoiceLine,
     DialogueLine,
-    Progress,
+    EvalCaches,
     SideLine,
     choice_line,
     write_predictions,
 )
-from job.evals.tasks import Question, Slice, before_letter, load_slice, question_prompts
+from job.evals.tasks import Question, Task, before_letter, load_task, question_prompts
 from job.model.language_model import LanguageModel
 from job.model.lora import Weights
 from job.pipeline.data_stage import TRAIN, VALIDATION, iter_examples, read_examples
@@ -57,10 +57,10 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     weights = model.weights if name == "baseline" else _tuned(run, model)
     evals = run.spec.evals
     engine = Engine(model, evals.batch_size, evals.max_prompt_tokens, run.check)
-    loaded = [load_slice(entry, run.revisions) for entry in evals.multiple_choice]
-    if name == "baseline" and loaded and run.processes.leads:
+    loaded = [load_task(entry, run.revisions) for entry in evals.multiple_choice]
+    if name == "baseline" and loaded and run.processes.is_primary:
         _look_for_overlap(run, loaded)
-    with Progress(run, name, [run.digests[name], engine.rows, LAYOUT]) as done:
+    with EvalCaches(run, name, [run.digests[name], engine.rows, LAYOUT]) as done:
         measured = _Measured(run, name, engine, model, weights, done)
         slices = {found.entry.name: measured.multiple_choice(found) for found in loaded}
         if evals.dialogue is not None:
@@ -69,7 +69,7 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     return EvalOutcome(slices=slices)
 
 
-def _look_for_overlap(run: Run, slices: Sequence[Slice]) -> None:
+def _look_for_overlap(run: Run, slices: Sequence[Task]) -> None:
     """Keep what the training examples share with the questions, and say so if they do."""
     found = contamination.find_overlap(slices, iter_examples(run.fetch(TRAIN)))
     run.put(contamination.KEY, found.model_dump_json(indent=2).encode())
@@ -98,9 +98,9 @@ class _Measured:
     engine: Engine
     model: LanguageModel
     weights: Weights
-    done: Progress
+    done: EvalCaches
 
-    def multiple_choice(self, found: Slice) -> SliceOutcome:
+    def multiple_choice(self, found: Task) -> SliceOutcome:
         """Answer the questions of a slice."""
         entry, questions = found.entry, found.questions
         prompts, cut = self.engine.encode(question_prompts(found, self.model.codec.template))
@@ -108,9 +108,7 @@ class _Measured:
         if entry.scoring == "letters":
             letters = questions[0].letters
             tokens = self.model.codec.letter_tokens(letters, *before_letter(entry))
-            scores = self.engine.letter_log_probabilities(
-                self.weights, prompts, tokens, entry.name, kept
-            )
+            scores = self.engine.loglikelihood(self.weights, prompts, tokens, entry.name, kept)
             lines = [_scored(q, letters, row) for q, row in zip(questions, scores, strict=True)]
         else:
             answers = self.engine.generate(

@@ -26,17 +26,16 @@ from job.evals.predictions import (
     choice_line,
     write_predictions,
 )
-from job.evals.reply_log import EVERY_SECONDS, KeptReplies, KeptReply
-from job.evals.tasks import load_slice, solved_turns, user_turn
+from job.evals.reply_log import EVERY_SECONDS, LoggedReply, ReplyLog
+from job.evals.tasks import load_task, solved_turns, user_turn
 from job.pipeline.data_stage import VALIDATION, read_examples
 from job.pipeline.eval_stage import side_prompts
 from job.pipeline.run import Run
-from job.results import Reference as ReferenceResult
-from job.results import ReferenceTokens
+from job.results import ReferenceResult, ReferenceTokens
 from job.runtime import logs
 from job.runtime.threads import Threads
 from job.runtime.watchdog import progress
-from job.spec.schema import DialogueEval, MultipleChoice, Reference
+from job.spec.schema import DialogueEval, MultipleChoiceEval, Reference
 
 _LAST_SECONDS = 10.0
 """Waited for replies under way when the job is stopped."""
@@ -85,7 +84,7 @@ class _Asking:
     def __init__(self, run: Run, reference: Reference) -> None:
         self._run = run
         self._reference = reference
-        self._kept = KeptReplies(run, run.digests["reference"])
+        self._kept = ReplyLog(run, run.digests["reference"])
         self._stopping = threading.Event()
         costs = [reply.cost_usd for reply in self._kept.all if reply.answer is not None]
         self._client = ChatClient(
@@ -105,9 +104,9 @@ class _Asking:
     def _cost(self) -> float:
         return sum(reply.cost_usd for reply in self._kept.all)
 
-    def multiple_choice(self, entry: MultipleChoice) -> None:
+    def multiple_choice(self, entry: MultipleChoiceEval) -> None:
         """Ask the questions of a slice and keep the lines."""
-        found = load_slice(entry, self._run.revisions)
+        found = load_task(entry, self._run.revisions)
         questions, history = found.questions, tuple(solved_turns(entry, found.shots))
         asked = [_Asked(q.id, user_turn(entry, q), None, history) for q in questions]
         replies = self._ask_all(entry.name, asked)
@@ -172,9 +171,9 @@ class _Asking:
 
     def _ask_all(
         self, name: str, asked: Sequence[_Asked], max_tokens: int | None = None
-    ) -> Mapping[str, Reply | KeptReply]:
+    ) -> Mapping[str, Reply | LoggedReply]:
         """By id, the replies to all that is asked: those on file, and those that come now."""
-        replies: dict[str, Reply | KeptReply] = {}
+        replies: dict[str, Reply | LoggedReply] = {}
         replies |= self._kept.settled(name)
         missing = [item for item in asked if item.id not in replies]
         known = len(asked) - len(missing)
@@ -219,7 +218,7 @@ class _Asking:
         name: str,
         identity: str,
         future: Future[Reply],
-        replies: dict[str, Reply | KeptReply],
+        replies: dict[str, Reply | LoggedReply],
     ) -> None:
         reply = future.result()
         replies[identity] = self._kept.add(name, identity, reply) if reply.sent else reply
@@ -259,7 +258,7 @@ class _Asking:
         )
 
 
-def _common(reply: Reply | KeptReply) -> dict[str, object]:
+def _common(reply: Reply | LoggedReply) -> dict[str, object]:
     """What every line says of the reply it was made from."""
     return {
         "error": reply.error,

@@ -35,8 +35,8 @@ from job.results import (
     DataInfo,
     Dialogue,
     Evaluation,
-    MultipleChoice,
-    Reference,
+    MultipleChoiceResult,
+    ReferenceResult,
     Results,
     RunInfo,
     SideBySide,
@@ -95,7 +95,7 @@ def _run_info(run: Run, preflight: Preflight) -> RunInfo:
     )
 
 
-def _evaluation(run: Run, reference: Reference) -> Evaluation:
+def _evaluation(run: Run, reference: ReferenceResult) -> Evaluation:
     return Evaluation(
         multiple_choice=[
             _slice(run, number, reference) for number in range(len(run.spec.evals.multiple_choice))
@@ -105,7 +105,7 @@ def _evaluation(run: Run, reference: Reference) -> Evaluation:
     )
 
 
-def _slice(run: Run, number: int, reference: Reference) -> MultipleChoice:
+def _slice(run: Run, number: int, reference: ReferenceResult) -> MultipleChoiceResult:
     entry = run.spec.evals.multiple_choice[number]
     models = {
         "baseline": read_predictions(run, "baseline", entry.name, ChoiceLine),
@@ -132,7 +132,7 @@ def _in_training_text(run: Run, name: str) -> int | None:
     return overlap.found if overlap else None
 
 
-def _dialogue(run: Run, reference: Reference) -> Dialogue | None:
+def _dialogue(run: Run, reference: ReferenceResult) -> Dialogue | None:
     wanted = run.spec.evals.dialogue
     if wanted is None:
         return None
@@ -159,7 +159,7 @@ def _dialogue(run: Run, reference: Reference) -> Dialogue | None:
     )
 
 
-def _side_by_side(run: Run, reference: Reference) -> list[SideBySide]:
+def _side_by_side(run: Run, reference: ReferenceResult) -> list[SideBySide]:
     sources = {
         "baseline": read_predictions(run, "baseline", SIDE_BY_SIDE, SideLine),
         "finetuned": read_predictions(run, "finetuned", SIDE_BY_SIDE, SideLine),
@@ -202,7 +202,7 @@ def with_options(line: ChoiceLine) -> str:
     return "\n".join([line.question, *(f"{letter}. {option}" for letter, option in options)])
 
 
-def _cost(run: Run, training: Training, reference: Reference) -> Cost:
+def _cost(run: Run, training: Training, reference: ReferenceResult) -> Cost:
     """Chip hours of all stages, each on the machine it ran on, and dollars at list prices.
 
     Training that was resumed took what its checkpoints add up to, not only its last part.
@@ -216,7 +216,7 @@ def _cost(run: Run, training: Training, reference: Reference) -> Cost:
             continue
         seconds = max(marker.seconds, training.seconds.total if name == "train" else 0.0)
         spent = machine.devices * seconds / 3600
-        found = accelerators.find(machine.device_kind)
+        found = accelerators.find_accelerator(machine.device_kind)
         price = found.price.on_demand if found is not None and found.price is not None else None
         known = known and price is not None
         hours, usd = hours + spent, usd + spent * (price or 0.0)

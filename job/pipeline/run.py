@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from job.errors import Interrupted, StageError
-from job.machine.distributed import Processes
+from job.errors import RunStoppedError, StageError
+from job.machine.distributed import ProcessGroup
 from job.results import Artifact, EnvironmentInfo, Results
 from job.runtime.signals import StopSignal
 from job.spec.pinning import Revisions
 from job.spec.schema import Spec
 from job.storage.base import Store, file_sha256
-from job.storage.lease import leased
+from job.storage.lease import hold_lease
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def alone(run: "Run", unchanged: Callable[[], bool]) -> Iterator[None]:
+def hold_run_lease(run: "Run", unchanged: Callable[[], bool]) -> Iterator[None]:
     """Hold a run's lease; among several processes the first holds it for all.
 
     Args:
@@ -40,17 +40,17 @@ def alone(run: "Run", unchanged: Callable[[], bool]) -> Iterator[None]:
     Raises:
         Interrupted: another process is at work on this run, or was while this one began.
     """
-    if not run.processes.leads:
+    if not run.processes.is_primary:
         yield
         return
 
     def lost(why: str) -> None:
         run.stop.requested = why
 
-    with leased(run.store, f"the run {run.id}", lost) as lease:
+    with hold_lease(run.store, f"the run {run.id}", lost) as lease:
         run.guard, run.release = lease.check, lease.release
         if not unchanged():
-            raise Interrupted(
+            raise RunStoppedError(
                 "another process worked on this run while this one began; "
                 "run the same command to go on"
             )
@@ -60,7 +60,7 @@ def alone(run: "Run", unchanged: Callable[[], bool]) -> Iterator[None]:
 Outcome = TypeVar("Outcome", bound=BaseModel)
 
 
-class Marker(BaseModel):
+class StageRecord(BaseModel):
     """`stages/<stage>.json`: the stage was finished with these inputs and left these files."""
 
     stage: str
@@ -95,13 +95,13 @@ class Run:
     stop: StopSignal
     environment: EnvironmentInfo
     mesh_of: "Callable[[], Mesh]"
-    processes: Processes = field(default_factory=Processes)
-    markers: dict[str, Marker] = field(default_factory=dict)
+    processes: ProcessGroup = field(default_factory=ProcessGroup)
+    markers: dict[str, StageRecord] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     """Digest of the inputs of each stage, this spec's."""
     revisions: Revisions = field(default_factory=dict)
     """The commits of what the spec names on the Hub."""
-    previous: Marker | None = None
+    previous: StageRecord | None = None
     """The marker of the stage at work, if it was finished with the same inputs before."""
     guard: Callable[[], None] = lambda: None
     """Raises if another process may be at work on this run by now."""
@@ -128,14 +128,16 @@ class Run:
         """Raise if a stop was requested of any process; all must check at the same point."""
         if self.processes.any(self.stop.requested is not None):
             self.stop.check()
-            raise Interrupted("stopped with another process; run the same command to go on")
+            raise RunStoppedError("stopped with another process; run the same command to go on")
 
     def model(self) -> "LanguageModel":
         """The model of the spec, loaded once a process."""
         if self._model is None:
-            from job.model.load import load
+            from job.model.load import load_model
 
-            self._model = load(self.spec.model, self.spec.seed, self.mesh_of(), self.revisions)
+            self._model = load_model(
+                self.spec.model, self.spec.seed, self.mesh_of(), self.revisions
+            )
         return self._model
 
     def conclude(self, key: str, content: bytes, *, again: bool = False) -> None:
@@ -147,12 +149,12 @@ class Run:
         Raises:
             Interrupted: another process has written it, or may be at work on this run.
         """
-        if not self.processes.leads:
+        if not self.processes.is_primary:
             return
         self.guard()
         found = self.store.read_version(key) if again else None
-        if self.store.swap(key, content, found[1] if found else None) is None:
-            raise Interrupted(
+        if self.store.write_if_version(key, content, found[1] if found else None) is None:
+            raise RunStoppedError(
                 f"another process has written {key} of this run; run the same command to go on"
             )
 
@@ -199,7 +201,9 @@ def read_results(store: Store) -> Results | None:
         return None
 
 
-def write_marker(run: Run, name: str, started: str, seconds: float, outcome: BaseModel) -> Marker:
+def write_stage_record(
+    run: Run, name: str, started: str, seconds: float, outcome: BaseModel
+) -> StageRecord:
     """Mark a stage as finished, with the files it has written.
 
     Args:
@@ -207,7 +211,7 @@ def write_marker(run: Run, name: str, started: str, seconds: float, outcome: Bas
         seconds: how long it took.
         outcome: what it found out.
     """
-    marker = Marker(
+    marker = StageRecord(
         stage=name,
         digest=run.digests[name],
         outputs=run.written,

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from job.errors import EnvironmentProblem, JobError
+from job.errors import JobError, SetupError
 from job.runtime import logs
 from job.storage.base import Store
 from job.storage.local import LocalStore
@@ -22,7 +22,7 @@ class LogKeeper:
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise EnvironmentProblem(
+                raise SetupError(
                     f"cannot write to {store.uri}: {error.strerror}; choose another --output"
                 ) from error
         else:

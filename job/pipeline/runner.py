@@ -21,29 +21,38 @@ import structlog
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from job.errors import EnvironmentProblem, Interrupted, JobError, StageError, UsageError
+from job.errors import JobError, RunStoppedError, SetupError, StageError, UsageError
 from job.machine import devices
-from job.machine.distributed import join
+from job.machine.distributed import join_processes
 from job.pipeline.preflight import check_inputs, checked_id
-from job.pipeline.run import RESULTS, Marker, Preflight, Run, alone, now, read_results, write_marker
+from job.pipeline.run import (
+    RESULTS,
+    Preflight,
+    Run,
+    StageRecord,
+    hold_run_lease,
+    now,
+    read_results,
+    write_stage_record,
+)
 from job.pipeline.run_log import LOG, LogKeeper
 from job.pipeline.stages import (
     NAMES,
     STAGES,
     Stage,
     dependents,
-    read_markers,
+    read_stage_records,
     stage_digests,
     write_results,
 )
 from job.runtime import logs
 from job.runtime.signals import STOP
-from job.runtime.watchdog import PULSE
+from job.runtime.watchdog import WATCHDOG
 from job.spec.load import LoadedSpec, digest
 from job.spec.pinning import resolve_all
 from job.spec.schema import Spec
 from job.storage import retry
-from job.storage.base import ReadingStore, Store
+from job.storage.base import ReadOnlyStore, Store
 from job.storage.locations import child_uri, open_store
 
 SPEC = "spec.yaml"
@@ -54,7 +63,7 @@ _OWNED = (RESULTS, SPEC, "report.", "stages/", "data/", "evals/", "train/", "ada
 
 
 def stale_stages(
-    spec: Spec, store: Store, markers: dict[str, Marker], digests: dict[str, str]
+    spec: Spec, store: Store, markers: dict[str, StageRecord], digests: dict[str, str]
 ) -> list[str]:
     """Names of the stages that must run, in order."""
     stale: list[str] = []
@@ -94,8 +103,8 @@ def run_job(
     logs.configure(run_log)
     structlog.contextvars.bind_contextvars(run_id=identity)
     _enter("preflight")
-    retry.while_waiting(STOP.check)
-    with PULSE.beating(spec.runtime.stall_minutes, lambda code, why: STOP.leave(code, why)):
+    retry.check_while_waiting(STOP.check)
+    with WATCHDOG.watching(spec.runtime.stall_minutes, lambda code, why: STOP.leave(code, why)):
         _run_joined(loaded, identity, until, run_log, fresh=fresh)
 
 
@@ -104,18 +113,18 @@ def _run_joined(
 ) -> None:
     """Run the job as one of its processes."""
     spec = loaded.spec
-    processes = join(spec.runtime)
+    processes = join_processes(spec.runtime)
     here = contextvars.copy_context()  # the log of a thread that ends the job names the run
     STOP.leave = lambda code, why: here.run(processes.leave, code, why)
     store = open_store(child_uri(spec.output, identity))
-    if not processes.leads:
+    if not processes.is_primary:
         structlog.contextvars.bind_contextvars(process=processes.index)
         logs.configure(run_log, least=logging.WARNING)
         run_log.discard()
-        store = ReadingStore(store)
+        store = ReadOnlyStore(store)
     with processes.together():
-        standing = Standing.model_validate_json(
-            processes.share(lambda: _standing(spec, store, fresh=fresh).model_dump_json())
+        standing = RunStatus.model_validate_json(
+            processes.broadcast(lambda: _run_status(spec, store, fresh=fresh).model_dump_json())
         )
         wanted = NAMES[: NAMES.index(until) + 1] if until else NAMES
         to_do = [s for s in STAGES if s.name in standing.stale and s.name in wanted]
@@ -128,7 +137,7 @@ def _run_joined(
         )
         try:
             environment = devices.start(spec)
-        except EnvironmentProblem as problem:
+        except SetupError as problem:
             logs.get().error("the machine is not what the spec asks for", error=str(problem))
             raise
         with tempfile.TemporaryDirectory(prefix="job-") as work:
@@ -138,44 +147,44 @@ def _run_joined(
             )
             run.markers = standing.markers
             unchanged = partial(_is_as_before, standing, spec, store, fresh=fresh)
-            with STOP.in_good_order(), alone(run, unchanged):
+            with STOP.graceful(), hold_run_lease(run, unchanged):
                 _run_whole(run, standing, to_do, wanted, run_log, fresh=fresh)
 
 
-class Standing(BaseModel):
+class RunStatus(BaseModel):
     """What there is of a run when the command begins."""
 
-    markers: dict[str, Marker]
+    markers: dict[str, StageRecord]
     stale: list[str]
     """Stages that must run, in order."""
     whole: bool
     """Whether the results are there."""
 
 
-def _standing(spec: Spec, store: Store, *, fresh: bool) -> Standing:
-    markers = {} if fresh else read_markers(store)
+def _run_status(spec: Spec, store: Store, *, fresh: bool) -> RunStatus:
+    markers = {} if fresh else read_stage_records(store)
     digests = stage_digests(spec, _earlier(markers).revisions)
     stale = stale_stages(spec, store, markers, digests)
     whole = read_results(store) is not None and _is_there(store, markers.get("preflight"))
     if not whole and "report" not in stale:
         stale.append("report")
-    return Standing(markers=markers, stale=stale, whole=whole)
+    return RunStatus(markers=markers, stale=stale, whole=whole)
 
 
-def _is_as_before(standing: Standing, spec: Spec, store: Store, *, fresh: bool) -> bool:
-    return _standing(spec, store, fresh=fresh) == standing
+def _is_as_before(standing: RunStatus, spec: Spec, store: Store, *, fresh: bool) -> bool:
+    return _run_status(spec, store, fresh=fresh) == standing
 
 
 def _enter(stage: str) -> None:
     """Let the log, and the pulse, name this stage from now on."""
     structlog.contextvars.bind_contextvars(stage=stage)
-    PULSE.stage = stage
-    PULSE.beat()
+    WATCHDOG.stage = stage
+    WATCHDOG.beat()
 
 
 def _run_whole(
     run: Run,
-    standing: Standing,
+    standing: RunStatus,
     to_do: Sequence[Stage],
     wanted: Sequence[str],
     run_log: logs.RunLog,
@@ -186,11 +195,11 @@ def _run_whole(
     log = logs.get()
     if fresh:
         _forget(run.store)
-    keeper = LogKeeper(run.store, run_log, run.work) if run.processes.leads else None
+    keeper = LogKeeper(run.store, run_log, run.work) if run.processes.is_primary else None
     keep = keeper.keep if keeper else lambda: None
 
     def leave() -> None:
-        retry.while_waiting(lambda: None)  # the last calls are not stopped themselves
+        retry.check_while_waiting(lambda: None)  # the last calls are not stopped themselves
         keep()
         run.release()
 
@@ -199,7 +208,7 @@ def _run_whole(
         _preflight(run, resumed=bool(standing.markers) and not standing.whole)
         _run_stages(run, to_do, wanted, keep)
         _say_end(run.store, "report" in wanted)
-    except Interrupted as stopped:
+    except RunStoppedError as stopped:
         log.warning(str(stopped))
         raise
     except JobError as error:
@@ -219,7 +228,7 @@ def _run_whole(
             keeper.close()
 
 
-def _earlier(markers: dict[str, Marker]) -> Preflight:
+def _earlier(markers: dict[str, StageRecord]) -> Preflight:
     """The outcome of the earlier preflight; an empty one where there was none."""
     if "preflight" in markers:
         with contextlib.suppress(ValidationError):
@@ -227,7 +236,7 @@ def _earlier(markers: dict[str, Marker]) -> Preflight:
     return Preflight(first_started=now(), resumes=0, revisions={})
 
 
-def _is_there(store: Store, marker: Marker | None) -> bool:
+def _is_there(store: Store, marker: StageRecord | None) -> bool:
     return marker is not None and all(
         store.size(item.path) == item.bytes for item in marker.outputs
     )
@@ -244,20 +253,20 @@ def _forget(store: Store) -> None:
 
 def _preflight(run: Run, *, resumed: bool) -> None:
     """Record the machine and the commits to read; runs whenever another stage does."""
-    made = run.processes.share(lambda: _lead_preflight(run, resumed=resumed).model_dump_json())
-    marker = Marker.model_validate_json(made)
+    made = run.processes.broadcast(lambda: _lead_preflight(run, resumed=resumed).model_dump_json())
+    marker = StageRecord.model_validate_json(made)
     run.markers["preflight"] = marker
     run.revisions = Preflight.model_validate(marker.outcome).revisions
-    digests = run.processes.share(lambda: json.dumps(stage_digests(run.spec, run.revisions)))
+    digests = run.processes.broadcast(lambda: json.dumps(stage_digests(run.spec, run.revisions)))
     run.digests |= json.loads(digests)
     if run.store.size(SPEC) is None:
-        raise EnvironmentProblem(
+        raise SetupError(
             f"process {run.processes.index} does not see what process 0 wrote to {run.store.uri}: "
             "`output` must be a bucket, or a folder that all machines share"
         )
 
 
-def _lead_preflight(run: Run, *, resumed: bool) -> Marker:
+def _lead_preflight(run: Run, *, resumed: bool) -> StageRecord:
     started = now()
     earlier = _earlier(run.markers)
     run.revisions = resolve_all(run.spec, earlier.revisions)
@@ -270,7 +279,7 @@ def _lead_preflight(run: Run, *, resumed: bool) -> Marker:
     run.written = []
     run.put(SPEC, _spec_text(run.spec))
     run.digests["preflight"] = digest([run.environment.model_dump(mode="json"), run.revisions])
-    marker = write_marker(run, "preflight", started, 0.0, outcome)
+    marker = write_stage_record(run, "preflight", started, 0.0, outcome)
     logs.get().info(
         "machine is as the spec asks",
         platform=run.environment.platform,
@@ -312,16 +321,16 @@ def _run_stages(
         logs.get().info("stage started")
         started, clock = now(), time.monotonic()
         run.written = []
-        if stage.everywhere or run.processes.leads:
+        if stage.everywhere or run.processes.is_primary:
             outcome = stage.run(run)
             seconds = time.monotonic() - clock
-            write_marker(run, stage.name, started, seconds, outcome)
+            write_stage_record(run, stage.name, started, seconds, outcome)
             if stage.name == "report":
                 write_results(run)
             logs.get().info("stage done", seconds=round(seconds, 1))
             keep()
-        made = run.processes.share(partial(_marker_text, run, stage), run.stop.check)
-        run.markers[stage.name] = Marker.model_validate_json(made)
+        made = run.processes.broadcast(partial(_marker_text, run, stage), run.stop.check)
+        run.markers[stage.name] = StageRecord.model_validate_json(made)
 
 
 def _marker_text(run: Run, stage: Stage) -> str:

@@ -14,23 +14,23 @@ from pydantic import BaseModel, ValidationError
 from job.adapters.locate import find_adapter
 from job.evals.api_client import missing_key
 from job.evals.tasks import shots_source
-from job.pipeline.run import RESULTS, Marker, Run, now
+from job.pipeline.run import RESULTS, Run, StageRecord, now
 from job.results import Results
 from job.spec.fields import SAMPLES
 from job.spec.load import digest
 from job.spec.pinning import NONE, Revisions, adapter_key, model_key, source_key
-from job.spec.schema import MultipleChoice, Reference, Source, Spec
+from job.spec.schema import MultipleChoiceEval, Reference, Source, Spec
 from job.storage.base import Store, file_sha256
 
 
-def read_markers(store: Store) -> dict[str, Marker]:
+def read_stage_records(store: Store) -> dict[str, StageRecord]:
     """The markers of a run; an unreadable one counts as absent."""
     markers = {}
     for name in NAMES:
         content = store.read(f"stages/{name}.json")
         if content is not None:
             try:
-                markers[name] = Marker.model_validate_json(content)
+                markers[name] = StageRecord.model_validate_json(content)
             except ValidationError:
                 continue
     return markers
@@ -71,7 +71,7 @@ class Stage:
     inputs: Callable[[Spec, Revisions], object]
     """The parts of the spec (and of local input files) that it is a function of."""
     run: Callable[[Run], BaseModel]
-    unfinished: Callable[[Marker, Spec], bool] = lambda _marker, _spec: False
+    unfinished: Callable[[StageRecord, Spec], bool] = lambda _marker, _spec: False
     """Whether a finished stage could do more now than it could then."""
     everywhere: bool = False
     """Whether it uses the devices, and so runs on every process; others run on the first."""
@@ -83,9 +83,9 @@ def _source(source: Source, revisions: Revisions) -> object:
     if key := source_key(source):
         described["commit"] = revisions.get(key)
     elif source.dataset != SAMPLES and not source.dataset.startswith("hf://"):
-        from job.data.sources import open_rows
+        from job.data.sources import open_source
 
-        described["files"] = [file.identity for file in open_rows(source, "dialogues").files]
+        described["files"] = [file.identity for file in open_source(source, "dialogues").files]
     return described
 
 
@@ -109,7 +109,7 @@ def _content(path: Path) -> object:
     return file_sha256(path) if status.st_size <= _SMALL else [status.st_size, status.st_mtime_ns]
 
 
-def _slices(items: Sequence[MultipleChoice], revisions: Revisions) -> object:
+def _slices(items: Sequence[MultipleChoiceEval], revisions: Revisions) -> object:
     return [
         [
             item.model_dump(mode="json"),
@@ -203,7 +203,7 @@ def _run_report(run: Run) -> BaseModel:
     return run_stage(run)
 
 
-def _reference_unfinished(marker: Marker, spec: Spec) -> bool:
+def _reference_unfinished(marker: StageRecord, spec: Spec) -> bool:
 
     return could_do_more(marker.outcome, spec.reference)
 

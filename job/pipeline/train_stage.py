@@ -19,7 +19,7 @@ from job.adapters.keras_format import (
 )
 from job.adapters.low_rank import Matrix
 from job.adapters.peft_format import PeftAdapter, peft_files
-from job.data.packing import PackedRows, Tokenized, ladder, make_rows, tokenize
+from job.data.packing import PackedRows, Tokenized, length_buckets, make_rows, tokenize
 from job.errors import StageError, UsageError
 from job.model.language_model import LanguageModel
 from job.model.lora import LoraLayout, LoraWeights
@@ -37,7 +37,7 @@ from job.results import (
 from job.runtime import logs
 from job.spec.schema import Model
 from job.storage.base import file_sha256
-from job.train.trainer import Trained, Trainer
+from job.train.trainer import Trainer, TrainResult
 
 
 class TrainOutcome(BaseModel):
@@ -121,7 +121,7 @@ def _rows(
         )
     if packed:
         return found, make_rows(found.examples, train.row_length, packing=True)
-    lengths = lengths or ladder(
+    lengths = lengths or length_buckets(
         [len(example.tokens) for example in found.examples], train.max_length, train.buckets
     )
     return found, make_rows(found.examples, train.max_length, packing=False, lengths=lengths)
@@ -141,7 +141,7 @@ def _model_info(run: Run, model: LanguageModel) -> ModelInfo:
     )
 
 
-def _training(run: Run, tokenized: Tokenized, trained: Trained) -> Training:
+def _training(run: Run, tokenized: Tokenized, trained: TrainResult) -> Training:
     progress = trained.progress
     before, after = progress.validation_before, trained.validation_after
     assert before is not None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from job.machine.accelerators import Machine
 from job.plan.model_shape import Layer, ModelShape
-from job.plan.workload import Evaluation, Workload
+from job.plan.workload import EvalWorkload, Workload
 from job.spec.schema import Spec
 
 MFU = 0.4
@@ -71,7 +71,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MachineEstimate:
     """One spec on one machine."""
 
     machine: Machine
@@ -193,7 +193,7 @@ def step_flops(shape: ModelShape, spec: Spec, work: Workload) -> float:
 
 def estimate(
     shape: ModelShape, spec: Spec, work: Workload, machine: Machine, mfu: float = MFU
-) -> Estimate:
+) -> MachineEstimate:
     """The spec on a machine; its mesh is the spec's, as far as the machine has the chips."""
     layout, work, advice = _layout(shape, spec, work, machine)
     need = memory(shape, spec, layout, work.loss_share)
@@ -212,7 +212,7 @@ def estimate(
             evaluation_seconds(shape, spec, e, layout, machine, mfu) for e in work.evaluations
         )
         stages = {"baseline": asked, "train": work.steps * step + validating, "finetuned": asked}
-    return Estimate(machine, layout, work, need, fits, flops, step, stages, advice)
+    return MachineEstimate(machine, layout, work, need, fits, flops, step, stages, advice)
 
 
 def _layout(
@@ -305,7 +305,7 @@ def _moved_seconds(shape: ModelShape, spec: Spec, layout: Layout, machine: Machi
 def evaluation_seconds(
     shape: ModelShape,
     spec: Spec,
-    asked: Evaluation,
+    asked: EvalWorkload,
     layout: Layout,
     machine: Machine,
     mfu: float,

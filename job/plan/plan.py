@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import BaseModel
 
-from job.machine.accelerators import Machine, machine
+from job.machine.accelerators import Machine, parse_machine
 from job.pipeline.stages import STAGES
-from job.plan.estimate import MFU, Estimate, estimate
+from job.plan.estimate import MFU, MachineEstimate, estimate
 from job.plan.model_shape import Config, ModelShape, model_shape
 from job.plan.workload import Workload
 from job.spec.schema import Mesh, Spec
@@ -56,7 +56,7 @@ class MemoryPlan(BaseModel):
     fits: bool | None
 
 
-class Cost(BaseModel):
+class MachineCost(BaseModel):
     """USD of the stages that use the devices, at list prices of a date."""
 
     on_demand: float | None
@@ -107,7 +107,7 @@ class MachinePlan(BaseModel):
     tokens_per_second: float | None
     stage_seconds: dict[str, float] | None
     seconds: float | None
-    cost: Cost | None
+    cost: MachineCost | None
     advice: list[str]
     programs: list[Program] = []
 
@@ -193,7 +193,7 @@ def _on(
             yield _machine_plan(found)
 
 
-def _machine_plan(found: Estimate) -> MachinePlan:
+def _machine_plan(found: MachineEstimate) -> MachinePlan:
     wanted = found.machine
     kind, quota = wanted.accelerator, wanted.quota
     step = found.step_seconds
@@ -232,11 +232,11 @@ def _machine_plan(found: Estimate) -> MachinePlan:
     )
 
 
-def _cost(found: Estimate) -> Cost | None:
+def _cost(found: MachineEstimate) -> MachineCost | None:
     price, seconds = found.machine.accelerator.price, found.seconds
     if price is None or seconds is None:
         return None
-    return Cost(
+    return MachineCost(
         on_demand=found.machine.cost(seconds),
         spot=found.machine.cost(seconds, spot=True),
         prices_of=price.date,
@@ -247,7 +247,7 @@ def default_machine(spec: Spec) -> Machine:
     """The machine that a spec is made for, or a v5e-8 where it says nothing."""
     runtime = spec.runtime
     if runtime.platform == "cpu":
-        return machine(f"cpu-{runtime.devices or 1}")
+        return parse_machine(f"cpu-{runtime.devices or 1}")
     if runtime.platform == "gpu":
-        return machine(f"h100-{runtime.devices or 1}")
-    return machine(f"v5e-{runtime.devices or 8}")
+        return parse_machine(f"h100-{runtime.devices or 1}")
+    return parse_machine(f"v5e-{runtime.devices or 8}")

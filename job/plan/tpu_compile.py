@@ -24,18 +24,18 @@ from job.evals.batching import even, packed_length, packed_rows, rounded
 from job.evals.engine import Engine
 from job.machine.accelerators import Accelerator, Machine
 from job.model.abstract import AbstractModel, abstract_model
-from job.model.language_model import Forward
+from job.model.language_model import ForwardConfig
 from job.plan.cost_analysis import Compiled, Costs, compile_program, joined, with_costs
 from job.plan.model_shape import Config
 from job.plan.plan import Program
-from job.plan.workload import Evaluation, Workload
+from job.plan.workload import EvalWorkload, Workload
 from job.runtime import logs
 from job.spec.schema import Spec
 from job.train.batching import held_bytes
-from job.train.blockwise_step import VALIDATION, Chain, Link, make_training
+from job.train.blockwise_step import VALIDATION, BlockProgram, BlockwiseStep, make_step
 from job.train.loss import head_loss, slice_length
 from job.train.optimizer import make_optimizer
-from job.train.step import Recipe, TrainState, loss_width, make_validation, place
+from job.train.step import StepConfig, TrainState, make_validation, padded_loss_count, shard_input
 
 _WIDEST = 1.1
 """Losses of the part of a step that has most of them, over the mean."""
@@ -79,7 +79,7 @@ class Compiler:
         self.rows = work.batch_size // self.model.devices
         # The longest example is not known yet; none is longer than this.
         packed = spec.train.packing and self.model.can_pack
-        self._forward = Forward(packed, spec.train.remat, spec.train.max_length)
+        self._forward = ForwardConfig(packed, spec.train.remat, spec.train.max_length)
         # Of steps that are chains, by rows at once: what makes a validation, compiled already.
         self._passes: dict[int, list[tuple[Compiled, int]]] = {}
 
@@ -106,7 +106,7 @@ class Compiler:
         """Prompts at once, over all devices."""
         return self.spec.evals.batch_size * self.model.devices
 
-    def _asked(self, scoring: str) -> Sequence[Evaluation]:
+    def _asked(self, scoring: str) -> Sequence[EvalWorkload]:
         """The evaluation of a kind that takes most memory; the others are like it."""
         found = [e for e in self.work.evaluations if e.scoring == scoring]
         return [max(found, key=lambda e: (e.new_tokens, e.prompts))] if found else []
@@ -127,7 +127,7 @@ class Compiler:
         logs.get().info("compiling", program="train", rows_at_once=micro)
         start = model.lora.start(self.spec.seed)
         optimizer, _ = make_optimizer(train, self.work.steps, start)
-        recipe = Recipe(
+        recipe = StepConfig(
             self._forward,
             dropout=self.spec.model.lora.dropout,
             label_smoothing=train.label_smoothing,
@@ -137,10 +137,10 @@ class Compiler:
         state = TrainState(
             model.adapter(), model.replicate(tuple(v.value for v in optimizer.variables))
         )
-        step, _ = make_training(model, optimizer, recipe, train.compile)
+        step, _ = make_step(model, optimizer, recipe, train.compile)
         again, width = self.rows // micro, self._width(micro)
         batch = self._batch(micro, again, width)
-        if isinstance(step, Chain):
+        if isinstance(step, BlockwiseStep):
             found = self._chain(list(step.links(state, model.weights, batch)), state, batch, micro)
             times = 1
         else:
@@ -151,7 +151,7 @@ class Compiler:
         turns = again * (self._slices(width) - 1)
         return with_costs(found, costs.plus(self._head(width, backward=True), turns))
 
-    def _chain(self, links: Sequence[Link], state: Any, batch: Any, micro: int) -> Compiled:
+    def _chain(self, links: Sequence[BlockProgram], state: Any, batch: Any, micro: int) -> Compiled:
         """A step of several programs, and what lies on a device when most does."""
         there, parts = [self.model.weights, state, batch], len(batch["part"])
         for link in links:
@@ -188,7 +188,7 @@ class Compiler:
         head = self._head(width, backward=chained)
         return with_costs(found, found.costs.plus(head, self._slices(width) - 1))
 
-    def letters(self, asked: Evaluation) -> Compiled:
+    def letters(self, asked: EvalWorkload) -> Compiled:
         """One batch of questions, scored by their letters."""
         logs.get().info("compiling", program="letters")
         model, mean = self.model, asked.prompt_tokens
@@ -197,11 +197,11 @@ class Compiler:
         rows = even(rows, rows, model.devices)
         integers = np.broadcast_to(np.int32(1), (rows, length))
         ends = np.broadcast_to(np.int32(0), (model.devices, self.spec.evals.batch_size))
-        placed = model.split_batch((integers, integers, ends))
+        placed = model.shard_batch((integers, integers, ends))
         letters = jax.ShapeDtypeStruct((4,), jnp.int32)  # type: ignore[no-untyped-call]
         return compile_program(self._engine.scorer, model.weights, *placed, letters)
 
-    def generation(self, asked: Evaluation) -> tuple[Compiled, Compiled, Compiled]:
+    def generation(self, asked: EvalWorkload) -> tuple[Compiled, Compiled, Compiled]:
         """One batch of prompts answered: its two parts, and the whole with all turns counted."""
         first, turn = self.generation_parts(asked)
         logs.get().info("compiling", program="generate")
@@ -211,7 +211,7 @@ class Compiler:
         costs = first.costs.plus(turn.costs, asked.new_tokens)
         return first, turn, with_costs(whole, costs)
 
-    def generation_parts(self, asked: Evaluation) -> tuple[Compiled, Compiled]:
+    def generation_parts(self, asked: EvalWorkload) -> tuple[Compiled, Compiled]:
         """The pass over a batch of prompts, and one turn of the loop that answers them."""
         logs.get().info("compiling", program="prefill and decode")
         model = self.model
@@ -221,7 +221,7 @@ class Compiler:
         _, cache = jax.eval_shape(prefill, model.weights, tokens, lengths)
         step = jax.jit(model.decode, donate_argnums=2)
         place = jax.ShapeDtypeStruct((), jnp.int32)  # type: ignore[no-untyped-call]
-        arguments = (model.weights, lengths, model.split_batch(cache), place, lengths)
+        arguments = (model.weights, lengths, model.shard_batch(cache), place, lengths)
         return first, compile_program(step, *arguments)
 
     @property
@@ -234,18 +234,18 @@ class Compiler:
             np.broadcast_to(np.int32(0), (self.prompts, length)),
             np.broadcast_to(np.int32(1), (self.prompts,)),
         )
-        return self.model.split_batch(shapes)
+        return self.model.shard_batch(shapes)
 
     def _width(self, micro: int) -> int:
         mean = micro * self.work.row_length * self.work.loss_share
-        return loss_width(min(micro * self.work.row_length, math.ceil(mean * _WIDEST)))
+        return padded_loss_count(min(micro * self.work.row_length, math.ceil(mean * _WIDEST)))
 
     def _batch(self, micro: int, again: int, width: int) -> Any:
         rows, length = again * micro * self.model.devices, self.work.row_length
         integers = np.zeros((rows, length), np.int32)
         positions = np.zeros((rows, 1), np.int32)
         batch = Batch(integers, integers, positions, positions, positions.astype(np.float32))
-        return place(self.model, batch, again, width)
+        return shard_input(self.model, batch, again, width)
 
     def _slice(self, width: int) -> int:
         return slice_length(1, width, self.model.vocabulary, self.model.compute_dtype)
@@ -275,7 +275,7 @@ class Compiler:
             "targets": np.broadcast_to(np.int32(0), (model.devices, length)),
             "mask": np.broadcast_to(np.float32(0), (model.devices, length)),
         }
-        placed = model.split_batch(lists)
+        placed = model.shard_batch(lists)
         found = compile_program(
             jax.jit(sums), model.weights, placed["states"], placed["targets"], placed["mask"]
         )

@@ -12,7 +12,7 @@ from typing import Literal
 
 from job.results import DataInfo
 from job.spec.fields import SAMPLES
-from job.spec.schema import MultipleChoice, Source, Spec
+from job.spec.schema import MultipleChoiceEval, Source, Spec
 
 TOKENS = 210
 """Tokens of an example: what dialogues of a patient and a doctor have on average."""
@@ -48,7 +48,7 @@ _KNOWN_ROWS = {
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvalWorkload:
     """Prompts through the model, before and after training."""
 
     name: str
@@ -72,7 +72,7 @@ class Workload:
     """Share of the slots of a row that have a loss."""
     validation_rows: int
     validations: int
-    evaluations: tuple[Evaluation, ...]
+    evaluations: tuple[EvalWorkload, ...]
     assumptions: tuple[str, ...]
 
     @property
@@ -169,23 +169,23 @@ def _rows_of(source: Source, samples: str, assumptions: list[str]) -> int:
     return _ROWS
 
 
-def _evaluations(spec: Spec, assumptions: list[str]) -> Sequence[Evaluation]:
+def _evaluations(spec: Spec, assumptions: list[str]) -> Sequence[EvalWorkload]:
     found = [_questions(entry, assumptions) for entry in spec.evals.multiple_choice]
     prompt = int(TOKENS * (1 - LOSS_SHARE))
     if spec.evals.dialogue is not None:
         wanted = spec.evals.dialogue.examples
         prompts = min(wanted or DIALOGUES, spec.data.validation_examples)
         new = spec.evals.dialogue.max_new_tokens
-        found.append(Evaluation("dialogue", "generate", prompts, prompt, new))
+        found.append(EvalWorkload("dialogue", "generate", prompts, prompt, new))
     side = spec.evals.side_by_side
     shown = SIDE_BY_SIDE if side.examples is None else side.examples
     shown = min(shown, spec.data.validation_examples) + len(side.prompts)
     if shown:
-        found.append(Evaluation("side by side", "generate", shown, prompt, side.max_new_tokens))
+        found.append(EvalWorkload("side by side", "generate", shown, prompt, side.max_new_tokens))
     return found
 
 
-def _questions(entry: MultipleChoice, assumptions: list[str]) -> Evaluation:
+def _questions(entry: MultipleChoiceEval, assumptions: list[str]) -> EvalWorkload:
     prompts = entry.limit or _rows_of(entry, "questions", assumptions)
     new = entry.max_new_tokens if entry.scoring == "generate" else 0
-    return Evaluation(entry.name, entry.scoring, prompts, QUESTION_TOKENS, new)
+    return EvalWorkload(entry.name, entry.scoring, prompts, QUESTION_TOKENS, new)

@@ -30,7 +30,7 @@ class Figure(Record):
     values: list[str | None]
 
 
-class RunInfo(Record):
+class ComparedRun(Record):
     """A run that is compared."""
 
     label: str
@@ -66,7 +66,7 @@ class Compared(Record):
     """Runs side by side; each is tested against the first."""
 
     schema_version: Literal[1] = 1
-    runs: list[RunInfo]
+    runs: list[ComparedRun]
     figures: list[Figure]
     multiple_choice: list[SliceTest]
     dialogue: list[DialogueTest]
@@ -110,7 +110,7 @@ def compare_runs(runs: Sequence[Finished]) -> Compared:
     return corrected(
         Compared(
             runs=[
-                RunInfo(
+                ComparedRun(
                     label=label,
                     uri=run.uri,
                     id=run.results.run.id,

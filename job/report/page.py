@@ -24,9 +24,9 @@ from job.results import (
     DialogueComparison,
     Estimate,
     Interval,
-    MultipleChoice,
-    Nulls,
+    MultipleChoiceResult,
     Results,
+    TrivialBaselines,
 )
 
 SHOWN_FLIPS = 40
@@ -164,7 +164,7 @@ def _arrow(values: dict[str, str]) -> str:
     return " \u2192 ".join(local or values.values()) or "not measured"
 
 
-def null_answers(nulls: Nulls) -> list[tuple[str, Estimate]]:
+def null_answers(nulls: TrivialBaselines) -> list[tuple[str, Estimate]]:
     """The answers that know nothing, each with its ROUGE-L."""
     return [
         ("The prompt echoed", nulls.echoed_prompt),
@@ -173,7 +173,7 @@ def null_answers(nulls: Nulls) -> list[tuple[str, Estimate]]:
     ]
 
 
-def detectable(choice: MultipleChoice) -> str | None:
+def detectable(choice: MultipleChoiceResult) -> str | None:
     """How small a change would be found with this many questions, in words."""
     pair = next((c for c in choice.comparisons if (c.a, c.b) == _BEFORE_AFTER), None)
     if pair is None:
@@ -221,7 +221,7 @@ def caveats(results: Results) -> Iterator[str]:
         yield "The reference is remote: its provider may change weights and settings any day."
 
 
-def _choice_caveats(choice: MultipleChoice) -> Iterator[str]:
+def _choice_caveats(choice: MultipleChoiceResult) -> Iterator[str]:
     widths = [score.ci95[1] - score.ci95[0] for score in choice.models.values()]
     if widths:
         yield (

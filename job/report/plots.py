@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from job.results import ModelScore, MultipleChoice
+from job.results import ModelScore, MultipleChoiceResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,7 +153,7 @@ def rate_curve(history: Sequence[Mapping[str, Any]], *, width: int = 720) -> str
         return _finish(figure, words)
 
 
-def accuracy_bars(multiple_choice: Sequence[MultipleChoice], *, width: int = 720) -> str:
+def accuracy_bars(multiple_choice: Sequence[MultipleChoiceResult], *, width: int = 720) -> str:
     """Draw accuracies in percent: a group an eval, a bar a model with its 95% interval.
 
     Bars lie on their side, so that names of any length stay readable on a phone. A dotted
@@ -195,7 +195,7 @@ def accuracy_bars(multiple_choice: Sequence[MultipleChoice], *, width: int = 720
         return _finish(figure, "Accuracy. " + " ".join(map(_group_words, groups)))
 
 
-def _draw_group(figure: "Figure", axes: "Axes", group: MultipleChoice, top: int) -> None:
+def _draw_group(figure: "Figure", axes: "Axes", group: MultipleChoiceResult, top: int) -> None:
     """Draw one eval from `top`, in pixels under the axes' upper edge."""
     first = top + _GROUP_TITLE
     last = first + _BAR * len(group.models)
@@ -296,7 +296,7 @@ def _loss_words(train: _Series, validation: _Series) -> str:
     return words.strip()
 
 
-def _group_words(group: MultipleChoice) -> str:
+def _group_words(group: MultipleChoiceResult) -> str:
     def words(item: tuple[str, ModelScore]) -> str:
         low, high = (f"{100 * end:.1f}" for end in item[1].ci95)
         return f"{model_label(item[0])} {percent(item[1].accuracy)} ({low} to {high})"

@@ -1,6 +1,6 @@
 """The verdict: one sentence that says whether fine-tuning changed anything, and by how much."""
 
-from job.results import Comparison, Dialogue, Evaluation, Finding, MultipleChoice, Verdict
+from job.results import Comparison, Dialogue, Evaluation, Finding, MultipleChoiceResult, Verdict
 
 
 def decide(evaluation: Evaluation) -> Verdict:
@@ -24,7 +24,7 @@ def decide(evaluation: Evaluation) -> Verdict:
     )
 
 
-def _before_after(found: MultipleChoice) -> Comparison | None:
+def _before_after(found: MultipleChoiceResult) -> Comparison | None:
     return next((c for c in found.comparisons if (c.a, c.b) == ("baseline", "finetuned")), None)
 
 
@@ -62,7 +62,7 @@ def _below_null(dialogue: Dialogue) -> bool:
     return max(score.rougeL.mean for score in dialogue.models.values()) < _null(dialogue)
 
 
-def _benchmark(found: tuple[MultipleChoice, Comparison] | None) -> str | None:
+def _benchmark(found: tuple[MultipleChoiceResult, Comparison] | None) -> str | None:
     if found is None:
         return None
     slice_, comparison = found

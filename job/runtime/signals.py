@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from job.errors import EXIT_RESUMABLE, Interrupted
+from job.errors import EXIT_RESUMABLE, RunStoppedError
 
 GRACE_SECONDS = 12.0
 """Time to leave in good order; Docker is told to wait for 25 seconds."""
@@ -23,7 +23,7 @@ GRACE_SECONDS = 12.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def end_now(code: int, message: str = "") -> NoReturn:
+def exit_now(code: int, message: str = "") -> NoReturn:
     """End this process at once: no thread is waited for, and nothing is cleaned up."""
     if message:
         sys.stderr.write(f"error: {message}\n")
@@ -33,7 +33,7 @@ def end_now(code: int, message: str = "") -> NoReturn:
 
 
 class StopSignal:
-    """A request to stop, turned into `Interrupted` where the work says that it does no harm.
+    """A request to stop, turned into `RunStoppedError` where the work says that it does no harm.
 
     An exception out of nowhere can be swallowed, or leave a library in pieces, so the request is
     only noted, and loops call `check` each time round. What has not ended after `grace` seconds,
@@ -44,7 +44,7 @@ class StopSignal:
         self.requested: str | None = None
         self.grace = 0.0
         """0 while there is nothing to keep."""
-        self.leave: Callable[[int, str], None] = end_now
+        self.leave: Callable[[int, str], None] = exit_now
         self._conversing = False
 
     def install(self) -> None:
@@ -53,7 +53,7 @@ class StopSignal:
         threading.Thread(target=self._listen, name="stop", daemon=True).start()
 
     @contextlib.contextmanager
-    def in_good_order(self) -> Iterator[None]:
+    def graceful(self) -> Iterator[None]:
         """Within this block there is something to keep, and a stop is given time for it."""
         self.grace = GRACE_SECONDS
         try:
@@ -62,7 +62,7 @@ class StopSignal:
             self.grace = 0.0
 
     @contextlib.contextmanager
-    def conversing(self) -> Iterator[None]:
+    def interactive(self) -> Iterator[None]:
         """Within this block Ctrl-C is Python's own `KeyboardInterrupt` in the main thread."""
         before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         self._conversing = True
@@ -92,7 +92,7 @@ class StopSignal:
     def check(self) -> None:
         """Raise if a stop was requested."""
         if self.requested:
-            raise Interrupted(self._message)
+            raise RunStoppedError(self._message)
 
 
 STOP = StopSignal()

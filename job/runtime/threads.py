@@ -18,7 +18,7 @@ AHEAD = 3
 """Pieces of work that may be done before they are asked for, or after they were given."""
 
 
-def ahead[T](items: Iterator[T], pool: Threads) -> Iterator[T]:
+def prefetch[T](items: Iterator[T], pool: Threads) -> Iterator[T]:
     """The same items, the next few made by a thread while one is worked on."""
     end = object()
     waiting = deque(pool.submit(next, items, end) for _ in range(AHEAD))
@@ -27,7 +27,7 @@ def ahead[T](items: Iterator[T], pool: Threads) -> Iterator[T]:
         yield item
 
 
-def later[T](items: Iterator[T], by: int) -> Iterator[T]:
+def delay[T](items: Iterator[T], by: int) -> Iterator[T]:
     """The same items, each once so many more were made: what they wait for goes on meanwhile.
 
     Where no more can be made, those that were come before the error.
@@ -44,7 +44,7 @@ def later[T](items: Iterator[T], by: int) -> Iterator[T]:
     yield from waiting
 
 
-def each_ahead[A, B](
+def prefetch_map[A, B](
     call: Callable[[A], B], items: Iterable[A], pool: Threads, most: int
 ) -> Iterator[B]:
     """What a call gives for each item, in order; at most `most` of them at once."""

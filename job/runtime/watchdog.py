@@ -30,7 +30,7 @@ _FRAMES = 20
 """Innermost frames of each thread that are logged."""
 
 
-class Pulse:
+class Watchdog:
     """What the job is at, and how long ago it last got on."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Pulse:
         self.beat()
 
     @contextlib.contextmanager
-    def beating(
+    def watching(
         self, stall_minutes: float | None, leave: Callable[[int, str], None]
     ) -> Iterator[None]:
         """Beat within this block.
@@ -137,7 +137,7 @@ def stacks() -> str:
     )
 
 
-PULSE = Pulse()
+WATCHDOG = Watchdog()
 """The pulse of this process, which has one main thread and one stage at a time."""
 
 
@@ -150,11 +150,11 @@ class Advance(Protocol):
 @contextlib.contextmanager
 def progress(label: str, total: int | None, start: int = 0) -> Iterator[Advance]:
     """Show work of `total` units (None: not known), of which `start` are done."""
-    with PULSE.task(label, total, start), contextlib.ExitStack() as stack:
+    with WATCHDOG.task(label, total, start), contextlib.ExitStack() as stack:
         bar = stack.enter_context(_bar(label, total, start)) if sys.stdout.isatty() else None
 
         def advance(done: int = 1, **figures: float | str) -> None:
-            PULSE.advance(done, figures)
+            WATCHDOG.advance(done, figures)
             if bar:
                 bar(done, **figures)
 

@@ -34,7 +34,7 @@ class FewShot(Section):
     )
 
 
-class MultipleChoice(Source):
+class MultipleChoiceEval(Source):
     name: Name = Field(description="Names the slice in results.json and in evals/<model>/<name>/.")
     scoring: Literal["letters", "generate"] = Field(
         "letters",
@@ -125,7 +125,7 @@ class Evals(Section):
     bootstrap_samples: Annotated[int, Field(ge=100, strict=True)] = Field(
         2000, description="Resamples behind each bootstrap interval."
     )
-    multiple_choice: list[MultipleChoice] = Field([], description="Slices of questions.")
+    multiple_choice: list[MultipleChoiceEval] = Field([], description="Slices of questions.")
     dialogue: DialogueEval | None = Field(
         DialogueEval(), description="ROUGE on held-out examples; null leaves it out."
     )

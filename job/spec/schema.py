@@ -16,7 +16,7 @@ from job.spec.data import Section as Section
 from job.spec.data import Source as Source
 from job.spec.evals import DialogueEval as DialogueEval
 from job.spec.evals import Evals as Evals
-from job.spec.evals import MultipleChoice as MultipleChoice
+from job.spec.evals import MultipleChoiceEval as MultipleChoiceEval
 from job.spec.evals import Reference as Reference
 from job.spec.fields import HUB, Name, Number, Output, Positive
 
@@ -275,7 +275,7 @@ class Spec(Section):
         return self
 
     @property
-    def reference_slices(self) -> list[MultipleChoice]:
+    def reference_slices(self) -> list[MultipleChoiceEval]:
         """What the reference model is asked: the spec's choice, or the slices it can answer."""
         if self.reference is None:
             return []

@@ -29,7 +29,7 @@ class Store(Protocol):
     def write(self, key: str, content: bytes) -> None:
         """Write a whole file, replacing what was there."""
 
-    def swap(self, key: str, content: bytes | None, version: str | None) -> str | None:
+    def write_if_version(self, key: str, content: bytes | None, version: str | None) -> str | None:
         """Write a file, or remove it (None), if it still is of this version (None: absent).
 
         Returns the new version, an empty one of what was removed, None where it was not.
@@ -78,7 +78,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class ReadingStore:
+class ReadOnlyStore:
     """Another store that is only read: what is written or deleted here has no effect."""
 
     def __init__(self, store: Store) -> None:
@@ -100,7 +100,7 @@ class ReadingStore:
         """Removes the local file."""
         path.unlink()
 
-    def swap(self, key: str, content: bytes | None, version: str | None) -> str | None:
+    def write_if_version(self, key: str, content: bytes | None, version: str | None) -> str | None:
         """Does nothing, and says that it could not."""
 
     def delete(self, key: str) -> None:

@@ -2,8 +2,8 @@
 
 Credentials are the environment's (application default credentials); `STORAGE_EMULATOR_HOST` is
 another server that needs none. `JOB_USER_PROJECT` is billed where the bucket's requester pays.
-What is tried again, and how soon, is the job's to say (`job.storage.retry`), not the client's. Every
-object's CRC32C is compared in both directions, and a write whose answer was lost is told from
+What is tried again, and how soon, is the job's to say (`job.storage.retry`), not the client's.
+Every object's CRC32C is compared in both directions, and a write whose answer was lost is told from
 one that another made.
 """
 
@@ -21,18 +21,18 @@ from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 
-from job.errors import EnvironmentProblem, StageError, UsageError
-from job.runtime.watchdog import PULSE
+from job.errors import SetupError, StageError, UsageError
+from job.runtime.watchdog import WATCHDOG
 from job.storage.base import Stat, check_key
 from job.storage.partial import Arriving, Content, bring
-from job.storage.retry import Transient, retrying, stop_point
+from job.storage.retry import TransientError, check_stop, retrying
 from job.storage.transfer import first_line, lost_connections, raise_if_transient, timeouts, widen
 
 _CHUNK = 8 * 1024 * 1024
 """Bytes of a request of a resumable upload: a multiple of 256 KiB."""
 
 
-class BucketStore:
+class GcsStore:
     """A prefix of a bucket."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
@@ -57,7 +57,7 @@ class BucketStore:
             if blob.crc32c is None or blob.generation is None:  # emulators leave the headers out
                 blob.reload(**_patience())
                 if blob.crc32c != crc32c(content):
-                    raise Transient("the content does not have its checksum")
+                    raise TransientError("the content does not have its checksum")
             return content, str(blob.generation)
 
         return self._call("read", key, work)
@@ -69,7 +69,7 @@ class BucketStore:
             blob = self._blob(key)
             blob.reload(**_patience())
             if None in (blob.size, blob.generation, blob.crc32c):
-                raise Transient("the reply is not the metadata of an object")
+                raise TransientError("the reply is not the metadata of an object")
             hex_of(blob.crc32c)  # else it was damaged on the way
             return blob
 
@@ -86,7 +86,7 @@ class BucketStore:
     def write(self, key: str, content: bytes) -> None:
         self._write(key, io.BytesIO(content), len(content), crc32c(content))
 
-    def swap(self, key: str, content: bytes | None, version: str | None) -> str | None:
+    def write_if_version(self, key: str, content: bytes | None, version: str | None) -> str | None:
         expected = int(version or 0)
         try:
             if content is None:
@@ -130,12 +130,12 @@ class BucketStore:
                 )
             except GoogleAPICallError as error:
                 if _is_lost(error):
-                    raise Transient("the upload was lost, and begins again") from error
+                    raise TransientError("the upload was lost, and begins again") from error
                 if error.code == 404:
                     raise self._no_bucket() from error
                 raise
             if (blob.size, blob.crc32c) != (size, checksum):
-                raise Transient("what was stored is not what was sent")
+                raise TransientError("what was stored is not what was sent")
             return str(blob.generation)
 
         return self._call("write", key, work)
@@ -174,7 +174,7 @@ class BucketStore:
         def work() -> list[str]:
             names = listed()
             if names != listed():  # a listing has no checksum
-                raise Transient("two replies to the same request differ")
+                raise TransientError("two replies to the same request differ")
             return names
 
         names = self._call("list", prefix, work)
@@ -223,10 +223,10 @@ class BucketStore:
 
         def each(request: Callable[[], Any]) -> Callable[[], Any]:
             def once() -> Any:
-                stop_point()
+                check_stop()
                 with _failures():
                     reply = request()
-                PULSE.beat()
+                WATCHDOG.beat()
                 return reply
 
             return lambda: retrying(f"{action} {self._place(key)}", once)
@@ -251,19 +251,19 @@ class BucketStore:
                 raise
             said = first_line(error.response.text) or error.response.reason
             if error.code in (401, 403):
-                raise EnvironmentProblem(
+                raise SetupError(
                     f"not allowed to {action} {self._place(key)}: the account in use needs "
                     f"roles/storage.objectUser on the bucket ({error.code}: {said})"
                 ) from error
             raise StageError(f"cannot {action} {self._place(key)}: {error.code}: {said}") from error
         except GoogleAuthError as error:
-            raise EnvironmentProblem(
+            raise SetupError(
                 "no Google Cloud credentials that can be used: run `gcloud auth "
                 f"application-default login`, or run on a VM with a service account ({error})"
             ) from error
 
-    def _no_bucket(self) -> EnvironmentProblem:
-        return EnvironmentProblem(f"there is no bucket gs://{self._name}; create it first")
+    def _no_bucket(self) -> SetupError:
+        return SetupError(f"there is no bucket gs://{self._name}; create it first")
 
 
 @functools.cache
@@ -291,7 +291,7 @@ def _patience(retry: Any = None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _failures() -> Iterator[None]:
-    """Within this block of the client's calls, what may pass is `Transient`."""
+    """Within this block of the client's calls, what may pass is `TransientError`."""
     try:
         with lost_connections():
             yield
@@ -300,10 +300,10 @@ def _failures() -> Iterator[None]:
         raise
     except GoogleAuthError as error:
         if error.retryable or any(isinstance(cause, TransportError) for cause in error.args):
-            raise Transient(str(error)) from error
+            raise TransientError(str(error)) from error
         raise
     except (DataCorruption, ValueError) as error:  # ValueError: of JSON, or a chunk kept in part
-        raise Transient(f"the reply is not what it should be: {error}") from error
+        raise TransientError(f"the reply is not what it should be: {error}") from error
 
 
 def _is_of_bucket(error: GoogleAPICallError) -> bool:

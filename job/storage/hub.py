@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
-from job.errors import EnvironmentProblem, StageError, UsageError
+from job.errors import SetupError, StageError, UsageError
 from job.runtime import logs
 from job.runtime.threads import Threads
 from job.storage.base import PARTIAL
 from job.storage.partial import Content
-from job.storage.retry import Transient, retrying
-from job.storage.transfer import Client, Refused
+from job.storage.retry import TransientError, retrying
+from job.storage.transfer import Client, RefusedError
 
 Kind = Literal["dataset", "model"]
 
@@ -148,7 +148,7 @@ class Repository:
             parsed = reply.json()
             if not pages:
                 if not isinstance(parsed, dict) or not _COMMIT.fullmatch(str(parsed.get("sha"))):
-                    raise Transient("the reply names no commit")
+                    raise TransientError("the reply names no commit")
                 return str(parsed["sha"]).encode(), parsed
             following = _NEXT.search(reply.headers.get("link", ""))
             address = None
@@ -161,7 +161,7 @@ class Repository:
             first, _ = once()
             second, made = once()
             if first != second:
-                raise Transient("two replies to the same request differ")
+                raise TransientError("two replies to the same request differ")
             return made
 
         return retrying(f"ask about {self}", twice)
@@ -177,14 +177,14 @@ class Repository:
         """
         try:
             yield
-        except Refused as refused:
+        except RefusedError as refused:
             raise self._error(refused) from refused
 
-    def _error(self, refused: Refused) -> Exception:
+    def _error(self, refused: RefusedError) -> Exception:
         code = refused.headers.get("X-Error-Code", "")
         token = "HF_TOKEN is set" if _token() else "HF_TOKEN is not set"
         if code == "GatedRepo":
-            return EnvironmentProblem(
+            return SetupError(
                 f"{self} is gated: accept its terms at {self.page} and set HF_TOKEN to a token "
                 f"of the account that did ({token})"
             )
@@ -200,7 +200,7 @@ class Repository:
                 f"{self} does not have a file that it lists: {refused}; run the same command again"
             )
         if refused.status in (401, 403):
-            return EnvironmentProblem(
+            return SetupError(
                 f"the Hub refuses {self} ({refused}): check HF_TOKEN ({token}), and that its "
                 f"account may read {self.page}"
             )

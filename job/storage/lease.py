@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
 
-from job.errors import Interrupted, JobError
+from job.errors import JobError, RunStoppedError
 from job.runtime import logs
 from job.storage.base import Store
 from job.storage.retry import seconds_from
@@ -34,7 +34,7 @@ KEY = "lease.json"
 _SECONDS = 60.0
 
 
-class Held(BaseModel):
+class LeaseRecord(BaseModel):
     """Who has the lease, and until when (seconds since 1970)."""
 
     owner: str
@@ -44,7 +44,7 @@ class Held(BaseModel):
     expires: float
 
 
-class Busy(Interrupted):
+class LeaseHeldError(RunStoppedError):
     """Another has the lease."""
 
 
@@ -71,16 +71,18 @@ class Lease:
         if found is not None:
             held = _parsed(found[0])
             if held and held.expires > time.time() and not _is_gone(held):
-                raise Busy(self._refusal(held))
+                raise LeaseHeldError(self._refusal(held))
             if held:
                 logs.get().warning("taking over from a process that is gone", host=held.host)
         begun = time.monotonic()
-        version = self._store.swap(KEY, self._content(), found[1] if found else None)
+        version = self._store.write_if_version(KEY, self._content(), found[1] if found else None)
         if version is None:
-            raise Busy(f"another process took {self._what} at this moment; run the command again")
+            raise LeaseHeldError(
+                f"another process took {self._what} at this moment; run the command again"
+            )
         self._version, self._until = version, begun + self._seconds
 
-    def _refusal(self, held: Held) -> str:
+    def _refusal(self, held: LeaseRecord) -> str:
         when = datetime.fromtimestamp(held.expires, UTC).strftime("%H:%M:%S UTC")
         return (
             f"{self._what} is at work in another process ({held.host}), which holds its lease "
@@ -88,7 +90,7 @@ class Lease:
         )
 
     def _content(self) -> bytes:
-        held = Held(
+        held = LeaseRecord(
             owner=self._owner,
             host=socket.gethostname(),
             process=_this_process(),
@@ -101,7 +103,7 @@ class Lease:
         while not self._ended.wait(self._seconds / 3):
             begun = time.monotonic()
             try:
-                version = self._store.swap(KEY, self._content(), self._version)
+                version = self._store.write_if_version(KEY, self._content(), self._version)
             except JobError as error:
                 logs.get().warning("the lease could not be renewed", reason=str(error))
                 version = self._version
@@ -121,7 +123,7 @@ class Lease:
             Interrupted: another may be at work by now.
         """
         if time.monotonic() > self._until:
-            raise Interrupted(
+            raise RunStoppedError(
                 f"the lease of {self._what} was lost, or could not be renewed in time; "
                 "run the same command to go on"
             )
@@ -135,12 +137,12 @@ class Lease:
                 held = found and _parsed(found[0])
                 if not found or not held or held.owner != self._owner:
                     return
-                if self._store.swap(KEY, None, found[1]) is not None:
+                if self._store.write_if_version(KEY, None, found[1]) is not None:
                     return
 
 
 @contextlib.contextmanager
-def leased(store: Store, what: str, lost: Callable[[str], None]) -> Iterator[Lease]:
+def hold_lease(store: Store, what: str, lost: Callable[[str], None]) -> Iterator[Lease]:
     """Hold the lease of a folder within this block.
 
     Args:
@@ -159,9 +161,9 @@ def leased(store: Store, what: str, lost: Callable[[str], None]) -> Iterator[Lea
         lease.release()
 
 
-def _parsed(content: bytes) -> Held | None:
+def _parsed(content: bytes) -> LeaseRecord | None:
     try:
-        return Held.model_validate_json(content)
+        return LeaseRecord.model_validate_json(content)
     except ValidationError:
         return None
 
@@ -189,7 +191,7 @@ def _this_process() -> str:
     return json.dumps([machine, os.getpid(), start]) if machine and start else ""
 
 
-def _is_gone(held: Held) -> bool:
+def _is_gone(held: LeaseRecord) -> bool:
     """Whether the owner was a process of this machine that is no more."""
     try:
         machine, pid, start = json.loads(held.process)

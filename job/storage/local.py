@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from job.errors import EnvironmentProblem, StageError
+from job.errors import SetupError, StageError
 from job.storage.base import PARTIAL, Stat, check_key
 
 
@@ -73,7 +73,7 @@ class LocalStore:
         content = self.read(key)
         return None if content is None else (content, hashlib.sha256(content).hexdigest())
 
-    def swap(self, key: str, content: bytes | None, version: str | None) -> str | None:
+    def write_if_version(self, key: str, content: bytes | None, version: str | None) -> str | None:
         with self._locked(key):
             found = self.read_version(key)
             if (found[1] if found else None) != version:
@@ -92,7 +92,7 @@ class LocalStore:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)
         except OSError as error:
-            raise EnvironmentProblem(
+            raise SetupError(
                 f"cannot write to {folder}: {error.strerror}; choose another --output"
             ) from error
         try:

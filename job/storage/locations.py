@@ -15,9 +15,9 @@ def open_store(uri: str) -> Store:
     """The store at a local path or a gs://bucket/prefix URI; nothing is created yet."""
     if uri.startswith("gs://"):
         name, _, prefix = uri.removeprefix("gs://").partition("/")
-        from job.storage.gcs import BucketStore
+        from job.storage.gcs import GcsStore
 
-        return BucketStore(name, prefix.strip("/"))
+        return GcsStore(name, prefix.strip("/"))
     if "://" in uri:
         raise UsageError(f"'{uri}' is neither a local folder nor gs://bucket/prefix")
     return LocalStore(Path(uri))

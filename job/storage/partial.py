@@ -10,9 +10,9 @@ from typing import BinaryIO, Protocol
 
 from job.errors import StageError
 from job.runtime.threads import AHEAD, Threads
-from job.runtime.watchdog import PULSE
+from job.runtime.watchdog import WATCHDOG
 from job.storage.base import PARTIAL
-from job.storage.retry import Transient, Tries, stop_point
+from job.storage.retry import Attempts, TransientError, check_stop
 
 _MISMATCHES = 3
 """Times that a file may come with the wrong content before the source is taken to be wrong."""
@@ -107,8 +107,8 @@ class Arriving:
         Raises:
             Transient: it is more than there should be.
         """
-        stop_point()
-        PULSE.beat()
+        check_stop()
+        WATCHDOG.beat()
         self._file.write(piece)
         if len(self._waiting) == AHEAD:
             self._waiting.popleft().result()
@@ -116,7 +116,7 @@ class Arriving:
         self.have += len(piece)
         if self.have > self.size:
             self.restart()
-            raise Transient(f"more bytes came than {self.size}")
+            raise TransientError(f"more bytes came than {self.size}")
         return len(piece)
 
 
@@ -148,14 +148,14 @@ def bring(what: str, path: Path, content: Content, append: Callable[[Arriving], 
 
 
 def _fill(what: str, file: Arriving, append: Callable[[Arriving], None]) -> None:
-    tries, wrong = Tries(what), 0
+    tries, wrong = Attempts(what), 0
     while True:
         before = file.have
         try:
             if file.have < file.size:
                 append(file)
             if file.have < file.size:
-                raise Transient(f"the file ended after {file.have} of {file.size} bytes")
+                raise TransientError(f"the file ended after {file.have} of {file.size} bytes")
             if file.is_right:
                 file.flush()
                 return
@@ -166,8 +166,8 @@ def _fill(what: str, file: Arriving, append: Callable[[Arriving], None]) -> None
                     f"cannot {what}: {wrong} times its content did not have the checksum it "
                     "should have; the file is damaged at its source"
                 )
-            raise Transient("the content does not have its checksum")
-        except Transient as error:
+            raise TransientError("the content does not have its checksum")
+        except TransientError as error:
             if file.have > before:
                 tries.progress()
             tries.failed(error)

@@ -1,7 +1,7 @@
 """One policy for every call over a network: what is tried again, how soon, and for how long.
 
 A failure that may pass (a lost connection, a stall, 408, 429 or 5xx, a reply that is not
-whole) is `Transient`; the work is tried again after a jittered, doubling wait, or after the
+whole) is `TransientError`; the work is tried again after a jittered, doubling wait, or after the
 wait that the server asks for. Time without progress is bounded by `JOB_RETRY_SECONDS`. What
 will not pass (401, 403, 404, 412, ...) is never tried again: see `job.storage.transfer.Refused`.
 """
@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 
-from job.errors import EnvironmentProblem, StageError
+from job.errors import SetupError, StageError
 from job.runtime import logs
-from job.runtime.watchdog import PULSE
+from job.runtime.watchdog import WATCHDOG
 
 _FIRST_SECONDS = 0.5
 
@@ -31,7 +31,7 @@ _PATIENCE_SECONDS = 300.0
 _LONGEST_SHOWN = 200
 
 
-class Transient(Exception):
+class TransientError(Exception):
     """A try failed in a way that may pass; `after` is the wait that the server asks for."""
 
     def __init__(self, reason: str, after: float | None = None) -> None:
@@ -49,12 +49,12 @@ class _Waiting:
 _WAITING = _Waiting()
 
 
-def while_waiting(check: Callable[[], None]) -> None:
+def check_while_waiting(check: Callable[[], None]) -> None:
     """Call `check` during every wait and transfer from now on; it may raise."""
     _WAITING.check = check
 
 
-def stop_point() -> None:
+def check_stop() -> None:
     """A place in long work where a stop does no harm."""
     _WAITING.check()
 
@@ -73,7 +73,7 @@ def seconds_from(variable: str, default: float) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < 1e6:
-        raise EnvironmentProblem(f"{variable}={text!r}: write a number of seconds above 0")
+        raise SetupError(f"{variable}={text!r}: write a number of seconds above 0")
     return value
 
 
@@ -91,7 +91,7 @@ def retry_after(value: str | None) -> float | None:
         return None
 
 
-class Tries:
+class Attempts:
     """The tries of one piece of work, from the first failure since it last got on."""
 
     def __init__(self, what: str) -> None:
@@ -104,9 +104,9 @@ class Tries:
         """Some of the work was done: count and clock begin again."""
         self._count = 0
         self._since = None
-        PULSE.beat()
+        WATCHDOG.beat()
 
-    def failed(self, error: Transient) -> None:
+    def failed(self, error: TransientError) -> None:
         """Wait before the next try.
 
         Raises:
@@ -142,7 +142,7 @@ def _sleep(seconds: float) -> None:
 
 
 def retrying[Result](what: str, call: Callable[[], Result]) -> Result:
-    """The result of `call`, tried again while it raises `Transient`.
+    """The result of `call`, tried again while it raises `TransientError`.
 
     Args:
         what: completes "cannot ...", for the log and the message of the end.
@@ -150,9 +150,9 @@ def retrying[Result](what: str, call: Callable[[], Result]) -> Result:
     Raises:
         StageError: the time is up.
     """
-    tries = Tries(what)
+    tries = Attempts(what)
     while True:
         try:
             return call()
-        except Transient as error:
+        except TransientError as error:
             tries.failed(error)

@@ -1,8 +1,8 @@
 """HTTP as the job uses it: whole replies or none, and what of its failures may pass.
 
 A `Client` is a connection pool with the credentials of one service. A reply is either one that
-the caller says it can use, or a failure that may pass, or it is `Refused`. Large bodies go to a
-file: see `job.storage.partial`.
+the caller says it can use, or a failure that may pass, or it is `RefusedError`. Large bodies go to
+a file: see `job.storage.partial`.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.errors import StageError
 from job.storage.partial import Arriving, Content, bring
-from job.storage.retry import Transient, retry_after, seconds_from
+from job.storage.retry import TransientError, retry_after, seconds_from
 
 if TYPE_CHECKING:
     import requests
@@ -29,7 +29,7 @@ _STALL_SECONDS = 30.0
 _PIECE = 512 * 1024
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """An answer that no second try would change."""
 
     def __init__(self, status: int, headers: Mapping[str, str], text: str) -> None:
@@ -40,7 +40,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Reply:
+class HttpReply:
     """A whole reply; the names of headers are in lower case."""
 
     headers: Mapping[str, str]
@@ -55,7 +55,7 @@ class Reply:
         try:
             return json.loads(self.content)
         except ValueError:
-            raise Transient("the reply is not valid JSON") from None
+            raise TransientError("the reply is not valid JSON") from None
 
 
 def first_line(text: str) -> str:
@@ -78,15 +78,15 @@ def widen(session: "requests.Session") -> None:
 
 
 def raise_if_transient(response: "requests.Response") -> None:
-    """Raise `Transient` if the status is one that may pass."""
+    """Raise `TransientError` if the status is one that may pass."""
     if response.status_code in _RETRYABLE:
         after = retry_after(response.headers.get("Retry-After"))
-        raise Transient(f"{response.status_code} {response.reason}", after)
+        raise TransientError(f"{response.status_code} {response.reason}", after)
 
 
 @contextlib.contextmanager
 def lost_connections() -> Iterator[None]:
-    """Within this block a connection that is lost, or stalls, is `Transient`.
+    """Within this block a connection that is lost, or stalls, is `TransientError`.
 
     Raises:
         StageError: an address is none.
@@ -106,7 +106,7 @@ def lost_connections() -> Iterator[None]:
         TransportError,
         ConnectionError,
     ) as error:
-        raise Transient(_reason(error)) from error
+        raise TransientError(_reason(error)) from error
 
 
 class Client:
@@ -116,7 +116,7 @@ class Client:
         self._session = session
         widen(session)
 
-    def get(self, url: str) -> Reply:
+    def get(self, url: str) -> HttpReply:
         """The whole reply to one request, tried only once.
 
         Raises:
@@ -125,7 +125,9 @@ class Client:
         """
         with self._open(url, (200,)) as response:
             content = response.content
-            return Reply({name.lower(): value for name, value in response.headers.items()}, content)
+            return HttpReply(
+                {name.lower(): value for name, value in response.headers.items()}, content
+            )
 
     @contextlib.contextmanager
     def _open(
@@ -143,7 +145,7 @@ class Client:
         ):
             raise_if_transient(response)
             if response.status_code not in ok:
-                raise Refused(response.status_code, response.headers, response.text)
+                raise RefusedError(response.status_code, response.headers, response.text)
             yield response
 
     def download(self, what: str, url: str, path: Path, content: Content) -> None:
@@ -162,12 +164,12 @@ class Client:
         with self._open(url, (200, 206, 416), wanted) as response:
             if response.status_code == 416:
                 file.restart()
-                raise Transient("the service has less of the file than it said")
+                raise TransientError("the service has less of the file than it said")
             said = response.headers.get("Content-Range", "")
             if have and (response.status_code == 200 or not said.startswith(f"bytes {have}-")):
                 file.restart()
                 if response.status_code == 206:
-                    raise Transient("another part of the file came than was asked for")
+                    raise TransientError("another part of the file came than was asked for")
             for piece in response.iter_content(_PIECE):
                 file.write(piece)
 

@@ -18,14 +18,14 @@ from job.model.language_model import LanguageModel
 from job.runtime import logs
 from job.spec.schema import Train
 from job.train.loss import SLICE_BYTES
-from job.train.step import Recipe, loss_width, place, row_bytes
+from job.train.step import StepConfig, padded_loss_count, row_bytes, shard_input
 
 _WINDOW = 32
 """Steps whose rows are sorted by length together, so that a step holds rows of like lengths."""
 
 
 @lru_cache(maxsize=2)
-def _order(plan: "Plan", epoch: int) -> np.ndarray:
+def _order(plan: "BatchSchedule", epoch: int) -> np.ndarray:
     """The rows of an epoch, step after step: a seeded permutation.
 
     Where lengths differ, windows of it are sorted, and then their steps permuted.
@@ -45,7 +45,7 @@ def _order(plan: "Plan", epoch: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchSchedule:
     """Which rows each step takes."""
 
     rows: int
@@ -63,7 +63,7 @@ class Plan:
     def steps(self) -> int:
         return self.steps_per_epoch * self.epochs
 
-    def rows_of(self, step: int) -> np.ndarray:
+    def batch_indices(self, step: int) -> np.ndarray:
         """Row numbers of a step; the last step of an epoch is filled up with -1."""
         epoch, place_in_epoch = divmod(step, self.steps_per_epoch)
         order = _order(self, epoch)
@@ -71,7 +71,7 @@ class Plan:
         return np.pad(chosen, (0, self.batch_size - len(chosen)), constant_values=-1)
 
 
-class OutOfMemory(Exception):
+class DeviceMemoryError(Exception):
     """The rows that a device holds at once do not fit."""
 
 
@@ -86,11 +86,11 @@ def memory_errors() -> Iterator[None]:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            raise OutOfMemory from error
+            raise DeviceMemoryError from error
         raise
 
 
-class Portions:
+class StepBatches:
     """The rows of each step, as the devices take them."""
 
     def __init__(
@@ -98,8 +98,8 @@ class Portions:
         train: Train,
         model: LanguageModel,
         rows: PackedRows,
-        plan: Plan,
-        recipe: Recipe,
+        plan: BatchSchedule,
+        recipe: StepConfig,
         state: Sequence[Any],
     ) -> None:
         """Args: state: the arrays that a device holds beside the weights."""
@@ -120,13 +120,13 @@ class Portions:
     def _accumulation(self) -> int:
         return self._each // self.at_once
 
-    def _first(self, recipe: Recipe, state: Sequence[Any]) -> int:
+    def _first(self, recipe: StepConfig, state: Sequence[Any]) -> int:
         """The spec's number, or an estimate of what fits."""
         if self._train.micro_batch != "auto":
             return self._train.micro_batch
         length = self._rows.ladder[-1]
         most = int(np.count_nonzero(self._rows.batch.weights, axis=1).max(initial=1))
-        row = row_bytes(self._model, recipe, length, loss_width(most))
+        row = row_bytes(self._model, recipe, length, padded_loss_count(most))
         held = held_bytes([*self._model.weights, *state])
         memory = device_memory(self._model.mesh.local_devices[0])
         micro = rows_that_fit(self._each, row, held, memory)
@@ -165,11 +165,11 @@ class Portions:
         Args:
             stop: this process wants to stop; the step tells the others.
         """
-        rows = self._plan.rows_of(step)
+        rows = self._plan.batch_indices(step)
         length = self._length(rows)
         batch = self._rows.batch.take(rows, length)
         width = self.width(length)
-        return batch, place(self._model, batch, self._accumulation, width, step, stop=stop)
+        return batch, shard_input(self._model, batch, self._accumulation, width, step, stop=stop)
 
     def width(self, length: int) -> int:
         """The width that holds the losses of a device in any part of any step of this length.
@@ -180,13 +180,13 @@ class Portions:
         if key not in self._widths:
             groups = self._accumulation * self._model.devices
             counts = np.append(np.count_nonzero(self._rows.batch.weights, axis=1), 0)
-            steps = (self._plan.rows_of(step) for step in range(self._plan.steps))
+            steps = (self._plan.batch_indices(step) for step in range(self._plan.steps))
             most = (
                 int(counts[rows].reshape(groups, -1).sum(axis=1).max())
                 for rows in steps
                 if self._length(rows) == length
             )
-            self._widths[key] = loss_width(max(most, default=1))
+            self._widths[key] = padded_loss_count(max(most, default=1))
         return self._widths[key]
 
     def _length(self, rows: np.ndarray) -> int:

@@ -24,10 +24,10 @@ from job.runtime.threads import Threads
 from job.train.loss import LossSums
 from job.train.step import (
     Arrays,
-    Recipe,
-    StepFigures,
+    StepConfig,
+    StepMetrics,
     TrainState,
-    dropout_of,
+    dropout_for,
     head_sums,
     make_train_step,
     make_update,
@@ -46,7 +46,7 @@ VALIDATION = ("begin", "forward", "end")
 """The programs that a validation is made of."""
 
 
-class Link(NamedTuple):
+class BlockProgram(NamedTuple):
     """One program of a chain."""
 
     name: str
@@ -104,15 +104,15 @@ class _Passes:
         self,
         model: LanguageModel,
         blocks: Blocks,
-        recipe: Recipe,
+        recipe: StepConfig,
         like: "_Passes | None" = None,
     ) -> None:
         """Args: like: passes of another recipe; what is the same in them is used again."""
         self._model = model
         self._blocks = blocks
         self._recipe = recipe
-        whole, split = model.whole, model.split
-        around = {"segments": split, "part": whole}
+        whole, split = model.replicated, model.sharded
+        around = {"segment_ids": split, "part": whole}
         begin = like.begin if like else _Program(self._begin, (split, around, split))
         self.begin: _Program = begin
         self.end = _Program(self._end, (split, whole))
@@ -131,16 +131,20 @@ class _Passes:
     def _begin(self, outside: Weights, batch: Arrays, part: jax.Array) -> Any:
         """A part of a batch: what the first block is given, what all are, and the losses' lists."""
         rows = {name: array[part] for name, array in batch.items()}
-        around = {name: rows.pop(name) for name in ("segments", "part")}
-        return self._blocks.begin(outside, rows.pop("token_ids"), around["segments"]), around, rows
+        around = {name: rows.pop(name) for name in ("segment_ids", "part")}
+        return (
+            self._blocks.begin(outside, rows.pop("token_ids"), around["segment_ids"]),
+            around,
+            rows,
+        )
 
     def _dropout(self, around: Arrays) -> Dropout | None:
-        return dropout_of(self._recipe, around["part"])
+        return dropout_for(self._recipe, around["part"])
 
     def _forward_of(self, kind: int) -> Callable[..., Any]:
         def forward(arrays: BlockArrays, x: jax.Array, around: Arrays) -> Any:
-            segments, dropout = around["segments"], self._dropout(around)
-            return self._blocks.forward(kind, arrays, x, segments, dropout)
+            segment_ids, dropout = around["segment_ids"], self._dropout(around)
+            return self._blocks.forward(kind, arrays, x, segment_ids, dropout)
 
         return forward
 
@@ -153,8 +157,10 @@ class _Passes:
             total: LoraWeights,
             gradient: jax.Array,
         ) -> Any:
-            segments, dropout = around["segments"], self._dropout(around)
-            before, own = self._blocks.backward(kind, arrays, x, segments, kept, gradient, dropout)
+            segment_ids, dropout = around["segment_ids"], self._dropout(around)
+            before, own = self._blocks.backward(
+                kind, arrays, x, segment_ids, kept, gradient, dropout
+            )
             return before, jax.tree.map(jnp.add, total, own)
 
         return backward
@@ -172,19 +178,19 @@ class _Passes:
         return gradient, jax.tree.map(jnp.add, total, sums)
 
 
-class Chain:
+class BlockwiseStep:
     """A step, and the validation that goes with it; called as what `make_train_step` gives is."""
 
     def __init__(
-        self, model: LanguageModel, blocks: Blocks, optimizer: Any, recipe: Recipe
+        self, model: LanguageModel, blocks: Blocks, optimizer: Any, recipe: StepConfig
     ) -> None:
         self._blocks = blocks
         self._passes = _Passes(model, blocks, recipe)
-        plain = Recipe(recipe.forward)
+        plain = StepConfig(recipe.forward)
         same = not (recipe.dropout or recipe.label_smoothing)
         self._plain = self._passes if same else _Passes(model, blocks, plain, self._passes)
         self._update = jax.jit(
-            make_update(optimizer, recipe), donate_argnums=0, out_shardings=model.whole
+            make_update(optimizer, recipe), donate_argnums=0, out_shardings=model.replicated
         )
         zero: Any = np.zeros((), np.float32)
         zeros: Any = tuple(
@@ -197,7 +203,7 @@ class Chain:
 
     def __call__(
         self, state: TrainState, weights: Weights, batch: Arrays
-    ) -> tuple[TrainState, StepFigures]:
+    ) -> tuple[TrainState, StepMetrics]:
         """One step; one whose loss or gradient is not finite changes nothing."""
         run, kinds = self._passes, self._blocks.kinds
         outside, blocks = self._blocks.outside(weights), self._blocks.arrays(weights, state.lora)
@@ -216,7 +222,7 @@ class Chain:
                     blocks[number], given.pop(), around, kept.pop(), totals[number], gradient
                 )
         gradients = self._blocks.joined(totals)
-        done: tuple[TrainState, StepFigures] = self._update(
+        done: tuple[TrainState, StepMetrics] = self._update(
             state, gradients, sums, batch["weights"], batch["stop"]
         )
         return done
@@ -231,26 +237,26 @@ class Chain:
         sums: LossSums = run.end.run(outside, x, lists, self._sums)[1]
         return sums
 
-    def links(self, state: TrainState, weights: Weights, batch: Arrays) -> Iterator[Link]:
+    def links(self, state: TrainState, weights: Weights, batch: Arrays) -> Iterator[BlockProgram]:
         """The programs of a step, in their order, with arguments of which only shapes count."""
         run, kinds = self._passes, self._blocks.kinds
         outside, blocks = self._blocks.outside(weights), self._blocks.arrays(weights, state.lora)
         parts = len(batch["part"])
         first = (outside, _rows(batch), np.int32(0))
-        yield Link("begin", run.begin.run, first, parts)
+        yield BlockProgram("begin", run.begin.run, first, parts)
         x, around, lists = run.begin.shapes(*first)
         for kind in sorted(set(kinds)):
             times = parts * kinds.count(kind)
             forward = (blocks[kind], x, around)
-            yield Link("forward", run.forward[kind].run, forward, times)
+            yield BlockProgram("forward", run.forward[kind].run, forward, times)
             _, kept = run.forward[kind].shapes(*forward)
             backward = (blocks[kind], x, around, kept, self._gradients[kind], x)
-            yield Link("backward", run.backward[kind].run, backward, times)
+            yield BlockProgram("backward", run.backward[kind].run, backward, times)
         last = (outside, x, lists, self._sums)
-        yield Link("end", run.end.run, last, parts)
+        yield BlockProgram("end", run.end.run, last, parts)
         gradients = self._blocks.joined(self._gradients)
         update = (state, gradients, self._sums, batch["weights"], batch["stop"])
-        yield Link("update", self._update, update, 1)
+        yield BlockProgram("update", self._update, update, 1)
 
     def lower(self, state: TrainState, weights: Weights, batch: Arrays) -> Lowered:
         """The programs of a step, traced."""
@@ -262,8 +268,8 @@ def _rows(batch: Arrays) -> Arrays:
     return {name: array for name, array in batch.items() if name != "stop"}
 
 
-def make_training(
-    model: LanguageModel, optimizer: Any, recipe: Recipe, one: Compile = "auto"
+def make_step(
+    model: LanguageModel, optimizer: Any, recipe: StepConfig, one: Compile = "auto"
 ) -> tuple[Any, Callable[[LoraWeights, Weights, Arrays], LossSums]]:
     """The compiled step and the compiled validation, as `make_train_step` and `make_validation`.
 
@@ -273,7 +279,7 @@ def make_training(
     if one == "blocks" or (one == "auto" and model.platform == "tpu"):
         blocks = separate(model, recipe.forward)
         if blocks is not None:
-            chain = Chain(model, blocks, optimizer, recipe)
+            chain = BlockwiseStep(model, blocks, optimizer, recipe)
             return chain, chain.validate
         logs.get().info(
             "the step stays one program", family=model.family, remat=recipe.forward.remat

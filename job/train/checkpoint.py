@@ -35,7 +35,7 @@ class Validation(BaseModel):
     token_accuracy: float
 
 
-class Progress(BaseModel):
+class TrainProgress(BaseModel):
     """How far training is, and the sums its figures are made of."""
 
     step: int = 0
@@ -72,7 +72,7 @@ class Checkpoint(BaseModel):
 
     model_config = {"arbitrary_types_allowed": True}
 
-    progress: Progress
+    progress: TrainProgress
     arrays: list[Any]
 
 
@@ -88,7 +88,9 @@ def _hash(arrays: Sequence[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(store: Store, inputs: str, progress: Progress, arrays: Sequence[Any]) -> None:
+def save_checkpoint(
+    store: Store, inputs: str, progress: TrainProgress, arrays: Sequence[Any]
+) -> None:
     """Write a checkpoint and remove all but the newest two.
 
     Args:
@@ -129,7 +131,9 @@ class CheckpointWriter:
         """Whether a checkpoint begun now would not wait for the one before."""
         return self._pending is None or self._pending.done()
 
-    def save(self, progress: Progress, arrays: Sequence[Any], beside: Mapping[str, bytes]) -> None:
+    def save(
+        self, progress: TrainProgress, arrays: Sequence[Any], beside: Mapping[str, bytes]
+    ) -> None:
         """Begin to write a checkpoint, once the one before is there.
 
         Args:
@@ -142,7 +146,7 @@ class CheckpointWriter:
         self._pending = self._worker.submit(context.run, self._write, copied, arrays, beside)
 
     def _write(
-        self, progress: Progress, arrays: Sequence[Any], beside: Mapping[str, bytes]
+        self, progress: TrainProgress, arrays: Sequence[Any], beside: Mapping[str, bytes]
     ) -> None:
         for key, content in beside.items():
             self._store.write(key, content)
@@ -202,7 +206,7 @@ def _read(content: bytes) -> tuple[str, Checkpoint]:
     metadata = _metadata(content)
     tensors = safetensors.numpy.load(content)
     arrays = [tensors[name] for name in sorted(tensors)]
-    progress = Progress.model_validate_json(metadata["progress"])
+    progress = TrainProgress.model_validate_json(metadata["progress"])
     if metadata["hash"] != _hash(arrays):
         raise ValueError("its arrays do not match its hash")
     return metadata["inputs"], Checkpoint(progress=progress, arrays=arrays)

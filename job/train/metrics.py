@@ -55,7 +55,7 @@ def training_flops(body: int, head: int, tokens: int, loss_tokens: int) -> float
 
 def utilization(flops: float, seconds: float, device_kind: str, devices: int) -> float | None:
     """MFU, between 0 and 1; None where the peak of the device is not known."""
-    found = accelerators.find(device_kind)
+    found = accelerators.find_accelerator(device_kind)
     if found is None or found.peak_flops is None or seconds <= 0:
         return None
     return flops / (seconds * devices * found.peak_flops)

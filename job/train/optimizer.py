@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from job.model.lora import LoraWeights, flatten
+from job.model.lora import LoraWeights, flatten_lora
 from job.spec.schema import Train
 
 
@@ -71,5 +71,5 @@ def make_optimizer(train: Train, steps: int, lora: LoraWeights) -> tuple[Any, Wa
         train.learning_rate, train.schedule, math.ceil(train.warmup_ratio * steps), steps
     )
     optimizer = _OPTIMIZERS[train.optimizer](schedule, train)
-    optimizer.build([keras.Variable(array, dtype="float32") for array in flatten(lora)])
+    optimizer.build([keras.Variable(array, dtype="float32") for array in flatten_lora(lora)])
     return optimizer, schedule

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from job.data.packing import Batch
-from job.model.language_model import Forward, LanguageModel
-from job.model.lora import LoraWeights, Weights, flatten, unflatten
+from job.model.language_model import ForwardConfig, LanguageModel
+from job.model.lora import LoraWeights, Weights, flatten_lora, unflatten_lora
 from job.model.patching import Dropout
 from job.train.loss import Head, LossSums, head_loss, slice_length
 
@@ -48,7 +48,7 @@ class TrainState(NamedTuple):
     optimizer: tuple[jax.Array, ...]
 
 
-class StepFigures(NamedTuple):
+class StepMetrics(NamedTuple):
     """Scalars of one step; sums over its loss tokens."""
 
     loss: jax.Array
@@ -59,17 +59,17 @@ class StepFigures(NamedTuple):
     """Above 0 where a process wants to stop."""
 
 
-class Recipe(NamedTuple):
+class StepConfig(NamedTuple):
     """What a training step does besides the optimizer's part."""
 
-    forward: Forward
+    forward: ForwardConfig
     dropout: float = 0.0
     label_smoothing: float = 0.0
     lora_plus_ratio: float = 1.0
     seed: int = 0
 
 
-def place(
+def shard_input(
     model: LanguageModel,
     batch: Batch,
     accumulation: int,
@@ -87,27 +87,27 @@ def place(
         stop: whether this process wants to stop; the step's figures tell all of them.
 
     Returns:
-        `token_ids` and `segments` `[accumulation, rows, length]`, rows split over the devices,
+        `token_ids` and `segment_ids` `[accumulation, rows, length]`, rows split over the devices,
         the lists of `Batch.flat_losses` `[accumulation, devices, losses]`, split likewise, the
         number of each part, `[accumulation]`, and `stop` `[data, model]`.
     """
     arrays = {
         name: getattr(batch, name).reshape(accumulation, -1, batch.token_ids.shape[1])
-        for name in ("token_ids", "segments")
+        for name in ("token_ids", "segment_ids")
     }
     flat = batch.flat_losses(accumulation * model.devices, losses)
     arrays |= {name: array.reshape(accumulation, model.devices, -1) for name, array in flat.items()}
     parts = np.arange(accumulation, dtype=np.int32) + step * accumulation
-    placed: Arrays = model.split_batch(arrays, axis=1)
+    placed: Arrays = model.shard_batch(arrays, axis=1)
     return placed | {"part": model.replicate(parts), "stop": model.on_each_device(stop)}
 
 
-def loss_width(most: int) -> int:
+def padded_loss_count(most: int) -> int:
     """A width for lists of at most `most` loss positions; a multiple of 8 suits every device."""
     return max(8, -(-most // 8) * 8)
 
 
-def dropout_of(recipe: Recipe, part: jax.Array) -> Dropout | None:
+def dropout_for(recipe: StepConfig, part: jax.Array) -> Dropout | None:
     """The dropout of a part of a step, by its number."""
     if not recipe.dropout:
         return None
@@ -122,7 +122,7 @@ def head_sums(
     lists: Arrays,
     smoothing: float,
 ) -> LossSums:
-    """`head_loss` of the states `[devices, losses, hidden]` at a part's lists; see `place`."""
+    """`head_loss` of the states `[devices, losses, hidden]` at a part's lists (`shard_input`)."""
     return head_loss(
         head,
         weights,
@@ -137,9 +137,9 @@ def head_sums(
 
 
 def _sums(
-    model: LanguageModel, weights: Weights, lora: LoraWeights, rows: Arrays, recipe: Recipe
+    model: LanguageModel, weights: Weights, lora: LoraWeights, rows: Arrays, recipe: StepConfig
 ) -> LossSums:
-    dropout = dropout_of(recipe, rows["part"])
+    dropout = dropout_for(recipe, rows["part"])
     states = model.loss_states(weights, lora, rows, recipe.forward, dropout)
     return head_sums(model, model.logits, weights, states, rows, recipe.label_smoothing)
 
@@ -148,9 +148,9 @@ def _abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
 
 
-def row_bytes(model: LanguageModel, recipe: Recipe, length: int, losses: int) -> int:
+def row_bytes(model: LanguageModel, recipe: StepConfig, length: int, losses: int) -> int:
     """Bytes that a device keeps for the backward pass of one row; only traced."""
-    integers = {"token_ids": length, "segments": length, "positions": losses, "targets": losses}
+    integers = {"token_ids": length, "segment_ids": length, "positions": losses, "targets": losses}
     rows = {name: _abstract((1, width), jnp.int32) for name, width in integers.items()}
     rows |= {"weights": _abstract((1, losses), jnp.float32), "part": _abstract((), jnp.int32)}
     weights = tuple(_abstract(weight.shape, weight.dtype) for weight in model.weights)
@@ -166,9 +166,9 @@ def row_bytes(model: LanguageModel, recipe: Recipe, length: int, losses: int) ->
 
 
 def make_update(
-    optimizer: Any, recipe: Recipe
+    optimizer: Any, recipe: StepConfig
 ) -> Callable[
-    [TrainState, LoraWeights, LossSums, jax.Array, jax.Array], tuple[TrainState, StepFigures]
+    [TrainState, LoraWeights, LossSums, jax.Array, jax.Array], tuple[TrainState, StepMetrics]
 ]:
     """What ends a step, traceable: from summed gradients and losses to the next state.
 
@@ -181,25 +181,25 @@ def make_update(
         sums: LossSums,
         weights: jax.Array,
         stop: jax.Array,
-    ) -> tuple[TrainState, StepFigures]:
+    ) -> tuple[TrainState, StepMetrics]:
         tokens = jnp.sum(weights)
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in flatten(gradients)))
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in flatten_lora(gradients)))
         arrays, variables = optimizer.stateless_apply(
-            list(state.optimizer), flatten(gradients), flatten(state.lora)
+            list(state.optimizer), flatten_lora(gradients), flatten_lora(state.lora)
         )
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
-        lora = _faster_b(state.lora, unflatten(arrays), recipe.lora_plus_ratio)
+        lora = _faster_b(state.lora, unflatten_lora(arrays), recipe.lora_plus_ratio)
         changed = TrainState(lora, tuple(variables))
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
-        return kept, StepFigures(sums.loss, sums.correct, tokens, norm, jnp.sum(stop))
+        return kept, StepMetrics(sums.loss, sums.correct, tokens, norm, jnp.sum(stop))
 
     return update
 
 
 def make_train_step(
-    model: LanguageModel, optimizer: Any, recipe: Recipe
-) -> Callable[[TrainState, Weights, Arrays], tuple[TrainState, StepFigures]]:
+    model: LanguageModel, optimizer: Any, recipe: StepConfig
+) -> Callable[[TrainState, Weights, Arrays], tuple[TrainState, StepMetrics]]:
     """The compiled step. A step whose loss or gradient is not finite changes nothing."""
     unroll, update = model.platform == "cpu", make_update(optimizer, recipe)
 
@@ -207,7 +207,7 @@ def make_train_step(
         sums = _sums(model, weights, lora, rows, recipe)
         return sums.loss, sums
 
-    def step(state: TrainState, weights: Weights, batch: Arrays) -> tuple[TrainState, StepFigures]:
+    def step(state: TrainState, weights: Weights, batch: Arrays) -> tuple[TrainState, StepMetrics]:
         def accumulate(total: Any, rows: Arrays) -> tuple[Any, None]:
             (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(state.lora, weights, rows)
             return jax.tree.map(jnp.add, total, (gradients, sums)), None
@@ -218,7 +218,7 @@ def make_train_step(
         (gradients, sums), _ = jax.lax.scan(accumulate, start, parts, unroll=unroll)
         return update(state, gradients, sums, batch["weights"], batch["stop"])
 
-    return jax.jit(step, donate_argnums=0, out_shardings=model.whole)
+    return jax.jit(step, donate_argnums=0, out_shardings=model.replicated)
 
 
 def _faster_b(before: LoraWeights, after: LoraWeights, ratio: float) -> LoraWeights:
@@ -230,12 +230,12 @@ def _faster_b(before: LoraWeights, after: LoraWeights, ratio: float) -> LoraWeig
 
 
 def make_validation(
-    model: LanguageModel, settings: Forward
+    model: LanguageModel, settings: ForwardConfig
 ) -> Callable[[LoraWeights, Weights, Arrays], LossSums]:
     """The compiled sums over one part `[1, ...]` for an adapter."""
 
     def sums(lora: LoraWeights, weights: Weights, batch: Arrays) -> LossSums:
         rows = {name: array[0] for name, array in batch.items()}
-        return _sums(model, weights, lora, rows, Recipe(settings))
+        return _sums(model, weights, lora, rows, StepConfig(settings))
 
-    return jax.jit(sums, out_shardings=model.whole)
+    return jax.jit(sums, out_shardings=model.replicated)

@@ -15,39 +15,39 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from job.adapters.warm_start import initial_lora
+from job.adapters.warm_start import starting_lora
 from job.data.packing import Batch, PackedRows
 from job.errors import StageError
 from job.machine.devices import COMPILE_CLOCK
-from job.model.language_model import Forward, LanguageModel
-from job.model.lora import LoraWeights, flatten, unflatten
+from job.model.language_model import ForwardConfig, LanguageModel
+from job.model.lora import LoraWeights, flatten_lora, unflatten_lora
 from job.pipeline.run import Run
 from job.runtime import logs
 from job.runtime.watchdog import Advance
 from job.runtime.watchdog import progress as show_progress
 from job.spec.schema import Train
-from job.train.batching import OutOfMemory, Plan, Portions, memory_errors
-from job.train.blockwise_step import make_training
+from job.train.batching import BatchSchedule, DeviceMemoryError, StepBatches, memory_errors
+from job.train.blockwise_step import make_step
 from job.train.checkpoint import (
     CheckpointWriter,
-    Progress,
+    TrainProgress,
     Validation,
     newest_step,
     read_checkpoint,
 )
 from job.train.metrics import EVENTS, event_file, training_flops, utilization
 from job.train.optimizer import make_optimizer
-from job.train.step import Recipe, StepFigures, TrainState, loss_width, place
+from job.train.step import StepConfig, StepMetrics, TrainState, padded_loss_count, shard_input
 
 HISTORY = "train/history.jsonl"
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainResult:
     """What training leaves."""
 
     lora: LoraWeights
-    progress: Progress
+    progress: TrainProgress
     validation_after: Validation
     """Of the adapter that is kept."""
     mfu: float | None
@@ -70,30 +70,30 @@ class Trainer:
         self._train: Train = run.spec.train
         self._rows = rows
         self._validation = validation
-        self._plan = Plan(
+        self._plan = BatchSchedule(
             len(rows.batch),
             self._train.batch_size,
             self._train.epochs,
             run.spec.seed,
             tuple(rows.lengths.tolist()) if len(rows.ladder) > 1 else (),
         )
-        start = initial_lora(run, model)
+        start = starting_lora(run, model)
         self._optimizer, self._schedule = make_optimizer(self._train, self._plan.steps, start)
-        self._start = flatten(start), [v.value for v in self._optimizer.variables]
+        self._start = flatten_lora(start), [v.value for v in self._optimizer.variables]
         reach = max(rows.longest, validation.longest)
-        forward = Forward(packed, self._train.remat, reach)
-        recipe = Recipe(
+        forward = ForwardConfig(packed, self._train.remat, reach)
+        recipe = StepConfig(
             forward,
             dropout=run.spec.model.lora.dropout,
             label_smoothing=self._train.label_smoothing,
             lora_plus_ratio=self._train.lora_plus_ratio,
             seed=run.spec.seed,
         )
-        self._step, self._validate_rows = make_training(
+        self._step, self._validate_rows = make_step(
             model, self._optimizer, recipe, self._train.compile
         )
         state = [*self._start[0], *self._start[1]]
-        self._portions = Portions(self._train, model, rows, self._plan, recipe, state)
+        self._portions = StepBatches(self._train, model, rows, self._plan, recipe, state)
         self._begin()
 
     def _begin(self) -> None:
@@ -101,13 +101,13 @@ class Trainer:
         self._state = self._place(*self._start)
         self._best = self._start[0]
         self._history: list[dict[str, Any]] = []
-        self._progress = Progress()
+        self._progress = TrainProgress()
 
     def _place(self, lora: Sequence[Any], optimizer: Sequence[Any]) -> TrainState:
         # Copied, because the step gives its state's memory away and these may be in use elsewhere.
         copied = jax.tree.map(np.array, (list(lora), list(optimizer)))
         arrays, variables = self._model.replicate(copied)
-        return TrainState(unflatten(arrays), tuple(variables))
+        return TrainState(unflatten_lora(arrays), tuple(variables))
 
     def trace_first(self) -> Callable[[], None]:
         """Trace the first step; what is returned compiles it, on any thread."""
@@ -119,7 +119,7 @@ class Trainer:
 
         return compile_step
 
-    def run(self) -> Trained:
+    def run(self) -> TrainResult:
         """Train to the end, from the newest checkpoint if there is one.
 
         Raises:
@@ -130,12 +130,12 @@ class Trainer:
             try:
                 with memory_errors():
                     return self._run_through()
-            except OutOfMemory:
+            except DeviceMemoryError:
                 self._portions.halve()
             # What the step held is still in its frames, which the error referred to.
             gc.collect()
 
-    def _run_through(self) -> Trained:
+    def _run_through(self) -> TrainResult:
         self._resume()
         total, progress = self._plan.steps, self._progress
         if progress.validation_before is None:
@@ -148,18 +148,18 @@ class Trainer:
                 self._loop(total, advance, writer)
         if progress.validation is None or progress.validation.step != progress.step:
             self._validate()
-        lora, after = unflatten(self._best), progress.best
+        lora, after = unflatten_lora(self._best), progress.best
         if self._train.keep == "last" or after is None:
             lora, after = jax.device_get(self._state.lora), progress.validation
         assert after is not None
-        return Trained(lora, progress, after, self.utilization())
+        return TrainResult(lora, progress, after, self.utilization())
 
     def _resume(self) -> None:
         """Go to the newest checkpoint, or to the start where there is none."""
         self._begin()
         run = self._run
         inputs = run.digests["train"]
-        newest = run.processes.share(lambda: json.dumps(newest_step(run.store, inputs)))
+        newest = run.processes.broadcast(lambda: json.dumps(newest_step(run.store, inputs)))
         step = json.loads(newest)
         if step is None:
             return
@@ -213,7 +213,7 @@ class Trainer:
                 self._run.check()
 
     def _save(self, writer: CheckpointWriter) -> None:
-        state = [*flatten(self._state.lora), *self._state.optimizer]
+        state = [*flatten_lora(self._state.lora), *self._state.optimizer]
         best = self._best if self._train.keep == "best" else []
         # What the history says beyond the checkpoint is dropped on resuming.
         writer.save(self._progress, [*jax.device_get(state), *best], self.curves())
@@ -261,7 +261,7 @@ class Trainer:
         return stop > 0
 
     def _not_finite(self, step: int, loss: float, norm: float) -> None:
-        rows = self._plan.rows_of(step)
+        rows = self._plan.batch_indices(step)
         examples = [name for row in rows if row >= 0 for name in self._rows.examples[row]]
         raise StageError(
             f"training: step {step + 1} has a loss of {loss} and a gradient norm of {norm}; its "
@@ -278,13 +278,13 @@ class Trainer:
         loss = correct = 0.0
         for length in self._validation.ladder:
             alike = np.flatnonzero(lengths == length)
-            width = loss_width(int(np.sort(counts[alike])[::-1][:each].sum()))
+            width = padded_loss_count(int(np.sort(counts[alike])[::-1][:each].sum()))
             # The same programs as the steps', where these have rows of the length.
             width = max(width, self._portions.width(length))
             for start in range(0, len(alike), at_once):
                 rows = alike[start : start + at_once]
                 rows = np.pad(rows, (0, at_once - len(rows)), constant_values=-1)
-                placed = place(self._model, batch.take(rows, length), 1, width)
+                placed = shard_input(self._model, batch.take(rows, length), 1, width)
                 sums = jax.device_get(
                     self._validate_rows(self._state.lora, self._model.weights, placed)
                 )
@@ -303,7 +303,7 @@ class Trainer:
         if progress.best is None or found.loss < progress.best.loss:
             progress.best, progress.stale = found, 0
             if train.keep == "best":
-                self._best = jax.device_get(flatten(self._state.lora))
+                self._best = jax.device_get(flatten_lora(self._state.lora))
         else:
             progress.stale += 1
         line = {
@@ -348,4 +348,4 @@ class _Pending(NamedTuple):
 
     step: int
     batch: Batch
-    figures: StepFigures
+    figures: StepMetrics

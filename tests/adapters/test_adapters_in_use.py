@@ -14,7 +14,7 @@ import yaml
 from jax.sharding import Mesh
 
 from job.adapters.keras_format import load_adapter
-from job.model.load import load
+from job.model.load import load_model
 from job.model.tiny import VOCABULARY, train_tokenizer
 from job.spec.schema import Lora, Model
 from tests.command import job
@@ -75,7 +75,7 @@ def test_adapter_of_a_run_is_the_same_model_everywhere(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "merged-transformers").iterdir()} == copied
 
     spec = Model(preset=str(model), dtype="float32", lora=Lora.model_validate(LORA))
-    ours = load(spec, 0, Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model")))
+    ours = load_model(spec, 0, Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model")))
     adapter = load_adapter(runs / "second/adapter/adapter.lora.h5", ours.lora)
     weights = ours.adapted(*adapter)
     requests = [

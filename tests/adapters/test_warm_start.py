@@ -11,10 +11,10 @@ import pytest
 from job.adapters.keras_format import load_adapter, save_adapter
 from job.adapters.low_rank import Factors
 from job.adapters.peft_format import peft_files, read_peft
-from job.adapters.warm_start import initial_lora
+from job.adapters.warm_start import starting_lora
 from job.errors import StageError, UsageError
 from job.model.language_model import LanguageModel
-from job.model.lora import LoraWeights, flatten
+from job.model.lora import LoraWeights, flatten_lora
 from job.pipeline.run import Run
 from job.pipeline.stages import stage_digests
 from job.pipeline.train_stage import load_trained, to_peft, write_adapter
@@ -61,7 +61,7 @@ def earlier(tmp_path: Path, make_model: MakeModel) -> Path:
 
 
 def assert_same(ours: LoraWeights, theirs: LoraWeights) -> None:
-    for a, b in zip(flatten(ours), flatten(theirs), strict=True):
+    for a, b in zip(flatten_lora(ours), flatten_lora(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -71,7 +71,7 @@ def test_a_run_its_adapter_and_its_peft_folder_start_from_the_same_weights(
 ) -> None:
     model = make_model(rank=4, alpha=8)
     run = make_run(tmp_path / "later", model, earlier / folder)
-    assert_same(initial_lora(run, model), trained(model))
+    assert_same(starting_lora(run, model), trained(model))
 
 
 def test_exported_again_it_is_the_same_file(
@@ -79,7 +79,7 @@ def test_exported_again_it_is_the_same_file(
 ) -> None:
     model = make_model(rank=4, alpha=8)
     run = make_run(tmp_path / "later", model, earlier / "adapter/peft")
-    write_adapter(run, model, initial_lora(run, model), model.matrices())
+    write_adapter(run, model, starting_lora(run, model), model.matrices())
     for name in (ADAPTER, "adapter.json", "peft/adapter_model.safetensors"):
         there, here = earlier / "adapter" / name, tmp_path / "later/adapter" / name
         assert there.read_bytes() == here.read_bytes()
@@ -99,7 +99,7 @@ def test_higher_rank_and_other_alpha_begin_as_the_same_update(
 ) -> None:
     before, model = make_model(rank=4, alpha=8), make_model(rank=6, alpha=3)
     run = make_run(tmp_path / "later", model, earlier)
-    start = initial_lora(run, model)
+    start = starting_lora(run, model)
     for (a, b), (old_a, old_b) in zip(start, trained(before), strict=True):
         np.testing.assert_allclose(0.5 * (a @ b), 2.0 * (old_a @ old_b), atol=1e-6)
         assert np.any(a[..., 4:])
@@ -114,7 +114,7 @@ def test_layers_it_does_not_have_start_afresh(
     earlier: Path, tmp_path: Path, make_model: MakeModel
 ) -> None:
     model = make_model(rank=4, alpha=8, targets=("query", "value", "key"))
-    start = initial_lora(make_run(tmp_path / "later", model, earlier), model)
+    start = starting_lora(make_run(tmp_path / "later", model, earlier), model)
     for target, (_, b) in zip(model.lora.targets, start, strict=True):
         assert np.any(b) != target.path.endswith("key")
 
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused_with_the_way_out(
     def refused(init: Path, message: str, *, preset: str = "tiny", **model: Any) -> None:
         made = make_model(**{"rank": 4, "alpha": 8} | model)
         with pytest.raises(UsageError, match=message):
-            initial_lora(make_run(tmp_path / "later", made, init, preset=preset), made)
+            starting_lora(make_run(tmp_path / "later", made, init, preset=preset), made)
 
     for folder in (earlier, earlier / "adapter/peft"):
         refused(folder, "is of rank 4 here, and model.lora.rank is 2; raise it to 4", rank=2)
@@ -147,7 +147,7 @@ def test_peft_adapter_of_another_model_is_refused(
         (folder / name).write_bytes(content)
     model = make_model(rank=4)
     with pytest.raises(UsageError, match=r"is of a layer \(\d+, 72\).* of another model"):
-        initial_lora(make_run(tmp_path / "later", model, folder), model)
+        starting_lora(make_run(tmp_path / "later", model, folder), model)
 
 
 def test_truncated_file_is_a_failure_wherever_it_is_read(
@@ -157,7 +157,7 @@ def test_truncated_file_is_a_failure_wherever_it_is_read(
     path = earlier / "adapter" / ADAPTER
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(StageError, match="is not a LoRA file of this model"):
-        initial_lora(make_run(tmp_path / "later", model, earlier), model)
+        starting_lora(make_run(tmp_path / "later", model, earlier), model)
     with pytest.raises(StageError, match="does not have the checksum in adapter.json"):
         load_trained(make_run(earlier, model), model)
 

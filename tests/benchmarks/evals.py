@@ -90,7 +90,7 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from job.chat.tokenizer import LetterTokens
+    from job.chat.tokenizer import OptionTokens
     from job.evals.engine import Engine
 
     model = make_model(given.shape, given.dtype)
@@ -116,9 +116,9 @@ def main() -> None:
     dialogues = make_prompts(given.dialogues, 105, 30, LENGTH - 128)
     rows: list[tuple[str, float, float, float]] = []
     rows.append(("questions, 16 new tokens", *generated(questions, 16)))
-    letters = LetterTokens([], LETTERS)
+    letters = OptionTokens([], LETTERS)
     seconds, scores = timed(
-        lambda: engine.letter_log_probabilities(model.weights, questions, letters, "letters")
+        lambda: engine.loglikelihood(model.weights, questions, letters, "letters")
     )
     logits = [task({"token_ids": np.array([p]), "padding_mask": np.ones((1, len(p)))})[0, -1]
               for p in questions[:20]]  # fmt: skip

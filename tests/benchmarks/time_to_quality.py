@@ -83,27 +83,33 @@ def main() -> None:
     from jax.sharding import Mesh
 
     from job.data.packing import make_rows
-    from job.model.language_model import Forward
-    from job.model.load import load
-    from job.model.lora import LoraWeights, flatten
+    from job.model.language_model import ForwardConfig
+    from job.model.load import load_model
+    from job.model.lora import LoraWeights, flatten_lora
     from job.spec.load import load_spec
-    from job.train.batching import Plan
-    from job.train.blockwise_step import make_training
+    from job.train.batching import BatchSchedule
+    from job.train.blockwise_step import make_step
     from job.train.optimizer import make_optimizer
-    from job.train.step import Recipe, TrainState, loss_width, make_validation, place
+    from job.train.step import (
+        StepConfig,
+        TrainState,
+        make_validation,
+        padded_loss_count,
+        shard_input,
+    )
 
     settings = ["model.preset=tiny", "model.dtype=float32", *given.settings]
     spec = load_spec("chatdoctor-gemma3-1b", settings).spec
     train = spec.train
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
-    model = load(spec.model, spec.seed, mesh)
+    model = load_model(spec.model, spec.seed, mesh)
     everything = make_examples(given.examples + HELD_OUT, model.codec)
     examples, held_out = everything[:-HELD_OUT], everything[-HELD_OUT:]
 
-    forward = Forward(packed=True, remat=train.remat, reach=LENGTH)
+    forward = ForwardConfig(packed=True, remat=train.remat, reach=LENGTH)
     validate = make_validation(model, forward)
     unseen = make_rows(held_out, train.row_length, packing=True).batch
-    placed = place(model, unseen, 1, loss_width(int(unseen.losses(1).max())))
+    placed = shard_input(model, unseen, 1, padded_loss_count(int(unseen.losses(1).max())))
 
     def measure(lora: LoraWeights) -> float:
         return float(validate(lora, model.weights, placed).loss) / float(unseen.weights.sum())
@@ -115,22 +121,22 @@ def main() -> None:
     goal = measure(tuple((a, b * scale) for a, b in theirs))
 
     rows = make_rows(examples, train.row_length, packing=True)
-    plan = Plan(len(rows.batch), train.batch_size, train.epochs, spec.seed)
+    plan = BatchSchedule(len(rows.batch), train.batch_size, train.epochs, spec.seed)
     optimizer, _ = make_optimizer(train, plan.steps, start)
     variables = tuple(variable.value for variable in optimizer.variables)
     state = TrainState(*jax.tree.map(lambda a: jax.numpy.array(a, copy=True), (start, variables)))
-    batches = [rows.batch.take(plan.rows_of(step)) for step in range(plan.steps)]
-    width = loss_width(max(int(batch.losses(1).max()) for batch in batches))
-    step, _ = make_training(model, optimizer, Recipe(forward))
-    step.lower(state, model.weights, place(model, batches[0], 1, width)).compile()
+    batches = [rows.batch.take(plan.batch_indices(step)) for step in range(plan.steps)]
+    width = padded_loss_count(max(int(batch.losses(1).max()) for batch in batches))
+    step, _ = make_step(model, optimizer, StepConfig(forward))
+    step.lower(state, model.weights, shard_input(model, batches[0], 1, width)).compile()
 
     seconds, reached, curve, seen = 0.0, None, [], 0
     for number, batch in enumerate(batches):
         begin = time.perf_counter()
-        state, _ = step(state, model.weights, place(model, batch, 1, width))
-        jax.block_until_ready(flatten(state.lora))
+        state, _ = step(state, model.weights, shard_input(model, batch, 1, width))
+        jax.block_until_ready(flatten_lora(state.lora))
         seconds += time.perf_counter() - begin
-        taken = plan.rows_of(number)
+        taken = plan.batch_indices(number)
         seen += sum(len(rows.examples[row]) for row in taken if row >= 0)
         loss = measure(state.lora)
         curve.append((number + 1, seen, seconds, loss))

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from job.machine.accelerators import Machine, machine
+from job.machine.accelerators import Machine, parse_machine
 from tests.benchmarks import report
 
 os.environ["KERAS_BACKEND"] = "jax"
@@ -161,7 +161,7 @@ def main() -> None:
     )
     parser.add_argument("--set", nargs="*", default=[], help="changes of the recommended spec")
     given = parser.parse_args()
-    v5e = machine("v5e-8")
+    v5e = parse_machine("v5e-8")
     begin = time.perf_counter()
     rows: list[tuple[str, Step, Machine]] = []
     figures: dict[str, Any] = {}
@@ -178,7 +178,7 @@ def main() -> None:
         rows.append(say("ours 4B, v5e-8", mine, v5e))
         figures |= {f"{key}_4b": value for key, value in compare(theirs, mine, v5e).items()}
     if "256" in given.size:
-        large = machine("v5e-256")
+        large = parse_machine("v5e-256")
         mine, made = ours(PRESETS["1b"], large, "train.batch_size=512", *given.set)
         rows.append(say("ours 1B, v5e-256", mine, large))
         figures |= {"tokens_per_s_256": mine.rate, "mfu_4n_256": mine.mfu(large)}
@@ -204,14 +204,14 @@ def compare(theirs: Step, mine: Step, on: Machine) -> dict[str, float]:
 def evaluations(made: Any, on: Machine) -> dict[str, float]:
     """Scoring by letters and decoding, of 256 prompts at once over the chips."""
     from job.machine import devices
-    from job.plan.workload import Evaluation
+    from job.plan.workload import EvalWorkload
 
     prompts = made.prompts
     with devices.compiling_for(on):
-        letters = made.letters(Evaluation("medmcqa", "letters", 4183, 192, 0))
+        letters = made.letters(EvalWorkload("medmcqa", "letters", 4183, 192, 0))
         scored = prompts / roofline(letters, on)
         print(f"letters: {scored:,.0f} questions/s", flush=True)
-        prefill, decode = made.generation_parts(Evaluation("dialogue", "generate", 256, 128, 256))
+        prefill, decode = made.generation_parts(EvalWorkload("dialogue", "generate", 256, 128, 256))
     turn = roofline(decode, on)
     print(f"decode: {prompts / turn:,.0f} tokens/s, {turn * 1e3:.2f} ms a token", flush=True)
     return {

@@ -90,16 +90,22 @@ def ours(
 
     from job.data.packing import make_rows
     from job.machine.devices import CompileClock
-    from job.model.language_model import Forward
-    from job.model.lora import flatten
+    from job.model.language_model import ForwardConfig
+    from job.model.lora import flatten_lora
     from job.spec.schema import Train
-    from job.train.batching import Plan
+    from job.train.batching import BatchSchedule
     from job.train.optimizer import make_optimizer
-    from job.train.step import Recipe, TrainState, loss_width, make_train_step, place
+    from job.train.step import (
+        StepConfig,
+        TrainState,
+        make_train_step,
+        padded_loss_count,
+        shard_input,
+    )
 
     model = make_model(shape, dtype)
     rows = make_rows(examples, length, packing=True)
-    plan = Plan(len(rows.batch), rows_a_step, 1, 0)
+    plan = BatchSchedule(len(rows.batch), rows_a_step, 1, 0)
     start = model.lora.start(0)
     train = Train(optimizer="sgd", learning_rate=1e-4, schedule="constant", warmup_ratio=0)
     optimizer, _ = make_optimizer(train, plan.steps, start)
@@ -107,23 +113,23 @@ def ours(
         lambda a: jax.numpy.array(a, copy=True),
         (start, tuple(v.value for v in optimizer.variables)),
     ))  # fmt: skip
-    batches = [rows.batch.take(plan.rows_of(step)) for step in range(plan.steps)]
-    step = make_train_step(model, optimizer, Recipe(Forward(True, remat, rows.longest)))
-    width = loss_width(max(int(batch.losses(1).max()) for batch in batches))
+    batches = [rows.batch.take(plan.batch_indices(step)) for step in range(plan.steps)]
+    step = make_train_step(model, optimizer, StepConfig(ForwardConfig(True, remat, rows.longest)))
+    width = padded_loss_count(max(int(batch.losses(1).max()) for batch in batches))
     clock = CompileClock()
     clock.listen()
-    program = step.lower(state, model.weights, place(model, batches[0], 1, width)).compile()
+    program = step.lower(state, model.weights, shard_input(model, batches[0], 1, width)).compile()
     compiled = clock.seconds
-    state, figures = program(state, model.weights, place(model, batches[0], 1, width))
-    jax.block_until_ready(flatten(state.lora))
+    state, figures = program(state, model.weights, shard_input(model, batches[0], 1, width))
+    jax.block_until_ready(flatten_lora(state.lora))
     seconds, loss = [], 0.0
     for _ in range(repeats):
         sums = []
         begin = time.perf_counter()
         for batch in batches:
-            state, figures = program(state, model.weights, place(model, batch, 1, width))
+            state, figures = program(state, model.weights, shard_input(model, batch, 1, width))
             sums.append(figures)
-        jax.block_until_ready(flatten(state.lora))
+        jax.block_until_ready(flatten_lora(state.lora))
         seconds.append(time.perf_counter() - begin)
         loss = sum(float(f.loss) for f in sums) / sum(float(f.tokens) for f in sums)
     return Figures(
@@ -168,7 +174,7 @@ def main() -> None:
             )
         ],
     )
-    chip = accelerators.find(device.device_kind)
+    chip = accelerators.find_accelerator(device.device_kind)
     peak = chip.peak_flops if chip else None
     mean = sum(len(e.tokens) for e in examples) / len(examples)
     best = max(one.tokens_per_second, eight.tokens_per_second)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.chat import templates
-from job.chat.templates import TEMPLATES, neutralise
+from job.chat.templates import TEMPLATES, neutralize
 
 GEMMA, PLAIN = TEMPLATES["gemma"], TEMPLATES["plain"]
 CONTROL_TOKENS = [
@@ -28,27 +28,27 @@ control = re.compile(templates._CONTROL)
 def test_every_known_control_token_is_broken_where_it_stands(token: str) -> None:
     assert control.fullmatch(token)
     for text in (token, f"a{token}b", f"<{token}>", token * 2, f"\n{token}\n"):
-        assert token not in neutralise(text)
-        assert neutralise(text).replace(" ", "") == text
+        assert token not in neutralize(text)
+        assert neutralize(text).replace(" ", "") == text
 
 
 @given(TEXTS)
 @settings(deadline=None, max_examples=500)
 def test_no_control_token_is_left_and_a_second_pass_changes_nothing(text: str) -> None:
-    once = neutralise(text)
+    once = neutralize(text)
     assert control.search(once) is None
-    assert neutralise(once) == once
+    assert neutralize(once) == once
 
 
 @given(TEXTS)
 @settings(deadline=None, max_examples=300)
 def test_only_spaces_are_added(text: str) -> None:
-    assert neutralise(text).replace(" ", "") == text.replace(" ", "")
+    assert neutralize(text).replace(" ", "") == text.replace(" ", "")
 
 
 @given(st.text(alphabet=st.characters(exclude_characters="<[")))
 def test_text_without_control_tokens_is_unchanged(text: str) -> None:
-    assert neutralise(text) == text
+    assert neutralize(text) == text
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_text_without_control_tokens_is_unchanged(text: str) -> None:
     ],
 )
 def test_common_text_that_looks_alike_is_unchanged(text: str) -> None:
-    assert neutralise(text) == text
+    assert neutralize(text) == text
 
 
 def test_a_gemma_prompt_is_one_turn_of_the_user_and_the_start_of_the_models() -> None:
@@ -112,4 +112,4 @@ def test_a_prompt_holds_the_templates_own_control_tokens_and_no_other(
 
 
 def test_a_token_laid_bare_by_breaking_another_is_broken_too() -> None:
-    assert neutralise("<|[INST]|>") == "< |[ INST]|>"
+    assert neutralize("<|[INST]|>") == "< |[ INST]|>"

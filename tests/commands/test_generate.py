@@ -12,7 +12,7 @@ import pytest
 
 from job import cli
 from job.adapters.keras_format import load_adapter
-from job.commands.generate import Wanted, generate_answers
+from job.commands.generate import GenerateOptions, generate_answers
 from job.data.examples import Example
 from job.evals.engine import Engine
 from job.model.language_model import LanguageModel
@@ -65,7 +65,7 @@ def generated(run: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., di
     """Runs the command; its one answer."""
 
     def generate(**options: object) -> dict[str, str]:
-        wanted = Wanted(**({"max_new_tokens": LIMIT, "as_json": True} | options))  # type: ignore[arg-type]
+        wanted = GenerateOptions(**({"max_new_tokens": LIMIT, "as_json": True} | options))  # type: ignore[arg-type]
         generate_answers(str(run), wanted, PROMPT)
         said = json.loads(capsys.readouterr().out)
         return {name: said[name]["text"] for name in ("tuned", "base") if name in said}
@@ -99,7 +99,7 @@ def test_a_conversation_goes_on_until_it_is_begun_anew(
 ) -> None:
     said = io.StringIO(f"{PROMPT}\n\nSince yesterday.\n/new\nSince yesterday.\n/quit\nmore\n")
     monkeypatch.setattr(sys, "stdin", said)
-    generate_answers(str(run), Wanted(LIMIT, as_json=True))
+    generate_answers(str(run), GenerateOptions(LIMIT, as_json=True))
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     first = answer(PROMPT)
     expected = [first, answer("Since yesterday.", ((PROMPT, first),)), answer("Since yesterday.")]
@@ -122,7 +122,7 @@ def test_the_instruction_is_that_of_the_training_examples(
     run: Path, answer: Said, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def tuned(**options: str) -> tuple[str, str | None]:
-        generate_answers(str(run), Wanted(LIMIT, as_json=True, **options), PROMPT)  # type: ignore[arg-type]
+        generate_answers(str(run), GenerateOptions(LIMIT, as_json=True, **options), PROMPT)  # type: ignore[arg-type]
         said = json.loads(capsys.readouterr().out)
         return said["tuned"]["text"], said["system"]
 
@@ -140,7 +140,7 @@ def test_a_prompt_is_read_from_a_file_and_the_answer_is_all_that_is_printed(
     run: Path, answer: Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompt.txt").write_text(PROMPT)
-    generate_answers(str(run), Wanted(LIMIT), None, str(tmp_path / "prompt.txt"))
+    generate_answers(str(run), GenerateOptions(LIMIT), None, str(tmp_path / "prompt.txt"))
     out = capsys.readouterr().out
     assert out.rstrip("\n") != ""
     assert "[tuned]" not in out
@@ -198,7 +198,7 @@ def test_what_a_terminal_would_obey_is_shown_by_name(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("job.chat.tokenizer.TextCodec.decode", lambda codec, tokens: "a\x1b[2Jb\nc")
-    generate_answers(str(run), Wanted(1), PROMPT)
+    generate_answers(str(run), GenerateOptions(1), PROMPT)
     assert capsys.readouterr().out == "a\u2039U+001B\u203a[2Jb\nc\n"
 
 
@@ -250,7 +250,7 @@ def test_only_the_likeliest_tokens_are_drawn_where_that_is_asked(model: Language
 
 @pytest.mark.slow
 def test_both_loops_draw_by_the_seed_alone(model: LanguageModel) -> None:
-    from job.model.generation import Drawn, Sampling
+    from job.model.generation import SamplerState, Sampling
 
     (tokens,), _ = Engine(model, 1, 1024).encode([PROMPT])
     ids, lengths = np.array([tokens], np.int32), np.array([len(tokens)], np.int32)
@@ -258,7 +258,7 @@ def test_both_loops_draw_by_the_seed_alone(model: LanguageModel) -> None:
 
         def said(sampling: Sampling | None, answers: Callable[..., object] = answers) -> list[int]:
             sampler = sampling and sampling.sampler(model.vocabulary)
-            drawn = sampling and Drawn(sampler, jax.numpy.asarray(sampling.state(0)))
+            drawn = sampling and SamplerState(sampler, jax.numpy.asarray(sampling.state(0)))
             found = answers(model.weights, ids, lengths, 6, model.codec.stop_ids, drawn)
             return list(np.asarray(found)[0])
 

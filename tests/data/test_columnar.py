@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.data.blocks import ArrowBlock, Place, RowBlock
-from job.data.columnar import Mapped, map_block
+from job.data.columnar import ExampleColumns, to_columns
 from job.data.examples import (
-    Dropped,
     Example,
     ExampleMapper,
+    RowDroppedError,
     Turn,
     exact_hash,
     normal_form,
@@ -42,12 +42,12 @@ def by_row(rows: list[dict[str, Any]], data: Data) -> tuple[list[Any], list[Any]
     for number, row in enumerate(rows):
         try:
             examples.append((number, ExampleMapper(data)(row)))
-        except Dropped as reason:
+        except RowDroppedError as reason:
             dropped.append((number, str(reason)))
     return examples, dropped
 
 
-def examples_of(mapped: Mapped) -> list[tuple[int, Example]]:
+def examples_of(mapped: ExampleColumns) -> list[tuple[int, Example]]:
     """The examples of columns, one by one."""
     made = []
     dialogues = mapped.dialogues().to_pylist()
@@ -66,7 +66,7 @@ def examples_of(mapped: Mapped) -> list[tuple[int, Example]]:
 def test_columns_give_what_rows_give(rows: list[dict[str, Any]], spec: dict[str, str]) -> None:
     data = Data(dataset="samples", **spec)
     expected, dropped = by_row(rows, data)
-    mapped = map_block(RowBlock(rows, Place()), ExampleMapper(data))
+    mapped = to_columns(RowBlock(rows, Place()), ExampleMapper(data))
     assert examples_of(mapped) == expected
     assert sorted(mapped.dropped) == dropped
 
@@ -78,7 +78,7 @@ def test_columns_of_a_file_give_the_same(rows: list[dict[str, Any]], spec: dict[
     schema = pa.schema([(name, pa.string()) for name in "abc"])
     block = ArrowBlock(pa.RecordBatch.from_pylist(rows, schema), Place())
     expected, dropped = by_row(rows, data)
-    mapped = map_block(block, ExampleMapper(data))
+    mapped = to_columns(block, ExampleMapper(data))
     assert examples_of(mapped) == expected
     assert sorted(mapped.dropped) == dropped
 
@@ -137,7 +137,7 @@ def test_sides_that_speak_twice_or_out_of_turn() -> None:
     ],
 )
 def test_a_dialogue_that_cannot_be_used_says_why(row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(Dropped) as dropped:
+    with pytest.raises(RowDroppedError) as dropped:
         of(row)
     assert str(dropped.value) == reason
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.data.examples import Dropped, Example, ExampleMapper, field_text, fill
+from job.data.examples import Example, ExampleMapper, RowDroppedError, field_text, fill
 from job.spec.schema import Data
 
 ROW = {"instruction": "Be brief.", "input": "My knee hurts.", "output": "Rest it."}
@@ -55,7 +55,7 @@ def test_without_an_instruction_there_is_none() -> None:
 def test_a_row_that_cannot_be_used_is_dropped_with_its_reason(
     row: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(Dropped) as dropped:
+    with pytest.raises(RowDroppedError) as dropped:
         mapper()(row)
     assert str(dropped.value) == reason
 
@@ -63,12 +63,12 @@ def test_a_row_that_cannot_be_used_is_dropped_with_its_reason(
 def test_one_field_of_several_may_be_empty() -> None:
     both = mapper(prompt="{instruction}\n{input}")
     assert both(ROW | {"input": ""}).prompt == "Be brief."
-    with pytest.raises(Dropped, match="empty prompt"):
+    with pytest.raises(RowDroppedError, match="empty prompt"):
         both(ROW | {"input": " ", "instruction": ""})
 
 
 def test_text_around_an_empty_field_is_no_prompt() -> None:
-    with pytest.raises(Dropped, match="empty prompt"):
+    with pytest.raises(RowDroppedError, match="empty prompt"):
         mapper(prompt="Question: {input}")(ROW | {"input": ""})
 
 
@@ -82,7 +82,7 @@ def test_braces_and_percent_signs_in_a_row_are_text(first: str, second: str) -> 
     row = {"a": f"{{b}} {first} {{a.__class__}} %s", "b": f"{{0}} {second}"}
     try:
         filled = fill("[{a}|{b}] {{a}}", row)
-    except Dropped:
+    except RowDroppedError:
         return
     assert filled == f"[{row['a']}|{row['b']}] {{a}}"
 

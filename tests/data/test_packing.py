@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.chat.tokenizer import TextCodec
+from job.chat.tokenizer import ChatTokenizer
 from job.data.examples import Example, Turn
 from job.data.packing import PackedRows, TokenExample, Tokenized, best_fit, make_rows, tokenize
 from job.errors import UsageError
@@ -49,7 +49,7 @@ class PlainLetters(Letters):
         return WORDS[:3]
 
 
-GEMMA, PLAIN = TextCodec(Letters()), TextCodec(PlainLetters())
+GEMMA, PLAIN = ChatTokenizer(Letters()), ChatTokenizer(PlainLetters())
 
 
 def tokenized(
@@ -57,7 +57,7 @@ def tokenized(
     response: str,
     loss_on: Literal["response", "all"] = "response",
     max_length: int = 500,
-    codec: TextCodec = GEMMA,
+    codec: ChatTokenizer = GEMMA,
 ) -> Tokenized:
     return tokenize([Example("a", None, prompt, response)], codec, max_length, loss_on)
 
@@ -65,9 +65,9 @@ def tokenized(
 def test_a_codec_takes_the_chat_of_its_tokenizer() -> None:
     assert (GEMMA.template.name, GEMMA.stop_ids) == ("gemma", (EOS, END))
     assert (PLAIN.template.name, PLAIN.stop_ids) == ("plain", (EOS,))
-    assert TextCodec(Letters(), "plain").template.name == "plain"
+    assert ChatTokenizer(Letters(), "plain").template.name == "plain"
     with pytest.raises(UsageError, match="needs the tokens <start_of_turn>, <end_of_turn>"):
-        TextCodec(PlainLetters(), "gemma")
+        ChatTokenizer(PlainLetters(), "gemma")
 
 
 def test_an_example_is_the_wrapped_prompt_the_response_and_the_end_of_the_turn() -> None:
@@ -80,7 +80,7 @@ def test_an_example_is_the_wrapped_prompt_the_response_and_the_end_of_the_turn()
 
 
 @pytest.mark.parametrize("codec", [GEMMA, PLAIN])
-def test_the_loss_is_on_the_response_and_its_end_alone(codec: TextCodec) -> None:
+def test_the_loss_is_on_the_response_and_its_end_alone(codec: ChatTokenizer) -> None:
     (example,) = tokenized("Hi.", "Yes.", codec=codec).examples
     targets = example.tokens[example.loss_from :]
     assert Letters().detokenize(targets[:-1]) == "Yes."
@@ -88,7 +88,7 @@ def test_the_loss_is_on_the_response_and_its_end_alone(codec: TextCodec) -> None
 
 
 @pytest.mark.parametrize("codec", [GEMMA, PLAIN])
-def test_the_loss_on_all_tokens_leaves_out_only_the_first(codec: TextCodec) -> None:
+def test_the_loss_on_all_tokens_leaves_out_only_the_first(codec: ChatTokenizer) -> None:
     (example,) = tokenized("Hi.", "Yes.", "all", codec=codec).examples
     assert example.loss_from == 1
 
@@ -139,7 +139,7 @@ def test_every_turn_of_the_model_has_a_loss_and_no_turn_of_the_user() -> None:
 
 
 @pytest.mark.parametrize("codec", [GEMMA, PLAIN])
-def test_training_sees_the_tokens_that_the_model_is_asked_with(codec: TextCodec) -> None:
+def test_training_sees_the_tokens_that_the_model_is_asked_with(codec: ChatTokenizer) -> None:
     dialogue = Example("a", "Be kind.", "The left.", "Rest it.", HISTORY)
     (example,) = tokenize([dialogue], codec, 500, "response").examples
     asked = codec.template.dialogue(dialogue.prompt, dialogue.system, dialogue.history)
@@ -226,15 +226,17 @@ def test_rows_hold_every_token_of_every_example_once(
     rows = make_rows(examples, length, packing=packing)
     by_id = {example.id: example.tokens for example in examples}
     assert sorted(name for names in rows.examples for name in names) == sorted(by_id)
-    assert rows.batch.token_ids.shape == rows.batch.segments.shape == (len(rows.examples), length)
+    assert (
+        rows.batch.token_ids.shape == rows.batch.segment_ids.shape == (len(rows.examples), length)
+    )
     assert packing or rows.examples == [[example.id] for example in examples]
-    for names, tokens, segments in zip(
-        rows.examples, rows.batch.token_ids, rows.batch.segments, strict=True
+    for names, tokens, segment_ids in zip(
+        rows.examples, rows.batch.token_ids, rows.batch.segment_ids, strict=True
     ):
         for segment, name in enumerate(names, 1):
-            assert tokens[segments == segment].tolist() == by_id[name]
-        assert segments.max() == len(names)
-        assert (tokens[segments == 0] == 0).all()
+            assert tokens[segment_ids == segment].tolist() == by_id[name]
+        assert segment_ids.max() == len(names)
+        assert (tokens[segment_ids == 0] == 0).all()
     assert rows.batch.tokens == sum(len(tokens) for tokens in by_id.values())
     assert rows.fill == rows.batch.tokens / (len(rows.examples) * length)
 
@@ -248,8 +250,8 @@ def test_a_loss_position_stands_before_its_target_in_the_same_example(
     row, place = np.nonzero(batch.weights)
     at = batch.positions[row, place]
     assert (batch.token_ids[row, at + 1] == batch.targets[row, place]).all()
-    assert (batch.segments[row, at + 1] == batch.segments[row, at]).all()
-    assert (batch.segments[row, at] > 0).all()
+    assert (batch.segment_ids[row, at + 1] == batch.segment_ids[row, at]).all()
+    assert (batch.segment_ids[row, at] > 0).all()
     wanted = sorted(token for e in examples for token in e.tokens[e.loss_from :])
     assert sorted(batch.targets[row, place].tolist()) == wanted
     assert set(np.unique(batch.weights)) <= {0.0, 1.0}
@@ -285,7 +287,7 @@ def test_taking_rows_keeps_them_whole_and_minus_one_is_an_empty_row() -> None:
     batch = three_rows().batch
     taken = batch.take(np.array([2, -1, 0, -1]))
     assert len(taken) == 4
-    for name in ("token_ids", "segments", "positions", "targets", "weights"):
+    for name in ("token_ids", "segment_ids", "positions", "targets", "weights"):
         before, after = getattr(batch, name), getattr(taken, name)
         assert after.dtype == before.dtype
         assert (after[[0, 2]] == before[[2, 0]]).all()

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from job.data.data_files import choose_files
 from job.data.json_reader import LazyBlock
 from job.data.readers import read_blocks
-from job.data.sources import open_rows
+from job.data.sources import open_source
 from job.errors import UsageError
 from job.spec.schema import Source
 from tests.services.bucket import Bucket
@@ -67,7 +67,7 @@ WRITERS = {
 
 
 def read(path: Path | str) -> Rows:
-    found = open_rows(Source(dataset=str(path)), "dialogues")
+    found = open_source(Source(dataset=str(path)), "dialogues")
     assert found.revision is None
     return list(found)
 
@@ -301,8 +301,8 @@ def test_a_mistake_in_a_large_array_is_found_where_it_is(at: int, tmp_path: Path
 
 
 def test_the_samples_are_dialogues_or_questions() -> None:
-    dialogues = list(open_rows(Source(dataset="samples"), "dialogues"))
-    questions = list(open_rows(Source(dataset="samples"), "questions"))
+    dialogues = list(open_source(Source(dataset="samples"), "dialogues"))
+    questions = list(open_source(Source(dataset="samples"), "questions"))
     assert {tuple(row) for row in dialogues} == {("instruction", "input", "output")}
     assert {"id", "question", "opa", "opb", "opc", "opd", "cop"} <= set(questions[0])
     assert len({row["id"] for row in questions}) == len(questions)
@@ -401,19 +401,19 @@ def test_files_of_a_bucket_are_read_by_name_and_by_pattern(
         bucket.put("data", "set/a.jsonl", as_jsonl(ROWS[:1]))
         bucket.put("data", "set/b.json", as_json(ROWS[1:]))
         bucket.put("data", "set/notes.txt", b"no rows")
-        one = open_rows(Source(dataset="gs://data/set/a.jsonl"), "dialogues")
+        one = open_source(Source(dataset="gs://data/set/a.jsonl"), "dialogues")
         assert list(one) == ROWS[:1]
         both = Source(dataset="gs://data/set", data_files=["*.jsonl", "b.json"])
-        assert list(open_rows(both, "dialogues")) == ROWS
+        assert list(open_source(both, "dialogues")) == ROWS
         before = one.files[0].identity
         bucket.put("data", "set/a.jsonl", as_jsonl(ROWS[2:]))
-        again = open_rows(Source(dataset="gs://data/set/a.jsonl"), "dialogues")
+        again = open_source(Source(dataset="gs://data/set/a.jsonl"), "dialogues")
         assert again.files[0].identity != before
         assert list(again) == ROWS[2:]
         with pytest.raises(UsageError, match=r"there is no object gs://data/none\.jsonl"):
-            open_rows(Source(dataset="gs://data/none.jsonl"), "dialogues")
+            open_source(Source(dataset="gs://data/none.jsonl"), "dialogues")
         with pytest.raises(UsageError, match=r"no readable file 'c\.csv'; it has a\."):
-            open_rows(Source(dataset="gs://data/set", data_files=["c.csv"]), "dialogues")
+            open_source(Source(dataset="gs://data/set", data_files=["c.csv"]), "dialogues")
 
 
 def test_files_of_a_folder_are_read_by_pattern(tmp_path: Path) -> None:
@@ -422,8 +422,10 @@ def test_files_of_a_folder_are_read_by_pattern(tmp_path: Path) -> None:
     (tmp_path / "deep/b.jsonl").write_bytes(as_jsonl(ROWS[1:]))
     for pattern in (["**/*.jsonl"], ["a.jsonl", "deep/*.jsonl"]):
         source = Source(dataset=str(tmp_path), data_files=pattern)
-        assert list(open_rows(source, "dialogues")) == ROWS
-    assert list(open_rows(Source(dataset=str(tmp_path), data_files=["*"]), "dialogues")) == ROWS[:1]
+        assert list(open_source(source, "dialogues")) == ROWS
+    assert (
+        list(open_source(Source(dataset=str(tmp_path), data_files=["*"]), "dialogues")) == ROWS[:1]
+    )
 
 
 README_HEAD = """---

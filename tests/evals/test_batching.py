@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.evals.batching import by_length, even, in_rows, padded_lengths, rounded
+from job.evals.batching import batch_by_length, batch_packed, even, padded_lengths, rounded
 
 prompts = st.lists(
     st.integers(1, 600).map(lambda length: [length % 50 + 1] * length), min_size=1, max_size=40
@@ -20,7 +20,7 @@ def test_batches_of_like_length_hold_every_prompt_once(
     given: list[list[int]], size: tuple[int, int]
 ) -> None:
     each, devices = size
-    batches = list(by_length(given, each * devices, devices, 0, 100))
+    batches = list(batch_by_length(given, each * devices, devices, 0, 100))
     assert sorted(number for batch in batches for number in batch.prompts) == list(
         range(len(given))
     )
@@ -39,7 +39,7 @@ def test_rows_hold_every_prompt_once_and_say_where_it_ends(
     given: list[list[int]], size: tuple[int, int], packing: bool
 ) -> None:
     each, devices = size
-    batches = list(in_rows(given, each * devices, devices, 100, packing=packing))
+    batches = list(batch_packed(given, each * devices, devices, 100, packing=packing))
     assert sorted(number for batch in batches for number in batch.prompts) == list(
         range(len(given))
     )
@@ -47,15 +47,15 @@ def test_rows_hold_every_prompt_once_and_say_where_it_ends(
     for batch in batches:
         rows, length = batch.tokens.shape
         flat = batch.tokens.reshape(devices, rows // devices * length)
-        segments = batch.segments.reshape(devices, rows // devices * length)
+        segment_ids = batch.segment_ids.reshape(devices, rows // devices * length)
         for number, group, column in zip(batch.prompts, *batch.places, strict=True):
             end = batch.ends[group, column] + 1
             begin = end - len(given[number])
             assert flat[group, begin:end].tolist() == given[number]
-            (segment,) = set(segments[group, begin:end].tolist())
+            (segment,) = set(segment_ids[group, begin:end].tolist())
             assert segment > 0
             assert begin % length + len(given[number]) <= length
-        assert np.count_nonzero(batch.segments) == sum(len(given[n]) for n in batch.prompts)
+        assert np.count_nonzero(batch.segment_ids) == sum(len(given[n]) for n in batch.prompts)
 
 
 def test_no_batch_is_left_with_a_few_prompts() -> None:
@@ -95,8 +95,8 @@ def test_a_length_more_must_be_worth_its_compilation() -> None:
 
 def test_rows_are_no_longer_than_their_prompts_need() -> None:
     given = [[1] * 94] * 20
-    (one,) = in_rows(given[:1], 4, 1, 100, packing=True)
+    (one,) = batch_packed(given[:1], 4, 1, 100, packing=True)
     assert one.tokens.shape == (1, 96)
     # Five prompts a row take 470 tokens.
-    shapes = [batch.tokens.shape for batch in in_rows(given, 16, 1, 100, packing=True)]
+    shapes = [batch.tokens.shape for batch in batch_packed(given, 16, 1, 100, packing=True)]
     assert shapes == [(2, 480), (2, 480)]

@@ -10,14 +10,17 @@ from hypothesis import strategies as st
 from scipy import optimize
 from scipy import stats as scipy_stats
 
-from job.evals.statistics import POWER, UNRELATED, detectable, mcnemar, mcnemar_power
+from job.evals.statistics import POWER, UNRELATED, mcnemar, mcnemar_power, minimum_detectable_effect
 
 ONE_IN_FIVE = 0.2
 
 
 def test_of_100_questions_a_change_under_13_points_cannot_be_seen_and_4183_show_2() -> None:
     """If one question in five changes sides."""
-    small, large = detectable(100, ONE_IN_FIVE), detectable(4183, ONE_IN_FIVE)
+    small, large = (
+        minimum_detectable_effect(100, ONE_IN_FIVE),
+        minimum_detectable_effect(4183, ONE_IN_FIVE),
+    )
     assert small is not None
     assert large is not None
     assert (math.ceil(100 * small), round(100 * large)) == (13, 2)
@@ -53,7 +56,7 @@ def test_power_is_the_sum_over_all_tables(
 @pytest.mark.parametrize(("questions", "discordant"), [(100, 0.2), (100, 0.5), (4183, 0.2)])
 def test_a_detectable_change_is_found_four_times_in_five(questions: int, discordant: float) -> None:
     """By simulation: pairs are drawn, and the test is made."""
-    difference = detectable(questions, discordant)
+    difference = minimum_detectable_effect(questions, discordant)
     assert difference is not None
 
     def found(difference: float) -> float:
@@ -82,14 +85,14 @@ def connor(questions: int, discordant: float) -> float:
 @pytest.mark.parametrize("discordant", [0.05, 0.2, 0.5, 0.9])
 def test_with_many_questions_it_is_the_published_formula(discordant: float) -> None:
     for questions, tolerance in ((1000, 0.06), (4183, 0.03)):
-        found = detectable(questions, discordant)
+        found = minimum_detectable_effect(questions, discordant)
         assert found == pytest.approx(connor(questions, discordant), rel=tolerance)
 
 
 @given(st.integers(1, 1500), st.floats(0, 1))
 @settings(deadline=None, max_examples=40)
 def test_it_is_a_share_that_the_test_finds(questions: int, discordant: float) -> None:
-    found = detectable(questions, discordant)
+    found = minimum_detectable_effect(questions, discordant)
     if found is None:
         assert questions < 6
     else:
@@ -99,11 +102,13 @@ def test_it_is_a_share_that_the_test_finds(questions: int, discordant: float) ->
 
 def test_more_questions_and_fewer_that_change_show_less() -> None:
     for discordant in (0.0, 0.2, UNRELATED):
-        found = [detectable(questions, discordant) for questions in (20, 100, 1000, 4183)]
+        found = [
+            minimum_detectable_effect(questions, discordant) for questions in (20, 100, 1000, 4183)
+        ]
         assert all(more > fewer for more, fewer in pairwise(f for f in found if f is not None))
-    shares = [detectable(1000, share) for share in (0.0, 0.05, 0.2, UNRELATED, 1.0)]
+    shares = [minimum_detectable_effect(1000, share) for share in (0.0, 0.05, 0.2, UNRELATED, 1.0)]
     assert sorted(shares) == shares
 
 
 def test_five_questions_can_show_nothing() -> None:
-    assert [detectable(questions, 0.2) for questions in (1, 5)] == [None, None]
+    assert [minimum_detectable_effect(questions, 0.2) for questions in (1, 5)] == [None, None]

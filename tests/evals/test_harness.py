@@ -18,10 +18,10 @@ import pytest
 from jax.sharding import Mesh
 
 from job.evals.engine import Engine
-from job.evals.tasks import before_letter, load_slice, question_prompts
-from job.model.load import load
+from job.evals.tasks import before_letter, load_task, question_prompts
+from job.model.load import load_model
 from job.model.tiny import VOCABULARY, train_tokenizer
-from job.spec.schema import Model, MultipleChoice
+from job.spec.schema import Model, MultipleChoiceEval
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.slow
@@ -59,13 +59,13 @@ def test_choices_and_log_likelihoods_are_those_of_the_harness(tmp_path: Path, sh
     )  # fmt: skip
     theirs = np.array(json.loads((tmp_path / "theirs.json").read_text()))
 
-    entry = MultipleChoice(
+    entry = MultipleChoiceEval(
         name="medmcqa", dataset=str(data), data_files=["validation.jsonl"], options=COLUMNS,
         answer="cop", prompt="lm-eval",
         few_shot={"examples": shots, "data_files": ["train.jsonl"]} if shots else None,
     )  # fmt: skip
-    found = load_slice(entry)
-    model = load(
+    found = load_task(entry)
+    model = load_model(
         Model(preset=str(folder), dtype="float32"), 0,
         Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model")),
     )  # fmt: skip
@@ -73,7 +73,7 @@ def test_choices_and_log_likelihoods_are_those_of_the_harness(tmp_path: Path, sh
     prompts, cut = engine.encode(question_prompts(found, model.codec.template))
     assert cut == 0
     letters = model.codec.letter_tokens("ABCD", *before_letter(entry))
-    ours = engine.letter_log_probabilities(model.weights, prompts, letters, "medmcqa")
+    ours = engine.loglikelihood(model.weights, prompts, letters, "medmcqa")
 
     assert len(found.questions) == len(asked) == len(theirs)
     sys.stdout.write(f"{len(asked)} questions: at most {np.abs(ours - theirs).max():.1e} apart\n")

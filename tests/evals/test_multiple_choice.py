@@ -6,7 +6,7 @@ from job.evals.metrics import compare_choices, score_choices, summarize_choices
 from job.evals.predictions import ChoiceLine, choice_line
 from job.evals.statistics import mcnemar, wilson
 from job.evals.tasks import Question
-from job.spec.schema import MultipleChoice
+from job.spec.schema import MultipleChoiceEval
 
 MISSING = "!"
 """Stands for a question that got no answer; "-" for an answer that named no letter."""
@@ -87,7 +87,7 @@ def test_a_clear_change_is_found_in_both_directions() -> None:
     assert better.ci95[0] > 0
 
 
-ENTRY = MultipleChoice(name="first", dataset="samples", options=list("wxyz"), answer="cop")
+ENTRY = MultipleChoiceEval(name="first", dataset="samples", options=list("wxyz"), answer="cop")
 
 
 def test_a_slice_shows_every_model_beside_chance_and_the_majority_letter() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from job.errors import Interrupted
+from job.errors import RunStoppedError
 from job.evals.engine import Engine
-from job.evals.predictions import Progress
-from job.machine.distributed import Processes
+from job.evals.predictions import EvalCaches
+from job.machine.distributed import ProcessGroup
 from job.model.language_model import LanguageModel
 from job.storage.local import LocalStore
 
@@ -18,7 +18,7 @@ KEY = "evals/baseline/first/partial.json"
 
 
 def run_in(folder: Path) -> Any:
-    return SimpleNamespace(store=LocalStore(folder), processes=Processes())
+    return SimpleNamespace(store=LocalStore(folder), processes=ProcessGroup())
 
 
 def stopped_after(batches: int) -> Any:
@@ -26,7 +26,7 @@ def stopped_after(batches: int) -> Any:
 
     def check() -> None:
         if next(left, None) is None:
-            raise Interrupted("stopped")
+            raise RunStoppedError("stopped")
 
     return check
 
@@ -40,13 +40,13 @@ def test_generation_goes_on_where_it_stopped(tiny: LanguageModel, tmp_path: Path
     whole = Engine(tiny, 2, 512).generate(tiny.weights, prompts, 4, "t")
 
     run = run_in(tmp_path)
-    with pytest.raises(Interrupted), Progress(run, "baseline", "inputs") as progress:
+    with pytest.raises(RunStoppedError), EvalCaches(run, "baseline", "inputs") as progress:
         engine = Engine(tiny, 2, 512, stopped_after(2))
         engine.generate(tiny.weights, prompts, 4, "t", progress.of("first"))
     assert len(json.loads((tmp_path / KEY).read_text())["batches"]) == 2
 
     asked: list[int] = []
-    with Progress(run, "baseline", "inputs") as progress:
+    with EvalCaches(run, "baseline", "inputs") as progress:
         engine = Engine(tiny, 2, 512, lambda: asked.append(1))
         resumed = engine.generate(tiny.weights, prompts, 4, "t", progress.of("first"))
     assert resumed == whole
@@ -56,18 +56,16 @@ def test_generation_goes_on_where_it_stopped(tiny: LanguageModel, tmp_path: Path
 
 def test_letter_scores_come_back_to_the_bit(tiny: LanguageModel, tmp_path: Path) -> None:
     prompts, letters = prompts_of(tiny), tiny.codec.letter_tokens("ABCD")
-    whole = Engine(tiny, 2, 512).letter_log_probabilities(tiny.weights, prompts, letters, "t")
+    whole = Engine(tiny, 2, 512).loglikelihood(tiny.weights, prompts, letters, "t")
     run = run_in(tmp_path)
-    with pytest.raises(ZeroDivisionError), Progress(run, "baseline", "inputs") as progress:
-        Engine(tiny, 2, 512).letter_log_probabilities(
+    with pytest.raises(ZeroDivisionError), EvalCaches(run, "baseline", "inputs") as progress:
+        Engine(tiny, 2, 512).loglikelihood(
             tiny.weights, prompts, letters, "t", progress.of("first")
         )
         raise ZeroDivisionError
-    with Progress(run, "baseline", "inputs") as progress:
+    with EvalCaches(run, "baseline", "inputs") as progress:
         engine = Engine(tiny, 2, 512, stopped_after(0))  # nothing is left to ask
-        again = engine.letter_log_probabilities(
-            tiny.weights, prompts, letters, "t", progress.of("first")
-        )
+        again = engine.loglikelihood(tiny.weights, prompts, letters, "t", progress.of("first"))
     assert again.tobytes() == whole.tobytes()
 
 
@@ -77,4 +75,4 @@ def test_letter_scores_come_back_to_the_bit(tiny: LanguageModel, tmp_path: Path)
 def test_what_is_damaged_or_of_other_inputs_is_not_read(content: bytes, tmp_path: Path) -> None:
     run = run_in(tmp_path)
     run.store.write(KEY, content)
-    assert Progress(run, "baseline", "inputs").of("first").get(0) is None
+    assert EvalCaches(run, "baseline", "inputs").of("first").get(0) is None

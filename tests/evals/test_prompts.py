@@ -8,9 +8,9 @@ import pytest
 
 from job.chat.templates import TEMPLATES
 from job.errors import UsageError
-from job.evals.tasks import Slice, load_slice, question_prompts, solved_turns
+from job.evals.tasks import Task, load_task, question_prompts, solved_turns
 from job.model.language_model import LanguageModel
-from job.spec.schema import MultipleChoice
+from job.spec.schema import MultipleChoiceEval
 
 ROWS = [
     {"question": f"Which {n}?", "a": "red ", "b": f"blue {n}", "cop": n % 2, "about": subject}
@@ -18,11 +18,11 @@ ROWS = [
 ]
 
 
-def load(folder: Path, **entry: Any) -> Slice:
+def load(folder: Path, **entry: Any) -> Task:
     path = folder / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     fields: dict[str, Any] = {"options": ["a", "b"], "answer": "cop", **entry}
-    return load_slice(MultipleChoice(name="first", dataset=str(path), **fields))
+    return load_task(MultipleChoiceEval(name="first", dataset=str(path), **fields))
 
 
 def test_solved_questions_are_earlier_turns_and_none_of_those_asked(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 import structlog
 
 from job.errors import UsageError
-from job.evals.tasks import Question, Slice, load_slice, user_turn
+from job.evals.tasks import Question, Task, load_task, user_turn
 from job.runtime import logs
-from job.spec.schema import MultipleChoice
+from job.spec.schema import MultipleChoiceEval
 
 Row = dict[str, Any]
 
@@ -28,14 +28,14 @@ def log() -> Iterator[io.StringIO]:
     structlog.reset_defaults()
 
 
-def load(folder: Path, rows: list[Row], **entry: Any) -> Slice:
+def load(folder: Path, rows: list[Row], **entry: Any) -> Task:
     path = folder / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     fields: Row = {"options": COLUMNS, "answer": "cop", **entry}
-    return load_slice(MultipleChoice(name="first", dataset=str(path), **fields))
+    return load_task(MultipleChoiceEval(name="first", dataset=str(path), **fields))
 
 
-def ids(found: Slice) -> list[str]:
+def ids(found: Task) -> list[str]:
     return [question.id for question in found.questions]
 
 
@@ -127,8 +127,8 @@ def test_the_limit_takes_the_first_usable_questions(tmp_path: Path) -> None:
 def test_rows_after_the_limit_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps(ROW | {"cop": 0}) + "\n" + json.dumps(ROW | {"cop": 1}) + "\n{")
-    entry = MultipleChoice(name="a", dataset=str(path), options=COLUMNS, answer="cop", limit=1)
-    assert ids(load_slice(entry)) == ["0"]
+    entry = MultipleChoiceEval(name="a", dataset=str(path), options=COLUMNS, answer="cop", limit=1)
+    assert ids(load_task(entry)) == ["0"]
 
 
 def test_fewer_questions_than_the_limit_are_taken_with_a_warning(
@@ -171,7 +171,7 @@ def test_the_users_turn_lists_the_options_by_letter(tmp_path: Path) -> None:
 
 
 def test_the_samples_are_usable_questions() -> None:
-    entry = MultipleChoice(name="a", dataset="samples", options=COLUMNS, answer="cop", id="id")
-    questions = load_slice(entry).questions
+    entry = MultipleChoiceEval(name="a", dataset="samples", options=COLUMNS, answer="cop", id="id")
+    questions = load_task(entry).questions
     assert len(questions) >= 20
     assert {question.gold for question in questions} == set("ABCD")

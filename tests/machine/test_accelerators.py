@@ -10,7 +10,7 @@ import pytest
 
 from job.cli import app
 from job.errors import UsageError
-from job.machine.accelerators import ACCELERATORS, find, machine, order
+from job.machine.accelerators import ACCELERATORS, find_accelerator, machine_order, parse_machine
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_name_says_what_to_order(
     machine_type: str | None,
     topology_name: str | None,
 ) -> None:
-    found = machine(name)
+    found = parse_machine(name)
     assert found.name == name
     assert (found.chips, found.hosts) == (chips, hosts)
     assert found.accelerator_type == accelerator_type
@@ -52,7 +52,7 @@ def test_a_name_says_what_to_order(
     [("V5E-8", "v5e-8"), ("v5litepod-8", "v5e-8"), ("v5e", "v5e-1"), ("v5p", "v5p-8")],
 )
 def test_names_are_read_in_the_ways_people_write_them(written: str, name: str) -> None:
-    assert machine(written).name == name
+    assert parse_machine(written).name == name
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_names_are_read_in_the_ways_people_write_them(written: str, name: str) -
 )
 def test_a_name_that_is_none_says_what_to_write(name: str, said: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
-        machine(name)
+        parse_machine(name)
     for words in said:
         assert words in str(caught.value)
 
@@ -90,21 +90,21 @@ def test_a_name_that_is_none_says_what_to_write(name: str, said: list[str]) -> N
     ],
 )
 def test_jax_names_are_known(device_kind: str, name: str) -> None:
-    found = find(device_kind)
+    found = find_accelerator(device_kind)
     assert found is not None
     assert found.name == name
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA H100 PCIe", "NVIDIA GH200 480GB", "TPU v7", ""])
 def test_an_unknown_chip_has_no_peak_rather_than_a_wrong_one(kind: str) -> None:
-    assert find(kind) is None
+    assert find_accelerator(kind) is None
 
 
 @pytest.mark.parametrize("accelerator", ACCELERATORS, ids=lambda a: a.name)
 def test_every_size_of_a_kind_can_be_ordered(accelerator: object) -> None:
     found = next(a for a in ACCELERATORS if a is accelerator)
     for chips, shape in found.topologies.items():
-        asked = machine(f"{found.name}-{chips * found.cores}")
+        asked = parse_machine(f"{found.name}-{chips * found.cores}")
         assert asked.chips == chips == math.prod(map(int, shape.split("x")))
         assert asked.hosts * asked.chips_per_host == chips
         assert asked.machine_type is not None
@@ -114,7 +114,7 @@ def test_every_size_of_a_kind_can_be_ordered(accelerator: object) -> None:
 
 
 def test_small_v5e_slices_count_against_the_serving_quota() -> None:
-    small, large = machine("v5e-8").quota, machine("v5e-16").quota
+    small, large = parse_machine("v5e-8").quota, parse_machine("v5e-16").quota
     assert small is not None
     assert large is not None
     assert small.spot == "TPUV5sPreemptibleLitepodServingPerProjectPerZoneForTPUAPI"
@@ -123,10 +123,10 @@ def test_small_v5e_slices_count_against_the_serving_quota() -> None:
 
 
 def test_a_cost_is_that_of_all_chips_or_unknown() -> None:
-    assert machine("v5e-8").cost(3600) == pytest.approx(9.60)
-    assert machine("v5e-8").cost(1800, spot=True) == pytest.approx(0.98)
-    assert machine("v4-8").cost(3600, spot=True) is None
-    assert machine("cpu").cost(3600) is None
+    assert parse_machine("v5e-8").cost(3600) == pytest.approx(9.60)
+    assert parse_machine("v5e-8").cost(1800, spot=True) == pytest.approx(0.98)
+    assert parse_machine("v4-8").cost(3600, spot=True) is None
+    assert parse_machine("cpu").cost(3600) is None
 
 
 def test_the_registry_imports_nothing_heavy() -> None:
@@ -138,7 +138,7 @@ def test_the_registry_imports_nothing_heavy() -> None:
 
 
 def test_an_order_has_what_scripts_ask_for() -> None:
-    found = order(machine("v5e-8"))
+    found = machine_order(parse_machine("v5e-8"))
     assert found.machine == "v5e-8"
     assert (found.platform, found.chips, found.hosts) == ("tpu", 8, 1)
     assert found.accelerator_type == "v5litepod-8"
@@ -149,8 +149,8 @@ def test_an_order_has_what_scripts_ask_for() -> None:
     assert found.spot_quota == "TPUV5sPreemptibleLitepodServingPerProjectPerZoneForTPUAPI"
     assert found.usd_per_hour == pytest.approx(9.60)
     assert found.spot_usd_per_hour == pytest.approx(1.96)
-    assert order(machine("v4-8")).image_family is None
-    assert order(machine("cpu")).usd_per_hour is None
+    assert machine_order(parse_machine("v4-8")).image_family is None
+    assert machine_order(parse_machine("cpu")).usd_per_hour is None
 
 
 def test_the_command_prints_orders(capsys: pytest.CaptureFixture[str]) -> None:

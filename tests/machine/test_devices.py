@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from job.errors import EnvironmentProblem
+from job.errors import SetupError
 from job.machine.devices import check_batch, check_devices, data_parallel
 from job.spec.schema import Mesh, Runtime, Spec
 from job.storage.cache_folder import cache_folder
@@ -42,7 +42,7 @@ def test_machine_that_fits_is_taken(wanted: Runtime, platform: str, devices: int
     ],
 )
 def test_machine_that_does_not_fit_is_refused(wanted: Runtime, message: str) -> None:
-    with pytest.raises(EnvironmentProblem, match=message) as caught:
+    with pytest.raises(SetupError, match=message) as caught:
         check_devices(wanted, "cpu", 2, "kind")
     assert caught.value.exit_code == 3
 
@@ -63,7 +63,7 @@ def test_batch_is_split_over_all_devices_unless_the_mesh_says_otherwise() -> Non
 def test_batch_that_cannot_be_shared_out_names_the_unit(
     train: dict[str, int], devices: int, unit: int
 ) -> None:
-    with pytest.raises(EnvironmentProblem, match=f"use a multiple of {unit}"):
+    with pytest.raises(SetupError, match=f"use a multiple of {unit}"):
         check_batch(spec(**train), devices)
     check_batch(spec(**{**train, "batch_size": unit * 2}), devices)
 

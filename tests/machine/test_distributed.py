@@ -15,8 +15,8 @@ import h5py
 import numpy as np
 import pytest
 
-from job.errors import EnvironmentProblem
-from job.machine.distributed import join
+from job.errors import SetupError
+from job.machine.distributed import join_processes
 from job.spec.schema import Runtime
 from tests.command import COMMAND, SLOWER
 
@@ -197,12 +197,12 @@ def test_incomplete_places_are_refused(
     monkeypatch.setenv("JOB_COORDINATOR_ADDRESS", "127.0.0.1:1")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(EnvironmentProblem, match=message):
-        join(Runtime())
+    with pytest.raises(SetupError, match=message):
+        join_processes(Runtime())
 
 
 def test_nothing_said_means_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JOB_COORDINATOR_ADDRESS", raising=False)
-    assert join(Runtime()).count == 1
+    assert join_processes(Runtime()).count == 1
     monkeypatch.setenv("JOB_COORDINATOR_ADDRESS", "127.0.0.1:1")
-    assert join(Runtime(distributed="off")).count == 1
+    assert join_processes(Runtime(distributed="off")).count == 1

@@ -18,15 +18,15 @@ from jax.sharding import Mesh
 from job.adapters.keras_format import load_adapter, save_adapter
 from job.adapters.merge import merge_checkpoint
 from job.adapters.peft_format import peft_files, read_peft, uniform
-from job.chat.tokenizer import TextCodec
+from job.chat.tokenizer import ChatTokenizer
 from job.data.packing import TokenExample, make_rows
-from job.model.language_model import Forward, LanguageModel, Preset
-from job.model.lora import Weights, unflatten
+from job.model.language_model import ForwardConfig, LanguageModel, Preset
+from job.model.lora import Weights, unflatten_lora
 from job.model.tiny import VOCABULARY, train_tokenizer
 from job.pipeline.train_stage import to_peft
 from job.spec.schema import Lora, Model, Train
 from job.train.optimizer import make_optimizer
-from job.train.step import Recipe, TrainState, loss_width, make_train_step, place
+from job.train.step import StepConfig, TrainState, make_train_step, padded_loss_count, shard_input
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ def logits(model: LanguageModel, weights: Weights) -> list[np.ndarray]:
     return [row[:length] for row, length in zip(found, LENGTHS, strict=True)]
 
 
-def load_model(folder: Path, codec: TextCodec) -> LanguageModel:
+def load_model(folder: Path, codec: ChatTokenizer) -> LanguageModel:
     """The model of a transformers folder without a tokenizer, all linear layers adapted."""
     task = load_bare(folder)
     spec = Model(preset=str(folder), dtype="float32", lora=LORA)
@@ -83,10 +83,10 @@ def train(model: LanguageModel) -> TrainState:
     optimizer, _ = make_optimizer(
         Train(optimizer="sgd", learning_rate=0.5, schedule="constant"), 3, start
     )
-    step = make_train_step(model, optimizer, Recipe(Forward(packed=False, remat="none")))
+    step = make_train_step(model, optimizer, StepConfig(ForwardConfig(packed=False, remat="none")))
     variables = tuple(model.replicate([v.value for v in optimizer.variables]))
     state = TrainState(model.replicate(start), variables)
-    batch = place(model, rows.batch, 1, loss_width(int(rows.batch.losses(1).max())))
+    batch = shard_input(model, rows.batch, 1, padded_loss_count(int(rows.batch.losses(1).max())))
     # Compiled in a hurry: three steps need no fast code.
     quick = step.lower(state, model.weights, batch).compile({"xla_backend_optimization_level": 0})
     for _ in range(3):
@@ -135,7 +135,7 @@ def exchange(tmp_path_factory: pytest.TempPathFactory, tiny: LanguageModel) -> E
         layout, lora = load_adapter(path, model.lora)
         tuned[family] = logits(model, model.adapted(layout, lora))
         # From the file, whose alpha is its rank.
-        unscaled = unflatten([x / model.lora.scale if n % 2 else x for n, x in enumerate(
+        unscaled = unflatten_lora([x / model.lora.scale if n % 2 else x for n, x in enumerate(
             array for pair in lora for array in pair)])  # fmt: skip
         spec = Model(preset=str(folder / family), dtype="float32", lora=LORA)
         adapter = to_peft(model, spec, unscaled, model.matrices())

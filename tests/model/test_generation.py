@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from job.chat.tokenizer import TextCodec
+from job.chat.tokenizer import ChatTokenizer
 from job.model.attention import PACKABLE
-from job.model.generation import right_aligned
+from job.model.generation import left_padded
 from job.model.language_model import LanguageModel, Preset
 from job.model.tiny import train_tokenizer
 from job.spec.schema import Lora, Model
@@ -26,7 +26,7 @@ def small_model(family: str) -> LanguageModel:
     task = kind(preprocessor=None, backbone=small_backbone(family, vocabulary_size=size))
     spec = Model(preset="test", dtype="float32", lora=Lora(targets="all-linear"))
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
-    return LanguageModel(task, TextCodec(tokenizer), spec, Preset("test", None), mesh)
+    return LanguageModel(task, ChatTokenizer(tokenizer), spec, Preset("test", None), mesh)
 
 
 @pytest.mark.parametrize("family", PACKABLE)
@@ -66,7 +66,7 @@ def test_decoding_ends_when_every_row_has_stopped() -> None:
 
 def test_prompts_are_moved_to_the_end_of_their_rows() -> None:
     tokens = jnp.array([[1, 2, 0, 0], [3, 4, 5, 6], [7, 0, 0, 0]])
-    aligned = np.asarray(right_aligned(tokens, jnp.array([2, 4, 1])))
+    aligned = np.asarray(left_padded(tokens, jnp.array([2, 4, 1])))
     assert aligned[0, 2:].tolist() == [1, 2]
     assert aligned[1].tolist() == [3, 4, 5, 6]
     assert aligned[2, 3] == 7

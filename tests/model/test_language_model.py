@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from job.chat.tokenizer import LetterTokens
+from job.chat.tokenizer import OptionTokens
 from job.evals.engine import Engine
 from job.model.attention import PACKABLE, segment_attention
 from job.model.language_model import LanguageModel
@@ -81,9 +81,9 @@ def test_batched_generation_gives_the_text_of_kerashub_one_prompt_at_a_time(
 
 def test_letter_scores_do_not_depend_on_the_batch(tiny: LanguageModel) -> None:
     prompts, letters = encoded(tiny), tiny.codec.letter_tokens("ABCD")
-    together = Engine(tiny, 4, 512).letter_log_probabilities(tiny.weights, prompts, letters, "t")
+    together = Engine(tiny, 4, 512).loglikelihood(tiny.weights, prompts, letters, "t")
     alone = [
-        Engine(tiny, 1, 512).letter_log_probabilities(tiny.weights, [prompt], letters, "t")[0]
+        Engine(tiny, 1, 512).loglikelihood(tiny.weights, [prompt], letters, "t")[0]
         for prompt in prompts
     ]
     np.testing.assert_allclose(together, np.array(alone), atol=1e-5)
@@ -96,8 +96,8 @@ def test_letter_scores_are_those_of_each_prompt_alone_without_any_packing(
     generator = np.random.default_rng(0)
     lengths = (5, 33, 64, 90, 150, 31, 97)
     prompts = [generator.integers(10, 200, size=length).tolist() for length in lengths]
-    letters = LetterTokens([7, 8], [20, 21, 22])
-    found = Engine(tiny, 8, 512).letter_log_probabilities(tiny.weights, prompts, letters, "t")
+    letters = OptionTokens([7, 8], [20, 21, 22])
+    found = Engine(tiny, 8, 512).loglikelihood(tiny.weights, prompts, letters, "t")
     for prompt, scores in zip(prompts, found, strict=True):
         tokens = np.array([[*prompt, *letters.shared]], np.int32)
         hidden = tiny.plain_hidden(tiny.weights, tokens, np.ones_like(tokens))
@@ -126,9 +126,9 @@ def test_packed_rows_have_the_hidden_states_of_unpacked_ones(family: str) -> Non
     row = np.concatenate([*examples, np.zeros(4, np.int64)])[None].astype(np.int32)
     numbers = np.repeat([1, 2, 3, 0], [*lengths, 4])[None].astype(np.int32)
 
-    def hidden(tokens: np.ndarray, segments: np.ndarray) -> jax.Array:
+    def hidden(tokens: np.ndarray, segment_ids: np.ndarray) -> jax.Array:
         with segment_attention(backbone):
-            return backbone({"token_ids": tokens, "padding_mask": segments})
+            return backbone({"token_ids": tokens, "padding_mask": segment_ids})
 
     packed = np.asarray(hidden(row, numbers))[0]
     start = 0
@@ -147,8 +147,8 @@ def test_packed_rows_have_the_hidden_states_of_unpacked_ones(family: str) -> Non
 def test_eight_devices_give_the_figures_of_one(make_model, tiny: LanguageModel) -> None:
     split = make_model(devices=8)
     prompts, letters = encoded(tiny), tiny.codec.letter_tokens("ABCD")
-    one = Engine(tiny, 8, 512).letter_log_probabilities(tiny.weights, prompts, letters, "t")
-    eight = Engine(split, 1, 512).letter_log_probabilities(split.weights, prompts, letters, "t")
+    one = Engine(tiny, 8, 512).loglikelihood(tiny.weights, prompts, letters, "t")
+    eight = Engine(split, 1, 512).loglikelihood(split.weights, prompts, letters, "t")
     assert len(split.weights[0].sharding.device_set) == 8
     np.testing.assert_allclose(eight, one, atol=1e-5)
 

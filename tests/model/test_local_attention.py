@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from job.model.attention import PACKABLE, Cut, can_cut, local_attention, segment_attention
+from job.model.attention import PACKABLE, Chunking, can_chunk, chunked_attention, segment_attention
 from tests.model.families import small_backbone
 
 LENGTH, LONGEST = 45, 9
@@ -13,22 +13,22 @@ LENGTH, LONGEST = 45, 9
 def rows() -> dict[str, np.ndarray]:
     generator = np.random.default_rng(1)
     tokens = generator.integers(1, 64, size=(2, LENGTH)).astype(np.int32)
-    segments = np.zeros((2, LENGTH), np.int32)
+    segment_ids = np.zeros((2, LENGTH), np.int32)
     for row, parts in enumerate(([9, 5, 9, 8, 9], [2, 9, 7, 9])):
         numbers = np.repeat(np.arange(1, len(parts) + 1), parts)
-        segments[row, : len(numbers)] = numbers
-    return {"token_ids": tokens, "padding_mask": segments}
+        segment_ids[row, : len(numbers)] = numbers
+    return {"token_ids": tokens, "padding_mask": segment_ids}
 
 
 @pytest.mark.parametrize("family", PACKABLE)
-@pytest.mark.parametrize("cut", [Cut(4, 1.0), Cut(7, 2.0)])
-def test_chunks_give_what_the_whole_row_gives(family: str, cut: Cut) -> None:
+@pytest.mark.parametrize("cut", [Chunking(4, 1.0), Chunking(7, 2.0)])
+def test_chunks_give_what_the_whole_row_gives(family: str, cut: Chunking) -> None:
     backbone, inputs = small_backbone(family), rows()
-    assert can_cut(backbone)
+    assert can_chunk(backbone)
     assert cut.fits(cut.before(LONGEST), LENGTH)
     with segment_attention(backbone):
         whole = backbone(inputs)
-        with local_attention(backbone, inputs["padding_mask"], LONGEST, cut):
+        with chunked_attention(backbone, inputs["padding_mask"], LONGEST, cut):
             ours = backbone(inputs)
     real = inputs["padding_mask"] > 0
     np.testing.assert_allclose(np.asarray(ours)[real], np.asarray(whole)[real], atol=2e-5)
@@ -38,7 +38,7 @@ def test_a_reach_that_is_too_short_is_noticed() -> None:
     backbone, inputs = small_backbone("LlamaBackbone"), rows()
     with segment_attention(backbone):
         whole = np.asarray(backbone(inputs))
-        with local_attention(backbone, inputs["padding_mask"], 2, Cut(4, 1.0)):
+        with chunked_attention(backbone, inputs["padding_mask"], 2, Chunking(4, 1.0)):
             ours = np.asarray(backbone(inputs))
     assert np.abs(ours - whole).max() > 1e-3
 
@@ -47,14 +47,14 @@ def test_fewer_products_are_computed() -> None:
     backbone = small_backbone("Gemma3Backbone", sliding_window_size=64, head_dim=64)
     inputs = {name: np.ones((1, 512), np.int32) for name in ("token_ids", "padding_mask")}
 
-    def flops(reach: int, cut: Cut) -> float:
+    def flops(reach: int, cut: Chunking) -> float:
         def forward(inputs: dict[str, jax.Array]) -> jax.Array:
-            with local_attention(backbone, inputs["padding_mask"], reach, cut):
+            with chunked_attention(backbone, inputs["padding_mask"], reach, cut):
                 return backbone(inputs)
 
         return float(jax.jit(forward).lower(inputs).compile().cost_analysis()["flops"])
 
-    whole, windows = flops(512, Cut(512, 1.0)), flops(512, Cut(64, 2.0))
+    whole, windows = flops(512, Chunking(512, 1.0)), flops(512, Chunking(64, 2.0))
     assert windows < 0.5 * whole  # the sliding windows
-    assert flops(128, Cut(64, 2.0)) < 0.9 * windows  # the global layer too
-    assert flops(512, Cut(64, 16.0)) > 0.95 * whole  # not worth it
+    assert flops(128, Chunking(64, 2.0)) < 0.9 * windows  # the global layer too
+    assert flops(512, Chunking(64, 16.0)) > 0.95 * whole  # not worth it

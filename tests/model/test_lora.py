@@ -11,7 +11,7 @@ import pytest
 from job.adapters.keras_format import load_adapter, save_adapter
 from job.errors import StageError, UsageError
 from job.model.language_model import LanguageModel
-from job.model.lora import LoraLayout, LoraWeights, plan_lora
+from job.model.lora import LoraLayout, LoraWeights, make_lora_layout
 from job.spec.schema import Lora
 
 
@@ -104,7 +104,7 @@ def test_file_of_another_rank_or_cut_short_is_refused(tiny: LanguageModel, tmp_p
 
 def test_unknown_target_names_the_layers_there_are(tiny: LanguageModel) -> None:
     with pytest.raises(UsageError, match="no layer is named 'q_proj'.*ffw_gating.*query"):
-        plan_lora(tiny._backbone, Lora(targets=["q_proj"]))
+        make_lora_layout(tiny._backbone, Lora(targets=["q_proj"]))
 
 
 @pytest.mark.slow
@@ -125,11 +125,11 @@ def test_gemma_3_1b_has_the_published_parameter_counts() -> None:
         dtype="bfloat16",
     )
     assert backbone.count_params() == 999_885_952
-    assert plan_lora(backbone, Lora(rank=16)).parameters == 2_609_152
+    assert make_lora_layout(backbone, Lora(rank=16)).parameters == 2_609_152
 
 
 def test_all_linear_adapts_every_matrix_of_every_block_and_no_embedding(make_model) -> None:
-    layout = plan_lora(make_model()._backbone, Lora(rank=4, targets="all-linear"))
+    layout = make_lora_layout(make_model()._backbone, Lora(rank=4, targets="all-linear"))
     names = [target.path.rsplit("/", 1)[-1] for target in layout.targets]
     assert sorted(set(names)) == [
         "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear", "key", "query", "value",
@@ -139,7 +139,7 @@ def test_all_linear_adapts_every_matrix_of_every_block_and_no_embedding(make_mod
 
 
 def test_rank_stabilized_scale_is_kept_by_the_file(make_model, tmp_path: Path) -> None:
-    layout = plan_lora(make_model()._backbone, Lora(rank=4, alpha=8, rslora=True))
+    layout = make_lora_layout(make_model()._backbone, Lora(rank=4, alpha=8, rslora=True))
     assert layout.scale == 4.0
     lora = random_lora(layout)
     save_adapter(tmp_path / "a.lora.h5", layout, lora)

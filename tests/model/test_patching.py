@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from job.model.attention import PACKABLE, segment_attention
-from job.model.patching import can_narrow, gather, narrowed
+from job.model.patching import can_narrow, gather, narrow_last_block
 from tests.model.families import small_backbone
 
 POSITIONS = jnp.array([[3, 14, 0, 23], [5, 5, 12, 22]])
@@ -26,18 +26,18 @@ def test_narrowed_states_and_gradients_are_those_of_the_whole(
     assert can_narrow(backbone)
     generator = np.random.default_rng(0)
     tokens = generator.integers(1, 64, size=(4, 12)).astype(np.int32)
-    segments = np.repeat([[1, 1, 2, 2]], 3, axis=1).repeat(4, axis=0).astype(np.int32)
+    segment_ids = np.repeat([[1, 1, 2, 2]], 3, axis=1).repeat(4, axis=0).astype(np.int32)
     cotangent = jnp.asarray(generator.normal(size=(2, 4, 16)), jnp.float32)
 
     def states(weights: list[jax.Array], *, narrow: bool) -> jax.Array:
         scope = keras.StatelessScope(
             state_mapping=list(zip(backbone.variables, weights, strict=True))
         )
-        inputs = {"token_ids": tokens, "padding_mask": segments}
+        inputs = {"token_ids": tokens, "padding_mask": segment_ids}
         with scope, segment_attention(backbone):
             if not narrow:
                 return gather(backbone(inputs), POSITIONS)
-            with narrowed(backbone, POSITIONS):
+            with narrow_last_block(backbone, POSITIONS):
                 return backbone(inputs)
 
     def both(narrow: bool) -> tuple[jax.Array, list[jax.Array]]:
@@ -55,7 +55,7 @@ def test_the_layers_are_as_before_afterwards() -> None:
     backbone = small_backbone("Gemma3Backbone")
     layers = backbone._flatten_layers()
     before = [dict(layer.__dict__) for layer in layers]
-    with narrowed(backbone, POSITIONS):
+    with narrow_last_block(backbone, POSITIONS):
         pass
     assert all("call" not in layer.__dict__ for layer in layers)
     assert [set(layer.__dict__) for layer in layers] == [set(names) for names in before]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from job.model.patching import rotated_by_halves
+from job.model.patching import fast_rotary
 from tests.model.families import small_backbone
 
 
@@ -19,7 +19,7 @@ def test_hidden_states_are_the_same_to_the_bit(family: str, dtype: str) -> None:
     }
     calls = []
     before = np.asarray(backbone(inputs), np.float32)
-    with rotated_by_halves(backbone):
+    with fast_rotary(backbone):
         rotary = [layer for layer in backbone._flatten_layers() if "Rotary" in type(layer).__name__]
         for layer in rotary:
             turn = layer._apply_rotary_pos_emb

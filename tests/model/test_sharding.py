@@ -8,11 +8,11 @@ import pytest
 from jax.sharding import Mesh
 
 from job.errors import UsageError
-from job.model.language_model import Forward, LanguageModel
+from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.sharding import loading_to, split_axis
 from job.spec.schema import Train
 from job.train.optimizer import make_optimizer
-from job.train.step import Recipe, TrainState, loss_width, make_train_step, place
+from job.train.step import StepConfig, TrainState, make_train_step, padded_loss_count, shard_input
 from tests.conftest import MakeModel
 from tests.train.test_step import examples, make_rows, trained_start
 
@@ -90,9 +90,9 @@ def test_a_step_over_split_weights_equals_the_step_on_one_device(
         optimizer, _ = make_optimizer(train, 1, start)
         variables = tuple(v.value for v in optimizer.variables)
         state = model.replicate(jax.tree.map(lambda a: np.array(a), TrainState(start, variables)))
-        function = make_train_step(model, optimizer, Recipe(Forward(packed=True)))
-        width = loss_width(int(rows.losses(model.devices).max()))
-        state, figures = function(state, model.weights, place(model, rows, 1, width))
+        function = make_train_step(model, optimizer, StepConfig(ForwardConfig(packed=True)))
+        width = padded_loss_count(int(rows.losses(model.devices).max()))
+        state, figures = function(state, model.weights, shard_input(model, rows, 1, width))
         return float(figures.loss), [np.asarray(a) for pair in state.lora for a in pair]
 
     loss, arrays = step(make_model(devices=data, split=split))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from job.errors import Interrupted
+from job.errors import RunStoppedError
 from job.evals import metrics as dialogues
 from job.evals.api_client import KEY
 from job.evals.metrics import score_choices
@@ -65,10 +65,10 @@ def right(chat: Chat) -> str:
 
 
 def _gold() -> dict[str, str]:
-    from job.evals.tasks import load_slice
+    from job.evals.tasks import load_task
 
     (entry,) = spec_of("http://localhost").evals.multiple_choice
-    return {q.text.split("\n")[0]: q.gold for q in load_slice(entry).questions}
+    return {q.text.split("\n")[0]: q.gold for q in load_task(entry).questions}
 
 
 GOLD = _gold()
@@ -166,7 +166,7 @@ def test_a_stop_keeps_what_was_answered(any_store: Store, service: OpenRouter) -
             return right(chat)
 
         service.answer = stop_at_the_tenth
-        with pytest.raises(Interrupted):
+        with pytest.raises(RunStoppedError):
             ask(any_store, spec, run)
     asked = len(service.chats)
     assert 10 <= asked < ALL

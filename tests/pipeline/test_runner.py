@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from job.errors import UsageError
-from job.pipeline.run import Marker
+from job.pipeline.run import StageRecord
 from job.pipeline.runner import run_job, stale_stages
-from job.pipeline.stages import NAMES, STAGES, dependents, read_markers, stage_digests
+from job.pipeline.stages import NAMES, STAGES, dependents, read_stage_records, stage_digests
 from job.results import Artifact, EnvironmentInfo
 from job.spec.load import LoadedSpec, parse_spec
 from job.spec.schema import Spec
@@ -129,7 +129,7 @@ def finish(store: LocalStore, spec: Spec, *, open_questions: bool = False) -> No
             store.write(path, b"content")
             outputs.append(Artifact(path=path, bytes=7, sha256="0" * 64))
         outcome: dict[str, object] = {"open": open_questions} if name == "reference" else {}
-        marker = Marker(
+        marker = StageRecord(
             stage=name,
             digest=digest,
             outputs=outputs,
@@ -142,7 +142,7 @@ def finish(store: LocalStore, spec: Spec, *, open_questions: bool = False) -> No
 
 
 def stale(store: LocalStore, spec: Spec) -> list[str]:
-    return stale_stages(spec, store, read_markers(store), stage_digests(spec))
+    return stale_stages(spec, store, read_stage_records(store), stage_digests(spec))
 
 
 def test_all_stages_run_where_nothing_was_done(store: LocalStore) -> None:

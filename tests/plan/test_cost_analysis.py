@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from job.machine.accelerators import machine
+from job.machine.accelerators import parse_machine
 from job.plan.cost_analysis import Costs, collectives, compile_program, needed_bytes
 
 
@@ -65,7 +65,7 @@ def test_a_refusal_says_what_would_be_needed(message: str, needed: float) -> Non
 
 
 def test_the_highest_bound_is_the_time() -> None:
-    chip = machine("v5e-8").accelerator
+    chip = parse_machine("v5e-8").accelerator
     bounds = Costs(197e12, 819e9 / 2, 200e9 / 4).bounds(chip)
     assert bounds == {"arithmetic": 1.0, "memory": 0.5, "links": 0.25}
 

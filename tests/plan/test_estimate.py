@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from job.machine.accelerators import machine, slices
+from job.machine.accelerators import machine_sizes, parse_machine
 from job.plan.estimate import Layout, estimate, keys_seen, memory, step_flops
 from job.plan.model_shape import find_config, model_shape
 from job.plan.plan import default_machine, make_plan
@@ -24,7 +24,7 @@ def spec_of(*changes: str, name: str = ONE_B) -> Spec:
 def estimated(on: str, *changes: str, name: str = ONE_B) -> Any:
     spec = spec_of(*changes, name=name)
     shape = model_shape(find_config(spec.model), spec.model.preset)
-    return estimate(shape, spec, workload(spec), machine(on))
+    return estimate(shape, spec, workload(spec), parse_machine(on))
 
 
 def test_the_published_run_is_1800_steps_of_256() -> None:
@@ -121,7 +121,8 @@ def test_rows_are_accumulated_where_they_do_not_fit_at_once() -> None:
 def test_a_model_too_large_for_a_chip_is_split_in_the_plan() -> None:
     spec = spec_of("model.preset=gemma3_instruct_12b_text")
     plan = make_plan(
-        spec, source="s", run="r", config=find_config(spec.model), machines=[machine("v5e-8")],
+        spec, source="s", run="r", config=find_config(spec.model),
+        machines=[parse_machine("v5e-8")],
         stale=["train"], work=workload(spec),
     )  # fmt: skip
     first, second = plan.machines
@@ -150,7 +151,7 @@ def test_a_spec_says_which_machine_it_is_for(changes: list[str], name: str) -> N
 
 
 def test_all_sizes_are_those_that_can_be_ordered() -> None:
-    kind = machine("v5e-8").accelerator
-    assert [m.chips for m in slices(kind)] == [1, 4, 8, 16, 32, 64, 128, 256]
-    assert [m.chips for m in slices(kind, 8)] == [1, 4, 8]
+    kind = parse_machine("v5e-8").accelerator
+    assert [m.chips for m in machine_sizes(kind)] == [1, 4, 8, 16, 32, 64, 128, 256]
+    assert [m.chips for m in machine_sizes(kind, 8)] == [1, 4, 8]
     assert dataclasses.is_dataclass(kind)

@@ -66,7 +66,7 @@ def test_a_shipped_spec_fits_its_accelerator_as_the_plan_says(name: str) -> None
 def test_a_validation_is_that_of_the_rows_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The size after the one that fits was tried too, and must not be what is reported."""
     from job.machine import devices
-    from job.machine.accelerators import machine
+    from job.machine.accelerators import parse_machine
     from job.plan import tpu_compile
     from job.plan.model_shape import find_config
     from job.plan.tpu_compile import Compiler
@@ -75,7 +75,7 @@ def test_a_validation_is_that_of_the_rows_that_fit(monkeypatch: pytest.MonkeyPat
 
     settings = ["runtime.devices=null", "train.batch_size=32", "train.micro_batch=auto"]
     spec = load_spec("smoke", settings).spec
-    on = machine("v5e-8")
+    on = parse_machine("v5e-8")
 
     def compiler() -> Compiler:
         mesh = devices.make_mesh(spec.runtime, devices)

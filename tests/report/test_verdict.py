@@ -12,8 +12,8 @@ from job.results import (
     Evaluation,
     Finding,
     ModelScore,
-    MultipleChoice,
-    Nulls,
+    MultipleChoiceResult,
+    TrivialBaselines,
 )
 
 
@@ -26,12 +26,12 @@ def score(correct: int, questions: int) -> ModelScore:
 
 def questions(
     finding: Finding, number: int = 100, name: str = "medmcqa", p_holm: float = 0.42
-) -> MultipleChoice:
+) -> MultipleChoiceResult:
     comparison = Comparison(
         a="baseline", b="finetuned", questions=number, gained=9, lost=5, p_value=0.42,
         p_holm=p_holm, difference=0.04, ci95=(-0.03, 0.11), finding=finding, detectable=0.11,
     )  # fmt: skip
-    return MultipleChoice(
+    return MultipleChoiceResult(
         name=name, scoring="letters", dataset="d", revision=None, questions=number, chance=0.25,
         majority_letter="A", majority_accuracy=0.322, comparisons=[comparison],
         detectable_at_worst=0.2,
@@ -50,7 +50,7 @@ def dialogue(finding: Finding, after: float = 0.2) -> Dialogue:
     return Dialogue(
         examples=20, max_new_tokens=64,
         models={"baseline": scores(0.05), "finetuned": scores(after)},
-        nulls=Nulls(echoed_prompt=null, other_answer=null, polite_sentence=null),
+        nulls=TrivialBaselines(echoed_prompt=null, other_answer=null, polite_sentence=null),
         comparison=DialogueComparison(
             a="baseline", b="finetuned", examples=20, difference=0.15, ci95=(0.1, 0.2),
             p_value=0.001, p_holm=0.001, finding=finding,

@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from job.runtime import logs, watchdog
-from job.runtime.watchdog import Pulse
+from job.runtime.watchdog import Watchdog
 from tests.command import job
 from tests.services.hub import Hub
 
@@ -38,10 +38,10 @@ def left(*_: object) -> None:
 
 
 def test_lines_say_where_the_job_is_and_how_fast(stream: io.StringIO) -> None:
-    beating = Pulse()
+    beating = Watchdog()
     beating.stage = "train"
     structlog.contextvars.bind_contextvars(run_id="doctor-1")
-    with beating.beating(None, left), beating.task("training", 90, 40):
+    with beating.watching(None, left), beating.task("training", 90, 40):
         for _ in range(10):
             beating.advance(2, {"loss": 1.5})
             time.sleep(0.05)
@@ -56,9 +56,9 @@ def test_lines_say_where_the_job_is_and_how_fast(stream: io.StringIO) -> None:
 
 
 def test_lines_come_where_no_step_ends(stream: io.StringIO) -> None:
-    beating = Pulse()
+    beating = Watchdog()
     beating.stage = "baseline"
-    with beating.beating(None, left):
+    with beating.watching(None, left):
         time.sleep(0.8)
     assert [line["stage"] for line in lines(stream)] == ["baseline", "baseline"]
     assert "task" not in lines(stream)[0]
@@ -69,8 +69,8 @@ def test_the_heartbeat_file_tells_when_something_last_got_on(
 ) -> None:
     file = tmp_path / "heartbeat"
     monkeypatch.setenv("JOB_HEARTBEAT_FILE", str(file))
-    beating = Pulse()
-    with beating.beating(None, left):
+    beating = Watchdog()
+    with beating.watching(None, left):
         time.sleep(0.1)
         assert time.time() - file.stat().st_mtime < 60
         monkeypatch.setattr(watchdog, "_TICK_SECONDS", 100.0)
@@ -79,8 +79,8 @@ def test_the_heartbeat_file_tells_when_something_last_got_on(
 
 
 def test_a_job_that_moves_is_not_ended(stream: io.StringIO) -> None:
-    beating = Pulse()
-    with beating.beating(0.2 / 60, left), beating.task("slow", None, 0):
+    beating = Watchdog()
+    with beating.watching(0.2 / 60, left), beating.task("slow", None, 0):
         for _ in range(10):
             time.sleep(0.05)
             beating.advance(1, {})

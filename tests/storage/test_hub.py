@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from job.errors import EnvironmentProblem, JobError, StageError, UsageError
-from job.model.load import resolve
+from job.errors import JobError, SetupError, StageError, UsageError
+from job.model.load import resolve_preset
 from job.spec.schema import Model
 from job.storage import hub as hub_module
 from job.storage.hub import HubFile, Repository
@@ -70,9 +70,9 @@ def test_the_token_opens_what_is_private_and_goes_to_no_other_host(
         ("org/none", None, "hf_other", UsageError, "HF_TOKEN is set"),
         ("org/private", None, None, UsageError, "or it is private"),
         ("org/m", "v9", None, UsageError, "has no revision 'v9'; see https://"),
-        ("org/gated", None, None, EnvironmentProblem,
+        ("org/gated", None, None, SetupError,
          "is gated: accept its terms at https://huggingface.co/org/gated and set HF_TOKEN"),
-        ("org/gated", None, "hf_other", EnvironmentProblem, "of the account that did"),
+        ("org/gated", None, "hf_other", SetupError, "of the account that did"),
     ],
 )  # fmt: skip
 def test_a_refusal_comes_at_once_and_names_the_way_out(
@@ -151,7 +151,7 @@ def test_a_model_comes_into_the_cache_without_what_kerashub_does_not_read(
 ) -> None:
     monkeypatch.setenv("JOB_CACHE", str(tmp_path))
     commit = hub.add_repo("models", "org/m", FILES)
-    preset = resolve(Model(preset="hf://org/m"), {})
+    preset = resolve_preset(Model(preset="hf://org/m"), {})
     folder = Path(preset.handle)
     assert preset.revision == commit
     assert folder == tmp_path / "models/org--m" / commit

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from job.errors import Interrupted
+from job.errors import RunStoppedError
 from job.storage.base import Store
-from job.storage.lease import KEY, Busy, Held, Lease, leased
+from job.storage.lease import KEY, Lease, LeaseHeldError, LeaseRecord, hold_lease
 from job.storage.locations import open_store
 from tests.command import COMMAND, job
 from tests.services.bucket import Bucket
@@ -39,12 +39,14 @@ def take(store: Store, lost: list[str] | None = None) -> Lease:
 
 
 def test_a_second_writer_is_refused_and_told_who_is_at_work(store: Store) -> None:
-    with leased(store, "the run r", lambda why: None):
-        with pytest.raises(Busy, match="the run r is at work in another process") as refused:
+    with hold_lease(store, "the run r", lambda why: None):
+        with pytest.raises(
+            LeaseHeldError, match="the run r is at work in another process"
+        ) as refused:
             take(store)
         assert refused.value.exit_code == 75
         time.sleep(1.0)  # longer than it lasts: it was renewed
-        with pytest.raises(Busy):
+        with pytest.raises(LeaseHeldError):
             take(store)
     assert store.read(KEY) is None
     take(store).release()
@@ -54,13 +56,13 @@ def test_what_has_expired_is_taken_over_and_its_owner_notices(store: Store) -> N
     lost: list[str] = []
     first = take(store, lost)
     time.sleep(0.7)
-    with pytest.raises(Interrupted, match="lease of the run r was lost"):
+    with pytest.raises(RunStoppedError, match="lease of the run r was lost"):
         first.check()
     second = take(store)
     first.renew()
     assert lost == ["the loss of its lease"]
     first.release()
-    held = Held.model_validate_json(store.read(KEY) or b"")
+    held = LeaseRecord.model_validate_json(store.read(KEY) or b"")
     assert held.owner == second._owner
     second.check()
     second.release()
@@ -71,7 +73,8 @@ def test_a_dead_process_of_this_machine_holds_nothing(
 ) -> None:
     monkeypatch.setenv("JOB_LEASE_SECONDS", "600")
     code = (
-        "import sys; from job.storage.lease import Lease; from job.storage.locations import open_store\n"
+        "import sys\nfrom job.storage.lease import Lease\n"
+        "from job.storage.locations import open_store\n"
         "Lease(open_store(sys.argv[1]), 'the run', print).take()"
     )
     subprocess.run([sys.executable, "-c", code, store.uri], check=True, timeout=60)
@@ -86,11 +89,11 @@ def test_a_lease_that_cannot_be_read_is_taken_over(store: Store) -> None:
 
 
 def test_of_many_that_try_at_once_one_gets_it(store: Store) -> None:
-    version = store.swap("other", b"0", None)
+    version = store.write_if_version("other", b"0", None)
     assert version is not None
-    assert store.swap("other", b"1", None) is None
-    assert store.swap("other", b"1", version) is not None
-    assert store.swap("other", b"2", version) is None
+    assert store.write_if_version("other", b"1", None) is None
+    assert store.write_if_version("other", b"1", version) is not None
+    assert store.write_if_version("other", b"2", version) is None
     assert store.read("other") == b"1"
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.errors import EnvironmentProblem, StageError, UsageError
-from job.runtime.watchdog import PULSE
+from job.errors import SetupError, StageError, UsageError
+from job.runtime.watchdog import WATCHDOG
 from job.storage.base import Store, check_key, file_sha256
-from job.storage.gcs import BucketStore
+from job.storage.gcs import GcsStore
 from job.storage.local import LocalStore
 from job.storage.locations import child_uri, open_store, read_uri
 from tests.services.bucket import Bucket
@@ -235,7 +235,7 @@ def test_a_403_names_the_object_and_the_role_that_is_missing(
     call: Call, bucket: Bucket, remote: Store, file: Path
 ) -> None:
     bucket.faults.add(OBJECTS, status=403, times=9)
-    with pytest.raises(EnvironmentProblem, match=r"roles/storage\.objectUser") as refused:
+    with pytest.raises(SetupError, match=r"roles/storage\.objectUser") as refused:
         call(remote, "a.json", file)
     assert "gs://runs/team/doctor-1/a.json" in str(refused.value)
     assert refused.value.exit_code == 3
@@ -244,7 +244,7 @@ def test_a_403_names_the_object_and_the_role_that_is_missing(
 
 def test_a_403_on_a_listing_names_the_role_too(bucket: Bucket, remote: Store) -> None:
     bucket.faults.add(OBJECTS, status=403, times=9)
-    with pytest.raises(EnvironmentProblem, match=r"not allowed to list .*storage\.objectUser"):
+    with pytest.raises(SetupError, match=r"not allowed to list .*storage\.objectUser"):
         remote.list()
 
 
@@ -252,9 +252,9 @@ def test_a_403_on_a_listing_names_the_role_too(bucket: Bucket, remote: Store) ->
 def test_a_bucket_that_is_not_there_is_no_missing_file(
     call: Call, bucket: Bucket, file: Path
 ) -> None:
-    with pytest.raises(EnvironmentProblem, match="there is no bucket gs://none; create it"):
+    with pytest.raises(SetupError, match="there is no bucket gs://none; create it"):
         call(open_store("gs://none/runs"), "a", file)
-    with pytest.raises(EnvironmentProblem, match="there is no bucket gs://none"):
+    with pytest.raises(SetupError, match="there is no bucket gs://none"):
         open_store("gs://none/runs").list()
 
 
@@ -301,9 +301,9 @@ def test_a_store_of_another_kind_is_refused(uri: str) -> None:
 @pytest.mark.parametrize(
     ("uri", "kind", "shown"),
     [
-        ("gs://runs", BucketStore, "gs://runs"),
-        ("gs://runs/", BucketStore, "gs://runs"),
-        ("gs://runs/a/b/", BucketStore, "gs://runs/a/b"),
+        ("gs://runs", GcsStore, "gs://runs"),
+        ("gs://runs/", GcsStore, "gs://runs"),
+        ("gs://runs/a/b/", GcsStore, "gs://runs/a/b"),
         ("/data/runs/", LocalStore, "/data/runs"),
     ],
 )
@@ -365,7 +365,7 @@ def test_without_credentials_the_way_to_them_is_told(
 ) -> None:
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
-    with pytest.raises(EnvironmentProblem, match="gcloud auth application-default login"):
+    with pytest.raises(SetupError, match="gcloud auth application-default login"):
         open_store("gs://runs/r").read("a")
 
 
@@ -373,9 +373,9 @@ def test_only_the_bytes_of_transfers_count_as_progress(
     remote: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beats: list[None] = []
-    monkeypatch.setattr(PULSE, "beat", lambda: beats.append(None))
-    version = remote.swap("lease", b"1", None)
-    remote.swap("lease", b"2", version)
+    monkeypatch.setattr(WATCHDOG, "beat", lambda: beats.append(None))
+    version = remote.write_if_version("lease", b"1", None)
+    remote.write_if_version("lease", b"2", version)
     assert not beats  # or a lease that is renewed would hide a job that hangs
     (tmp_path / "big").write_bytes(bytes(9 * 1024 * 1024))
     remote.upload(tmp_path / "big", "big")

@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 
 from job.data.packing import PackedRows, TokenExample, make_rows
 from job.model.blocks import separate
-from job.model.language_model import Forward, LanguageModel, Preset
-from job.model.lora import LoraWeights, flatten
+from job.model.language_model import ForwardConfig, LanguageModel, Preset
+from job.model.lora import LoraWeights, flatten_lora
 from job.spec.schema import Lora, Model, Train
-from job.train.blockwise_step import Chain, make_training
+from job.train.blockwise_step import BlockwiseStep, make_step
 from job.train.optimizer import make_optimizer
-from job.train.step import Recipe, TrainState, loss_width, place
+from job.train.step import StepConfig, TrainState, padded_loss_count, shard_input
 from tests.conftest import MakeModel
 from tests.model.families import ARGUMENTS, small_backbone
 from tests.train.test_trainer import trainer
@@ -63,22 +63,22 @@ def start_of(model: LanguageModel) -> LoraWeights:
 
 
 def one_step(
-    model: LanguageModel, rows: PackedRows, recipe: Recipe, *, chained: bool, parts: int = 1
+    model: LanguageModel, rows: PackedRows, recipe: StepConfig, *, chained: bool, parts: int = 1
 ) -> tuple[list[np.ndarray], Any, Any]:
     """The adapter after a step, the step's figures, and a validation of the first adapter."""
     start = start_of(model)
     train = Train(optimizer="sgd", learning_rate=1.0, schedule="constant", warmup_ratio=0)
     optimizer, _ = make_optimizer(train, 1, start)
-    step, validate = make_training(model, optimizer, recipe, "blocks" if chained else "step")
-    assert isinstance(step, Chain) == chained
+    step, validate = make_step(model, optimizer, recipe, "blocks" if chained else "step")
+    assert isinstance(step, BlockwiseStep) == chained
     variables = tuple(np.array(v.value) for v in optimizer.variables)
     state = TrainState(*model.replicate((start, variables)))
     batch = rows.batch.take(np.arange(8 * parts) % len(rows.batch))
-    width = loss_width(int(batch.losses(parts * model.devices).max()))
+    width = padded_loss_count(int(batch.losses(parts * model.devices).max()))
     first = rows.batch.take(np.arange(8) % len(rows.batch))
-    sums = validate(state.lora, model.weights, place(model, first, 1, width))
-    state, figures = step(state, model.weights, place(model, batch, parts, width))
-    return [np.asarray(a) for a in flatten(state.lora)], figures, sums
+    sums = validate(state.lora, model.weights, shard_input(model, first, 1, width))
+    state, figures = step(state, model.weights, shard_input(model, batch, parts, width))
+    return [np.asarray(a) for a in flatten_lora(state.lora)], figures, sums
 
 
 def check_same(found: Any, expected: Any, atol: float = 2e-5) -> None:
@@ -99,7 +99,7 @@ def test_chain_equals_the_whole_step(family: str, packed: bool) -> None:
     model = small_model(family, LINEAR)
     # Longer than the sliding window of 5 tokens, so that local blocks differ from global ones.
     rows = make_rows(make_examples(64, 14), 14, packing=packed)
-    recipe = Recipe(Forward(packed, reach=rows.longest))
+    recipe = StepConfig(ForwardConfig(packed, reach=rows.longest))
     check_same(
         one_step(model, rows, recipe, chained=True), one_step(model, rows, recipe, chained=False)
     )
@@ -108,7 +108,7 @@ def test_chain_equals_the_whole_step(family: str, packed: bool) -> None:
 @pytest.mark.parametrize(("reach", "kinds"), [(5, 1), (6, 2), (None, 2)])
 def test_blocks_whose_window_no_token_fills_are_alike(reach: int | None, kinds: int) -> None:
     model = small_model("Gemma3Backbone", LINEAR)
-    blocks = separate(model, Forward(packed=True, reach=reach))
+    blocks = separate(model, ForwardConfig(packed=True, reach=reach))
     assert blocks is not None
     assert len(set(blocks.kinds)) == kinds
 
@@ -117,7 +117,7 @@ def test_alike_blocks_keep_their_own_wavelengths() -> None:
     """Gemma 3's global blocks turn a hundred times slower; one program must do both."""
     model = small_model("Gemma3Backbone", LINEAR, sliding_window_size=32)
     rows = make_rows(make_examples(64, 30), 30, packing=True)
-    recipe = Recipe(Forward(packed=True, reach=rows.longest))
+    recipe = StepConfig(ForwardConfig(packed=True, reach=rows.longest))
     blocks = separate(model, recipe.forward)
     assert blocks is not None
     assert len(set(blocks.kinds)) == 1
@@ -131,21 +131,21 @@ def test_alike_blocks_keep_their_own_wavelengths() -> None:
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe(Forward(packed=True, remat="blocks", reach=14)),
-        Recipe(Forward(packed=True, reach=14), dropout=0.5, seed=3),
-        Recipe(Forward(packed=True, reach=14), label_smoothing=0.2, lora_plus_ratio=4.0),
+        StepConfig(ForwardConfig(packed=True, remat="blocks", reach=14)),
+        StepConfig(ForwardConfig(packed=True, reach=14), dropout=0.5, seed=3),
+        StepConfig(ForwardConfig(packed=True, reach=14), label_smoothing=0.2, lora_plus_ratio=4.0),
     ],
     ids=["blocks", "dropout", "smoothing and lora+"],
 )
-def test_chain_follows_the_recipe(recipe: Recipe) -> None:
+def test_chain_follows_the_recipe(recipe: StepConfig) -> None:
     # In the whole step the last block's feed-forward half sees, and drops, fewer positions.
     model = small_model("Qwen3Backbone", ATTENTION if recipe.dropout else LINEAR)
     rows = make_rows(make_examples(64, 14), 14, packing=True)
     found = one_step(model, rows, recipe, chained=True, parts=2)
     check_same(found, one_step(model, rows, recipe, chained=False, parts=2))
-    plain = one_step(model, rows, Recipe(recipe.forward), chained=True, parts=2)
+    plain = one_step(model, rows, StepConfig(recipe.forward), chained=True, parts=2)
     changed = [np.abs(a - b).max() for a, b in zip(found[0], plain[0], strict=True)]
-    assert (max(changed) > 1e-3) == (recipe != Recipe(recipe.forward))
+    assert (max(changed) > 1e-3) == (recipe != StepConfig(recipe.forward))
     # What training does besides is no part of a validation.
     np.testing.assert_allclose(found[2], plain[2], rtol=1e-6)
 
@@ -155,7 +155,7 @@ def test_chain_over_a_mesh_equals_the_step_on_one_device(
     make_model: MakeModel, tiny: LanguageModel, data: int, split: int
 ) -> None:
     rows = make_rows(make_examples(2000, 90), 128, packing=True)
-    recipe = Recipe(Forward(packed=True, reach=rows.longest))
+    recipe = StepConfig(ForwardConfig(packed=True, reach=rows.longest))
     found = one_step(make_model(devices=data, split=split), rows, recipe, chained=True)
     check_same(found, one_step(tiny, rows, recipe, chained=True))
 
@@ -165,19 +165,19 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny: LanguageModel) -> None:
     start = start_of(tiny)
     broken: Any = ((np.full_like(start[0][0], np.nan), start[0][1]), *start[1:])
     optimizer, _ = make_optimizer(Train(), 1, start)
-    step, _ = make_training(tiny, optimizer, Recipe(Forward(packed=True)), "blocks")
+    step, _ = make_step(tiny, optimizer, StepConfig(ForwardConfig(packed=True)), "blocks")
     variables = tuple(np.array(v.value) for v in optimizer.variables)
     state = TrainState(*tiny.replicate((broken, variables)))
-    width = loss_width(int(rows.batch.losses(1).max()))
-    state, figures = step(state, tiny.weights, place(tiny, rows.batch, 1, width))
+    width = padded_loss_count(int(rows.batch.losses(1).max()))
+    state, figures = step(state, tiny.weights, shard_input(tiny, rows.batch, 1, width))
     assert not np.isfinite(figures.loss)
-    for ours, theirs in zip(flatten(state.lora), flatten(broken), strict=True):
+    for ours, theirs in zip(flatten_lora(state.lora), flatten_lora(broken), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("change", ["float16", "remat", "gpt2"])
 def test_what_cannot_be_taken_apart_stays_whole(change: str) -> None:
-    forward = Forward(packed=True, remat="none" if change == "remat" else "matmuls")
+    forward = ForwardConfig(packed=True, remat="none" if change == "remat" else "matmuls")
     model = small_model(
         "LlamaBackbone", LINEAR, dtype="float16" if change == "float16" else "float32"
     )
@@ -193,8 +193,8 @@ def test_what_cannot_be_taken_apart_stays_whole(change: str) -> None:
 
 
 def test_a_cpu_has_one_program_unless_told_otherwise(tmp_path: Path, tiny: LanguageModel) -> None:
-    assert not isinstance(trainer(tmp_path, tiny, compile="auto")[0]._step, Chain)
-    assert isinstance(trainer(tmp_path, tiny)[0]._step, Chain)
+    assert not isinstance(trainer(tmp_path, tiny, compile="auto")[0]._step, BlockwiseStep)
+    assert isinstance(trainer(tmp_path, tiny)[0]._step, BlockwiseStep)
 
 
 @pytest.fixture
@@ -219,13 +219,13 @@ def test_programs_are_compiled_once_and_ahead(
     rows = make_rows(make_examples(2000, 70), 96, packing=True)
     start = start_of(tiny)
     optimizer, _ = make_optimizer(Train(), 1, start)
-    forward = Forward(packed=True, reach=rows.longest)
-    recipe = Recipe(forward, label_smoothing=smoothing)
-    step, validate = make_training(tiny, optimizer, recipe, "blocks")
+    forward = ForwardConfig(packed=True, reach=rows.longest)
+    recipe = StepConfig(forward, label_smoothing=smoothing)
+    step, validate = make_step(tiny, optimizer, recipe, "blocks")
     variables = tuple(np.array(v.value) for v in optimizer.variables)
     state = TrainState(*tiny.replicate((start, variables)))
-    width = loss_width(int(rows.batch.losses(1).max()))
-    batch = place(tiny, rows.batch, 1, width)
+    width = padded_loss_count(int(rows.batch.losses(1).max()))
+    batch = shard_input(tiny, rows.batch, 1, width)
     step.lower(state, tiny.weights, batch).compile()
     assert len(compiled) >= 5
     compiled.clear()

@@ -8,11 +8,11 @@ import pytest
 
 from job.errors import StageError
 from job.storage.local import LocalStore
-from job.train.batching import Plan
+from job.train.batching import BatchSchedule
 from job.train.checkpoint import (
     FOLDER,
     CheckpointWriter,
-    Progress,
+    TrainProgress,
     Validation,
     load_checkpoint,
     save_checkpoint,
@@ -28,7 +28,7 @@ def arrays(step: int) -> list[np.ndarray]:
 def saved(tmp_path: Path, *steps: int) -> LocalStore:
     store = LocalStore(tmp_path)
     for step in steps:
-        progress = Progress(step=step, epoch_loss=0.1 + step, validation_before=BEFORE)
+        progress = TrainProgress(step=step, epoch_loss=0.1 + step, validation_before=BEFORE)
         save_checkpoint(store, "inputs", progress, arrays(step))
     return store
 
@@ -36,7 +36,7 @@ def saved(tmp_path: Path, *steps: int) -> LocalStore:
 def test_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     found = load_checkpoint(saved(tmp_path, 7), "inputs")
     assert found is not None
-    assert found.progress == Progress(step=7, epoch_loss=7.1, validation_before=BEFORE)
+    assert found.progress == TrainProgress(step=7, epoch_loss=7.1, validation_before=BEFORE)
     for ours, expected in zip(found.arrays, arrays(7), strict=True):
         np.testing.assert_array_equal(ours, expected)
         assert ours.dtype == expected.dtype
@@ -77,14 +77,16 @@ def test_checkpoint_of_another_training_is_not_used(tmp_path: Path) -> None:
 
 
 def test_every_row_is_trained_on_once_an_epoch_in_an_order_of_the_seed() -> None:
-    plan = Plan(rows=10, batch_size=4, epochs=2, seed=3)
+    plan = BatchSchedule(rows=10, batch_size=4, epochs=2, seed=3)
     assert plan.steps == 6
-    epochs = [np.concatenate([plan.rows_of(s) for s in steps]) for steps in (range(3), range(3, 6))]
+    epochs = [
+        np.concatenate([plan.batch_indices(s) for s in steps]) for steps in (range(3), range(3, 6))
+    ]
     for rows in epochs:
         assert sorted(rows) == [-1, -1, *range(10)]
     assert epochs[0].tolist() != epochs[1].tolist()
-    other = Plan(rows=10, batch_size=4, epochs=2, seed=4)
-    assert plan.rows_of(0).tolist() != other.rows_of(0).tolist()
+    other = BatchSchedule(rows=10, batch_size=4, epochs=2, seed=4)
+    assert plan.batch_indices(0).tolist() != other.batch_indices(0).tolist()
 
 
 class SlowStore(LocalStore):
@@ -101,7 +103,7 @@ class SlowStore(LocalStore):
 
 def test_checkpoints_are_written_while_training_goes_on(tmp_path: Path) -> None:
     store = SlowStore(tmp_path)
-    progress = Progress(step=1)
+    progress = TrainProgress(step=1)
     with CheckpointWriter(store, "inputs") as writer:
         clock = time.monotonic()
         writer.save(progress, arrays(1), {"train/history.jsonl": b"{}"})
@@ -118,5 +120,5 @@ def test_checkpoint_that_cannot_be_written_stops_the_training(tmp_path: Path) ->
     store = SlowStore(tmp_path)
     store.failing = True
     with pytest.raises(StageError, match="no room left"), CheckpointWriter(store, "i") as writer:
-        writer.save(Progress(step=1), arrays(1), {})
+        writer.save(TrainProgress(step=1), arrays(1), {})
         writer.wait()

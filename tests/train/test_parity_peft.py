@@ -14,13 +14,13 @@ import pytest
 
 from job.adapters.peft_format import peft_files
 from job.data.packing import TokenExample, make_rows
-from job.model.language_model import Forward
+from job.model.language_model import ForwardConfig
 from job.model.lora import LoraWeights
 from job.model.tiny import VOCABULARY, train_tokenizer
 from job.pipeline.train_stage import to_peft
 from job.spec.schema import Lora, Model, Train
 from job.train.optimizer import make_optimizer
-from job.train.step import Recipe, TrainState, loss_width, make_train_step, place
+from job.train.step import StepConfig, TrainState, make_train_step, padded_loss_count, shard_input
 from tests.conftest import MakeModel
 from tests.peers import run_peer
 
@@ -93,11 +93,13 @@ def sides(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> Si
         optimizer="sgd", learning_rate=RATE, schedule="constant", warmup_ratio=0, clip_norm=None
     )
     optimizer, _ = make_optimizer(train, STEPS, start)
-    step = make_train_step(model, optimizer, Recipe(Forward(packed=True, reach=max(LENGTHS))))
+    step = make_train_step(
+        model, optimizer, StepConfig(ForwardConfig(packed=True, reach=max(LENGTHS)))
+    )
     variables = tuple(model.replicate([v.value for v in optimizer.variables]))
     # The step gives its state's memory away.
     state = TrainState(jax.tree.map(jnp.array, model.replicate(start)), variables)
-    batch = place(model, rows.batch, 1, loss_width(int(rows.batch.losses(1).max())))
+    batch = shard_input(model, rows.batch, 1, padded_loss_count(int(rows.batch.losses(1).max())))
     losses, first = [], None
     for _ in range(STEPS):
         state, figures = step(state, model.weights, batch)

@@ -7,15 +7,15 @@ import pytest
 
 from job.data.packing import PackedRows, TokenExample, make_rows
 from job.model import attention, language_model
-from job.model.attention import Cut
-from job.model.language_model import Forward, LanguageModel
-from job.model.lora import LoraWeights, flatten
+from job.model.attention import Chunking
+from job.model.language_model import ForwardConfig, LanguageModel
+from job.model.lora import LoraWeights, flatten_lora
 from job.model.patching import Remat
 from job.spec.schema import Train
-from job.train.blockwise_step import make_training
+from job.train.blockwise_step import make_step
 from job.train.loss import head_loss, slice_length
 from job.train.optimizer import WarmupSchedule, make_optimizer
-from job.train.step import Recipe, TrainState, loss_width, make_validation, place
+from job.train.step import StepConfig, TrainState, make_validation, padded_loss_count, shard_input
 
 
 def examples(count: int = 8, longest: int = 90) -> list[TokenExample]:
@@ -40,14 +40,14 @@ def trained_start(model: LanguageModel) -> LoraWeights:
 
 def sums_and_gradients(model: LanguageModel, rows: PackedRows, *, packed: bool) -> tuple:
     """Summed loss and gradients by plain differentiation of the validation function."""
-    function = make_validation(model, Forward(packed, reach=rows.longest))
-    batch = place(model, rows.batch, 1, loss_width(int(rows.batch.losses(1).max())))
+    function = make_validation(model, ForwardConfig(packed, reach=rows.longest))
+    batch = shard_input(model, rows.batch, 1, padded_loss_count(int(rows.batch.losses(1).max())))
 
     def loss(lora: LoraWeights) -> jax.Array:
         return function(lora, model.weights, batch).loss
 
     value, gradients = jax.value_and_grad(loss)(trained_start(model))
-    return float(value), flatten(gradients)
+    return float(value), flatten_lora(gradients)
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 24])
@@ -99,9 +99,9 @@ def test_a_prediction_is_right_where_argmax_says_so(capped: bool) -> None:
     assert 20 < found.correct < 200
 
 
-@pytest.mark.parametrize("cut", [attention.CPU, Cut(16, 1.0), Cut(128, 2.0)])
+@pytest.mark.parametrize("cut", [attention.CPU, Chunking(16, 1.0), Chunking(128, 2.0)])
 def test_packed_loss_and_gradients_equal_unpacked_ones(
-    monkeypatch: pytest.MonkeyPatch, tiny: LanguageModel, cut: Cut
+    monkeypatch: pytest.MonkeyPatch, tiny: LanguageModel, cut: Chunking
 ) -> None:
     monkeypatch.setattr(language_model, "CPU", cut)
     made = examples()
@@ -130,11 +130,11 @@ def step_once(
         )
     )
     # By blocks, which is quicker to compile; tests of the chain compare it with the one program.
-    what = Recipe(Forward(packed=True, remat=remat), **recipe)
-    step, _ = make_training(model, optimizer, what, "blocks")
-    width = loss_width(int(rows.batch.losses(accumulation * model.devices).max()))
-    state, figures = step(state, model.weights, place(model, rows.batch, accumulation, width))
-    return [np.asarray(a) for a in flatten(state.lora)], jax.device_get(figures)
+    what = StepConfig(ForwardConfig(packed=True, remat=remat), **recipe)
+    step, _ = make_step(model, optimizer, what, "blocks")
+    width = padded_loss_count(int(rows.batch.losses(accumulation * model.devices).max()))
+    state, figures = step(state, model.weights, shard_input(model, rows.batch, accumulation, width))
+    return [np.asarray(a) for a in flatten_lora(state.lora)], jax.device_get(figures)
 
 
 def test_accumulated_step_equals_the_step_of_the_whole_batch(tiny: LanguageModel) -> None:
@@ -165,7 +165,7 @@ def test_step_on_eight_devices_equals_the_step_on_one(make_model, tiny: Language
 
 
 def test_gradient_is_clipped_to_the_global_norm(tiny: LanguageModel) -> None:
-    start = [np.asarray(a) for a in flatten(trained_start(tiny))]
+    start = [np.asarray(a) for a in flatten_lora(trained_start(tiny))]
     moved, figures = step_once(tiny, 1)
     distance = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(moved, start, strict=True)))
     # The rate is 1 and the norm is clipped to 1 by default: that is how far a step goes.
@@ -208,7 +208,7 @@ def test_label_smoothing_spreads_the_target_over_the_vocabulary() -> None:
 
 
 def test_lora_plus_takes_larger_steps_with_b_only(tiny: LanguageModel) -> None:
-    start = [np.asarray(a) for a in flatten(trained_start(tiny))]
+    start = [np.asarray(a) for a in flatten_lora(trained_start(tiny))]
     usual, _ = step_once(tiny, 1)
     faster, _ = step_once(tiny, 1, lora_plus_ratio=4.0)
     for number, (old, one, four) in enumerate(zip(start, usual, faster, strict=True)):

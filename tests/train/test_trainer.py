@@ -13,18 +13,18 @@ import pytest
 
 from job.data.examples import Example
 from job.data.packing import make_rows, tokenize
-from job.errors import Interrupted, StageError
+from job.errors import RunStoppedError, StageError
 from job.model.language_model import LanguageModel
-from job.model.lora import Weights, flatten
+from job.model.lora import Weights, flatten_lora
 from job.pipeline.run import Run
 from job.results import EnvironmentInfo
 from job.runtime.signals import StopSignal
 from job.spec.schema import Spec, Train
 from job.storage.local import LocalStore
-from job.train.batching import Plan, rows_that_fit
+from job.train.batching import BatchSchedule, rows_that_fit
 from job.train.checkpoint import FOLDER, load_checkpoint
-from job.train.step import Arrays, StepFigures, TrainState
-from job.train.trainer import HISTORY, Trained, Trainer
+from job.train.step import Arrays, StepMetrics, TrainState
+from job.train.trainer import HISTORY, Trainer, TrainResult
 
 MACHINE = EnvironmentInfo(
     platform="cpu", device_kind="cpu", devices=1, processes=1, python="3.12", packages={},
@@ -57,8 +57,8 @@ def trainer(folder: Path, model: LanguageModel, **train: object) -> tuple[Traine
     return Trainer(run, model, rows, validation, packed=False), run
 
 
-def values(trained: Trained) -> list[np.ndarray]:
-    return [np.asarray(array) for array in flatten(trained.lora)]
+def values(trained: TrainResult) -> list[np.ndarray]:
+    return [np.asarray(array) for array in flatten_lora(trained.lora)]
 
 
 def without_times(trainer: Trainer) -> list[dict[str, object]]:
@@ -85,7 +85,7 @@ def test_loss_falls_and_every_step_is_in_the_history(tmp_path: Path, tiny: Langu
 def test_learning_rate_zero_changes_nothing(tmp_path: Path, tiny: LanguageModel) -> None:
     made, _ = trainer(tmp_path, tiny, learning_rate=0, epochs=1)
     trained = made.run()
-    for ours, start in zip(values(trained), flatten(tiny.lora.start(0)), strict=True):
+    for ours, start in zip(values(trained), flatten_lora(tiny.lora.start(0)), strict=True):
         np.testing.assert_array_equal(ours, start)
     before = trained.progress.validation_before
     assert before is not None
@@ -144,7 +144,7 @@ def test_stopped_and_resumed_training_ends_with_the_same_adapter(
         return step(*args)
 
     broken._step = stopping
-    with pytest.raises(Interrupted):
+    with pytest.raises(RunStoppedError):
         broken.run()
     kept = load_checkpoint(run.store, "inputs")
     assert kept is not None
@@ -228,7 +228,7 @@ def test_out_of_memory_halves_the_rows_at_once_and_goes_on(
     assert made._portions.at_once == 4
     step, calls = made._step, 0
 
-    def full(state: TrainState, weights: Weights, batch: Arrays) -> tuple[TrainState, StepFigures]:
+    def full(state: TrainState, weights: Weights, batch: Arrays) -> tuple[TrainState, StepMetrics]:
         nonlocal calls
         calls += 1
         if calls > 2 and batch["token_ids"].shape[1] > 1:
@@ -319,12 +319,12 @@ def test_the_best_adapter_is_kept_through_a_stop(tmp_path: Path, tiny: LanguageM
         return step(*args)
 
     broken._step = stopping
-    with pytest.raises(Interrupted):
+    with pytest.raises(RunStoppedError):
         broken.run()
     second = trainer(tmp_path / "broken", tiny, **ruin)[0]
     resumed = second.run()
     assert resumed.validation_after == unbroken.validation_after
-    second._state = second._place(flatten(resumed.lora), second._start[1])
+    second._state = second._place(flatten_lora(resumed.lora), second._start[1])
     assert second._validate().loss == unbroken.validation_after.loss
     for ours, theirs in zip(values(resumed), values(unbroken), strict=True):
         assert ours.tobytes() == theirs.tobytes()
@@ -350,14 +350,15 @@ def test_rows_of_like_lengths_share_steps_and_the_loss_stays(
     assert rows.fill > 2 * plain.fill
     assert 0.9 < rows.fill <= 1
 
-    plan = Plan(len(rows.batch), 4, 2, 0, tuple(rows.lengths.tolist()))
+    plan = BatchSchedule(len(rows.batch), 4, 2, 0, tuple(rows.lengths.tolist()))
     for epoch in range(2):
         taken = [
-            plan.rows_of(epoch * plan.steps_per_epoch + s) for s in range(plan.steps_per_epoch)
+            plan.batch_indices(epoch * plan.steps_per_epoch + s)
+            for s in range(plan.steps_per_epoch)
         ]
         flat = np.concatenate(taken)
         assert sorted(flat[flat >= 0]) == list(range(len(rows.batch)))
     together = sum(int(rows.lengths[t[t >= 0]].max()) for t in taken[:-1])
-    chance = Plan(len(rows.batch), 4, 2, 0)
-    apart = sum(int(rows.lengths[chance.rows_of(s)].max()) for s in range(len(taken) - 1))
+    chance = BatchSchedule(len(rows.batch), 4, 2, 0)
+    apart = sum(int(rows.lengths[chance.batch_indices(s)].max()) for s in range(len(taken) - 1))
     assert together < apart
