@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from job.adapters.hf_weight_map import bare_name
+from job.adapters.hf_weight_map import bare_name, target_matrices
 from job.adapters.keras_format import DESCRIPTION, H5, check_model, load_layers, read_info
 from job.adapters.locate import fetch_adapter
 from job.adapters.low_rank import Matrix
@@ -62,7 +62,7 @@ def starting_lora(run: Run, model: LanguageModel) -> LoraWeights:
         pairs = load_layers(folder / H5, info)
         found: Found = {index: (a, b, 1.0) for index, (a, b) in pairs.items()}
     else:
-        found = from_peft(read_peft(folder), layout, model.matrices())
+        found = from_peft(read_peft(folder), layout, target_matrices(model.backbone, model.lora))
     logs.get().info("going on from an adapter", adapter=uri, format=kind, layers=len(found))
     return fitted(layout, start, found)
 

@@ -17,8 +17,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from keras_hub.samplers import GreedySampler
 
-from job.adapters.hf_weight_map import target_matrices
-from job.adapters.low_rank import Matrix
 from job.chat.tokenizer import ChatTokenizer
 from job.model import generation
 from job.model.attention import (
@@ -96,14 +94,6 @@ class LanguageModel:
     def family(self) -> str:
         """The class name of the backbone."""
         return type(self._backbone).__name__
-
-    def matrices(self) -> tuple[Matrix, ...]:
-        """What each adapted kernel is in the family's transformers model.
-
-        Raises:
-            UsageError: see `target_matrices`.
-        """
-        return target_matrices(self._backbone, self.lora)
 
     @property
     def vocabulary(self) -> int:

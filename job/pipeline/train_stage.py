@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
+from job.adapters.hf_weight_map import target_matrices
 from job.adapters.keras_format import (
     DESCRIPTION,
     H5,
@@ -183,7 +184,7 @@ PEFT = "peft/"
 def exportable(model: LanguageModel) -> tuple[Matrix, ...] | None:
     """What the adapted kernels are in transformers; None, with a warning, where nothing."""
     try:
-        return model.matrices()
+        return target_matrices(model.backbone, model.lora)
     except UsageError as error:
         logs.get().warning("the adapter will load in KerasHub only", reason=str(error))
         return None

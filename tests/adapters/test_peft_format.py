@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from job.adapters.hf_weight_map import target_matrices
 from job.adapters.low_rank import Factors, Matrix, compressed, padded
 from job.adapters.peft_format import (
     CONFIG,
@@ -209,7 +210,7 @@ def test_every_target_of_the_tiny_model_has_its_layer_in_transformers(make_model
     model: LanguageModel = make_model(
         targets=("query", "value", "attention_output", "ffw_gating_2")
     )
-    names = [matrix.module for matrix in model.matrices()]
+    names = [matrix.module for matrix in target_matrices(model.backbone, model.lora)]
     block = "model.layers.5"
     assert len(names) == 4 * 6
     assert {f"{block}.self_attn.{x}_proj" for x in "qvo"} | {f"{block}.mlp.up_proj"} <= set(names)

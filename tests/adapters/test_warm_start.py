@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from job.adapters.hf_weight_map import target_matrices
 from job.adapters.keras_format import load_adapter, save_adapter
 from job.adapters.low_rank import Factors
 from job.adapters.peft_format import peft_files, read_peft
@@ -56,7 +57,7 @@ def earlier(tmp_path: Path, make_model: MakeModel) -> Path:
     model = make_model(rank=4, alpha=8)
     run = make_run(tmp_path / "earlier", model)
     run.work.mkdir(parents=True)
-    write_adapter(run, model, trained(model), model.matrices())
+    write_adapter(run, model, trained(model), target_matrices(model.backbone, model.lora))
     return tmp_path / "earlier"
 
 
@@ -79,7 +80,9 @@ def test_exported_again_it_is_the_same_file(
 ) -> None:
     model = make_model(rank=4, alpha=8)
     run = make_run(tmp_path / "later", model, earlier / "adapter/peft")
-    write_adapter(run, model, starting_lora(run, model), model.matrices())
+    write_adapter(
+        run, model, starting_lora(run, model), target_matrices(model.backbone, model.lora)
+    )
     for name in (ADAPTER, "adapter.json", "peft/adapter_model.safetensors"):
         there, here = earlier / "adapter" / name, tmp_path / "later/adapter" / name
         assert there.read_bytes() == here.read_bytes()
@@ -105,7 +108,7 @@ def test_higher_rank_and_other_alpha_begin_as_the_same_update(
         assert np.any(a[..., 4:])
         assert not np.any(b[4:])
     spec = run.spec.model
-    again = to_peft(model, spec, start, model.matrices())
+    again = to_peft(model, spec, start, target_matrices(model.backbone, model.lora))
     for name, factors in read_peft(earlier / "adapter/peft").modules.items():
         np.testing.assert_allclose(again.modules[name].delta(), factors.delta(), atol=1e-6)
 

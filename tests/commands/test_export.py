@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from job import cli
+from job.adapters.hf_weight_map import target_matrices
 from job.adapters.keras_format import load_adapter
 from job.adapters.locate import find_adapter
 from job.adapters.peft_format import read_peft
@@ -40,7 +41,7 @@ def leave(folder: Path, model: LanguageModel) -> Run:
     run = make_run(folder, model)
     run.work.mkdir(parents=True)
     run.put("spec.yaml", yaml.safe_dump(run.spec.model_dump(mode="json")).encode())
-    write_adapter(run, model, trained(model), model.matrices())
+    write_adapter(run, model, trained(model), target_matrices(model.backbone, model.lora))
     return run
 
 

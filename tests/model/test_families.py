@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from job.adapters.hf_weight_map import target_matrices
 from job.adapters.keras_format import load_adapter, save_adapter
 from job.adapters.merge import merge_checkpoint
 from job.adapters.peft_format import peft_files, read_peft, uniform
@@ -138,7 +139,7 @@ def exchange(tmp_path_factory: pytest.TempPathFactory, tiny: LanguageModel) -> E
         unscaled = unflatten_lora([x / model.lora.scale if n % 2 else x for n, x in enumerate(
             array for pair in lora for array in pair)])  # fmt: skip
         spec = Model(preset=str(folder / family), dtype="float32", lora=LORA)
-        adapter = to_peft(model, spec, unscaled, model.matrices())
+        adapter = to_peft(model, spec, unscaled, target_matrices(model.backbone, model.lora))
         peft = write(folder / f"{family}-peft", peft_files(adapter))
         merged = folder / f"{family}-merged"
         merged.mkdir()

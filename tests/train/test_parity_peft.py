@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from job.adapters.hf_weight_map import target_matrices
 from job.adapters.peft_format import peft_files
 from job.data.packing import TokenExample, make_rows
 from job.model.language_model import ForwardConfig
@@ -60,7 +61,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> Si
     (checkpoint / "tokenizer.model").write_bytes(train_tokenizer())
     model = make_model(preset=str(checkpoint), rank=4, alpha=6, targets=("query", "value", "key"))
     spec = Model(preset=str(checkpoint), dtype="float32", lora=Lora(rank=4, alpha=6))
-    matrices = model.matrices()
+    matrices = target_matrices(model.backbone, model.lora)
 
     def named(lora: LoraWeights) -> dict[str, np.ndarray]:
         """A and B by PEFT's names, transposed as PEFT has them."""
