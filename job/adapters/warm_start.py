@@ -5,6 +5,7 @@ it is taken over exactly, or refused with what would have to change.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +18,9 @@ from job.adapters.peft_format import PeftAdapter, read_peft
 from job.errors import UsageError
 from job.model.language_model import LanguageModel
 from job.model.lora import LoraLayout, LoraWeights
-from job.pipeline.run import Run
 from job.runtime import logs
+from job.spec.pinning import Revisions
+from job.spec.schema import Spec
 
 _WHERE = "train.init_adapter"
 
@@ -27,44 +29,55 @@ Found = Mapping[int, tuple[np.ndarray, np.ndarray, float]]
 """A, B and their factor, by the number of the layer."""
 
 
-def starting_lora(run: Run, model: LanguageModel) -> LoraWeights:
-    """What the spec says to start from.
+def starting_lora(
+    spec: Spec, model: LanguageModel, revisions: Revisions, work: Path
+) -> LoraWeights:
+    """Return the adapter that training starts from: fresh weights, or an earlier adapter.
+
+    Args:
+        spec: names the earlier adapter, if any, in `train.init_adapter`.
+        model: the model to adapt.
+        revisions: pinned commits of Hub repositories.
+        work: a folder for local copies.
 
     Raises:
-        UsageError: the adapter it names is not one of this model and these targets and ranks.
+        UsageError: the earlier adapter does not fit this model, its targets or its ranks.
         StageError: its files are damaged.
     """
-    layout, start = model.lora, model.lora.start(run.spec.seed)
-    uri = run.spec.train.init_adapter
+    layout, start = model.lora, model.lora.start(spec.seed)
+    uri = spec.train.init_adapter
     if uri is None:
         return start
-    kind, folder = fetch_adapter(uri, _WHERE, run.revisions, run.work / "init_adapter")
+    kind, folder = fetch_adapter(uri, _WHERE, revisions, work)
     if kind == "ours":
-        info = read_info(folder / DESCRIPTION)
-        check_model(info, run.spec.model.preset, model.family, _WHERE)
-        if info.revision != model.preset.revision:
-            logs.get().warning(
-                "the adapter was trained on another commit of the model",
-                adapter=info.revision,
-                model=model.preset.revision,
-            )
-        adapted = {layer.index: layer for layer in info.layers}
-        shapes = {target.layer_index: list(target.kernel_shape) for target in layout.targets}
-        _check_targets(
-            [layer.path for index, layer in adapted.items() if index not in shapes], layout
-        )
-        for index, layer in adapted.items():
-            if layer.kernel != shapes[index]:
-                raise UsageError(
-                    f"{_WHERE}: the kernel of {layer.path} has shape {tuple(layer.kernel)} there "
-                    f"and {tuple(shapes[index])} in {run.spec.model.preset}"
-                )
-        pairs = load_layers(folder / H5, info)
-        found: Found = {index: (a, b, 1.0) for index, (a, b) in pairs.items()}
+        factors = _ours(folder, spec, model)
     else:
-        found = from_peft(read_peft(folder), layout, target_matrices(model.backbone, model.lora))
-    logs.get().info("going on from an adapter", adapter=uri, format=kind, layers=len(found))
-    return fitted(layout, start, found)
+        factors = from_peft(read_peft(folder), layout, target_matrices(model.backbone, model.lora))
+    logs.get().info("adapter loaded to start from", adapter=uri, format=kind, layers=len(factors))
+    return fitted(layout, start, factors)
+
+
+def _ours(folder: Path, spec: Spec, model: LanguageModel) -> Found:
+    """Return the factors of an adapter in KerasHub's format."""
+    layout, info = model.lora, read_info(folder / DESCRIPTION)
+    check_model(info, spec.model.preset, model.family, _WHERE)
+    if info.revision != model.preset.revision:
+        logs.get().warning(
+            "the adapter was trained on another commit of the model",
+            adapter=info.revision,
+            model=model.preset.revision,
+        )
+    adapted = {layer.index: layer for layer in info.layers}
+    shapes = {target.layer_index: list(target.kernel_shape) for target in layout.targets}
+    _check_targets([layer.path for index, layer in adapted.items() if index not in shapes], layout)
+    for index, layer in adapted.items():
+        if layer.kernel != shapes[index]:
+            raise UsageError(
+                f"{_WHERE}: the kernel of {layer.path} has shape {tuple(layer.kernel)} there "
+                f"and {tuple(shapes[index])} in {spec.model.preset}"
+            )
+    pairs = load_layers(folder / H5, info)
+    return {index: (a, b, 1.0) for index, (a, b) in pairs.items()}
 
 
 def _check_targets(unknown: Sequence[str], layout: LoraLayout) -> None:

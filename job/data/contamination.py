@@ -7,8 +7,9 @@ would be found anywhere.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,8 +21,6 @@ from job.data.examples import Example
 
 if TYPE_CHECKING:
     from job.data.staging import StagedDataset
-    from job.evals.tasks import Task
-    from job.pipeline.run import Run
 
 
 KEY = "evals/contamination.json"
@@ -142,35 +141,41 @@ class Contamination(BaseModel):
     """The first of them, by example."""
 
 
-def find_overlap(slices: Sequence["Task"], examples: Iterable[Example]) -> Contamination:
-    """Look for the questions of every slice in the examples."""
-    searched = [(part, Passages(question.text for question in part.questions)) for part in slices]
-    found: dict[str, set[str]] = {part.entry.name: set() for part in slices}
+def find_overlap(
+    questions: Mapping[str, Mapping[str, str]], examples: Iterable[Example]
+) -> Contamination:
+    """Look for the questions of every task in the examples.
+
+    Args:
+        questions: for each task, the texts of its questions by id.
+        examples: the training examples.
+    """
+    passages = {task: Passages(texts.values()) for task, texts in questions.items()}
+    ids = {task: list(texts) for task, texts in questions.items()}
+    matched: dict[str, set[str]] = {task: set() for task in questions}
     pairs: list[Pair] = []
     count = 0
     for batch in _batches(examples):
         count += len(batch)
         texts = [text_of(example) for example in batch]
-        for part, passages in searched:
-            for hit in passages.search(texts):
-                question = part.questions[hit.question].id
-                found[part.entry.name].add(question)
+        for task in questions:
+            for hit in passages[task].search(texts):
+                question = ids[task][hit.question]
+                matched[task].add(question)
                 if len(pairs) < _PAIRS:
                     pairs.append(
                         Pair(
-                            eval=part.entry.name,
+                            eval=task,
                             question=question,
                             example=batch[hit.text].id,
                             passage=hit.passage,
                         )
                     )
     overlaps = {
-        part.entry.name: Overlap(
-            questions=len(part.questions),
-            too_short=passages.too_short,
-            found=len(found[part.entry.name]),
+        task: Overlap(
+            questions=len(ids[task]), too_short=passages[task].too_short, found=len(matched[task])
         )
-        for part, passages in searched
+        for task in questions
     }
     return Contamination(words=WORDS, examples=count, slices=overlaps, pairs=pairs)
 
@@ -192,24 +197,29 @@ def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
         yield batch
 
 
-def clean_rows(run: "Run", staged: "StagedDataset") -> np.ndarray:
-    """Which staged examples share no passage with a question: bool `[examples]`."""
-    from job.evals.tasks import load_task
+def clean_rows(
+    questions: Iterable[str], staged: "StagedDataset", work: Path, check_stop: Callable[[], None]
+) -> np.ndarray:
+    """Return which staged examples share no passage with a question: bool `[examples]`.
 
-    entries = run.spec.evals.multiple_choice
-    questions = [q.text for entry in entries for q in load_task(entry, run.revisions).questions]
+    Args:
+        questions: texts of the questions.
+        staged: the examples.
+        work: a scratch folder.
+        check_stop: called before each batch; it may raise.
+    """
     passages = Passages(questions)
     clean = np.ones(staged.manifest.rows, bool)
     at = 0
     for shard in staged.manifest.shards:
-        path = open_shard(staged.store, shard, run.work)
+        path = open_shard(staged.store, shard, work)
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(_AT_ONCE, columns=["prompt", "response", "history"]):
-                run.stop.check()
+                check_stop()
                 texts = ["\n".join(_said(row)) for row in batch.to_pylist()]
                 clean[[at + hit.text for hit in passages.search(texts)]] = False
                 at += len(texts)
-        close_shard(path, run.work)
+        close_shard(path, work)
     return clean
 
 

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict
 
 from job.errors import JobError
 from job.evals.tasks import Question
-from job.pipeline.run import Run
 from job.runtime import logs
 from job.spec.load import digest
+from job.storage.base import Store
 
 ModelName = Literal["baseline", "finetuned", "reference"]
 
@@ -83,18 +83,18 @@ def predictions_key(model: ModelName, name: str) -> str:
     return f"evals/{model}/{name}/predictions.jsonl"
 
 
-def write_predictions(run: Run, model: ModelName, name: str, lines: Iterable[Line]) -> None:
-    """Write a predictions file as an output of the stage at work."""
+def format_predictions(lines: Iterable[Line]) -> bytes:
+    """Return the content of a predictions file."""
     text = "".join(
         json.dumps(line.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n"
         for line in lines
     )
-    run.put(predictions_key(model, name), text.encode())
+    return text.encode()
 
 
-def read_predictions[L: Line](run: Run, model: ModelName, name: str, kind: type[L]) -> list[L]:
-    """The lines of a predictions file; empty where the model has none."""
-    content = run.store.read(predictions_key(model, name))
+def read_predictions[L: Line](store: Store, model: ModelName, name: str, kind: type[L]) -> list[L]:
+    """Return the lines of a predictions file; empty where the model has none."""
+    content = store.read(predictions_key(model, name))
     return [] if content is None else parse_predictions(content, kind)
 
 
@@ -124,80 +124,92 @@ def answered[L: Line](lines: Sequence[L]) -> dict[str, L]:
 
 
 EVERY_SECONDS = 20.0
-"""The least time between two writes: what a kill costs at most, beside the batch at work."""
+"""Shortest time between two writes: a kill loses at most this much and the current batch."""
+
+Broadcast = Callable[[Callable[[], str]], str]
+"""Runs a function on the primary process and returns its text on every process."""
 
 
 class PredictionCache:
-    """The batches of one evaluation of one model that are done (see `engine.Kept`)."""
+    """Finished batches of one evaluation of one model; implements `engine.BatchCache`."""
 
     def __init__(
         self,
-        run: Run,
+        store: Store,
         key: str,
         inputs: str,
+        broadcast: Broadcast,
         every_seconds: float = EVERY_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Args: key: where they are kept in the run; inputs: a digest of what they depend on."""
+        """Load the batches that an earlier start finished.
+
+        Args:
+            store: of the run; in all processes but the primary one it only reads.
+            key: the cache file.
+            inputs: digest of everything the answers depend on; other caches are ignored.
+            broadcast: makes all processes agree on which batches are left.
+            every_seconds: shortest time between two writes.
+            clock: seconds, monotonic.
+        """
         self.key = key
-        self._run = run
+        self._store = store
         self._inputs = inputs
         self._every = every_seconds
         self._clock = clock
         self._written = clock()
-        self._fresh = False
-        # One process reads for all: they must agree on which batches are left.
-        self._batches: dict[str, list[Any]] = json.loads(run.processes.broadcast(self._read))
+        self._changed = False
+        self._batches: dict[str, list[Any]] = json.loads(broadcast(self._read))
         if self._batches:
             logs.get().info("resumed evaluation", file=key, batches=len(self._batches))
 
     def _read(self) -> str:
-        content = self._run.store.read(self.key)
+        content = self._store.read(self.key)
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            found = json.loads(content or b"")
-            if found["inputs"] == self._inputs:
-                return json.dumps(dict(found["batches"]))
+            cached = json.loads(content or b"")
+            if cached["inputs"] == self._inputs:
+                return json.dumps(dict(cached["batches"]))
         return "{}"
 
     def get(self, batch: int) -> list[Any] | None:
-        """What was found for a batch, or None."""
+        """Return the results of a batch, or None."""
         return self._batches.get(str(batch))
 
-    def add(self, batch: int, found: list[Any]) -> None:
-        """Keep what was found, and write it now and then."""
-        self._batches[str(batch)] = found
-        self._fresh = True
+    def add(self, batch: int, results: list[Any]) -> None:
+        """Add the results of a batch, and write the file if the last write is long enough ago."""
+        self._batches[str(batch)] = results
+        self._changed = True
         if self._clock() - self._written >= self._every:
             self.write()
 
     def write(self) -> None:
-        """Write what is not written yet."""
-        if self._fresh and self._run.processes.is_primary:
+        """Write the file if a batch was added since the last write."""
+        if self._changed:
             content = {"inputs": self._inputs, "batches": self._batches}
-            self._run.store.write(self.key, json.dumps(content, ensure_ascii=False).encode())
-        self._fresh = False
+            self._store.write(self.key, json.dumps(content, ensure_ascii=False).encode())
+        self._changed = False
         self._written = self._clock()
 
 
 class EvalCaches:
-    """The evaluations of one model: their files are written where work stops, and removed after."""
+    """The caches of one model's evaluations: written when work stops, deleted when it is done."""
 
-    def __init__(self, run: Run, model: str, inputs: object) -> None:
-        """Args: inputs: all that the answers, and the batches they come in, depend on."""
-        self._run = run
+    def __init__(self, store: Store, model: str, inputs: object, broadcast: Broadcast) -> None:
+        """Args: inputs: everything that the answers, and how they are batched, depend on."""
+        self._store = store
         self._model = model
         self._inputs = digest(inputs)
+        self._broadcast = broadcast
         self._open: list[PredictionCache] = []
 
-    def of(self, name: str) -> PredictionCache:
-        """What is on file of one evaluation."""
-        for partial in self._open:
-            partial.write()
-        partial = PredictionCache(
-            self._run, f"evals/{self._model}/{name}/partial.json", self._inputs
-        )
-        self._open.append(partial)
-        return partial
+    def open(self, name: str) -> PredictionCache:
+        """Return the cache of one evaluation."""
+        for cache in self._open:
+            cache.write()
+        key = f"evals/{self._model}/{name}/partial.json"
+        cache = PredictionCache(self._store, key, self._inputs, self._broadcast)
+        self._open.append(cache)
+        return cache
 
     def __enter__(self) -> Self:
         return self
@@ -205,9 +217,9 @@ class EvalCaches:
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
-        for partial in self._open:
+        for cache in self._open:
             if kind is not None:
-                with contextlib.suppress(JobError):  # what stopped the work says more
-                    partial.write()
-            elif self._run.processes.is_primary:
-                self._run.store.delete(partial.key)
+                with contextlib.suppress(JobError):  # the error that stopped the work matters more
+                    cache.write()
+            else:
+                self._store.delete(cache.key)

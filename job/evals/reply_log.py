@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from job.evals.api_client import Reply
-from job.pipeline.run import Run
+from job.storage.base import Store
 
 FILE = "evals/reference/replies.jsonl"
 
@@ -56,14 +56,14 @@ class LoggedReply(BaseModel):
 class ReplyLog:
     """All replies of a run to the same inputs, in order of arrival."""
 
-    def __init__(self, run: Run, inputs: str) -> None:
+    def __init__(self, store: Store, inputs: str) -> None:
         """Read what an earlier start left."""
-        self._run = run
+        self._store = store
         self._inputs = inputs
-        self._files = run.store.list(FOLDER)
+        self._files = store.list(FOLDER)
         found = {}
         for key in (FILE, *self._files):
-            for reply in _lines(run.store.read(key)):
+            for reply in _lines(store.read(key)):
                 if reply.inputs == inputs:
                     found[reply.number] = reply
         self.all = [found[number] for number in sorted(found)]
@@ -87,16 +87,19 @@ class ReplyLog:
         """Put what has arrived on file, unless that was done a moment ago and is not urgent."""
         if self._new and (now or time.monotonic() - self._written >= EVERY_SECONDS):
             key = f"{FOLDER}{self._new[0].number:08d}.jsonl"
-            self._run.store.write(key, _text(self._new))
+            self._store.write(key, _text(self._new))
             self._files.append(key)
             self._new = []
             self._written = time.monotonic()
 
-    def conclude(self) -> None:
-        """Put all replies into one file, an output of the stage, and remove the small ones."""
-        self._run.put(FILE, _text(self.all))
+    def content(self) -> bytes:
+        """Return all replies as the content of `FILE`."""
+        return _text(self.all)
+
+    def delete_partial_files(self) -> None:
+        """Delete the small files, once `FILE` is written."""
         for key in self._files:
-            self._run.store.delete(key)
+            self._store.delete(key)
 
 
 def _text(replies: Iterable[LoggedReply]) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any
 
 from job.errors import EXIT_RESUMABLE, EXIT_STAGE, RunStoppedError, SetupError, StageError
 from job.runtime import logs
-from job.runtime.signals import exit_now
+from job.runtime.signals import StopSignal, exit_now
 from job.runtime.watchdog import WATCHDOG
 from job.spec.schema import Distributed, Runtime
 
@@ -194,6 +194,29 @@ class ProcessGroup:
         closing.start()
         closing.join(_CLOSE_SECONDS)
         exit_now(code, message)
+
+
+class CoordinatedStop:
+    """A stop request that all processes of the job act on at the same point."""
+
+    def __init__(self, signal: StopSignal, processes: ProcessGroup) -> None:
+        self.signal = signal
+        self.processes = processes
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.signal.requested is not None
+
+    def check(self) -> None:
+        """Raise if any process was asked to stop; all processes must call this together.
+
+        Raises:
+            RunStoppedError: the job stops here.
+        """
+        if self.processes.any(self.requested):
+            self.signal.check()
+            raise RunStoppedError("stopped with another process; run the same command to resume")
 
 
 def _number(key: str) -> str:

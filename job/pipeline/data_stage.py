@@ -19,6 +19,7 @@ from job.data.filters import CHAT_MARKUP, CONTAMINATED
 from job.data.sources import open_source
 from job.data.split import split
 from job.data.staging import StagedDataset, stage_rows, staging_key
+from job.evals.tasks import load_task
 from job.pipeline.run import Run
 from job.results import DataInfo, RowCounts
 from job.runtime import logs
@@ -60,7 +61,12 @@ def run_stage(run: Run) -> DataInfo:
     clean = None
     dropped = dict(manifest.tally.dropped)
     if CONTAMINATED in data.checks.drop:
-        clean = clean_rows(run, staged)
+        questions = (
+            question.text
+            for entry in run.spec.evals.multiple_choice
+            for question in load_task(entry, run.revisions).questions
+        )
+        clean = clean_rows(questions, staged, run.work, run.stop.check)
         dropped[CONTAMINATED] = int((~clean).sum())
         hashes, groups = hashes[clean], groups[clean]
     chosen = split(run.spec.seed, hashes, groups, data.train_examples, data.validation_examples)

@@ -24,7 +24,8 @@ from job.evals.predictions import (
     EvalCaches,
     SideLine,
     choice_line,
-    write_predictions,
+    format_predictions,
+    predictions_key,
 )
 from job.evals.tasks import Question, Task, before_letter, load_task, question_prompts
 from job.model.language_model import LanguageModel
@@ -56,11 +57,12 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     model = run.model()
     weights = model.weights if name == "baseline" else _tuned(run, model)
     evals = run.spec.evals
-    engine = Engine(model, evals.batch_size, evals.max_prompt_tokens, run.check)
+    engine = Engine(model, evals.batch_size, evals.max_prompt_tokens, run.coordinated_stop.check)
     loaded = [load_task(entry, run.revisions) for entry in evals.multiple_choice]
     if name == "baseline" and loaded and run.processes.is_primary:
         _look_for_overlap(run, loaded)
-    with EvalCaches(run, name, [run.digests[name], engine.rows, LAYOUT]) as done:
+    inputs = [run.digests[name], engine.rows, LAYOUT]
+    with EvalCaches(run.store, name, inputs, run.processes.broadcast) as done:
         measured = _Measured(run, name, engine, model, weights, done)
         slices = {found.entry.name: measured.multiple_choice(found) for found in loaded}
         if evals.dialogue is not None:
@@ -71,7 +73,11 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
 
 def _look_for_overlap(run: Run, slices: Sequence[Task]) -> None:
     """Keep what the training examples share with the questions, and say so if they do."""
-    found = contamination.find_overlap(slices, iter_examples(run.fetch(TRAIN)))
+    questions = {
+        task.entry.name: {question.id: question.text for question in task.questions}
+        for task in slices
+    }
+    found = contamination.find_overlap(questions, iter_examples(run.fetch(TRAIN)))
     run.put(contamination.KEY, found.model_dump_json(indent=2).encode())
     for name, overlap in found.slices.items():
         if overlap.found:
@@ -104,7 +110,7 @@ class _Measured:
         """Answer the questions of a slice."""
         entry, questions = found.entry, found.questions
         prompts, cut = self.engine.encode(question_prompts(found, self.model.codec.template))
-        kept = self.done.of(entry.name)
+        kept = self.done.open(entry.name)
         if entry.scoring == "letters":
             letters = questions[0].letters
             tokens = self.model.codec.letter_tokens(letters, *before_letter(entry))
@@ -118,7 +124,7 @@ class _Measured:
                 choice_line(q, parse_choice(answer.text, q.options), answer=answer.text)
                 for q, answer in zip(questions, answers, strict=True)
             ]
-        write_predictions(self.run, self.name, entry.name, lines)
+        self.run.put(predictions_key(self.name, entry.name), format_predictions(lines))
         correct = sum(line.correct for line in lines)
         logs.get().info(
             "answered",
@@ -137,7 +143,7 @@ class _Measured:
             [template.dialogue(e.prompt, e.system, e.history) for e in examples]
         )
         answers = self.engine.generate(
-            self.weights, prompts, wanted.max_new_tokens, DIALOGUE, self.done.of(DIALOGUE)
+            self.weights, prompts, wanted.max_new_tokens, DIALOGUE, self.done.open(DIALOGUE)
         )
         lines = [
             DialogueLine(
@@ -151,7 +157,7 @@ class _Measured:
             )
             for example, answer in zip(examples, answers, strict=True)
         ]
-        write_predictions(self.run, self.name, DIALOGUE, lines)
+        self.run.put(predictions_key(self.name, DIALOGUE), format_predictions(lines))
         logs.get().info("dialogues answered", examples=len(lines), prompts_cut=cut)
 
     def side_by_side(self) -> None:
@@ -163,13 +169,13 @@ class _Measured:
         )
         limit = self.run.spec.evals.side_by_side.max_new_tokens
         answers = self.engine.generate(
-            self.weights, prompts, limit, "side by side", self.done.of(SIDE_BY_SIDE)
+            self.weights, prompts, limit, "side by side", self.done.open(SIDE_BY_SIDE)
         )
         lines = [
             SideLine(id=p.id, prompt=p.prompt, expected=p.expected, answer=answer.text)
             for p, answer in zip(shown, answers, strict=True)
         ]
-        write_predictions(self.run, self.name, SIDE_BY_SIDE, lines)
+        self.run.put(predictions_key(self.name, SIDE_BY_SIDE), format_predictions(lines))
 
 
 def _scored(question: Question, letters: str, row: np.ndarray) -> ChoiceLine:

@@ -24,9 +24,10 @@ from job.evals.predictions import (
     DialogueLine,
     SideLine,
     choice_line,
-    write_predictions,
+    format_predictions,
+    predictions_key,
 )
-from job.evals.reply_log import EVERY_SECONDS, LoggedReply, ReplyLog
+from job.evals.reply_log import EVERY_SECONDS, FILE, LoggedReply, ReplyLog
 from job.evals.tasks import load_task, solved_turns, user_turn
 from job.pipeline.data_stage import VALIDATION, read_examples
 from job.pipeline.eval_stage import side_prompts
@@ -84,7 +85,7 @@ class _Asking:
     def __init__(self, run: Run, reference: Reference) -> None:
         self._run = run
         self._reference = reference
-        self._kept = ReplyLog(run, run.digests["reference"])
+        self._kept = ReplyLog(run.store, run.digests["reference"])
         self._stopping = threading.Event()
         costs = [reply.cost_usd for reply in self._kept.all if reply.answer is not None]
         self._client = ChatClient(
@@ -166,7 +167,7 @@ class _Asking:
         )
 
     def _keep(self, name: str, lines: Sequence[ChoiceLine | DialogueLine | SideLine]) -> None:
-        write_predictions(self._run, "reference", name, lines)
+        self._run.put(predictions_key("reference", name), format_predictions(lines))
         self._lines += lines
 
     def _ask_all(
@@ -225,7 +226,8 @@ class _Asking:
 
     def outcome(self) -> ReferenceOutcome:
         """The figures of this pass and those before it together."""
-        self._kept.conclude()
+        self._run.put(FILE, self._kept.content())
+        self._kept.delete_partial_files()
         errors = Counter(line.error for line in self._lines if line.error)
         failed = errors.total()
         if failed:

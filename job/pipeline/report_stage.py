@@ -61,13 +61,13 @@ def run_stage(run: Run) -> Results:
     results = Results(
         verdict=decide(evaluation),
         run=_run_info(run, preflight),
-        environment=run.markers["train"].environment,
+        environment=run.records["train"].environment,
         model=trained.model,
         data=run.outcome("data", DataInfo),
         training=trained.training,
         evaluation=evaluation,
         reference=reference,
-        artifacts=[item for marker in run.markers.values() for item in marker.outputs],
+        artifacts=[item for marker in run.records.values() for item in marker.outputs],
         cost=_cost(run, trained.training, reference),
     )
     history = [json.loads(line) for line in (run.store.read(HISTORY) or b"").splitlines()]
@@ -80,7 +80,7 @@ def run_stage(run: Run) -> Results:
 
 def _run_info(run: Run, preflight: Preflight) -> RunInfo:
     spec = run.spec.model_dump(mode="json")
-    seconds = {name: marker.seconds for name, marker in run.markers.items()}
+    seconds = {name: marker.seconds for name, marker in run.records.items()}
     return RunInfo(
         id=run.id,
         name=run.spec.name,
@@ -108,11 +108,11 @@ def _evaluation(run: Run, reference: ReferenceResult) -> Evaluation:
 def _slice(run: Run, number: int, reference: ReferenceResult) -> MultipleChoiceResult:
     entry = run.spec.evals.multiple_choice[number]
     models = {
-        "baseline": read_predictions(run, "baseline", entry.name, ChoiceLine),
-        "finetuned": read_predictions(run, "finetuned", entry.name, ChoiceLine),
+        "baseline": read_predictions(run.store, "baseline", entry.name, ChoiceLine),
+        "finetuned": read_predictions(run.store, "finetuned", entry.name, ChoiceLine),
     }
     if reference.status != "skipped" and entry in run.spec.reference_slices:
-        models["reference"] = read_predictions(run, "reference", entry.name, ChoiceLine)
+        models["reference"] = read_predictions(run.store, "reference", entry.name, ChoiceLine)
     revision = run.outcome("baseline", EvalOutcome).slices[entry.name].revision
     return summarize_choices(
         entry,
@@ -137,10 +137,10 @@ def _dialogue(run: Run, reference: ReferenceResult) -> Dialogue | None:
     if wanted is None:
         return None
     samples, seed = run.spec.evals.bootstrap_samples, run.spec.seed
-    before = read_predictions(run, "baseline", DIALOGUE, DialogueLine)
-    after = read_predictions(run, "finetuned", DIALOGUE, DialogueLine)
+    before = read_predictions(run.store, "baseline", DIALOGUE, DialogueLine)
+    after = read_predictions(run.store, "finetuned", DIALOGUE, DialogueLine)
     models = {"baseline": before, "finetuned": after}
-    remote = read_predictions(run, "reference", DIALOGUE, DialogueLine)
+    remote = read_predictions(run.store, "reference", DIALOGUE, DialogueLine)
     asked = run.spec.reference is not None and run.spec.reference.dialogue
     if asked and reference.status != "skipped" and answered(remote):
         models["reference"] = remote
@@ -161,11 +161,11 @@ def _dialogue(run: Run, reference: ReferenceResult) -> Dialogue | None:
 
 def _side_by_side(run: Run, reference: ReferenceResult) -> list[SideBySide]:
     sources = {
-        "baseline": read_predictions(run, "baseline", SIDE_BY_SIDE, SideLine),
-        "finetuned": read_predictions(run, "finetuned", SIDE_BY_SIDE, SideLine),
+        "baseline": read_predictions(run.store, "baseline", SIDE_BY_SIDE, SideLine),
+        "finetuned": read_predictions(run.store, "finetuned", SIDE_BY_SIDE, SideLine),
     }
     if reference.status != "skipped":
-        sources["reference"] = read_predictions(run, "reference", SIDE_BY_SIDE, SideLine)
+        sources["reference"] = read_predictions(run.store, "reference", SIDE_BY_SIDE, SideLine)
     return [
         SideBySide(
             id=line.id,
@@ -186,8 +186,8 @@ def _flips(run: Run) -> list[Flip]:
     """The questions that one model got right and the other wrong."""
     found = []
     for entry in run.spec.evals.multiple_choice:
-        before = read_predictions(run, "baseline", entry.name, ChoiceLine)
-        after = answered(read_predictions(run, "finetuned", entry.name, ChoiceLine))
+        before = read_predictions(run.store, "baseline", entry.name, ChoiceLine)
+        after = answered(read_predictions(run.store, "finetuned", entry.name, ChoiceLine))
         found += [
             Flip(entry.name, a.id, with_options(a), a.gold, a.choice, b.choice, gained=b.correct)
             for a in before
@@ -210,7 +210,7 @@ def _cost(run: Run, training: Training, reference: ReferenceResult) -> Cost:
     """
     hours, usd = 0.0, reference.cost_usd
     known = True
-    for name, marker in run.markers.items():
+    for name, marker in run.records.items():
         machine = marker.environment
         if machine.platform == "cpu":
             continue

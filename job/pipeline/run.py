@@ -1,177 +1,150 @@
-"""What a stage is given: the spec, the run's store, a scratch folder, the machine, the model.
+"""One run: its spec, its store and scratch folder, the processes at work, the stages done so far.
 
-Stages talk to each other only through the files of the run and through the outcomes kept in
-their markers, both reached from here.
+Stages communicate only through the files of the run and through the outcomes in their records,
+and both are reached from here. Rooms below the pipeline never see a `Run`: a stage passes them
+values and writes what they return.
 """
 
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
 from job.errors import RunStoppedError, StageError
-from job.machine.distributed import ProcessGroup
+from job.machine.distributed import CoordinatedStop, ProcessGroup
 from job.results import Artifact, EnvironmentInfo, Results
 from job.runtime.signals import StopSignal
 from job.spec.pinning import Revisions
 from job.spec.schema import Spec
 from job.storage.base import Store, file_sha256
-from job.storage.lease import hold_lease
+from job.storage.lease import Lease, hold_lease
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
     from job.model.language_model import LanguageModel
-    from job.pipeline.background_compile import Ahead
 
-
-@contextlib.contextmanager
-def hold_run_lease(run: "Run", unchanged: Callable[[], bool]) -> Iterator[None]:
-    """Hold a run's lease; among several processes the first holds it for all.
-
-    Args:
-        unchanged: whether the run is still as it was when what is to be done was decided.
-
-    Raises:
-        Interrupted: another process is at work on this run, or was while this one began.
-    """
-    if not run.processes.is_primary:
-        yield
-        return
-
-    def lost(why: str) -> None:
-        run.stop.requested = why
-
-    with hold_lease(run.store, f"the run {run.id}", lost) as lease:
-        run.guard, run.release = lease.check, lease.release
-        if not unchanged():
-            raise RunStoppedError(
-                "another process worked on this run while this one began; "
-                "run the same command to go on"
-            )
-        yield
-
-
-Outcome = TypeVar("Outcome", bound=BaseModel)
+RESULTS = "results.json"
 
 
 class StageRecord(BaseModel):
-    """`stages/<stage>.json`: the stage was finished with these inputs and left these files."""
+    """`stages/<stage>.json`: proof that a stage is done, with its inputs and its outputs."""
 
     stage: str
     digest: str
+    """Digest of the inputs."""
     outputs: list[Artifact]
     started: str
     seconds: float
     environment: EnvironmentInfo
-    """The machine it was finished on."""
+    """The machine the stage ran on."""
     outcome: dict[str, object]
 
 
 class Preflight(BaseModel):
-    """The outcome of the preflight stage: how often the run was started, and what it reads."""
+    """Outcome of the preflight stage: how often the run was started, and what it reads."""
 
     first_started: str
     resumes: int
-    """Times that an unfinished run was started again."""
+    """How often an unfinished run was started again."""
     revisions: dict[str, str]
     """The commit of each Hub repository (see `job.spec.pinning`)."""
 
 
 @dataclass
 class Run:
-    """One run: its identity, where it is kept, and what it needs to go on."""
+    """One run as one of its processes sees it."""
 
     id: str
     spec: Spec
     store: Store
     work: Path
-    """A scratch folder of this process; nothing in it outlives it."""
+    """A scratch folder of this process, removed when it ends."""
     stop: StopSignal
     environment: EnvironmentInfo
-    mesh_of: "Callable[[], Mesh]"
     processes: ProcessGroup = field(default_factory=ProcessGroup)
-    markers: dict[str, StageRecord] = field(default_factory=dict)
+    records: dict[str, StageRecord] = field(default_factory=dict)
+    """Records of the stages that are done, by name."""
     digests: dict[str, str] = field(default_factory=dict)
-    """Digest of the inputs of each stage, this spec's."""
+    """Digest of the inputs of each stage, for this spec."""
     revisions: Revisions = field(default_factory=dict)
-    """The commits of what the spec names on the Hub."""
-    previous: StageRecord | None = None
-    """The marker of the stage at work, if it was finished with the same inputs before."""
-    guard: Callable[[], None] = lambda: None
-    """Raises if another process may be at work on this run by now."""
-    release: Callable[[], None] = lambda: None
-    """Gives the run back, so that another process need not wait for the lease to expire."""
-    written: list[Artifact] = field(default_factory=list)
-    """The files that the stage at work has put into the run."""
-    ahead: "Ahead | None" = None
-    """A training whose step is being compiled already."""
+    """The commit of each Hub repository that the spec names."""
+    lease: Lease | None = None
+    """The lease of the run, in the process that writes."""
+    outputs: list[Artifact] = field(default_factory=list)
+    """Files that the current stage has written."""
+    prepared_training: "Future[Any] | None" = None
+    """A training whose step is being compiled in the background; see `train_stage`."""
     _model: "LanguageModel | None" = None
 
-    def outcome(self, stage: str, kind: type[Outcome]) -> Outcome:
-        """What an earlier stage found out.
+    def outcome[Outcome: BaseModel](self, stage: str, kind: type[Outcome]) -> Outcome:
+        """Return the outcome of an earlier stage.
 
         Raises:
-            StageError: that stage has not been finished.
+            StageError: that stage is not done.
         """
-        marker = self.markers.get(stage)
-        if marker is None:
+        record = self.records.get(stage)
+        if record is None:
             raise StageError(f"the stage '{stage}' has not been run")
-        return kind.model_validate(marker.outcome)
+        return kind.model_validate(record.outcome)
 
-    def check(self) -> None:
-        """Raise if a stop was requested of any process; all must check at the same point."""
-        if self.processes.any(self.stop.requested is not None):
-            self.stop.check()
-            raise RunStoppedError("stopped with another process; run the same command to go on")
+    @property
+    def coordinated_stop(self) -> CoordinatedStop:
+        """The stop request, for loops that all processes run in step."""
+        return CoordinatedStop(self.stop, self.processes)
 
     def model(self) -> "LanguageModel":
-        """The model of the spec, loaded once a process."""
+        """Return the model of the spec, loaded once per process."""
         if self._model is None:
+            from job.machine.devices import make_mesh
             from job.model.load import load_model
 
-            self._model = load_model(
-                self.spec.model, self.spec.seed, self.mesh_of(), self.revisions
-            )
+            mesh = make_mesh(self.spec.runtime)
+            self._model = load_model(self.spec.model, self.spec.seed, mesh, self.revisions)
         return self._model
 
-    def conclude(self, key: str, content: bytes, *, again: bool = False) -> None:
-        """Write a file whose presence means that something is done: a marker, the results.
+    def commit(self, key: str, content: bytes, *, replace: bool = False) -> None:
+        """Write a file whose presence means that something is done: a record, the results.
 
         Args:
-            again: it may be there from an earlier start; otherwise this process removed it.
+            replace: the file may be there from an earlier start; otherwise it must be absent.
 
         Raises:
-            Interrupted: another process has written it, or may be at work on this run.
+            RunStoppedError: another process has written it, or may be at work on this run.
         """
         if not self.processes.is_primary:
             return
-        self.guard()
-        found = self.store.read_version(key) if again else None
-        if self.store.write_if_version(key, content, found[1] if found else None) is None:
+        if self.lease is not None:
+            self.lease.check()
+        current = self.store.read_version(key) if replace else None
+        version = current[1] if current else None
+        if self.store.write_if_version(key, content, version) is None:
             raise RunStoppedError(
-                f"another process has written {key} of this run; run the same command to go on"
+                f"another process has written {key} of this run; run the same command to resume"
             )
 
-    def put(self, key: str, content: bytes) -> None:
-        """Write a file of the run, as an output of the stage at work."""
+    def put(self, key: str, content: bytes) -> Artifact:
+        """Write a file of the run, as an output of the current stage."""
         self.store.write(key, content)
         digest = hashlib.sha256(content).hexdigest()
-        self.written.append(Artifact(path=key, bytes=len(content), sha256=digest))
+        return self._add_output(Artifact(path=key, bytes=len(content), sha256=digest))
 
-    def put_file(self, key: str, path: Path) -> None:
-        """The same for a local file, which may be large."""
+    def put_file(self, key: str, path: Path) -> Artifact:
+        """Copy a local file, which may be large, into the run as an output of the stage."""
         self.store.upload(path, key)
         size = path.stat().st_size
-        self.written.append(Artifact(path=key, bytes=size, sha256=file_sha256(path)))
+        return self._add_output(Artifact(path=key, bytes=size, sha256=file_sha256(path)))
+
+    def _add_output(self, artifact: Artifact) -> Artifact:
+        self.outputs.append(artifact)
+        return artifact
 
     def fetch(self, key: str) -> Path:
-        """A local copy of a file of the run.
+        """Return a local copy of a file of the run.
 
         Raises:
             StageError: the run has no such file.
@@ -181,17 +154,66 @@ class Run:
             raise StageError(f"the run has no file {key}; run it again to make it")
         return path
 
+    def record_stage(
+        self, name: str, started: str, seconds: float, outcome: BaseModel
+    ) -> StageRecord:
+        """Record a stage as done, with the files it has written.
 
-RESULTS = "results.json"
+        Args:
+            name: the stage.
+            started: when, from `now`.
+            seconds: its duration.
+            outcome: what later stages read.
+        """
+        record = StageRecord(
+            stage=name,
+            digest=self.digests[name],
+            outputs=self.outputs,
+            started=started,
+            seconds=round(seconds, 3),
+            environment=self.environment,
+            outcome=outcome.model_dump(mode="json"),
+        )
+        content = record.model_dump_json(indent=2).encode()
+        self.commit(f"stages/{name}.json", content, replace=name == "preflight")
+        self.records[name] = record
+        return record
+
+
+@contextlib.contextmanager
+def hold_run_lease(run: Run, unchanged: Callable[[], bool]) -> Iterator[None]:
+    """Hold the lease of a run; the primary process holds it for all.
+
+    Args:
+        run: the run.
+        unchanged: whether the run is still in the state that the plan of work was made from.
+
+    Raises:
+        RunStoppedError: another process is at work on this run, or was in between.
+    """
+    if not run.processes.is_primary:
+        yield
+        return
+
+    def on_lost(reason: str) -> None:
+        run.stop.requested = reason
+
+    with hold_lease(run.store, f"the run {run.id}", on_lost) as run.lease:
+        if not unchanged():
+            raise RunStoppedError(
+                "another process worked on this run while this one began; "
+                "run the same command to resume"
+            )
+        yield
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601 to the second."""
+    """Return the time in UTC, ISO 8601 to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def read_results(store: Store) -> Results | None:
-    """The results of a whole run; unreadable ones count as absent."""
+    """Return the results of a finished run; unreadable ones count as absent."""
     content = store.read(RESULTS)
     if content is None:
         return None
@@ -199,28 +221,3 @@ def read_results(store: Store) -> Results | None:
         return Results.model_validate_json(content)
     except ValidationError:
         return None
-
-
-def write_stage_record(
-    run: Run, name: str, started: str, seconds: float, outcome: BaseModel
-) -> StageRecord:
-    """Mark a stage as finished, with the files it has written.
-
-    Args:
-        started: when, as by `now`.
-        seconds: how long it took.
-        outcome: what it found out.
-    """
-    marker = StageRecord(
-        stage=name,
-        digest=run.digests[name],
-        outputs=run.written,
-        started=started,
-        seconds=round(seconds, 3),
-        environment=run.environment,
-        outcome=outcome.model_dump(mode="json"),
-    )
-    content = marker.model_dump_json(indent=2).encode()
-    run.conclude(f"stages/{name}.json", content, again=name == "preflight")
-    run.markers[name] = marker
-    return marker

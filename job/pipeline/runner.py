@@ -33,7 +33,6 @@ from job.pipeline.run import (
     hold_run_lease,
     now,
     read_results,
-    write_stage_record,
 )
 from job.pipeline.run_log import LOG, LogKeeper
 from job.pipeline.stages import (
@@ -141,11 +140,8 @@ def _run_joined(
             logs.get().error("the machine is not what the spec asks for", error=str(problem))
             raise
         with tempfile.TemporaryDirectory(prefix="job-") as work:
-            mesh_of = partial(devices.make_mesh, spec.runtime)
-            run = Run(
-                identity, spec, store, Path(work), STOP, environment, mesh_of, processes=processes
-            )
-            run.markers = standing.markers
+            run = Run(identity, spec, store, Path(work), STOP, environment, processes=processes)
+            run.records = standing.markers
             unchanged = partial(_is_as_before, standing, spec, store, fresh=fresh)
             with STOP.graceful(), hold_run_lease(run, unchanged):
                 _run_whole(run, standing, to_do, wanted, run_log, fresh=fresh)
@@ -201,7 +197,8 @@ def _run_whole(
     def leave() -> None:
         retry.check_while_waiting(lambda: None)  # the last calls are not stopped themselves
         keep()
-        run.release()
+        if run.lease is not None:
+            run.lease.release()
 
     run.processes.before_exit = leave
     try:
@@ -255,7 +252,7 @@ def _preflight(run: Run, *, resumed: bool) -> None:
     """Record the machine and the commits to read; runs whenever another stage does."""
     made = run.processes.broadcast(lambda: _lead_preflight(run, resumed=resumed).model_dump_json())
     marker = StageRecord.model_validate_json(made)
-    run.markers["preflight"] = marker
+    run.records["preflight"] = marker
     run.revisions = Preflight.model_validate(marker.outcome).revisions
     digests = run.processes.broadcast(lambda: json.dumps(stage_digests(run.spec, run.revisions)))
     run.digests |= json.loads(digests)
@@ -268,7 +265,7 @@ def _preflight(run: Run, *, resumed: bool) -> None:
 
 def _lead_preflight(run: Run, *, resumed: bool) -> StageRecord:
     started = now()
-    earlier = _earlier(run.markers)
+    earlier = _earlier(run.records)
     run.revisions = resolve_all(run.spec, earlier.revisions)
     outcome = Preflight(
         first_started=earlier.first_started,
@@ -276,10 +273,10 @@ def _lead_preflight(run: Run, *, resumed: bool) -> StageRecord:
         revisions=dict(run.revisions),
     )
     run.store.delete(RESULTS)
-    run.written = []
+    run.outputs = []
     run.put(SPEC, _spec_text(run.spec))
     run.digests["preflight"] = digest([run.environment.model_dump(mode="json"), run.revisions])
-    marker = write_stage_record(run, "preflight", started, 0.0, outcome)
+    marker = run.record_stage("preflight", started, 0.0, outcome)
     logs.get().info(
         "machine is as the spec asks",
         platform=run.environment.platform,
@@ -311,30 +308,27 @@ def _run_stages(
         if stage not in to_do:
             logs.get().info("skipped: done before with the same inputs")
             continue
-        run.check()
-        before = run.markers.get(stage.name)
-        same = before is not None and before.digest == run.digests[stage.name]
-        run.previous = before if same else None
+        run.coordinated_stop.check()
         for name in (*dependents(stage.name), stage.name):
             run.store.delete(f"stages/{name}.json")
-            run.markers.pop(name, None)
+            run.records.pop(name, None)
         logs.get().info("stage started")
         started, clock = now(), time.monotonic()
-        run.written = []
+        run.outputs = []
         if stage.everywhere or run.processes.is_primary:
             outcome = stage.run(run)
             seconds = time.monotonic() - clock
-            write_stage_record(run, stage.name, started, seconds, outcome)
+            run.record_stage(stage.name, started, seconds, outcome)
             if stage.name == "report":
                 write_results(run)
             logs.get().info("stage done", seconds=round(seconds, 1))
             keep()
         made = run.processes.broadcast(partial(_marker_text, run, stage), run.stop.check)
-        run.markers[stage.name] = StageRecord.model_validate_json(made)
+        run.records[stage.name] = StageRecord.model_validate_json(made)
 
 
 def _marker_text(run: Run, stage: Stage) -> str:
-    return run.markers[stage.name].model_dump_json()
+    return run.records[stage.name].model_dump_json()
 
 
 def _say_skipped(wanted: Sequence[str]) -> None:

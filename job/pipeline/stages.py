@@ -11,8 +11,6 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from job.adapters.locate import find_adapter
-from job.evals.api_client import missing_key
 from job.evals.tasks import shots_source
 from job.pipeline.run import RESULTS, Run, StageRecord, now
 from job.results import Results
@@ -39,8 +37,8 @@ def read_stage_records(store: Store) -> dict[str, StageRecord]:
 def write_results(run: Run) -> None:
     """The last file of a run: what the report stage found, and every file with its checksum."""
     results = run.outcome("report", Results)
-    artifacts = [item for name in NAMES for item in run.markers[name].outputs]
-    seconds = results.run.stage_seconds | {"report": run.markers["report"].seconds}
+    artifacts = [item for name in NAMES for item in run.records[name].outputs]
+    seconds = results.run.stage_seconds | {"report": run.records["report"].seconds}
     info = results.run.model_copy(
         update={
             "finished": now(),
@@ -49,11 +47,13 @@ def write_results(run: Run) -> None:
         }
     )
     whole = results.model_copy(update={"artifacts": artifacts, "run": info})
-    run.conclude(RESULTS, whole.model_dump_json(indent=2).encode())
+    run.commit(RESULTS, whole.model_dump_json(indent=2).encode())
 
 
 def could_do_more(outcome: Mapping[str, object], reference: Reference | None) -> bool:
     """Whether a stage that left questions open could have them answered now."""
+    from job.evals.api_client import missing_key
+
     if reference is None or missing_key(reference) is not None:
         return False
     stopped_at = outcome.get("stopped_at_usd")
@@ -146,6 +146,8 @@ def _initial(spec: Spec, revisions: Revisions) -> object:
         return None
     if key := adapter_key(spec):
         return revisions.get(key)
+    from job.adapters.locate import find_adapter
+
     return find_adapter(spec.train.init_adapter, "train.init_adapter").digests()
 
 
@@ -172,10 +174,10 @@ def _run_data(run: Run) -> BaseModel:
 
 
 def _run_baseline(run: Run) -> BaseModel:
-    from job.pipeline.background_compile import compile_ahead
     from job.pipeline.eval_stage import run_stage
+    from job.pipeline.train_stage import prepare_in_background
 
-    compile_ahead(run)
+    prepare_in_background(run)
     return run_stage(run, "baseline")
 
 

@@ -1,6 +1,7 @@
 """The train stage: examples to rows, rows to an adapter, the adapter to its file."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from job.adapters.keras_format import (
 )
 from job.adapters.low_rank import Matrix
 from job.adapters.peft_format import PeftAdapter, peft_files
+from job.adapters.warm_start import starting_lora
 from job.data.packing import PackedRows, Tokenized, length_buckets, make_rows, tokenize
 from job.errors import StageError, UsageError
 from job.model.language_model import LanguageModel
@@ -36,9 +38,10 @@ from job.results import (
     Training,
 )
 from job.runtime import logs
+from job.runtime.threads import Threads
 from job.spec.schema import Model
 from job.storage.base import file_sha256
-from job.train.trainer import Trainer, TrainResult
+from job.train.trainer import Trainer, TrainerConfig, TrainResult
 
 
 class TrainOutcome(BaseModel):
@@ -57,7 +60,7 @@ def run_stage(run: Run) -> TrainOutcome:
         UsageError: no example fits the spec's lengths.
         Interrupted, StageError: see `Trainer.run`.
     """
-    prepared = run.ahead.take() if run.ahead else prepare(run)
+    prepared: Prepared = run.prepared_training.result() if run.prepared_training else prepare(run)
     model, tokenized, trainer = prepared.model, prepared.tokenized, prepared.trainer
     matrices = exportable(model)
     trained = trainer.run()
@@ -105,9 +108,45 @@ def prepare(run: Run) -> Prepared:
         rows=len(rows.batch),
         fill=round(rows.fill, 4),
     )
-    return Prepared(
-        model, tokenized, rows.fill, Trainer(run, model, rows, validation, packed=packed)
+    config = TrainerConfig(
+        run.spec.train,
+        run.spec.seed,
+        packed,
+        dropout=run.spec.model.lora.dropout,
+        inputs=run.digests["train"],
     )
+    start = starting_lora(run.spec, model, run.revisions, run.work / "init_adapter")
+    trainer = Trainer(model, rows, validation, start, config, run.store, run.coordinated_stop)
+    return Prepared(model, tokenized, rows.fill, trainer)
+
+
+def prepare_in_background(run: Run) -> None:
+    """Start to compile the training step while the baseline is measured.
+
+    On an accelerator compilation takes longer than many a training. The step is traced before the
+    baseline begins, since two threads may not trace the same layers; then a thread compiles it,
+    and JAX keeps the program with the function. A CPU has no cores to spare for this.
+    """
+    if run.environment.platform == "cpu" or "train" in run.records:
+        return
+    prepared = prepare(run)
+    compile_step = prepared.trainer.trace_first()
+    run.prepared_training = Threads(1).submit(_compiled, prepared, compile_step)
+
+
+def _compiled(prepared: Prepared, compile_step: Callable[[], None]) -> Prepared:
+    import jax
+
+    begin = time.monotonic()
+    try:
+        compile_step()
+    except jax.errors.JaxRuntimeError as error:
+        # Training meets the same error and halves the micro-batch.
+        logs.get().info("step not compiled ahead of time", error=str(error).partition("\n")[0])
+    else:
+        seconds = round(time.monotonic() - begin, 1)
+        logs.get().info("step compiled ahead of time", seconds=seconds)
+    return prepared
 
 
 def _rows(
@@ -201,8 +240,7 @@ def write_adapter(
     if matrices is not None:
         adapter = to_peft(model, run.spec.model, lora, matrices)
         for name, content in peft_files(adapter).items():
-            run.put(f"{FOLDER}{PEFT}{name}", content)
-            files[PEFT + name] = run.written[-1].sha256
+            files[PEFT + name] = run.put(f"{FOLDER}{PEFT}{name}", content).sha256
     spec = run.spec.model
     info = describe(model.lora, model.family, spec.preset, model.preset.revision, files)
     run.put(FOLDER + DESCRIPTION, (info.model_dump_json(indent=2) + "\n").encode())

@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from job.adapters.warm_start import starting_lora
 from job.data.packing import Batch, PackedRows
 from job.errors import StageError
 from job.machine.devices import COMPILE_CLOCK
+from job.machine.distributed import CoordinatedStop
 from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.lora import LoraWeights, flatten_lora, unflatten_lora
-from job.pipeline.run import Run
 from job.runtime import logs
 from job.runtime.watchdog import Advance
 from job.runtime.watchdog import progress as show_progress
 from job.spec.schema import Train
+from job.storage.base import Store
 from job.train.batching import BatchSchedule, DeviceMemoryError, StepBatches, memory_errors
 from job.train.blockwise_step import make_step
 from job.train.checkpoint import (
@@ -53,41 +53,68 @@ class TrainResult:
     mfu: float | None
 
 
+@dataclass(frozen=True)
+class TrainerConfig:
+    """What a training does, besides the model and its rows."""
+
+    train: Train
+    seed: int
+    packed: bool
+    """Rows hold several examples."""
+    dropout: float = 0.0
+    """Share of the adapters' inputs that is dropped."""
+    inputs: str = ""
+    """Digest of everything the training depends on; checkpoints of other inputs are ignored."""
+
+
 class Trainer:
-    """One training: its compiled functions, its state, and how far it is."""
+    """One training: its compiled functions, its state, and its progress."""
 
     def __init__(
         self,
-        run: Run,
         model: LanguageModel,
         rows: PackedRows,
         validation: PackedRows,
-        *,
-        packed: bool,
+        start: LoraWeights,
+        config: TrainerConfig,
+        store: Store,
+        stop: CoordinatedStop,
     ) -> None:
-        self._run = run
+        """Build the compiled step and set the state to that before the first step.
+
+        Args:
+            model: the frozen model.
+            rows: the training rows.
+            validation: the validation rows.
+            start: the adapter to start from.
+            config: settings of the training.
+            store: holds checkpoints and the history.
+            stop: checked at each step.
+        """
         self._model = model
-        self._train: Train = run.spec.train
+        self._config = config
+        self._train = config.train
         self._rows = rows
         self._validation = validation
+        self._store = store
+        self._stop = stop
         self._plan = BatchSchedule(
             len(rows.batch),
             self._train.batch_size,
             self._train.epochs,
-            run.spec.seed,
+            config.seed,
             tuple(rows.lengths.tolist()) if len(rows.ladder) > 1 else (),
         )
-        start = starting_lora(run, model)
         self._optimizer, self._schedule = make_optimizer(self._train, self._plan.steps, start)
         self._start = flatten_lora(start), [v.value for v in self._optimizer.variables]
         reach = max(rows.longest, validation.longest)
-        forward = ForwardConfig(packed, self._train.remat, reach)
+        forward = ForwardConfig(config.packed, self._train.remat, reach)
         recipe = StepConfig(
             forward,
-            dropout=run.spec.model.lora.dropout,
+            dropout=config.dropout,
             label_smoothing=self._train.label_smoothing,
             lora_plus_ratio=self._train.lora_plus_ratio,
-            seed=run.spec.seed,
+            seed=config.seed,
         )
         self._step, self._validate_rows = make_step(
             model, self._optimizer, recipe, self._train.compile
@@ -141,7 +168,7 @@ class Trainer:
         if progress.validation_before is None:
             progress.validation_before = self._validate()
         with (
-            CheckpointWriter(self._run.store, self._run.digests["train"]) as writer,
+            CheckpointWriter(self._store, self._config.inputs) as writer,
             show_progress("training", total, progress.step) as advance,
         ):
             if not progress.stopped:
@@ -157,19 +184,19 @@ class Trainer:
     def _resume(self) -> None:
         """Go to the newest checkpoint, or to the start where there is none."""
         self._begin()
-        run = self._run
-        inputs = run.digests["train"]
-        newest = run.processes.broadcast(lambda: json.dumps(newest_step(run.store, inputs)))
+        newest = self._stop.processes.broadcast(
+            lambda: json.dumps(newest_step(self._store, self._config.inputs))
+        )
         step = json.loads(newest)
         if step is None:
             return
-        found = read_checkpoint(run.store, step)
+        found = read_checkpoint(self._store, step)
         count = 2 * len(self._model.lora.targets)
         kept = len(found.arrays) - (count if self._train.keep == "best" else 0)
         self._state = self._place(found.arrays[:count], found.arrays[count:kept])
         self._best = found.arrays[kept:]
         self._progress = found.progress
-        lines = (run.store.read(HISTORY) or b"").decode().splitlines()
+        lines = (self._store.read(HISTORY) or b"").decode().splitlines()
         self._history = [
             line for line in map(json.loads, lines) if line["step"] <= found.progress.step
         ]
@@ -181,20 +208,18 @@ class Trainer:
         mark, compiled = time.monotonic(), COMPILE_CLOCK.seconds
         due = False
         while progress.step < total and not progress.stopped:
-            batch, placed = self._portions.take(
-                progress.step, stop=self._run.stop.requested is not None
-            )
+            batch, placed = self._portions.take(progress.step, stop=self._stop.requested)
             self._state, figures = self._step(self._state, self._model.weights, placed)
             # The step before is looked at while this one runs.
             stopping = pending is not None and self._account(pending, advance)
             pending = _Pending(progress.step, batch, figures)
             progress.step += 1
-            if self._run.processes.count == 1:
-                stopping = self._run.stop.requested is not None
+            if self._stop.processes.count == 1:
+                stopping = self._stop.requested
             due = due or progress.step % train.checkpoint_every == 0
             # Steps do not wait for slow storage: the checkpoint is made once the last is written.
             # Several processes do, because all must save at the same step.
-            ready = writer.idle or self._run.processes.count > 1
+            ready = writer.idle or self._stop.processes.count > 1
             saving = stopping or progress.step == total or (due and ready)
             validating = train.validate_every and progress.step % train.validate_every == 0
             if saving or validating:
@@ -210,7 +235,7 @@ class Trainer:
                 due = False
             if stopping:
                 writer.wait()
-                self._run.check()
+                self._stop.check()
 
     def _save(self, writer: CheckpointWriter) -> None:
         state = [*flatten_lora(self._state.lora), *self._state.optimizer]

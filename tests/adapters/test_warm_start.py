@@ -23,7 +23,7 @@ from job.runtime.signals import StopSignal
 from job.spec.schema import Spec
 from job.storage.local import LocalStore
 from tests.conftest import MakeModel
-from tests.train.test_trainer import MACHINE
+from tests.data.staged import MACHINE
 
 ADAPTER = "adapter.lora.h5"
 
@@ -38,9 +38,11 @@ def make_run(
         "data": {"dataset": "samples", "prompt": "{input}", "response": "{output}"},
         "train": {"init_adapter": init and str(init)},
     })  # fmt: skip
-    return Run(
-        "t", spec, LocalStore(folder), folder / "work", StopSignal(), MACHINE, lambda: model.mesh
-    )
+    return Run("t", spec, LocalStore(folder), folder / "work", StopSignal(), MACHINE)
+
+
+def start_from(run: Run, model: LanguageModel) -> LoraWeights:
+    return starting_lora(run.spec, model, run.revisions, run.work / "init_adapter")
 
 
 def trained(model: LanguageModel) -> LoraWeights:
@@ -72,7 +74,7 @@ def test_a_run_its_adapter_and_its_peft_folder_start_from_the_same_weights(
 ) -> None:
     model = make_model(rank=4, alpha=8)
     run = make_run(tmp_path / "later", model, earlier / folder)
-    assert_same(starting_lora(run, model), trained(model))
+    assert_same(start_from(run, model), trained(model))
 
 
 def test_exported_again_it_is_the_same_file(
@@ -80,9 +82,7 @@ def test_exported_again_it_is_the_same_file(
 ) -> None:
     model = make_model(rank=4, alpha=8)
     run = make_run(tmp_path / "later", model, earlier / "adapter/peft")
-    write_adapter(
-        run, model, starting_lora(run, model), target_matrices(model.backbone, model.lora)
-    )
+    write_adapter(run, model, start_from(run, model), target_matrices(model.backbone, model.lora))
     for name in (ADAPTER, "adapter.json", "peft/adapter_model.safetensors"):
         there, here = earlier / "adapter" / name, tmp_path / "later/adapter" / name
         assert there.read_bytes() == here.read_bytes()
@@ -102,7 +102,7 @@ def test_higher_rank_and_other_alpha_begin_as_the_same_update(
 ) -> None:
     before, model = make_model(rank=4, alpha=8), make_model(rank=6, alpha=3)
     run = make_run(tmp_path / "later", model, earlier)
-    start = starting_lora(run, model)
+    start = start_from(run, model)
     for (a, b), (old_a, old_b) in zip(start, trained(before), strict=True):
         np.testing.assert_allclose(0.5 * (a @ b), 2.0 * (old_a @ old_b), atol=1e-6)
         assert np.any(a[..., 4:])
@@ -117,7 +117,7 @@ def test_layers_it_does_not_have_start_afresh(
     earlier: Path, tmp_path: Path, make_model: MakeModel
 ) -> None:
     model = make_model(rank=4, alpha=8, targets=("query", "value", "key"))
-    start = starting_lora(make_run(tmp_path / "later", model, earlier), model)
+    start = start_from(make_run(tmp_path / "later", model, earlier), model)
     for target, (_, b) in zip(model.lora.targets, start, strict=True):
         assert np.any(b) != target.path.endswith("key")
 
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused_with_the_way_out(
     def refused(init: Path, message: str, *, preset: str = "tiny", **model: Any) -> None:
         made = make_model(**{"rank": 4, "alpha": 8} | model)
         with pytest.raises(UsageError, match=message):
-            starting_lora(make_run(tmp_path / "later", made, init, preset=preset), made)
+            start_from(make_run(tmp_path / "later", made, init, preset=preset), made)
 
     for folder in (earlier, earlier / "adapter/peft"):
         refused(folder, "is of rank 4 here, and model.lora.rank is 2; raise it to 4", rank=2)
@@ -150,7 +150,7 @@ def test_peft_adapter_of_another_model_is_refused(
         (folder / name).write_bytes(content)
     model = make_model(rank=4)
     with pytest.raises(UsageError, match=r"is of a layer \(\d+, 72\).* of another model"):
-        starting_lora(make_run(tmp_path / "later", model, folder), model)
+        start_from(make_run(tmp_path / "later", model, folder), model)
 
 
 def test_truncated_file_is_a_failure_wherever_it_is_read(
@@ -160,7 +160,7 @@ def test_truncated_file_is_a_failure_wherever_it_is_read(
     path = earlier / "adapter" / ADAPTER
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(StageError, match="is not a LoRA file of this model"):
-        starting_lora(make_run(tmp_path / "later", model, earlier), model)
+        start_from(make_run(tmp_path / "later", model, earlier), model)
     with pytest.raises(StageError, match="does not have the checksum in adapter.json"):
         load_trained(make_run(earlier, model), model)
 

@@ -12,8 +12,6 @@ accelerator's steps go on beside it.
 import os
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 from tests.benchmarks import report
 from tests.benchmarks.shapes import SHAPES, make_model
@@ -40,13 +38,12 @@ def main() -> None:
     given = parser.parse_args()
 
     from job.data.packing import make_rows
-    from job.pipeline.run import Run
+    from job.machine.distributed import CoordinatedStop, ProcessGroup
     from job.runtime.signals import StopSignal
-    from job.spec.schema import Spec
+    from job.spec.schema import Train
     from job.storage.locations import open_store
     from job.train.checkpoint import FOLDER
-    from job.train.trainer import Trainer
-    from tests.data.staged import MACHINE
+    from job.train.trainer import Trainer, TrainerConfig
 
     model = make_model("proxy", "float32", given.rank)
     examples = make_examples(given.examples, SHAPES["proxy"]["vocabulary_size"])
@@ -55,22 +52,17 @@ def main() -> None:
 
     def train(name: str, every: int) -> tuple[float, int]:
         """Seconds a step, and bytes of the newest checkpoint."""
-        spec = Spec.model_validate({
-            "name": name,
-            "model": {"preset": "tiny", "lora": {"rank": given.rank}},
-            "data": {"dataset": "samples", "prompt": "{input}", "response": "{output}"},
-            "train": {"batch_size": 1, "checkpoint_every": every, "log_every": 10**6},
-        })  # fmt: skip
+        settings = Train(batch_size=1, checkpoint_every=every, log_every=10**6)
         store = open_store(f"gs://checkpoints/{name}")
-        run = Run(name, spec, store, Path(folder), StopSignal(), MACHINE, lambda: model.mesh)
-        run.digests["train"] = name
-        progress = Trainer(run, model, rows, held_out, packed=True).run().progress
+        config = TrainerConfig(settings, seed=0, packed=True, inputs=name)
+        stop = CoordinatedStop(StopSignal(), ProcessGroup())
+        trainer = Trainer(model, rows, held_out, model.lora.start(0), config, store, stop)
+        progress = trainer.run().progress
         newest = store.stat(store.list(FOLDER)[-1])
         assert newest is not None
         return progress.busy / progress.step, newest.bytes
 
     with (
-        tempfile.TemporaryDirectory() as folder,
         subprocess.Popen(
             [sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as server,

@@ -40,14 +40,8 @@ def stage(spec: Spec, run_id: str = "r") -> DataInfo:
     with tempfile.TemporaryDirectory() as work:
         store = open_store(child_uri(spec.output, run_id))
         revisions = resolve_all(spec, {})
-        run = Run(
-            run_id, spec, store, Path(work), StopSignal(), MACHINE, _no_mesh, revisions=revisions
-        )
+        run = Run(run_id, spec, store, Path(work), StopSignal(), MACHINE, revisions=revisions)
         return run_stage(run)
-
-
-def _no_mesh() -> Any:
-    raise AssertionError("the data stage uses no devices")
 
 
 def left_in(folder: Path) -> Mapping[str, bytes]:

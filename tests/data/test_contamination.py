@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 
 from job.data.contamination import WORDS, Passages, find_overlap
 from job.data.examples import Example, Turn
-from job.evals.tasks import Question, Task
-from job.spec.schema import MultipleChoiceEval
 
 WORD = [f"w{n}" for n in range(400)]
 
@@ -54,14 +52,13 @@ def test_what_is_planted_is_found_and_nothing_else(seed: int, before: int, after
 
 
 def test_the_overlap_names_the_pairs() -> None:
-    entry = MultipleChoiceEval(name="exam", dataset="samples", options=["a", "b"], answer="c")
-    questions = [Question(f"q{n}", sentence(20, n), ("a", "b"), "A") for n in range(3)]
+    questions = {f"q{n}": sentence(20, n) for n in range(3)}
     examples = [
         Example("e0", None, "hello", "there"),
-        Example("e1", None, "hello", f"so: {questions[1].text}."),
-        Example("e2", None, "a", "b", (Turn(questions[2].text, "c"),)),
+        Example("e1", None, "hello", f"so: {questions['q1']}."),
+        Example("e2", None, "a", "b", (Turn(questions["q2"], "c"),)),
     ]
-    overlap = find_overlap([Task(entry, None, questions)], examples)
+    overlap = find_overlap({"exam": questions}, examples)
     assert overlap.slices["exam"].found == 2
     assert [(pair.question, pair.example) for pair in overlap.pairs] == [("q1", "e1"), ("q2", "e2")]
     assert overlap.examples == 3

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +16,8 @@ from job.storage.local import LocalStore
 KEY = "evals/baseline/first/partial.json"
 
 
-def run_in(folder: Path) -> Any:
-    return SimpleNamespace(store=LocalStore(folder), processes=ProcessGroup())
+def caches(folder: Path, inputs: object = "inputs") -> EvalCaches:
+    return EvalCaches(LocalStore(folder), "baseline", inputs, ProcessGroup().broadcast)
 
 
 def stopped_after(batches: int) -> Any:
@@ -39,16 +38,15 @@ def test_generation_goes_on_where_it_stopped(tiny: LanguageModel, tmp_path: Path
     prompts = prompts_of(tiny)
     whole = Engine(tiny, 2, 512).generate(tiny.weights, prompts, 4, "t")
 
-    run = run_in(tmp_path)
-    with pytest.raises(RunStoppedError), EvalCaches(run, "baseline", "inputs") as progress:
+    with pytest.raises(RunStoppedError), caches(tmp_path) as progress:
         engine = Engine(tiny, 2, 512, stopped_after(2))
-        engine.generate(tiny.weights, prompts, 4, "t", progress.of("first"))
+        engine.generate(tiny.weights, prompts, 4, "t", progress.open("first"))
     assert len(json.loads((tmp_path / KEY).read_text())["batches"]) == 2
 
     asked: list[int] = []
-    with EvalCaches(run, "baseline", "inputs") as progress:
+    with caches(tmp_path) as progress:
         engine = Engine(tiny, 2, 512, lambda: asked.append(1))
-        resumed = engine.generate(tiny.weights, prompts, 4, "t", progress.of("first"))
+        resumed = engine.generate(tiny.weights, prompts, 4, "t", progress.open("first"))
     assert resumed == whole
     assert len(asked) == 2
     assert not (tmp_path / KEY).exists()
@@ -57,15 +55,14 @@ def test_generation_goes_on_where_it_stopped(tiny: LanguageModel, tmp_path: Path
 def test_letter_scores_come_back_to_the_bit(tiny: LanguageModel, tmp_path: Path) -> None:
     prompts, letters = prompts_of(tiny), tiny.codec.letter_tokens("ABCD")
     whole = Engine(tiny, 2, 512).loglikelihood(tiny.weights, prompts, letters, "t")
-    run = run_in(tmp_path)
-    with pytest.raises(ZeroDivisionError), EvalCaches(run, "baseline", "inputs") as progress:
+    with pytest.raises(ZeroDivisionError), caches(tmp_path) as progress:
         Engine(tiny, 2, 512).loglikelihood(
-            tiny.weights, prompts, letters, "t", progress.of("first")
+            tiny.weights, prompts, letters, "t", progress.open("first")
         )
         raise ZeroDivisionError
-    with EvalCaches(run, "baseline", "inputs") as progress:
+    with caches(tmp_path) as progress:
         engine = Engine(tiny, 2, 512, stopped_after(0))  # nothing is left to ask
-        again = engine.loglikelihood(tiny.weights, prompts, letters, "t", progress.of("first"))
+        again = engine.loglikelihood(tiny.weights, prompts, letters, "t", progress.open("first"))
     assert again.tobytes() == whole.tobytes()
 
 
@@ -73,6 +70,5 @@ def test_letter_scores_come_back_to_the_bit(tiny: LanguageModel, tmp_path: Path)
     "content", [b"", b"{", b"[]", b'{"inputs": "other", "batches": {"0": []}}']
 )
 def test_what_is_damaged_or_of_other_inputs_is_not_read(content: bytes, tmp_path: Path) -> None:
-    run = run_in(tmp_path)
-    run.store.write(KEY, content)
-    assert EvalCaches(run, "baseline", "inputs").of("first").get(0) is None
+    LocalStore(tmp_path).write(KEY, content)
+    assert caches(tmp_path).open("first").get(0) is None

@@ -14,47 +14,42 @@ import pytest
 from job.data.examples import Example
 from job.data.packing import make_rows, tokenize
 from job.errors import RunStoppedError, StageError
+from job.machine.distributed import CoordinatedStop, ProcessGroup
 from job.model.language_model import LanguageModel
 from job.model.lora import Weights, flatten_lora
-from job.pipeline.run import Run
-from job.results import EnvironmentInfo
 from job.runtime.signals import StopSignal
-from job.spec.schema import Spec, Train
+from job.spec.schema import Train
+from job.storage.base import Store
 from job.storage.local import LocalStore
 from job.train.batching import BatchSchedule, rows_that_fit
 from job.train.checkpoint import FOLDER, load_checkpoint
 from job.train.step import Arrays, StepMetrics, TrainState
-from job.train.trainer import HISTORY, Trainer, TrainResult
+from job.train.trainer import HISTORY, Trainer, TrainerConfig, TrainResult
 
-MACHINE = EnvironmentInfo(
-    platform="cpu", device_kind="cpu", devices=1, processes=1, python="3.12", packages={},
-    git_commit=None, image=None,
-)  # fmt: skip
 SAMPLES = [
     Example(str(i), None, f"I have had pain in my {part} for {i} days.", f"Rest your {part} well.")
     for i, part in enumerate(["knee", "back", "neck", "hand", "foot", "head", "hip", "arm"] * 2)
 ]
 
 
-def trainer(folder: Path, model: LanguageModel, **train: object) -> tuple[Trainer, Run]:
+def trainer(
+    folder: Path, model: LanguageModel, store: Store | None = None, **train: object
+) -> tuple[Trainer, StopSignal]:
     """A small training; compiled by blocks, because that is quicker."""
     settings = Train.model_validate(
         {"batch_size": 4, "learning_rate": 1e-2, "packing": False, "max_length": 64,
          "epochs": 3, "log_every": 1, "checkpoint_every": 5, "compile": "blocks"} | train
     )  # fmt: skip
-    spec = Spec.model_validate({
-        "name": "t",
-        "model": {"preset": "tiny", "dtype": "float32", "lora": {"rank": 4}},
-        "data": {"dataset": "samples", "prompt": "{input}", "response": "{output}"},
-        "train": settings.model_dump(),
-    })  # fmt: skip
-    store, stop = LocalStore(folder), StopSignal()
-    run = Run("t", spec, store, folder, stop, MACHINE, lambda: model.mesh)
-    run.digests["train"] = "inputs"
+    stop = StopSignal()
     found = tokenize(SAMPLES, model.codec, 64, "response")
     rows = make_rows(found.examples[:12], 64, packing=False)
     validation = make_rows(found.examples[12:], 64, packing=False)
-    return Trainer(run, model, rows, validation, packed=False), run
+    config = TrainerConfig(settings, seed=0, packed=False, inputs="inputs")
+    made = Trainer(
+        model, rows, validation, model.lora.start(0), config,
+        store or LocalStore(folder), CoordinatedStop(stop, ProcessGroup()),
+    )  # fmt: skip
+    return made, stop
 
 
 def values(trained: TrainResult) -> list[np.ndarray]:
@@ -108,8 +103,8 @@ class SlowStore(LocalStore):
 
 
 def test_steps_do_not_wait_for_slow_storage(tmp_path: Path, tiny: LanguageModel) -> None:
-    made, run = trainer(tmp_path, tiny, checkpoint_every=2)
-    run.store = store = SlowStore(tmp_path)
+    store = SlowStore(tmp_path)
+    made, _ = trainer(tmp_path, tiny, store, checkpoint_every=2)
     step, count = made._step, 0
 
     def counting(*args: object) -> object:
@@ -132,7 +127,7 @@ def test_stopped_and_resumed_training_ends_with_the_same_adapter(
 ) -> None:
     settings = {"compile": one, "micro_batch": 2 if stop_after == 4 else "auto"}
     unbroken = trainer(tmp_path / "whole", tiny, **settings)[0].run()
-    broken, run = trainer(tmp_path / "broken", tiny, **settings)
+    broken, stop = trainer(tmp_path / "broken", tiny, **settings)
     count = 0
     step = broken._step
 
@@ -140,13 +135,13 @@ def test_stopped_and_resumed_training_ends_with_the_same_adapter(
         nonlocal count
         count += 1
         if count == stop_after:
-            run.stop.requested = "SIGTERM"
+            stop.requested = "SIGTERM"
         return step(*args)
 
     broken._step = stopping
     with pytest.raises(RunStoppedError):
         broken.run()
-    kept = load_checkpoint(run.store, "inputs")
+    kept = load_checkpoint(LocalStore(tmp_path / "broken"), "inputs")
     assert kept is not None
     assert kept.progress.step == stop_after
     resumed = trainer(tmp_path / "broken", tiny, **settings)[0].run()
@@ -162,7 +157,7 @@ def test_stopped_and_resumed_training_ends_with_the_same_adapter(
 def test_loss_that_is_not_finite_stops_and_names_step_and_examples(
     tmp_path: Path, tiny: LanguageModel
 ) -> None:
-    made, run = trainer(tmp_path, tiny, checkpoint_every=1)
+    made, _ = trainer(tmp_path, tiny, checkpoint_every=1)
     broken = made._model.weights
     step = made._step
 
@@ -180,7 +175,7 @@ def test_loss_that_is_not_finite_stops_and_names_step_and_examples(
     made._step = poisoned
     with pytest.raises(StageError, match=r"step 3 has a loss of nan.*examples are \d+, \d+"):
         made.run()
-    kept = load_checkpoint(run.store, "inputs")
+    kept = load_checkpoint(LocalStore(tmp_path), "inputs")
     assert kept is not None
     assert kept.progress.step in (1, 2)  # the second waits while the first is being written
     assert all(np.isfinite(array).all() for array in kept.arrays)
@@ -202,9 +197,9 @@ def test_every_optimizer_lowers_the_loss(
 def test_training_resumed_after_its_last_step_ends_the_same(
     tmp_path: Path, tiny: LanguageModel
 ) -> None:
-    first, run = trainer(tmp_path, tiny, epochs=1)
+    first, _ = trainer(tmp_path, tiny, epochs=1)
     trained = first.run()
-    run.store.write(HISTORY, first.curves()[HISTORY])
+    LocalStore(tmp_path).write(HISTORY, first.curves()[HISTORY])
     second, _ = trainer(tmp_path, tiny, epochs=1)
     again = second.run()
     for ours, theirs in zip(values(again), values(trained), strict=True):
@@ -291,11 +286,11 @@ def test_the_estimate_of_rows_follows_the_memory() -> None:
 
 
 def test_training_that_gets_no_better_stops_early(tmp_path: Path, tiny: LanguageModel) -> None:
-    made, run = trainer(tmp_path, tiny, learning_rate=0, validate_every=1, patience=4)
+    made, _ = trainer(tmp_path, tiny, learning_rate=0, validate_every=1, patience=4)
     trained = made.run()
     assert trained.progress.stopped
     assert trained.progress.step == 4
-    kept = load_checkpoint(run.store, "inputs")
+    kept = load_checkpoint(LocalStore(tmp_path), "inputs")
     assert kept is not None
     assert kept.progress.stopped
     again = trainer(tmp_path, tiny, learning_rate=0, validate_every=1, patience=4)[0].run()
@@ -308,14 +303,14 @@ def test_the_best_adapter_is_kept_through_a_stop(tmp_path: Path, tiny: LanguageM
     unbroken = trainer(tmp_path / "whole", tiny, **ruin)[0].run()
     best = unbroken.validation_after.step
     assert 0 < best < 9
-    broken, run = trainer(tmp_path / "broken", tiny, **ruin)
+    broken, stop = trainer(tmp_path / "broken", tiny, **ruin)
     step, calls = broken._step, 0
 
     def stopping(*args: object) -> object:
         nonlocal calls
         calls += 1
         if calls == best + 1:
-            run.stop.requested = "SIGTERM"
+            stop.requested = "SIGTERM"
         return step(*args)
 
     broken._step = stopping
