@@ -1,26 +1,25 @@
-"""The commands of `job`, and nothing else: arguments in, exit code out.
+"""The commands of `job`: arguments in, exit code out, nothing else.
 
-Heavy imports (keras, jax, datasets) happen inside the command that needs them, so that
-`--help`, `validate` and `schema` answer at once.
+Heavy imports (keras, jax, datasets) are inside the command that needs them, so that `--help`,
+`validate`, `plan` and `schema` answer at once.
 """
 
 import json
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from job import __version__
-from job.errors import EXIT_RESUMABLE, JobError, RunStoppedError
+from job.errors import JobError, RunStoppedError
 from job.runtime.logs import Redactor
-from job.runtime.signals import exit_now
 
 app = typer.Typer(
     name="job",
-    help="Fine-tune a language model from one YAML spec, and measure what that changed.",
-    epilog="Exit codes: 0 done, 2 wrong spec or arguments, 3 wrong machine, 4 a stage failed, "
-    "75 stopped early (run the same command to go on).",
+    help="Fine-tune a language model from one YAML spec and measure what changed.",
+    epilog="Exit codes: 0 done, 2 wrong spec or arguments, 3 wrong environment, 4 a stage failed, "
+    "75 stopped early (run the same command to resume).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,18 +30,20 @@ SpecArgument = Annotated[
     str,
     typer.Argument(
         envvar="JOB_SPEC",
-        help="A path, a gs:// URI, or the name of a shipped spec, like smoke; in the variable it "
-        "may be the YAML itself.",
+        help="A path, a gs:// URI, or the name of a shipped spec, like smoke; the environment "
+        "variable may also hold the YAML text.",
     ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the spec; repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the spec; repeatable."),
 ]
+RunArgument = Annotated[str, typer.Argument(help="A run: a folder, or gs://bucket/prefix/run-id.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         typer.echo(f"job {__version__}")
         raise typer.Exit
 
@@ -61,19 +62,19 @@ def run(
     spec: SpecArgument,
     overrides: SetOption = None,
     output: Annotated[
-        str | None, typer.Option(metavar="URI", help="Folder or gs:// prefix of the runs.")
+        str | None, typer.Option(metavar="URI", help="Folder or gs:// prefix for runs.")
     ] = None,
     run_id: Annotated[
-        str | None, typer.Option(metavar="ID", help="Name of the run; default: by the spec.")
+        str | None, typer.Option(metavar="ID", help="Name of the run; default: from the spec.")
     ] = None,
     until: Annotated[
         str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Forget what an earlier run with this id left.")
+        bool, typer.Option("--fresh", help="Discard the outputs of an earlier run with this id.")
     ] = False,
 ) -> None:
-    """Run the job, or go on with it where it stopped."""
+    """Run a job, or resume it."""
     from job.pipeline.runner import run_job
     from job.spec.load import load_spec
 
@@ -89,13 +90,14 @@ def validate(
     overrides: SetOption = None,
     portable: Annotated[
         bool,
-        typer.Option("--portable", help="Refuse what only this machine has, like its files."),
+        typer.Option("--portable", help="Also reject local files and folders."),
     ] = False,
     write: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write the spec with all that was set.")
+        str | None,
+        typer.Option(metavar="FILE", help="Write the spec with defaults and overrides."),
     ] = None,
 ) -> None:
-    """Check a spec and report all problems at once, each with its path and line."""
+    """Check a spec; report all problems at once, each with its path and line."""
     from job.spec.load import check_portable, load_spec, run_id, write_spec
 
     loaded = load_spec(spec, overrides or [])
@@ -112,63 +114,64 @@ def plan(
     overrides: SetOption = None,
     on: Annotated[
         list[str] | None,
-        typer.Option(metavar="MACHINE", help="Such as v5e-8 or h100-1; repeatable."),
+        typer.Option(metavar="MACHINE", help="A machine, like v5e-8 or h100-1; repeatable."),
     ] = None,
     table: Annotated[
-        bool, typer.Option("--table", help="One line for each size of the machine.")
+        bool, typer.Option("--table", help="Print one line per size of the machine.")
     ] = False,
     compile_: Annotated[
-        bool, typer.Option("--compile", help="Ask the TPU's compiler; needs the tpu extra.")
+        bool,
+        typer.Option("--compile", help="Compile for the TPU; needs the tpu extra, but no TPU."),
     ] = False,
     examples: Annotated[
-        int | None, typer.Option(metavar="N", help="Training examples, where the spec takes all.")
+        int | None,
+        typer.Option(metavar="N", help="Training examples, if the spec does not limit them."),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Mean tokens of an example.")
+        int | None, typer.Option(metavar="N", help="Mean tokens per example.")
     ] = None,
     mfu: Annotated[
-        float, typer.Option(metavar="SHARE", help="Share of the peak that is assumed.")
+        float, typer.Option(metavar="SHARE", help="Assumed share of peak FLOP/s.")
     ] = 0.4,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Say what a run would do, need and cost, without starting it."""
+    """Estimate the memory, time and cost of a run without starting it."""
     from job.commands.plan import PlanOptions, plan_job
     from job.plan.text import render, render_table
     from job.spec.load import load_spec
 
-    asked = PlanOptions(tuple(on or ()), table, compile_, examples, tokens, mfu)
-    found = plan_job(load_spec(spec, overrides or []), asked)
+    chosen = PlanOptions(tuple(on or ()), table, compile_, examples, tokens, mfu)
+    planned = plan_job(load_spec(spec, overrides or []), chosen)
     if as_json:
-        typer.echo(found.model_dump_json(indent=2))
+        typer.echo(planned.model_dump_json(indent=2))
     else:
-        typer.echo(render_table(found) if table else render(found))
+        typer.echo(render_table(planned) if table else render(planned))
 
 
 @app.command()
 def accelerators(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="MACHINE", help="Such as v5e-8; default: all.")
+        list[str] | None,
+        typer.Argument(metavar="MACHINE", help="A machine, like v5e-8; default: all."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Say how machines are ordered: cloud names, quotas, list prices."""
+    """List machines with their cloud names, quotas and list prices."""
     from dataclasses import asdict
 
     from job.machine.accelerators import ACCELERATORS, machine_order, machine_sizes, parse_machine
 
-    wanted = [parse_machine(name) for name in names or ()]
-    found = [
-        machine_order(one)
-        for one in wanted or [size for a in ACCELERATORS for size in machine_sizes(a)]
-    ]
+    machines = [parse_machine(name) for name in names or ()]
+    machines = machines or [size for a in ACCELERATORS for size in machine_sizes(a)]
+    orders = [machine_order(machine) for machine in machines]
     if as_json:
-        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
+        typer.echo(json.dumps([asdict(order) for order in orders], indent=2))
         return
-    for one in found:
-        ordered = one.accelerator_type or one.machine_type or "not of a cloud"
-        price = "no price" if one.usd_per_hour is None else f"{one.usd_per_hour:.2f} USD/h"
-        spot = "" if one.spot_usd_per_hour is None else f", spot {one.spot_usd_per_hour:.2f}"
-        typer.echo(f"{one.machine:<10} {one.hosts:>3} host(s)  {ordered:<18} {price}{spot}")
+    for order in orders:
+        name = order.accelerator_type or order.machine_type or "not in a cloud"
+        price = "no price" if order.usd_per_hour is None else f"{order.usd_per_hour:.2f} USD/h"
+        spot = "" if order.spot_usd_per_hour is None else f", spot {order.spot_usd_per_hour:.2f}"
+        typer.echo(f"{order.machine:<10} {order.hosts:>3} host(s)  {name:<18} {price}{spot}")
 
 
 @app.command()
@@ -181,10 +184,10 @@ def schema() -> None:
 
 @app.command()
 def fetch(
-    run_uri: Annotated[str, typer.Argument(help="A run: a folder, or gs://bucket/prefix/run-id.")],
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Where to put it.")],
+    run_uri: RunArgument,
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Target folder.")],
 ) -> None:
-    """Download a finished run and check every checksum."""
+    """Download a finished run and verify every checksum."""
     from job.commands.fetch import fetch_run
 
     fetch_run(run_uri, folder)
@@ -194,106 +197,99 @@ def fetch(
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Finished runs; the first is compared with."),
+        typer.Argument(metavar="RUN...", help="Finished runs; all are compared with the first."),
     ],
-    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page as well.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Also write an HTML page.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Put finished runs side by side, with paired tests on the questions that match."""
+    """Compare finished runs, with paired tests on the questions they share."""
     from job.commands.compare import compare_finished
 
-    found = compare_finished(runs, html)
+    comparison = compare_finished(runs, html)
     if as_json:
-        typer.echo(found.model_dump_json(indent=2))
+        typer.echo(comparison.model_dump_json(indent=2))
         return
     from rich.console import Console
 
     from job.report.compare_text import show
 
-    show(found, Console(width=None if sys.stdout.isatty() else 160))
+    show(comparison, Console(width=None if sys.stdout.isatty() else 160))
 
 
 @app.command()
 def generate(
-    run_uri: Annotated[str, typer.Argument(help="A run: a folder, or gs://bucket/prefix/run-id.")],
+    run_uri: RunArgument,
     prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What to say; without it, a conversation.")
+        str | None,
+        typer.Option(metavar="TEXT", help="The prompt; without one, a conversation starts."),
     ] = None,
     prompt_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A file that holds it; - is standard input.")
+        str | None, typer.Option(metavar="FILE", help="File with the prompt; - reads stdin.")
     ] = None,
-    base: Annotated[
-        bool, typer.Option("--base", help="Let the model without the adapter answer too.")
-    ] = False,
+    base: Annotated[bool, typer.Option("--base", help="Also answer with the base model.")] = False,
     system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Instruction; default: as in training.")
+        str | None, typer.Option(metavar="TEXT", help="System prompt; default: as in training.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Limit of an answer.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Maximum tokens per answer.")
+    ] = 256,
     temperature: Annotated[
-        float | None, typer.Option(metavar="T", help="Draw the answer; without it, greedy.")
+        float | None, typer.Option(metavar="T", help="Sampling temperature; default: greedy.")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Of the likeliest tokens with this share.")
+        float | None, typer.Option(metavar="P", help="Nucleus sampling: total probability.")
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(metavar="K", help="Of so many of the likeliest tokens.")
+        int | None, typer.Option(metavar="K", help="Sample from the K most likely tokens.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="S", help="Of what is drawn.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line an answer.")] = False,
+    seed: Annotated[int | None, typer.Option(metavar="S", help="Sampling seed.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, one line per answer.")
+    ] = False,
 ) -> None:
-    """Let a run's tuned model answer, once or in a conversation."""
+    """Generate answers with a run's fine-tuned model, once or in a conversation."""
     from job.commands.generate import GenerateOptions, generate_answers
 
-    wanted = GenerateOptions(max_new_tokens, base, system, temperature, top_p, top_k, seed, as_json)
-    generate_answers(run_uri, wanted, prompt, prompt_file)
+    chosen = GenerateOptions(max_new_tokens, base, system, temperature, top_p, top_k, seed, as_json)
+    generate_answers(run_uri, chosen, prompt, prompt_file)
 
 
 @app.command()
 def export(
-    run_uri: Annotated[str, typer.Argument(help="A run: a folder, or gs://bucket/prefix/run-id.")],
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A new folder to write.")],
+    run_uri: RunArgument,
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A new folder.")],
     to: Annotated[
         str,
         typer.Option(
             metavar="FORMAT",
-            help="peft: the adapter for transformers, PEFT and vLLM; merged-transformers, "
-            "merged-keras: the whole model with the adapter merged in.",
+            help="peft: the adapter for PEFT, transformers and vLLM; merged-transformers, "
+            "merged-keras: the full model with the adapter merged in.",
         ),
     ],
     rank: Annotated[
         str,
         typer.Option(
             metavar="RANK",
-            help="Of peft. exact: layers may differ in rank; uniform: one rank, filled up with "
-            "zeros; a number: the nearest adapter of that rank, with the error printed.",
+            help="For peft. exact: ranks may differ by layer; uniform: one rank, padded with "
+            "zeros; a number: the nearest adapter of that rank, with its error printed.",
         ),
     ] = "exact",
 ) -> None:
-    """Write a run's adapter, or its merged model, for where it is to be used."""
+    """Export a run's adapter, or the model with the adapter merged in."""
     from job.commands.export import export_run
 
     export_run(run_uri, to, folder, rank)
 
 
-def main() -> NoReturn:
-    """Run a command: errors of users become one message and their exit code."""
+def main() -> int:
+    """Run a command and return its exit code; a `JobError` becomes one message on stderr."""
     try:
-        sys.exit(app())
-    except JobError as error:
-        message, code = str(error), error.exit_code
-    except RunStoppedError as stopped:
-        message, code = str(stopped), EXIT_RESUMABLE
-    sys.stderr.write(f"error: {Redactor(os.environ).text(message)}\n")
-    _end(code)
-
-
-def _end(code: int) -> NoReturn:
-    """End with an error, without waiting for other processes or for the compiler to end."""
-    processes, ahead = (
-        sys.modules.get(f"job.{name}")
-        for name in ("machine.distributed", "pipeline.background_compile")
-    )
-    busy = ahead is not None and ahead.is_compiling()
-    if processes is not None and (busy or processes.is_joined()):
-        exit_now(code)
-    sys.exit(code)
+        app()
+    except SystemExit as ended:  # how typer returns
+        return int(ended.code or 0)
+    except (JobError, RunStoppedError) as error:
+        sys.stderr.write(f"error: {Redactor(os.environ).text(str(error))}\n")
+        return error.exit_code
+    return 0

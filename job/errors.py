@@ -1,7 +1,7 @@
-"""The errors a user can cause or must act on, each with the exit code it ends the command with.
+"""Errors that a user can cause or must act on, each with its exit code.
 
-Anything else that escapes is a bug and shows a traceback; these never do. A message says
-what was wrong, where, and what to write or do instead.
+They never show a traceback; any other exception that escapes is a bug. A message says what was
+wrong, where, and what to write or do instead.
 """
 
 from dataclasses import dataclass
@@ -13,35 +13,33 @@ EXIT_RESUMABLE = 75
 
 
 class JobError(Exception):
-    """Base of all errors shown to the user as one message and an exit code."""
+    """Base of all errors that are shown as one message and end with an exit code."""
 
     exit_code = EXIT_STAGE
 
 
 class UsageError(JobError):
-    """The arguments, or what they name, are wrong."""
+    """Wrong arguments, or arguments that name something that does not exist."""
 
     exit_code = EXIT_SPEC
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a spec: `where` is 'file:line' or '--set key=value'."""
+    """One problem of a spec."""
 
     where: str
+    """'file:line' or '--set key=value'."""
     path: str
+    """Dotted path of the key; empty if the problem has none."""
     message: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.where}: {self.path}: {self.message}"
-            if self.path
-            else f"{self.where}: {self.message}"
-        )
+        return ": ".join(part for part in (self.where, self.path, self.message) if part)
 
 
 class SpecError(UsageError):
-    """The spec is wrong; holds every problem found, in the order of the file."""
+    """A wrong spec, with all of its problems in the order of the file."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
@@ -49,21 +47,21 @@ class SpecError(UsageError):
 
 
 class SetupError(JobError):
-    """The machine is not what the spec asks for: backend, platform, devices, credentials."""
+    """An environment that does not match the spec: backend, platform, devices, credentials."""
 
     exit_code = EXIT_ENVIRONMENT
 
 
 class StageError(JobError):
-    """A stage could not do its work."""
+    """A failed stage."""
 
     exit_code = EXIT_STAGE
 
 
 class RunStoppedError(BaseException):
-    """Stopped early on request; the same command goes on from what was kept.
+    """An early stop on request; the same command resumes the run.
 
-    Not an `Exception`, so that no library takes it for a failure of its own.
+    Not an `Exception`, so that no library handles it as a failure of its own.
     """
 
     exit_code = EXIT_RESUMABLE

@@ -1,7 +1,7 @@
-"""The models of `results.json`: what a finished run says, and where each number came from.
+"""The pydantic models of `results.json`, the results of a finished run.
 
-Field names and nesting are a public contract (`schema_version`): tools read this file from
-the bucket. It is written last, so its presence means that the run is whole.
+Field names and nesting are a public contract (`schema_version`): tools read this file from the
+bucket. It is written last, so its presence means that the run is complete.
 """
 
 from typing import Any, Literal
@@ -15,7 +15,7 @@ Finding = Literal["improved", "worse", "no measurable change"]
 
 
 class Record(BaseModel):
-    """A part of the results: immutable, and nothing in it that is not declared."""
+    """Base of the parts of the results: immutable, without undeclared fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -73,18 +73,18 @@ class DataInfo(Record):
     train: int
     validation: int
     neutralised: int
-    """Rows whose text held a control token of the chat template, made harmless."""
+    """Rows whose text contained a control token of the chat template, which was neutralized."""
     found: dict[str, int] = {}
-    """Usable rows by what the checks found in them."""
+    """Valid rows by the checks that flagged them."""
 
 
 class TokenCounts(Record):
     trained: int
-    """Real tokens passed through the model, padding not counted."""
+    """Tokens passed through the model, without padding."""
     padded: int
-    """Token slots passed through the model, padding counted."""
+    """Token positions passed through the model, padding included."""
     loss: int
-    """Tokens that had a loss."""
+    """Tokens with a loss."""
 
 
 class Seconds(Record):
@@ -93,7 +93,7 @@ class Seconds(Record):
 
 
 class Losses(Record):
-    """Mean cross-entropy in nats a token, over the tokens the spec puts a loss on."""
+    """Mean cross-entropy in nats per token, over the tokens with a loss."""
 
     train: float
     validation_before: float | None
@@ -108,7 +108,7 @@ class Accuracies(Record):
 class Training(Record):
     steps: int
     kept_step: int
-    """The step after which the adapter is as it was kept."""
+    """The step whose adapter was saved."""
     stopped_early: bool
     examples: int
     truncated: int
@@ -130,7 +130,7 @@ class ModelScore(Record):
     accuracy: float
     ci95: Interval
     letters: dict[str, int]
-    """How often each letter was chosen."""
+    """Number of times each letter was chosen."""
 
 
 class Share(Record):
@@ -141,7 +141,7 @@ class Share(Record):
 
 
 class GroupScore(Record):
-    """Right answers to the questions of one group, such as a subject; for reading, untested."""
+    """Accuracy on one group of questions, such as a subject; descriptive, not tested."""
 
     name: str
     questions: int
@@ -149,29 +149,29 @@ class GroupScore(Record):
 
 
 class PairedTest(Record):
-    """Model `b` against model `a` on what both answered."""
+    """Model `b` compared with model `a` on the examples that both answered."""
 
     a: str
     b: str
     difference: float
-    """Of `b` to `a`: above 0 where `b` is higher."""
+    """`b` minus `a`: positive where `b` is higher."""
     ci95: Interval
     p_value: float
     p_holm: float
-    """Corrected for all paired tests of these results (Holm 1979)."""
+    """`p_value` corrected for all paired tests of these results (Holm 1979)."""
     finding: Finding
-    """By the corrected p-value, at the 5 % level."""
+    """The conclusion from `p_holm` at the 5% level."""
 
 
 class Comparison(PairedTest):
-    """Accuracies on the questions that both models answered, by the exact McNemar test."""
+    """Accuracies on the questions that both models answered: the exact McNemar test."""
 
     questions: int
     gained: int
     lost: int
     detectable: float | None
-    """The smallest difference that would be found four times in five with this many questions,
-    and this share of them that only one model gets right; null: none would be."""
+    """Minimum detectable effect at 80% power, with this many questions and this share of them that
+    only one model answers correctly; null: no difference is detectable."""
 
 
 class MultipleChoiceResult(Record):
@@ -181,14 +181,14 @@ class MultipleChoiceResult(Record):
     revision: str | None
     questions: int
     few_shot: int = 0
-    """Solved questions before each."""
+    """Number of solved questions before each question."""
     in_training_text: int | None = None
-    """Questions of which 13 words in a row stand in a training example (fewer if shorter)."""
+    """Questions that share 13 consecutive words (fewer if shorter) with a training example."""
     chance: float
     majority_letter: str
     majority_accuracy: float
     detectable_at_worst: float | None
-    """The smallest difference that two models with nothing in common would need."""
+    """Minimum detectable effect of two models whose errors are independent."""
     models: dict[str, ModelScore]
     comparisons: list[Comparison]
     grouped_by: str | None = None
@@ -208,13 +208,13 @@ class DialogueScore(Record):
     rougeL: Estimate  # noqa: N815 - the name the field uses
     mean_tokens: float
     truncated: int
-    """Answers cut at the limit of new tokens."""
+    """Answers cut off at the limit of new tokens."""
     missing: int = 0
     """Prompts without an answer."""
 
 
 class TrivialBaselines(Record):
-    """ROUGE-L of answers that know nothing: any real score must beat these."""
+    """ROUGE-L of trivial baselines, which a useful model must beat."""
 
     echoed_prompt: Estimate
     other_answer: Estimate
@@ -222,17 +222,17 @@ class TrivialBaselines(Record):
 
 
 class DialogueComparison(PairedTest):
-    """ROUGE-L on the prompts that both models answered, by the paired bootstrap."""
+    """ROUGE-L on the prompts that both models answered: the paired bootstrap."""
 
     examples: int
 
 
 class StyleTrait(Record):
-    """A trait of style: the share of answers that show it, by phrases the spec lists."""
+    """A style trait: the share of answers that contain one of its phrases."""
 
     name: str
     expected: Share
-    """Of the answers that were held out."""
+    """The share among the expected answers."""
     models: dict[str, Share]
     comparison: Comparison | None
 
@@ -245,7 +245,7 @@ class Dialogue(Record):
     comparison: DialogueComparison
     markers: list[StyleTrait] = []
     reference_comparison: DialogueComparison | None = None
-    """The reference against the tuned model, where it was asked."""
+    """The reference compared with the fine-tuned model, if it answered."""
 
 
 class SideBySide(Record):
@@ -264,7 +264,7 @@ class Evaluation(Record):
 class ReferenceTokens(Record):
     prompt: int
     completion: int
-    """Reasoning included."""
+    """Tokens of the answers, reasoning included."""
     reasoning: int = 0
 
 
@@ -275,12 +275,12 @@ class ReferenceResult(Record):
     requests: int
     failed: int
     lost: int = 0
-    """Requests whose reply was lost: they may have been billed beside `cost_usd`."""
+    """Requests whose reply was lost; they may be billed on top of `cost_usd`."""
     tokens: ReferenceTokens
     cost_usd: float
     status: Literal["complete", "partial", "failed", "skipped"]
     reason: str | None
-    """Why it is not complete."""
+    """The reason why it is not complete."""
 
 
 class Artifact(Record):
@@ -294,7 +294,7 @@ class Artifact(Record):
 class Cost(Record):
     chip_hours: float
     usd: float | None
-    """Reference model only, until a price for the accelerator is known."""
+    """Chips at list price plus the reference model; null if a chip's price is unknown."""
 
 
 class Verdict(Record):

@@ -1,4 +1,4 @@
-"""The `data` section of the spec, and what it shares with the questions of the evaluations."""
+"""The `data` section of the spec, and `Source`, which evaluation questions use too."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -16,7 +16,7 @@ from job.spec.fields import (
 
 
 class Section(BaseModel):
-    """A section of the spec: unknown keys are refused, values do not change after loading."""
+    """Base of the sections of the spec: immutable, without unknown keys."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
@@ -24,10 +24,10 @@ class Section(BaseModel):
 
 
 class Source(Section):
-    """Where rows come from; shared by training data and evaluation questions."""
+    """A dataset of training examples or evaluation questions."""
 
     dataset: Dataset = Field(
-        description="hf://owner/name, a .json, .jsonl, .csv or .parquet file (local, or "
+        description="hf://owner/name, a .json, .jsonl, .csv or .parquet file (local or "
         "gs://bucket/path), a folder or prefix with `data_files`, or `samples`."
     )
     revision: str | None = Field(None, description="Commit, tag or branch of a Hub dataset.")
@@ -35,8 +35,8 @@ class Source(Section):
     split: str = Field("train", description="Split of a Hub dataset.")
     data_files: list[str] | None = Field(
         None,
-        description="Files of the repository, folder or prefix to read, or patterns of them; "
-        "of a Hub dataset instead of its own layout.",
+        description="Files to read, or glob patterns, in the repository, folder or prefix; for a "
+        "Hub dataset they replace its own layout.",
     )
 
     @model_validator(mode="after")
@@ -55,7 +55,7 @@ class Source(Section):
             raise ValueError(
                 f"`dataset`: cannot tell the format of {self.dataset!r}; a file ends in "
                 f"{', '.join(FORMATS)}, a folder needs `data_files`, "
-                "a dataset of the Hub is hf://owner/name"
+                "a dataset on the Hub is hf://owner/name"
             )
         return self
 
@@ -72,18 +72,18 @@ Fault = Literal[
 
 
 class Checks(Section):
-    """What is looked for in every example; what is not dropped is counted and reported."""
+    """Checks of every example; examples that are flagged but not dropped are counted."""
 
     min_characters: Positive = Field(
         1, description="Examples whose prompt or response is shorter are dropped."
     )
     max_characters: Positive | None = Field(
-        100_000, description="Examples with more characters in all are dropped; null: none are."
+        100_000, description="Examples with more characters in total are dropped; null: no limit."
     )
     drop: list[Fault] = Field(
         [],
-        description="Faults that examples are dropped for; others are only counted. "
-        "contaminated: shares a passage with a question of the evaluations.",
+        description="Flags that drop an example; the others are only counted. contaminated: "
+        "shares a passage with an evaluation question.",
     )
 
 
@@ -100,20 +100,21 @@ class Data(Source):
     messages: str | None = Field(
         None,
         min_length=1,
-        description="Column that holds whole dialogues instead: a list of messages with `role` "
-        "and `content`, or with `from` and `value`. Every turn of the model is trained on.",
+        description="Column of conversations, instead of `prompt` and `response`: a list of "
+        "messages with `role` and `content`, or `from` and `value`. Every turn of the model is "
+        "trained on.",
     )
     system: OptionalTemplate | None = Field(
-        None, description="Instruction put before every prompt; may hold {column} names."
+        None, description="System prompt before every prompt; may hold {column} names."
     )
     train_examples: Positive | Literal["all"] = Field(
         "all", description="Examples to train on, sampled by a seeded hash of the row."
     )
     validation_examples: Annotated[int, Field(ge=2, strict=True)] = Field(
-        200, description="Examples held out, sampled likewise."
+        200, description="Held-out examples, sampled the same way."
     )
-    drop_duplicates: bool = Field(True, description="Drop rows whose whole text was seen before.")
-    checks: Checks = Field(Checks(), description="What is checked, and what is dropped for it.")
+    drop_duplicates: bool = Field(True, description="Drop rows with the same text as another row.")
+    checks: Checks = Field(Checks(), description="Checks of every example.")
 
     @model_validator(mode="before")
     @classmethod
@@ -128,10 +129,8 @@ class Data(Source):
         if self.messages is None and not named:
             raise ValueError(
                 "write `prompt` and `response`, texts with {column} names in them, or name the "
-                "column of whole dialogues in `messages`"
+                "column of conversations in `messages`"
             )
         if self.messages is not None and (self.prompt or self.response):
-            raise ValueError(
-                "`messages` takes the place of `prompt` and `response`; remove them or it"
-            )
+            raise ValueError("`messages` replaces `prompt` and `response`; remove them or it")
         return self

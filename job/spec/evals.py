@@ -1,4 +1,4 @@
-"""The `evals` section of the spec: what is asked of each model, and how it is scored."""
+"""The `evals` and `reference` sections of the spec: questions, scoring and the remote model."""
 
 import re
 from typing import Annotated, Literal, Self
@@ -23,48 +23,50 @@ QUESTION_PROMPT = "{question}\n\n{options}\n\nAnswer with the letter of the righ
 
 
 class FewShot(Section):
-    """Solved questions put before each question, from the same dataset."""
+    """Solved questions before each question, from the same dataset."""
 
     examples: Annotated[int, Field(ge=1, le=64, strict=True)] = Field(
-        description="Solved questions, the first usable ones; a question never sees itself."
+        description="Number of solved questions, the first valid ones; never the question itself."
     )
-    split: str | None = Field(None, description="Split they are from; unset: the questions' own.")
+    split: str | None = Field(
+        None, description="Split of the solved questions; unset: the questions' split."
+    )
     data_files: list[str] | None = Field(
-        None, description="Files they are from, as in the dataset; unset: the questions' own."
+        None, description="Files of the solved questions; unset: the questions' files."
     )
 
 
 class MultipleChoiceEval(Source):
-    name: Name = Field(description="Names the slice in results.json and in evals/<model>/<name>/.")
+    name: Name = Field(description="Name of the slice in results.json and evals/<model>/<name>/.")
     scoring: Literal["letters", "generate"] = Field(
         "letters",
-        description="letters: one forward pass, the letters' logits compared; generate: greedy "
-        "decoding and a parser.",
+        description="letters: compare the logits of the letters after one forward pass; generate: "
+        "greedy decoding and a parser.",
     )
     question: Template = Field("{question}", description="Text of the question.")
     options: Annotated[list[str], Field(min_length=2, max_length=26)] | str = Field(
-        description="Columns of the options in order, or the one column that holds their list."
+        description="Columns of the options in order, or one column with a list of them."
     )
-    answer: str = Field(description="Column that names the right option.")
+    answer: str = Field(description="Column of the correct option.")
     answer_is: Literal["auto", "index", "number", "letter", "text"] = Field(
         "auto",
-        description="How `answer` names it: 0-based index, 1-based number, letter or the option's "
-        "text; auto is any but number, where only one of them fits.",
+        description="Form of `answer`: 0-based index, 1-based number, letter or the option's "
+        "text; auto: any but number, if only one fits.",
     )
-    id: str | None = Field(None, description="Column of the id; unset: the row's number.")
+    id: str | None = Field(None, description="Column of the id; unset: the row number.")
     group: str | None = Field(
         None, description="Column to report accuracy by, such as the subject."
     )
     prompt: QuestionPrompt = Field(
         QUESTION_PROMPT,
-        description="The user's turn, with {question} and {options}. lm-eval: the prompt and the "
+        description="Text of the user's turn, with {question} and {options}. lm-eval: prompt and "
         "scoring of lm-evaluation-harness's MedMCQA, without a chat turn.",
     )
     few_shot: FewShot | None = Field(
         None, description="Solved questions before each question; unset: none (zero-shot)."
     )
-    limit: Positive | None = Field(None, description="First questions to take; unset takes all.")
-    max_new_tokens: Positive = Field(16, description="Limit of a generated answer.")
+    limit: Positive | None = Field(None, description="Use the first N questions; unset: all.")
+    max_new_tokens: Positive = Field(16, description="Maximum tokens of a generated answer.")
 
     @model_validator(mode="after")
     def _prompt_fields(self) -> Self:
@@ -94,42 +96,57 @@ MARKERS: dict[str, list[str]] = {
     ],
     "gives a number": ["#"],
 }  # fmt: skip
-"""Phrases by the trait of an answer that they show, where the spec lists none."""
+"""Default phrases by style trait."""
+
+
+DIALOGUE_EXAMPLES = 200
+"""Held-out dialogues that are answered where the spec gives no number."""
+
+
+SIDE_BY_SIDE_EXAMPLES = 4
+"""Held-out prompts that are shown where the spec gives no number."""
 
 
 class DialogueEval(Section):
     examples: Annotated[int, Field(ge=2, strict=True)] | None = Field(
-        None, description="Held-out examples to answer; unset: all, but at most 200."
+        None,
+        description=f"Held-out examples to answer; unset: all, up to {DIALOGUE_EXAMPLES}.",
     )
-    max_new_tokens: Positive = Field(128, description="Limit of an answer; ROUGE depends on it.")
+    max_new_tokens: Positive = Field(
+        128, description="Maximum tokens of an answer; ROUGE depends on it."
+    )
     markers: dict[str, Annotated[list[Phrase], Field(min_length=1)]] = Field(
         MARKERS,
-        description="Traits of style to count: phrases by name, any of which shows it. Case does "
-        "not count, words are whole, and # stands for a number; {} counts none.",
+        description="Style traits to count: lists of phrases by name, any of which counts. Phrases "
+        "match complete words, ignoring case; # matches a number; {} counts none.",
     )
 
 
 class SideBySideEval(Section):
     examples: Annotated[int, Field(ge=0, strict=True)] | None = Field(
-        None, description="Held-out prompts shown with every model's answer; unset: at most 4."
+        None,
+        description="Held-out prompts to show with every model's answer; unset: up to "
+        f"{SIDE_BY_SIDE_EXAMPLES}.",
     )
-    prompts: list[str] = Field([], description="Further prompts of your own.")
-    max_new_tokens: Positive = Field(128, description="Limit of an answer.")
+    prompts: list[str] = Field([], description="Additional prompts.")
+    max_new_tokens: Positive = Field(128, description="Maximum tokens of an answer.")
 
 
 class Evals(Section):
-    batch_size: Positive = Field(16, description="Prompts evaluated at once on each device.")
+    batch_size: Positive = Field(16, description="Per-device batch size of prompts.")
     max_prompt_tokens: Positive = Field(
-        1024, description="Longer prompts lose their beginning, and are counted."
+        1024, description="Longer prompts lose their beginning; they are counted as truncated."
     )
     bootstrap_samples: Annotated[int, Field(ge=100, strict=True)] = Field(
-        2000, description="Resamples behind each bootstrap interval."
+        2000, description="Bootstrap resamples per interval."
     )
-    multiple_choice: list[MultipleChoiceEval] = Field([], description="Slices of questions.")
+    multiple_choice: list[MultipleChoiceEval] = Field([], description="Multiple-choice slices.")
     dialogue: DialogueEval | None = Field(
-        DialogueEval(), description="ROUGE on held-out examples; null leaves it out."
+        DialogueEval(), description="ROUGE on held-out examples; null: none."
     )
-    side_by_side: SideBySideEval = Field(SideBySideEval(), description="Answers to read.")
+    side_by_side: SideBySideEval = Field(
+        SideBySideEval(), description="Answers of all models side by side, to read."
+    )
 
     @model_validator(mode="after")
     def _unique_names(self) -> Self:
@@ -148,36 +165,43 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 class Reference(Section):
     model: str = Field(min_length=1, description="Model name at the endpoint.")
     base_url: str = Field(
-        "https://openrouter.ai/api/v1", description="An OpenAI-compatible API, up to its version."
+        "https://openrouter.ai/api/v1",
+        description="URL of an OpenAI-compatible API, including its version.",
     )
     api: Literal["auto", "openrouter", "openai"] = Field(
         "auto",
-        description="Whose extensions it understands; auto: OpenRouter's at openrouter.ai, none "
-        "elsewhere. OpenRouter is asked for providers that support every parameter sent.",
+        description="API extensions to use; auto: OpenRouter's at openrouter.ai, otherwise none. "
+        "OpenRouter requests require providers that support every parameter sent.",
     )
     evals: list[str] | None = Field(
         None,
-        description="Names of the multiple-choice slices to ask; unset: those scored by "
-        "generation.",
+        description="Names of the multiple-choice slices to answer; unset: those with `scoring: "
+        "generate`.",
     )
     dialogue: bool = Field(
-        False, description="Have it answer the held-out dialogues of evals.dialogue too."
+        False, description="Also answer the held-out dialogues of evals.dialogue."
     )
-    max_tokens: Positive = Field(1024, description="Limit of an answer, reasoning included.")
+    max_tokens: Positive = Field(
+        1024, description="Maximum tokens of an answer, reasoning included."
+    )
     reasoning: Effort | None = Field(
         "none",
-        description="Effort of reasoning before the answer. null leaves it to the model, and is "
-        "for models that know no such parameter; APIs other than OpenRouter are not told none.",
+        description="Reasoning effort. null: the model's default, for models without this "
+        "parameter; `none` is sent to OpenRouter only.",
     )
     max_usd: Annotated[Number, Field(gt=0)] | None = Field(
         None,
-        description="Dollars that the run may spend on it; asking stops before. Needs an API "
-        "that says what a request cost, as OpenRouter does. null: no limit.",
+        description="Budget of the run in USD; requests stop before it is exceeded. Needs an API "
+        "that reports the cost of a request, like OpenRouter. null: no limit.",
     )
-    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(120, description="Limit of a request.")
-    attempts: Positive = Field(5, description="Tries of a request before it counts as missing.")
+    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(
+        120, description="Timeout of a request in seconds."
+    )
+    attempts: Positive = Field(
+        5, description="Attempts per request before its answer counts as missing."
+    )
     concurrency: Annotated[int, Field(ge=1, le=64, strict=True)] = Field(
-        4, description="Requests at once."
+        4, description="Concurrent requests."
     )
 
     @model_validator(mode="after")
@@ -191,7 +215,7 @@ class Reference(Section):
 
     @property
     def is_openrouter(self) -> bool:
-        """Whether the endpoint has OpenRouter's extensions."""
+        """Return whether the endpoint has OpenRouter's extensions."""
         if self.api != "auto":
             return self.api == "openrouter"
         host = re.sub(r"^https?://|[:/].*$", "", self.base_url)

@@ -1,7 +1,7 @@
-"""The types of the spec's fields: numbers, names, datasets, outputs and text templates.
+"""Field types of the spec: numbers, names, datasets, outputs and text templates.
 
-A template is text with plain `{field}` names in it, and nothing else that Python's formatting
-could do: a spec must never reach into Python objects.
+A template is text with plain `{field}` names and no other feature of Python's format strings: a
+spec must never reach into Python objects.
 """
 
 import re
@@ -15,22 +15,22 @@ from pydantic import (
 )
 
 SAMPLES = "samples"
-"""The value of `dataset` that names the data shipped with the package."""
+"""Value of `dataset` for the data shipped with the package."""
 
 
 FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
-"""Endings of local files that rows can be read from."""
+"""Extensions of files that rows can be read from."""
 
 
 COMPRESSIONS = ("", ".gz", ".zst", ".bz2")
-"""Endings that may follow, but for Parquet."""
+"""Extensions of compressed files, which may follow; not for Parquet."""
 
 
 LETTERS = string.ascii_uppercase
 
 
 LM_EVAL = "lm-eval"
-"""The prompt of a question that stands for lm-evaluation-harness's MedMCQA prompt."""
+"""Value of `prompt` for lm-evaluation-harness's MedMCQA prompt."""
 
 
 HUB = r"hf://[\w.-]+/[\w.-]+"
@@ -43,13 +43,13 @@ Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=63)]
 
 
 def template_fields(template: str) -> list[str]:
-    """The field names a text template uses, in order.
+    """Return the field names of a text template, in order.
 
     A template is text with `{field}` in it; `{{` and `}}` stand for braces.
 
     Raises:
-        ValueError: for anything but plain field names (no attributes, indices, conversions
-            or formats), so that a spec can never reach into Python objects.
+        ValueError: it has more than plain field names: attributes, indices, conversions or
+            formats.
     """
     fields = []
     for _, field, form, conversion in string.Formatter().parse(template):
@@ -58,14 +58,14 @@ def template_fields(template: str) -> list[str]:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ -]*", field) or form or conversion:
             shown = field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
             raise ValueError(
-                f"the template may hold plain field names only, like {{question}}; got {{{shown}}}"
+                f"the template may hold only plain field names, like {{question}}; got {{{shown}}}"
             )
         fields.append(field)
     return fields
 
 
 def template_parts(template: str) -> tuple[list[str], list[str]]:
-    """A template taken apart: the texts around its fields (one more than those), the fields."""
+    """Split a template into the texts around its fields (one more than fields) and the fields."""
     literals, fields = [""], []
     for literal, field, _, _ in string.Formatter().parse(template):
         literals[-1] += literal
@@ -76,7 +76,7 @@ def template_parts(template: str) -> tuple[list[str], list[str]]:
 
 
 def names_a_file(dataset: str) -> bool:
-    """Whether a path ends as a file that rows can be read from does."""
+    """Return whether a path has the extension of a file that rows can be read from."""
     text = dataset.lower()
     return any(text.endswith(f + c) for f in FORMATS for c in COMPRESSIONS)
 
@@ -106,7 +106,7 @@ def _check_dataset(value: object) -> object:
         return value
     if value.startswith("hf://"):
         if not re.fullmatch(HUB, value):
-            raise ValueError(f"{value!r} is not a Hub dataset; write hf://owner/name")
+            raise ValueError(f"{value!r} is not a dataset on the Hub; write hf://owner/name")
     elif value.startswith("gs://"):
         if not re.fullmatch(r"gs://[a-z0-9][\w.-]+(/.*)?", value):
             raise ValueError(f"{value!r} names no object; write gs://bucket/path")

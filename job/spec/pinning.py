@@ -1,7 +1,7 @@
-"""Which commit of each Hub repository a run uses: found once, kept with the run.
+"""Commits of the Hub repositories that a run uses.
 
-A branch moves. All stages of a run, and every resumption of it, must read the same rows and
-the same weights, so names are resolved in the preflight stage and nowhere else.
+A branch moves. All stages of a run, and every time it is resumed, must read the same rows and the
+same weights, so the preflight stage resolves names to commits once and records them.
 """
 
 from collections.abc import Mapping
@@ -18,33 +18,33 @@ Revisions = Mapping[str, str]
 
 
 NONE: Revisions = MappingProxyType({})
-"""No commit is known: names are resolved where they are used."""
+"""No known commits: names are resolved where they are used."""
 
 
 _SCHEME = "hf://"
 
 
 def revision_key(kind: Kind, repository: str, revision: str | None) -> str:
-    """The name a commit is kept under."""
+    """Return the key a commit is recorded under."""
     return f"{kind}:{repository}@{revision or ''}"
 
 
 def source_key(source: Source) -> str | None:
-    """The name of a source's commit; None where it is not of the Hub."""
+    """Return the key of a dataset's commit; None if it is not on the Hub."""
     if not source.dataset.startswith(_SCHEME):
         return None
     return revision_key("dataset", source.dataset.removeprefix(_SCHEME), source.revision)
 
 
 def model_key(spec: Spec) -> str | None:
-    """The name of the model's commit; None where it is not of the Hub."""
+    """Return the key of the model's commit; None if it is not on the Hub."""
     if not spec.model.preset.startswith(_SCHEME):
         return None
     return revision_key("model", spec.model.preset.removeprefix(_SCHEME), spec.model.revision)
 
 
 def adapter_key(spec: Spec) -> str | None:
-    """The name of the commit of the adapter to go on from; None where it is not of the Hub."""
+    """Return the key of the initial adapter's commit; None if it is not on the Hub."""
     adapter = spec.train.init_adapter
     if adapter is None or not adapter.startswith(_SCHEME):
         return None
@@ -52,10 +52,10 @@ def adapter_key(spec: Spec) -> str | None:
 
 
 def resolve_commit(kind: Kind, repository: str, revision: str | None) -> str:
-    """The commit a revision names now.
+    """Return the commit that a revision names now.
 
     Raises:
-        UsageError, EnvironmentProblem, StageError: see `job.storage.hub.Repository.errors`.
+        UsageError, SetupError, StageError: see `job.storage.hub.Repository.errors`.
     """
     from job.storage.hub import Repository
 
@@ -63,13 +63,13 @@ def resolve_commit(kind: Kind, repository: str, revision: str | None) -> str:
 
 
 def resolve_all(spec: Spec, known: Revisions) -> dict[str, str]:
-    """The commits of everything the spec names on the Hub; those known are kept."""
-    wanted: dict[str, tuple[Kind, str, str | None]] = {}
+    """Return the commits of everything the spec names on the Hub, reusing those already known."""
+    revisions: dict[str, tuple[Kind, str, str | None]] = {}
     for source in (spec.data, *spec.evals.multiple_choice):
         if key := source_key(source):
-            wanted[key] = ("dataset", source.dataset.removeprefix(_SCHEME), source.revision)
+            revisions[key] = ("dataset", source.dataset.removeprefix(_SCHEME), source.revision)
     if key := model_key(spec):
-        wanted[key] = ("model", spec.model.preset.removeprefix(_SCHEME), spec.model.revision)
+        revisions[key] = ("model", spec.model.preset.removeprefix(_SCHEME), spec.model.revision)
     if (key := adapter_key(spec)) and spec.train.init_adapter:
-        wanted[key] = ("model", spec.train.init_adapter.removeprefix(_SCHEME), None)
-    return {key: known.get(key) or resolve_commit(*what) for key, what in wanted.items()}
+        revisions[key] = ("model", spec.train.init_adapter.removeprefix(_SCHEME), None)
+    return {key: known.get(key) or resolve_commit(*what) for key, what in revisions.items()}

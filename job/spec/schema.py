@@ -1,8 +1,7 @@
-"""The job spec: one pydantic model a section, and the checks that need more than one field.
+"""The schema of a job spec: one pydantic model per section, and checks across fields.
 
-Only the shape lives here; reading YAML, overrides and messages with line numbers are in
-`spec_loading`. Nothing heavy is imported: `job validate` and `job schema` use this alone.
-Every field has a sentence that says what it does, which `job schema` hands to editors.
+Reading YAML is `load`'s, and messages with line numbers are `problems`'. Every field has a
+description, which `job schema` passes to editors.
 """
 
 import re
@@ -23,66 +22,66 @@ from job.spec.fields import HUB, Name, Number, Output, Positive
 
 class Mesh(Section):
     data: Positive | Literal["auto"] = Field(
-        "auto", description="Parts the batch is split into; auto: the devices over `model`."
+        "auto", description="Data-parallel size; auto: the number of devices divided by `model`."
     )
     model: Positive = Field(
-        1, description="Devices that each hold a part of the frozen weights; 1: each holds all."
+        1, description="Devices the frozen weights are sharded over; 1: replicated on each."
     )
 
 
 class Distributed(Section):
-    """How the processes of one job find each other, where they cannot tell by themselves."""
+    """The coordinator and the processes of a multi-host job, where JAX cannot detect them."""
 
     address: Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$")] = Field(
-        description="host:port of process 0, which all processes can reach."
+        description="host:port of process 0, reachable from all processes."
     )
-    processes: Positive = Field(description="Number of processes, one a machine as a rule.")
+    processes: Positive = Field(description="Number of processes, usually one per machine.")
     index: Annotated[int, Field(ge=0, strict=True)] | None = Field(
-        None, description="Number of this process, from 0; unset: JOB_PROCESS_INDEX has it."
+        None, description="Index of this process, from 0; unset: read from JOB_PROCESS_INDEX."
     )
 
 
 class Runtime(Section):
     platform: Literal["any", "cpu", "gpu", "tpu"] = Field(
-        "any", description="The platform JAX must find; the job stops (exit 3) on another."
+        "any", description="Required platform of JAX; on another the job stops (exit 3)."
     )
     devices: Positive | None = Field(
-        None, description="The exact number of devices the job must find; unset takes any."
+        None, description="Required number of devices; unset accepts any."
     )
-    mesh: Mesh = Field(Mesh(), description="How the devices are used.")
+    mesh: Mesh = Field(Mesh(), description="The device mesh.")
     distributed: Distributed | Literal["auto", "off"] = Field(
         "auto",
-        description="Several processes as one job. auto: TPU slices by themselves, elsewhere by "
+        description="Several processes as one job. auto: detected on TPU slices, elsewhere from "
         "JOB_COORDINATOR_ADDRESS, JOB_PROCESS_COUNT and JOB_PROCESS_INDEX.",
     )
     compilation_cache: str | None = Field(
         "auto",
-        description="Folder or gs://bucket/prefix of JAX's persistent compilation cache; auto is "
-        "the user's cache folder, null turns it off.",
+        description="Folder or gs://bucket/prefix of JAX's persistent compilation cache; auto: "
+        "the user's cache folder, null: no cache.",
     )
     stall_minutes: Annotated[Number, Field(gt=0)] | None = Field(
         30,
-        description="The job ends (exit 4) where no step, batch or piece of a transfer is done "
-        "for so long; null: it waits for ever.",
+        description="Minutes without a finished step, batch or transfer chunk after which the job "
+        "counts as stalled and stops (exit 4); null: never.",
     )
 
 
 class Lora(Section):
     rank: Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(
-        16, description="Rank of A and B."
+        16, description="Rank of the LoRA matrices A and B."
     )
     alpha: Annotated[Number, Field(gt=0)] | None = Field(
-        None, description="The update is scaled by alpha / rank; unset means alpha = rank."
+        None, description="The update is scaled by alpha / rank; unset: alpha = rank."
     )
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
         ["query", "value"],
-        description="Names of the Keras layers that get an adapter, or all-linear.",
+        description="Names of the Keras layers that get LoRA weights, or all-linear.",
     )
     rslora: bool = Field(
         False, description="Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."
     )
     dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        0.0, description="Share of an adapter's inputs that are dropped in training."
+        0.0, description="Dropout rate of LoRA inputs in training."
     )
 
 
@@ -90,18 +89,18 @@ class Model(Section):
     preset: str = Field(
         min_length=1,
         description="hf://owner/name, kaggle://..., a KerasHub preset name, a local preset "
-        "folder, or `tiny`: a small random Gemma 3 made on the spot.",
+        "folder, or `tiny`, a small Gemma 3 with random weights.",
     )
     revision: str | None = Field(None, description="Commit, tag or branch of an hf:// preset.")
     dtype: Literal["bfloat16", "float32", "float16"] = Field(
-        "bfloat16", description="Type of the frozen weights; LoRA weights are always float32."
+        "bfloat16", description="Dtype of the frozen weights; LoRA weights are always float32."
     )
     chat_template: Literal["auto", "gemma", "plain"] = Field(
         "auto",
-        description="How prompts are wrapped; auto is gemma where the tokenizer has its turn "
-        "tokens and plain elsewhere.",
+        description="Chat template of prompts; auto: gemma if the tokenizer has its turn tokens, "
+        "otherwise plain.",
     )
-    lora: Lora = Field(Lora(), description="The adapter that is trained.")
+    lora: Lora = Field(Lora(), description="The LoRA adapter to train.")
 
     @model_validator(mode="after")
     def _revision_needs_hub(self) -> Self:
@@ -115,82 +114,82 @@ class Model(Section):
 class Train(Section):
     init_adapter: Annotated[str, Field(min_length=1)] | None = Field(
         None,
-        description="An adapter to go on from: a run or a folder (local or gs://), or "
-        "hf://owner/name; this job's or PEFT's.",
+        description="Adapter to start from, in this job's or PEFT's format: a run or a folder "
+        "(local or gs://), or hf://owner/name.",
     )
     epochs: Positive = Field(1, description="Passes over the training examples.")
     batch_size: Positive = Field(
         8,
-        description="Rows of an optimizer step over all devices (a row holds one example, "
-        "or several when packed).",
+        description="Rows per optimizer step, over all devices; a row holds one example, or "
+        "several when packed.",
     )
     micro_batch: Positive | Literal["auto"] = Field(
         "auto",
-        description="Rows a device holds at once; the rest is accumulated. auto: as many as are "
-        "estimated to fit, and half of them whenever they do not.",
+        description="Per-device batch size; larger steps accumulate gradients. auto: as many rows "
+        "as are estimated to fit, halved whenever memory runs out.",
     )
     remat: Literal["none", "matmuls", "blocks"] = Field(
         "matmuls",
-        description="What a block keeps for the backward pass: everything (none), the results of "
-        "matrix products (matmuls), or only its input (blocks: least memory, a quarter more work).",
+        description="What a block saves for the backward pass: everything (none), the outputs of "
+        "matrix products (matmuls), or its input only (blocks: least memory, a quarter more "
+        "compute).",
     )
     compile: Literal["auto", "blocks", "step"] = Field(
         "auto",
-        description="What is compiled as one program: each kind of block, which is run once for "
-        "every block (blocks: regional compilation, a third of the time for Gemma 3 1B), or the "
-        "whole step. auto: blocks on a TPU, step elsewhere and for models that cannot be taken "
-        "apart.",
+        description="Unit of compilation: one program per kind of block (blocks: regional "
+        "compilation, a third of the compile time for Gemma 3 1B), or the full step (step). auto: "
+        "blocks on TPU if the model supports it, otherwise step.",
     )
     max_length: Annotated[int, Field(ge=8, strict=True)] = Field(
-        512, description="Tokens of an example, prompt and response; the rest is cut off."
+        512, description="Maximum tokens of an example, prompt and response; the rest is truncated."
     )
-    packing: bool = Field(True, description="Put several examples into one row.")
+    packing: bool = Field(True, description="Pack several examples into one row.")
     buckets: Annotated[int, Field(ge=1, le=16, strict=True)] = Field(
         4,
-        description="Row lengths where rows hold one example each: every row is padded to the "
-        "next of them, and each length is compiled once.",
+        description="Number of row lengths without packing: every row is padded to the next "
+        "bucket, and each bucket is compiled once.",
     )
     pack_length: Annotated[int, Field(ge=8, strict=True)] | None = Field(
         None, description="Tokens of a packed row; unset: 1,024, or max_length if that is more."
     )
     loss_on: Literal["response", "all"] = Field(
-        "response", description="Which tokens have a loss: the response's, or the prompt's too."
+        "response", description="Tokens with a loss: the response only, or the prompt too."
     )
     optimizer: Literal["adamw", "sgd", "lion", "adafactor", "muon"] = Field(
         "adamw",
-        description="The Keras optimizer; muon leaves what is not a matrix to AdamW.",
+        description="The Keras optimizer; muon uses AdamW for parameters that are not matrices.",
     )
     lora_plus_ratio: Annotated[Number, Field(gt=0)] = Field(
-        1.0, description="Learning rate of B over that of A (LoRA+)."
+        1.0, description="Learning rate of B divided by that of A (LoRA+)."
     )
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        0.0, description="Share of the target that is spread over the vocabulary, in training."
+        0.0, description="Label smoothing in training."
     )
     learning_rate: Annotated[Number, Field(ge=0)] = Field(2e-4, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="How the rate falls after the warm-up; linear and cosine end at 0."
+        "cosine", description="Learning rate after warmup; linear and cosine decay to 0."
     )
     warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        0.03, description="Share of the steps over which the rate rises from 0."
+        0.03, description="Fraction of the steps over which the learning rate rises from 0."
     )
     weight_decay: Annotated[Number, Field(ge=0)] = Field(
         0.0, description="Decoupled weight decay; not for sgd."
     )
     clip_norm: Annotated[Number, Field(gt=0)] | None = Field(
-        1.0, description="Global gradient norm is clipped to this; null turns clipping off."
+        1.0, description="Maximum global gradient norm; null turns clipping off."
     )
     log_every: Positive = Field(10, description="Steps between lines of history.jsonl.")
     checkpoint_every: Positive = Field(
-        100, description="Steps between checkpoints; more where storage is slower than that."
+        100, description="Steps between checkpoints; more if storage is slower than that."
     )
     validate_every: Positive | None = Field(
-        None, description="Steps between validation losses; unset: before and after training only."
+        None, description="Steps between validations; unset: only before and after training."
     )
     keep: Literal["last", "best"] = Field(
-        "last", description="The adapter that is kept: the last, or that of the best validation."
+        "last", description="The adapter to save: the last, or the best by validation loss."
     )
     patience: Positive | None = Field(
-        None, description="Validations without a better loss after which training stops early."
+        None, description="Stop early after so many validations without a better loss."
     )
 
     @model_validator(mode="after")
@@ -202,17 +201,17 @@ class Train(Section):
             raise ValueError("`pack_length` needs `packing: true`; remove one of them")
         if self.pack_length is not None and self.pack_length < self.max_length:
             raise ValueError(
-                f"`pack_length` ({self.pack_length}) must hold an example of `max_length` "
-                f"({self.max_length}) tokens; raise it or lower `max_length`"
+                f"`pack_length` ({self.pack_length}) must hold an example of `max_length` tokens "
+                f"({self.max_length}); raise it or lower `max_length`"
             )
         if self.compile == "blocks" and self.remat == "none":
             raise ValueError(
-                "`compile` by blocks keeps no more than the results of matrix products; set "
+                "`compile: blocks` saves no more than the outputs of matrix products; set "
                 "`remat` to matmuls or blocks, or `compile` to step"
             )
         for name, used in (("patience", self.patience), ("keep", self.keep == "best")):
             if used and self.validate_every is None:
-                raise ValueError(f"`{name}` needs validations to go by; set `validate_every`")
+                raise ValueError(f"`{name}` needs validations; set `validate_every`")
         if self.optimizer == "sgd" and self.weight_decay:
             raise ValueError(
                 "`weight_decay` does not apply to sgd; remove it or change `optimizer`"
@@ -221,29 +220,31 @@ class Train(Section):
 
     @property
     def row_length(self) -> int:
-        """Tokens of a row of the batch."""
+        """Return the tokens of a row of a batch."""
         if not self.packing:
             return self.max_length
         return self.pack_length or max(1024, self.max_length)
 
 
 class Spec(Section):
-    """A whole job."""
+    """The spec of one job."""
 
-    name: Name = Field(description="Begins the run id: lower case letters, digits, '.', '_', '-'.")
+    name: Name = Field(
+        description="Prefix of the run id: lowercase letters, digits, '.', '_', '-'."
+    )
     output: Output = Field(
-        "./runs", min_length=1, description="Folder or gs://bucket/prefix that holds the runs."
+        "./runs", min_length=1, description="Folder or gs://bucket/prefix for runs."
     )
     seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = Field(
-        0, description="Seeds sampling, order, LoRA start and bootstrap."
+        0, description="Seed of sampling, row order, LoRA initialization and the bootstrap."
     )
-    runtime: Runtime = Field(Runtime(), description="The machine the job needs.")
-    model: Model = Field(description="The model that is measured and fine-tuned.")
-    data: Data = Field(description="The dialogues it is fine-tuned on.")
-    train: Train = Field(Train(), description="How it is fine-tuned.")
-    evals: Evals = Field(Evals(), description="How it is measured, before and after.")
+    runtime: Runtime = Field(Runtime(), description="Devices and processes.")
+    model: Model = Field(description="The model to fine-tune.")
+    data: Data = Field(description="The examples to fine-tune on.")
+    train: Train = Field(Train(), description="Hyperparameters of training.")
+    evals: Evals = Field(Evals(), description="Evaluations before and after training.")
     reference: Reference | None = Field(
-        None, description="A larger remote model to compare with; null leaves it out."
+        None, description="A larger remote model to compare with; null: none."
     )
 
     @model_validator(mode="after")
@@ -276,7 +277,7 @@ class Spec(Section):
 
     @property
     def reference_slices(self) -> list[MultipleChoiceEval]:
-        """What the reference model is asked: the spec's choice, or the slices it can answer."""
+        """Return the slices the reference model answers: `reference.evals`, or all generated."""
         if self.reference is None:
             return []
         slices = self.evals.multiple_choice
