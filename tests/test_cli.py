@@ -1,8 +1,7 @@
-"""The command answers at once where it only reads, and refuses in one line what it cannot do."""
+"""Commands that only read import nothing heavy; wrong arguments end in one clear line."""
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ HEAVY = {
     "tensorflow",
 }  # fmt: skip
 LIGHT = [["--help"], ["run", "--help"], ["validate", "smoke"], ["plan", "smoke"], ["schema"]]
-CPU_SECONDS = 1.0
 
 Done = subprocess.CompletedProcess[str]
 
@@ -33,21 +31,8 @@ def job(*arguments: str, options: tuple[str, ...] = (), **variables: str) -> Don
     )
 
 
-def cpu_seconds(*arguments: str) -> float:
-    """User and system time of one run of the command."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert job(*arguments).returncode == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["validate", "smoke"], ["schema"]], ids=" ".join)
-def test_commands_that_only_read_answer_at_once(arguments: list[str]) -> None:
-    assert min(cpu_seconds(*arguments) for _ in range(3)) < CPU_SECONDS
-
-
 @pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
-def test_commands_that_only_read_import_nothing_heavy(arguments: list[str]) -> None:
+def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
     done = job(*arguments, options=("-X", "importtime"))
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert done.returncode == 0
@@ -100,14 +85,14 @@ def test_wrong_arguments_exit_2_with_one_clear_line(arguments: list[str], line: 
 
 
 @pytest.mark.parametrize(
-    ("platform", "said"),
+    ("platform", "expected"),
     [
         ("tpu", ["runtime.platform is tpu", "--set runtime.platform=any"]),
         ("any", ["runtime.devices is 8", "--set runtime.devices=1"]),
     ],
 )
-def test_a_machine_that_is_not_the_one_asked_for_exits_3_and_says_the_way_out(
-    platform: str, said: list[str], tmp_path: Path
+def test_a_wrong_environment_exits_3_and_names_the_way_out(
+    platform: str, expected: list[str], tmp_path: Path
 ) -> None:
     done = job(
         *("run", "smoke", "--output", str(tmp_path / "runs")),
@@ -117,7 +102,7 @@ def test_a_machine_that_is_not_the_one_asked_for_exits_3_and_says_the_way_out(
     assert done.returncode == 3
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    for words in (*said, "found 1 cpu device (cpu)"):
+    for words in (*expected, "found 1 cpu device (cpu)"):
         assert words in done.stderr
     assert "Traceback" not in done.stdout
     last = json.loads(done.stdout.splitlines()[-1])

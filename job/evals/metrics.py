@@ -118,10 +118,6 @@ def summarize_choices(
     )
 
 
-MOST_DIALOGUES = 200
-"""Held-out examples answered where the spec says nothing."""
-
-
 POLITE = (
     "Thank you for your question. I understand your concern. Please consult a professional who "
     "can look at this with you, and do not hesitate to ask if you need anything else."

@@ -15,7 +15,7 @@ from job.data.examples import Turn
 from job.evals.answer_parsing import parse_choice
 from job.evals.batching import LAYOUT
 from job.evals.engine import Engine
-from job.evals.metrics import MOST_DIALOGUES, rouge_scores
+from job.evals.metrics import rouge_scores
 from job.evals.predictions import (
     DIALOGUE,
     SIDE_BY_SIDE,
@@ -137,7 +137,7 @@ class _Measured:
 
     def dialogue(self, wanted: DialogueEval) -> None:
         """Answer held-out examples."""
-        examples = read_examples(self.run, VALIDATION, wanted.examples or MOST_DIALOGUES)
+        examples = read_examples(self.run, VALIDATION, wanted.max_examples)
         template = self.model.codec.template
         prompts, cut = self.engine.encode(
             [template.dialogue(e.prompt, e.system, e.history) for e in examples]
@@ -183,10 +183,6 @@ def _scored(question: Question, letters: str, row: np.ndarray) -> ChoiceLine:
     return choice_line(question, letters[int(row.argmax())], log_probabilities=by_letter)
 
 
-MOST_SHOWN = 4
-"""Held-out prompts shown where the spec says nothing."""
-
-
 class SidePrompt(BaseModel):
     """A prompt, and the expected answer where one is known."""
 
@@ -200,8 +196,7 @@ class SidePrompt(BaseModel):
 def side_prompts(run: Run) -> list[SidePrompt]:
     """Held-out prompts first, then the spec's own."""
     wanted = run.spec.evals.side_by_side
-    count = MOST_SHOWN if wanted.examples is None else wanted.examples
-    held_out = read_examples(run, VALIDATION, count)
+    held_out = read_examples(run, VALIDATION, wanted.max_examples)
     return [
         SidePrompt(
             id=e.id, prompt=e.prompt, system=e.system, expected=e.response, history=e.history

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from job.evals.answer_parsing import parse_choice
 from job.evals.api_client import KEY, Budget, ChatClient, Reply, missing_key
-from job.evals.metrics import MOST_DIALOGUES, rouge_scores
+from job.evals.metrics import rouge_scores
 from job.evals.predictions import (
     DIALOGUE,
     SIDE_BY_SIDE,
@@ -126,7 +126,7 @@ class _Asking:
 
     def dialogue(self, wanted: DialogueEval) -> None:
         """Ask the held-out prompts, with the other models' limit where there is no reasoning."""
-        examples = read_examples(self._run, VALIDATION, wanted.examples or MOST_DIALOGUES)
+        examples = read_examples(self._run, VALIDATION, wanted.max_examples)
         asked = [_Asked(e.id, e.prompt, e.system, e.history) for e in examples]
         limit = wanted.max_new_tokens if self._reference.reasoning == "none" else None
         replies = self._ask_all(DIALOGUE, asked, limit)

@@ -99,18 +99,10 @@ MARKERS: dict[str, list[str]] = {
 """Default phrases by style trait."""
 
 
-DIALOGUE_EXAMPLES = 200
-"""Held-out dialogues that are answered where the spec gives no number."""
-
-
-SIDE_BY_SIDE_EXAMPLES = 4
-"""Held-out prompts that are shown where the spec gives no number."""
-
-
 class DialogueEval(Section):
     examples: Annotated[int, Field(ge=2, strict=True)] | None = Field(
         None,
-        description=f"Held-out examples to answer; unset: all, up to {DIALOGUE_EXAMPLES}.",
+        description="Held-out examples to answer; unset: all, up to 200.",
     )
     max_new_tokens: Positive = Field(
         128, description="Maximum tokens of an answer; ROUGE depends on it."
@@ -121,15 +113,24 @@ class DialogueEval(Section):
         "match complete words, ignoring case; # matches a number; {} counts none.",
     )
 
+    @property
+    def max_examples(self) -> int:
+        """Return the most held-out examples to answer."""
+        return self.examples or 200
+
 
 class SideBySideEval(Section):
     examples: Annotated[int, Field(ge=0, strict=True)] | None = Field(
         None,
-        description="Held-out prompts to show with every model's answer; unset: up to "
-        f"{SIDE_BY_SIDE_EXAMPLES}.",
+        description="Held-out prompts to show with every model's answer; unset: up to 4.",
     )
     prompts: list[str] = Field([], description="Additional prompts.")
     max_new_tokens: Positive = Field(128, description="Maximum tokens of an answer.")
+
+    @property
+    def max_examples(self) -> int:
+        """Return the most held-out prompts to show."""
+        return 4 if self.examples is None else self.examples
 
 
 class Evals(Section):

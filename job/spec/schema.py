@@ -206,7 +206,7 @@ class Train(Section):
             )
         if self.compile == "blocks" and self.remat == "none":
             raise ValueError(
-                "`compile: blocks` saves no more than the outputs of matrix products; set "
+                "`compile` by blocks saves no more than the outputs of matrix products; set "
                 "`remat` to matmuls or blocks, or `compile` to step"
             )
         for name, used in (("patience", self.patience), ("keep", self.keep == "best")):
