@@ -212,7 +212,7 @@ def test_stopped_and_killed_anywhere_a_run_in_a_bucket_ends_with_the_same_bytes(
             if number == signal.SIGKILL:
                 time.sleep(LEASE_SECONDS)
             else:
-                assert "run the same command to go on" in done.err
+                assert "run the same command to resume" in done.err
                 assert seconds < GRACE_SECONDS
         assert resumed == 2
         done, _ = run(*options, arguments=arguments)

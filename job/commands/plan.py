@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from job.errors import JobError, UsageError
 from job.machine.accelerators import Machine, machine_sizes, parse_machine
 from job.pipeline.run import Preflight, StageRecord
-from job.pipeline.runner import stale_stages
-from job.pipeline.stages import STAGES, read_stage_records, stage_digests
+from job.pipeline.stages import STAGES, stage_digests
+from job.pipeline.status import read_stage_records, stale_stages
 from job.plan.estimate import MFU
 from job.plan.model_shape import Config, find_config
 from job.plan.plan import MachinePlan, Plan, default_machine, make_plan

@@ -144,7 +144,7 @@ class ProcessGroup:
                     return StageError(message)
             time.sleep(_LOOK_SECONDS)
         return RunStoppedError(
-            "lost the connection to another process; run the same command to go on"
+            "lost the connection to another process; run the same command to resume"
         )
 
     def _own(self, folder: str) -> str:
@@ -181,7 +181,7 @@ class ProcessGroup:
     def _exit(self, code: int, message: str, grace: float) -> None:
         """End this process, unless it ends by itself within the time of grace."""
         if not self._leaving.wait(grace):
-            self.leave(code, f"{message}; run the same command to go on")
+            self.leave(code, f"{message}; run the same command to resume")
 
     def leave(self, code: int, message: str) -> None:
         """End this process now, whatever its main thread is in; the others are told why."""
@@ -233,7 +233,7 @@ def _timed(get: Callable[[], Any]) -> Any:
         if "DEADLINE_EXCEEDED" in str(error):
             return None
         raise RunStoppedError(
-            "lost the connection to process 0; run the same command to go on"
+            "lost the connection to process 0; run the same command to resume"
         ) from error
 
 

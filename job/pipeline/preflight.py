@@ -1,16 +1,26 @@
-"""What a run is told apart from its spec's fields: its id, and the local files it reads."""
+"""Preflight: checks before anything is started, and the stage that pins what the run reads."""
 
+import json
 import re
 from pathlib import Path
 
-from job.errors import UsageError
+import yaml
+
+from job.errors import SetupError, UsageError
+from job.pipeline.run import RESULTS, Preflight, Run, StageRecord, now
+from job.pipeline.stages import stage_digests
+from job.pipeline.status import earlier_preflight
+from job.runtime import logs
 from job.spec.fields import SAMPLES
-from job.spec.load import run_id
+from job.spec.load import digest, run_id
+from job.spec.pinning import resolve_all
 from job.spec.schema import Spec
 
+SPEC = "spec.yaml"
 
-def checked_id(given: str | None, spec: Spec) -> str:
-    """The run id: the one given, or the spec's own.
+
+def check_run_id(given: str | None, spec: Spec) -> str:
+    """Return the run id: the given one, or the spec's own.
 
     Raises:
         UsageError: it cannot name a folder and an object everywhere.
@@ -24,11 +34,11 @@ def checked_id(given: str | None, spec: Spec) -> str:
     return identity
 
 
-def check_inputs(spec: Spec) -> None:
-    """Local input files must be there before anything is started or written.
+def check_local_inputs(spec: Spec) -> None:
+    """Check that local input files exist, before anything is started or written.
 
     Raises:
-        UsageError: one is not.
+        UsageError: one does not.
     """
     preset = spec.model.preset
     if "/" in preset and "://" not in preset and not Path(preset).is_dir():
@@ -50,3 +60,62 @@ def check_inputs(spec: Spec) -> None:
                 f"{where}.dataset: there is no file {source.dataset!r}; "
                 "for a dataset of the Hub write hf://owner/name"
             )
+
+
+def run_preflight(run: Run, *, resumed: bool) -> None:
+    """Record the machine and pin the commits to read; runs whenever another stage does.
+
+    Args:
+        run: the run.
+        resumed: whether an unfinished run is started again.
+
+    Raises:
+        SetupError: this process does not see what the primary one writes.
+    """
+    record = StageRecord.model_validate_json(
+        run.processes.broadcast(lambda: _record_preflight(run, resumed=resumed).model_dump_json())
+    )
+    run.records["preflight"] = record
+    run.revisions = Preflight.model_validate(record.outcome).revisions
+    digests = run.processes.broadcast(lambda: json.dumps(stage_digests(run.spec, run.revisions)))
+    run.digests |= json.loads(digests)
+    if run.store.size(SPEC) is None:
+        raise SetupError(
+            f"process {run.processes.index} does not see what process 0 wrote to {run.store.uri}: "
+            "`output` must be a bucket, or a folder that all machines share"
+        )
+
+
+def _record_preflight(run: Run, *, resumed: bool) -> StageRecord:
+    started = now()
+    earlier = earlier_preflight(run.records)
+    run.revisions = resolve_all(run.spec, earlier.revisions)
+    outcome = Preflight(
+        first_started=earlier.first_started,
+        resumes=earlier.resumes + resumed,
+        revisions=dict(run.revisions),
+    )
+    run.store.delete(RESULTS)
+    run.outputs = []
+    run.put(SPEC, _spec_yaml(run.spec))
+    run.digests["preflight"] = digest([run.environment.model_dump(mode="json"), run.revisions])
+    record = run.record_stage("preflight", started, 0.0, outcome)
+    logs.get().info(
+        "environment check passed",
+        platform=run.environment.platform,
+        devices=run.environment.devices,
+        kind=run.environment.device_kind,
+        packages=run.environment.packages,
+        **({"revisions": dict(run.revisions)} if run.revisions else {}),
+    )
+    if run.spec.reference is not None:
+        from job.evals.api_client import missing_key
+
+        if missing := missing_key(run.spec.reference):
+            logs.get().warning(missing)
+    return record
+
+
+def _spec_yaml(spec: Spec) -> bytes:
+    body = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return f"# The spec as it was run, with overrides and defaults.\n{body}".encode()

@@ -1,4 +1,4 @@
-"""The log of a run in the run's folder, whatever becomes of the run."""
+"""`logs/job.jsonl` of a run, saved however the run ends."""
 
 import contextlib
 from pathlib import Path
@@ -11,10 +11,20 @@ from job.storage.local import LocalStore
 LOG = "logs/job.jsonl"
 
 
-class LogKeeper:
-    """Keeps `logs/job.jsonl`: appended in place in a folder, copied up to a bucket."""
+class RunLogFile:
+    """The log file of a run: appended to in a local folder, uploaded to a bucket."""
 
     def __init__(self, store: Store, run_log: logs.RunLog, work: Path) -> None:
+        """Open the file and send all log lines to it, the earlier ones first.
+
+        Args:
+            store: of the run.
+            run_log: buffers lines until a file is attached.
+            work: a scratch folder.
+
+        Raises:
+            SetupError: the folder cannot be written to.
+        """
         self._store = store
         self._run_log = run_log
         if isinstance(store, LocalStore):
@@ -31,14 +41,14 @@ class LogKeeper:
         self._file = self._path.open("a", encoding="utf-8")
         run_log.attach(self._file)
 
-    def keep(self) -> None:
-        """Make the lines so far safe."""
+    def save(self) -> None:
+        """Make the lines so far durable."""
         self._file.flush()
         if not isinstance(self._store, LocalStore):
             self._store.upload(self._path, LOG)
 
     def close(self) -> None:
-        """Keep what there is; further lines go to the terminal only."""
+        """Save the lines so far; later lines go to the terminal only."""
         self._run_log.detach()
         self._file.close()
         if not isinstance(self._store, LocalStore):

@@ -87,7 +87,7 @@ class StopSignal:
 
     @property
     def _message(self) -> str:
-        return f"stopped by {self.requested}; run the same command to go on"
+        return f"stopped by {self.requested}; run the same command to resume"
 
     def check(self) -> None:
         """Raise if a stop was requested."""

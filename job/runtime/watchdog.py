@@ -105,7 +105,7 @@ class Watchdog:
                     EXIT_STAGE,
                     f"{self._label or self.stage}: nothing got on for {stall_minutes:g} minutes "
                     "(runtime.stall_minutes); the log has the stacks of all threads; "
-                    "run the same command to go on",
+                    "run the same command to resume",
                 )
 
     def _say(self) -> None:

@@ -125,7 +125,7 @@ class Lease:
         if time.monotonic() > self._until:
             raise RunStoppedError(
                 f"the lease of {self._what} was lost, or could not be renewed in time; "
-                "run the same command to go on"
+                "run the same command to resume"
             )
 
     def release(self) -> None:

@@ -126,7 +126,7 @@ class Attempts:
             raise StageError(
                 f"cannot {self._what}: {reason}; given up after {self._count} "
                 f"tr{'y' if self._count == 1 else 'ies'} in {spent:.0f} s{asked}; "
-                "run the same command to go on"
+                "run the same command to resume"
             ) from error
         logs.get().warning(
             "trying again", what=self._what, reason=reason, tries=self._count, wait=round(wait, 1)

@@ -157,7 +157,7 @@ def test_a_large_file_goes_on_where_a_fetch_was_cut_off(
         store.write("results.json", results(artifact("adapter/big.bin", content)))
         service.faults.add("big.bin?alt=media", cut_after=1_500_000)
         service.faults.add("big.bin?alt=media", status=503, times=99)
-        with pytest.raises(StageError, match=r"big\.bin.*run the same command to go on"):
+        with pytest.raises(StageError, match=r"big\.bin.*run the same command to resume"):
             fetch_run(store.uri, target.uri)
         assert target.read("adapter/big.bin") is None
         service.faults.clear()

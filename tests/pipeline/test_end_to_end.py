@@ -136,12 +136,12 @@ def test_stopped_while_measuring_the_job_ends_at_once_and_can_go_on(tmp_path: Pa
         *arguments, when=lambda e: e["message"] == "answered", number=signal.SIGTERM
     )
     assert stopped.code == 75
-    assert stopped.err == "error: stopped by SIGTERM; run the same command to go on\n"
+    assert stopped.err == "error: stopped by SIGTERM; run the same command to resume\n"
     assert not (only_run(tmp_path) / "stages/baseline.json").exists()
     done = job(*arguments)
     assert done.code == 0, done.err
     assert done.stages("stage done") == ["baseline"]
-    assert done.events[-1]["message"] == "stopped before the report, as asked"
+    assert done.events[-1]["message"] == "stopped before the report, as requested"
 
 
 @pytest.mark.slow
@@ -230,7 +230,7 @@ def test_job_from_the_hub_into_a_bucket_stopped_and_resumed_equals_the_local_one
         environment=environment,
     )
     assert stopped.code == 75, stopped.err
-    assert "run the same command to go on" in stopped.err
+    assert "run the same command to resume" in stopped.err
     assert "here/r/results.json" not in bucket.names("runs")
     checkpoints = [n for n in bucket.names("runs") if n.startswith("here/r/train/checkpoints/")]
     assert len(checkpoints) == 1

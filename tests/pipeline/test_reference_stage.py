@@ -17,7 +17,7 @@ from job.evals.api_client import KEY
 from job.evals.metrics import score_choices
 from job.evals.predictions import ChoiceLine, DialogueLine, Line, SideLine
 from job.evals.reply_log import FILE, FOLDER
-from job.pipeline.stages import could_do_more
+from job.pipeline.stages import reference_has_more_to_do
 from job.storage.base import Store
 from job.storage.local import LocalStore
 from job.storage.locations import open_store
@@ -246,11 +246,11 @@ def test_asking_stops_before_the_budget_is_passed_and_goes_on_with_a_larger_one(
 
     outcome = found.model_dump(mode="json")
     assert spec.reference is not None
-    assert not could_do_more(outcome, spec.reference)
+    assert not reference_has_more_to_do(outcome, spec.reference)
     for larger in (100.0, None):
         more = spec_of(url(service), max_usd=larger)
         assert more.reference is not None
-        assert could_do_more(outcome, more.reference)
+        assert reference_has_more_to_do(outcome, more.reference)
     rest = ask(store, spec_of(url(service), max_usd=100.0))
     assert len(service.chats) == ALL
     assert (rest.result.requests, rest.result.status) == (ALL, "complete")

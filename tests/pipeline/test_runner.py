@@ -8,8 +8,9 @@ import pytest
 
 from job.errors import UsageError
 from job.pipeline.run import StageRecord
-from job.pipeline.runner import run_job, stale_stages
-from job.pipeline.stages import NAMES, STAGES, dependents, read_stage_records, stage_digests
+from job.pipeline.runner import run_job
+from job.pipeline.stages import NAMES, STAGES, dependents, stage_digests
+from job.pipeline.status import read_stage_records, stale_stages
 from job.results import Artifact, EnvironmentInfo
 from job.spec.load import LoadedSpec, parse_spec
 from job.spec.schema import Spec

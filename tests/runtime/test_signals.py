@@ -61,7 +61,7 @@ def test_where_there_is_nothing_to_keep_a_stop_ends_the_job_at_once(number: sign
     code, err, seconds = run_program(program, number)
     assert (code, err) == (
         75,
-        f"error: stopped by {number.name}; run the same command to go on\n",
+        f"error: stopped by {number.name}; run the same command to resume\n",
     )
     assert seconds < 5
 
@@ -116,6 +116,6 @@ def test_a_stop_while_the_command_starts_is_not_lost(seconds: float, tmp_path: P
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 75, out + err
-    assert "stopped by SIGTERM; run the same command to go on" in err
+    assert "stopped by SIGTERM; run the same command to resume" in err
     begun = "job started" in out  # where a second is enough for that
     assert begun or not (tmp_path / "runs").exists()

@@ -137,5 +137,5 @@ def test_a_process_that_was_away_too_long_gives_up_and_changes_nothing(tmp_path:
         first.send_signal(signal.SIGCONT)
         _, err = first.communicate(timeout=60)
         assert first.returncode == 75, err
-        assert "run the same command to go on" in err
+        assert "run the same command to resume" in err
     assert (tmp_path / "r/stages/data.json").read_bytes() == marker
