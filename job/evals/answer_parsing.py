@@ -1,17 +1,18 @@
-"""Which letter a generated answer chose, or that it chose none. Nothing is ever guessed.
+"""Parsing of generated answers to multiple-choice questions: the chosen letter, or none.
 
-The rules, in order; the first that applies decides:
-1. The whole answer is the text of exactly one option.
-2. The answer begins with a lone letter: `B`, `(b)`, `B.`, `B) because`, `**B**`, `B - text`. A
-   letter followed by a plain word needs punctuation between, so the article in `A common
-   cause is` is no answer; nor is a letter joined to another (`B, C`, `(A) and (B)`), nor the
-   first of several lines that begin so (the options repeated).
-   Or a phrase names it: `the answer is B`, `answer: (C)`, `correct option is D`, `I choose A`.
-   If beginning and phrases name different letters, there is no answer.
-3. Exactly one letter is said to be it: `it is D`, `so, C`, `D is correct`. A letter that only
-   occurs (`hepatitis B`, `vitamin D is low`) is none.
+An answer that is not clear counts as unparsed; nothing is guessed. The first rule that applies
+decides:
+1. The answer is exactly the text of one option.
+2. The answer begins with a lone letter: `B`, `(b)`, `B.`, `B) because`, `**B**`, `B - text`. If a
+   plain word follows, punctuation must separate them, so the article in `A common cause is` is no
+   answer; nor is a letter in a list (`B, C`, `(A) and (B)`), nor the first of several lines that
+   begin with a letter (the options repeated).
+   Or a phrase names the letter: `the answer is B`, `answer: (C)`, `correct option is D`,
+   `I choose A`. If the beginning and the phrases name different letters, there is no answer.
+3. A statement about exactly one letter: `it is D`, `so, C`, `D is correct`. A letter that merely
+   occurs (`hepatitis B`, `vitamin D is low`) does not count.
 4. The text of exactly one option occurs in the answer.
-What is negated (`not B`, `B is wrong`, `neither A nor B`, `not aspirin`) is never chosen.
+A negated letter or text (`not B`, `B is wrong`, `neither A nor B`, `not aspirin`) is never chosen.
 """
 
 import re
@@ -30,7 +31,9 @@ _LEADING = re.compile(
 )
 
 
-_JOINED = re.compile(rf"^\s*(?:,|/|&|and\b|or\b|nor\b)+\s*(?:and\s+|or\s+)?{_OPEN}?[A-Z](?![\w'’])")
+_LIST_FOLLOWS = re.compile(
+    rf"^\s*(?:,|/|&|and\b|or\b|nor\b)+\s*(?:and\s+|or\s+)?{_OPEN}?[A-Z](?![\w'’])"
+)
 
 
 _PHRASE = re.compile(
@@ -43,21 +46,25 @@ _PHRASE = re.compile(
 _CONNECTIVES = r"(?:because|since|as|is|was|for|due|which|and|or|nor|but|given|based|seems|would)\b"
 
 
-_ARTICLE = re.compile(rf"^\s+(?!{_CONNECTIVES})[a-z]")
+_NOUN_FOLLOWS = re.compile(rf"^\s+(?!{_CONNECTIVES})[a-z]")
+"""After an `A` that is an article."""
 
 
-_SAID_BEFORE = re.compile(
+# A statement about a letter is either "(it is) B (.)" or "(.) B (is correct)".
+_STATED_BEFORE = re.compile(
     r"(?:\b(?:is|be|so|therefore|thus|hence|but|then)\b[,:]?|[=:])\s*$", re.IGNORECASE
 )
 
 
-_ENDS = re.compile(rf"^{_CLOSE}*\s*(?:[.,;:!?]|$|\b(?:because|since|as|not|rather)\b)")
+_CLAUSE_ENDS = re.compile(rf"^{_CLOSE}*\s*(?:[.,;:!?]|$|\b(?:because|since|as|not|rather)\b)")
 
 
-_STARTS = re.compile(r"(?:^|[.!?:;,\n]|\b(?:so|that|option|choice|letter))\s*$", re.IGNORECASE)
+_CLAUSE_BEGINS = re.compile(
+    r"(?:^|[.!?:;,\n]|\b(?:so|that|option|choice|letter))\s*$", re.IGNORECASE
+)
 
 
-_SAID_AFTER = re.compile(
+_STATED_AFTER = re.compile(
     rf"^{_CLOSE}*\s+"
     r"(?:is\s+(?:the\s+)?(?:correct|right|best|true|answer|most likely)|rather than)\b",
     re.IGNORECASE,
@@ -81,10 +88,10 @@ _NEGATED_AFTER = re.compile(
 
 
 def parse_choice(answer: str, options: Sequence[str]) -> str | None:
-    """The letter that `answer` chooses among the options, or None.
+    """Return the letter of the option that `answer` chooses, or None if that is not clear.
 
     Args:
-        answer: what the model wrote.
+        answer: generated text.
         options: texts of the options; the first is A.
     """
     letters = LETTERS[: len(options)]
@@ -92,43 +99,45 @@ def parse_choice(answer: str, options: Sequence[str]) -> str | None:
     exact = [
         letter
         for letter, option in zip(letters, options, strict=True)
-        if _folded(option) == _folded(text)
+        if _normalize(option) == _normalize(text)
     ]
     if len(exact) == 1:
         return exact[0]
-    bare = _without_options(text, options)
-    stated = _leading(bare, letters) | _phrased(bare, letters)
-    for named in (stated, _said(bare, letters)):
-        if named:
-            return named.pop() if len(named) == 1 else None
-    return _quoted(text, letters, options)
+    masked = _mask_options(text, options)
+    declared = _leading_letter(masked, letters) | _phrase_letters(masked, letters)
+    for chosen in (declared, _stated_letters(masked, letters)):
+        if chosen:
+            return chosen.pop() if len(chosen) == 1 else None
+    return _option_text(text, letters, options)
 
 
-def _folded(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(".")
 
 
-def _without_options(text: str, options: Sequence[str]) -> str:
-    """The text without those options that hold a letter of their own, like `Vitamin C`."""
+def _mask_options(text: str, options: Sequence[str]) -> str:
+    """Mask the options that contain a letter of their own, such as `Vitamin C`."""
     for option in sorted(options, key=len, reverse=True):
         if len(option) > 1 and re.search(r"(?<!\w)[A-Z](?!\w)", option):
             text = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", "…", text, flags=re.IGNORECASE)
     return text
 
 
-def _leading(text: str, letters: str) -> set[str]:
+def _leading_letter(text: str, letters: str) -> set[str]:
+    """Return the lone letter at the beginning (rule 2)."""
     match = _LEADING.match(text)
     lines = [_LEADING.match(line.strip()) for line in text.splitlines()]
     if len({line[1].upper() for line in lines if line and line[1].upper() in letters}) > 1:
         return set()
     if not match or match[1].upper() not in letters:
         return set()
-    if _JOINED.match(text[match.end(1) :].lstrip(")]\"'")) or _negated(text, *match.span(1)):
+    if _LIST_FOLLOWS.match(text[match.end(1) :].lstrip(")]\"'")) or _negated(text, *match.span(1)):
         return set()
     return {match[1].upper()}
 
 
-def _phrased(text: str, letters: str) -> set[str]:
+def _phrase_letters(text: str, letters: str) -> set[str]:
+    """Return the letters that a phrase names as the answer (rule 2)."""
     named = set()
     for match in _PHRASE.finditer(text):
         letter, rest = match[1], text[match.end(1) :]
@@ -136,39 +145,49 @@ def _phrased(text: str, letters: str) -> set[str]:
             continue
         if letter.islower() and not re.match(rf"{_CLOSE}|[.,;:]|\s*$", rest):
             continue
-        if letter == "A" and _ARTICLE.match(rest):
+        if letter == "A" and _NOUN_FOLLOWS.match(rest):
             continue
         named.add(letter.upper())
-        if joined := _JOINED.match(re.sub(rf"^{_CLOSE}+", "", rest)):
-            named.add(joined[0][-1])
+        if second := _LIST_FOLLOWS.match(re.sub(rf"^{_CLOSE}+", "", rest)):
+            named.add(second[0][-1])
     return named
 
 
-def _said(text: str, letters: str) -> set[str]:
+def _stated_letters(text: str, letters: str) -> set[str]:
+    """Return the letters that a statement says are right (rule 3)."""
     return {
         match[1]
         for match in re.finditer(rf"(?<![\w'’-]){_OPEN}?([{letters}])(?![\w'’-])", text)
-        if (
-            (_SAID_BEFORE.search(text[: match.start()]) and _ENDS.match(text[match.end(1) :]))
-            or (_STARTS.search(text[: match.start()]) and _SAID_AFTER.match(text[match.end(1) :]))
-        )
+        if _is_stated(text[: match.start()], text[match.end(1) :])
         and not _negated(text, *match.span(1))
-        and not _JOINED.match(text[match.end(1) :])
+        and not _LIST_FOLLOWS.match(text[match.end(1) :])
     }
+
+
+def _is_stated(before: str, after: str) -> bool:
+    return bool(
+        (_STATED_BEFORE.search(before) and _CLAUSE_ENDS.match(after))
+        or (_CLAUSE_BEGINS.search(before) and _STATED_AFTER.match(after))
+    )
 
 
 def _negated(text: str, start: int, end: int) -> bool:
     return bool(_NEGATED_BEFORE.search(text[:start]) or _NEGATED_AFTER.match(text[end:]))
 
 
-def _quoted(text: str, letters: str, options: Sequence[str]) -> str | None:
-    folded = _folded(text)
-    found = []
+def _option_text(text: str, letters: str, options: Sequence[str]) -> str | None:
+    """Return the letter of the only option whose text occurs (rule 4)."""
+    normalized = _normalize(text)
+    matches = []
     for letter, option in zip(letters, options, strict=True):
-        words = _folded(option)
-        spans = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(words)}(?!\w)", folded)]
-        if words and any(not _negated(folded, *span) for span in spans):
-            found.append((letter, words))
-    # An option whose text lies within another's that also occurs was not itself named.
-    kept = [a for a in found if not any(a[1] != b[1] and a[1] in b[1] for b in found)]
-    return kept[0][0] if len(kept) == 1 else None
+        words = _normalize(option)
+        spans = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(words)}(?!\w)", normalized)]
+        if words and any(not _negated(normalized, *span) for span in spans):
+            matches.append((letter, words))
+    # An option inside the text of a longer option that also occurs was not itself named.
+    named = [
+        (letter, words)
+        for letter, words in matches
+        if not any(words != longer and words in longer for _, longer in matches)
+    ]
+    return named[0][0] if len(named) == 1 else None

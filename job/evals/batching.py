@@ -1,7 +1,7 @@
-"""Prompts in batches of few shapes, so that few programs are compiled.
+"""Batches of prompts in few shapes, so that few programs are compiled.
 
-Where answers are generated, prompts are sorted by length and padded to one of a few lengths.
-Where only letters are scored, several prompts share a row, as examples do in training.
+For generation, prompts are sorted by length and padded to one of a few bucket lengths. For
+loglikelihoods several prompts share a row, packed as in training.
 """
 
 from collections import Counter
@@ -12,20 +12,20 @@ import numpy as np
 
 from job.data.packing import best_fit
 
-PACKED = 512
-"""Tokens of a row of several prompts, at most, unless one of them is longer."""
+PACKED_LENGTH = 512
+"""Length of packed rows in tokens, unless a prompt is longer."""
 
 
-LAYOUT = 3
-"""Raise it when the same prompts lie in other batches: what was kept of them is measured again."""
+BATCHING_VERSION = 3
+"""Increase it when the same prompts are batched differently: cached results become invalid."""
 
 
 CPU_COMPILE_TOKENS = 2_000
-"""Tokens that a CPU reads while it compiles one more program: an order of magnitude."""
+"""Tokens a CPU processes in the time one more program takes to compile: an order of magnitude."""
 
 
 COMPILE_TOKENS = 1_000_000
-"""The same of one accelerator, which reads far more in that time."""
+"""Tokens an accelerator processes in that time."""
 
 
 _WIDTH_MULTIPLE = 8
@@ -34,21 +34,21 @@ _WIDTH_MULTIPLE = 8
 _LENGTH_MULTIPLE = 32
 
 
-def rounded(length: int) -> int:
-    """A length to pad to that holds `length`."""
+def round_length(length: int) -> int:
+    """Round a length up to a multiple of 32."""
     return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
 
 
 def padded_lengths(longest: Sequence[int], rows: int, compile_tokens: int) -> list[int]:
-    """The length that each batch is padded to, so that reading and compiling take least time.
+    """Choose the bucket length of each batch that minimizes processing plus compile time.
 
     Args:
-        longest: tokens of the longest prompt of each batch, in ascending order.
-        rows: of a batch.
-        compile_tokens: tokens that are read in the time one more length takes to compile.
+        longest: tokens of the longest prompt of each batch, ascending.
+        rows: rows of a batch.
+        compile_tokens: tokens processed in the time one more bucket takes to compile.
     """
-    batches = sorted(Counter(map(rounded, longest)).items())
-    # For the batches up to each length: the least cost, and where its last group begins.
+    batches = sorted(Counter(map(round_length, longest)).items())
+    # For the batches up to each length: the lowest cost, and where its last bucket begins.
     best: list[tuple[int, int]] = [(0, 0)]
     for end, (length, _) in enumerate(batches, 1):
         counts = [count for _, count in batches[:end]]
@@ -58,48 +58,50 @@ def padded_lengths(longest: Sequence[int], rows: int, compile_tokens: int) -> li
                 for begin in range(end)
             )
         )
-    found: list[int] = []
+    lengths: list[int] = []
     end = len(batches)
     while end:
         begin = best[end][1]
-        held = sum(count for _, count in batches[begin:end])
-        found = [batches[end - 1][0]] * held + found
+        count = sum(count for _, count in batches[begin:end])
+        lengths = [batches[end - 1][0]] * count + lengths
         end = begin
-    return found
+    return lengths
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """What all batches have: the numbers of their prompts, in order."""
+    """The common part of all batches."""
 
-    prompts: list[int]
+    indices: list[int]
+    """Index of each prompt of the batch among all prompts, in the order of its results."""
 
 
 @dataclass(frozen=True)
 class PaddedPrompts(PromptBatch):
-    """One prompt a row; rows beyond those of `prompts` repeat the last."""
+    """One prompt per row; extra rows repeat the last prompt."""
 
     tokens: np.ndarray
-    """int32 `[rows, length]`, prompts at the beginning."""
+    """int32 `[rows, length]`, padded on the right."""
     lengths: np.ndarray
     """int32 `[rows]`."""
 
 
 @dataclass(frozen=True)
 class PackedPrompts(PromptBatch):
-    """One prompt a row, or several."""
+    """One or more prompts per row."""
 
     tokens: np.ndarray
+    """int32 `[rows, length]`."""
     segment_ids: np.ndarray
-    """int32 `[rows, length]`; segment 0 is padding, 1.. are prompts."""
+    """int32 `[rows, length]`; 0 is padding, 1.. are prompts."""
     ends: np.ndarray
-    """int32 `[devices, width]`: the last token of each prompt in a device's rows, row after row."""
-    places: tuple[np.ndarray, np.ndarray]
-    """Where each prompt's end is in `ends`."""
+    """int32 `[devices, width]`: where each prompt ends in the flattened rows of a device."""
+    end_indices: tuple[np.ndarray, np.ndarray]
+    """Index of each prompt in `ends`: device and column."""
 
 
-def even(count: int, most: int, devices: int) -> int:
-    """Rows of each batch where `count` rows are shared out evenly: a multiple of `devices`."""
+def even_batch_size(count: int, most: int, devices: int) -> int:
+    """Return the rows per batch that spread `count` rows evenly: a multiple of `devices`."""
     batches = -(-count // most)
     return -(-count // (batches * devices)) * devices
 
@@ -107,24 +109,32 @@ def even(count: int, most: int, devices: int) -> int:
 def batch_by_length(
     prompts: Sequence[list[int]], most: int, devices: int, pad_id: int, compile_tokens: int
 ) -> Iterator[PaddedPrompts]:
-    """Batches of at most `most` prompts of like length; see `padded_lengths`."""
+    """Yield batches of at most `most` prompts of similar length; see `padded_lengths`."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    rows = even(len(order), most, devices) if order else 1
-    parts = [order[start : start + rows] for start in range(0, len(order), rows)]
-    padded = padded_lengths([len(prompts[part[-1]]) for part in parts], rows, compile_tokens)
-    for numbers, length in zip(parts, padded, strict=True):
-        filled = numbers + [numbers[-1]] * (rows - len(numbers))
+    rows = even_batch_size(len(order), most, devices) if order else 1
+    groups = [order[start : start + rows] for start in range(0, len(order), rows)]
+    buckets = padded_lengths([len(prompts[group[-1]]) for group in groups], rows, compile_tokens)
+    for indices, length in zip(groups, buckets, strict=True):
+        filled = indices + [indices[-1]] * (rows - len(indices))
         lengths = np.array([len(prompts[i]) for i in filled], np.int32)
         tokens = np.full((rows, length), pad_id, np.int32)
-        for row, number in enumerate(filled):
-            tokens[row, : lengths[row]] = prompts[number]
-        yield PaddedPrompts(numbers, tokens, lengths)
+        for row, index in enumerate(filled):
+            tokens[row, : lengths[row]] = prompts[index]
+        yield PaddedPrompts(indices, tokens, lengths)
 
 
 def batch_packed(
     prompts: Sequence[list[int]], most: int, devices: int, compile_tokens: int, *, packing: bool
 ) -> Iterator[PackedPrompts]:
-    """Batches of about `most` prompts, several of them in a row where `packing` is sound."""
+    """Yield batches of about `most` prompts, several per row if `packing`.
+
+    Args:
+        prompts: token ids.
+        most: prompts per batch.
+        devices: that share a batch's rows equally.
+        compile_tokens: as for `padded_lengths`.
+        packing: whether the model keeps attention inside each prompt.
+    """
     lengths = [len(prompt) for prompt in prompts]
     if not prompts:
         return
@@ -133,32 +143,33 @@ def batch_packed(
         bins = best_fit(lengths, length)
         most = max(devices, packed_rows(most, sum(lengths) / len(lengths), length))
     else:
-        bins = [[number] for number in sorted(range(len(prompts)), key=lengths.__getitem__)]
-    rows = even(len(bins), most, devices)
+        bins = [[index] for index in sorted(range(len(prompts)), key=lengths.__getitem__)]
+    rows = even_batch_size(len(bins), most, devices)
     if packing:
-        length, bins = _shortest(lengths, length, bins, -(-len(bins) // rows) * rows)
-    parts = [bins[start : start + rows] for start in range(0, len(bins), rows)]
+        length, bins = _shorten(lengths, length, bins, -(-len(bins) // rows) * rows)
+    batches = [bins[start : start + rows] for start in range(0, len(bins), rows)]
     if packing:
-        padded = [length] * len(parts)
+        buckets = [length] * len(batches)
     else:
-        padded = padded_lengths([lengths[part[-1][0]] for part in parts], rows, compile_tokens)
-    each = rows // devices
-    widest = max(
-        sum(map(len, part[start : start + each]))
-        for part in parts
-        for start in range(0, len(part), each)
+        longest = [lengths[batch[-1][0]] for batch in batches]
+        buckets = padded_lengths(longest, rows, compile_tokens)
+    rows_per_device = rows // devices
+    most_prompts = max(
+        sum(map(len, batch[start : start + rows_per_device]))
+        for batch in batches
+        for start in range(0, len(batch), rows_per_device)
     )
-    width = -(-widest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-    for part, length in zip(parts, padded, strict=True):
-        yield _rows(prompts, part, (rows, length), (devices, width))
+    width = -(-most_prompts // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+    for batch, length in zip(batches, buckets, strict=True):
+        yield _fill_rows(prompts, batch, (rows, length), (devices, width))
 
 
-def _shortest(
+def _shorten(
     lengths: Sequence[int], length: int, bins: list[list[int]], rows: int
 ) -> tuple[int, list[list[int]]]:
-    """The least length of so many rows that holds all prompts, from `length` down, and its bins."""
-    least = rounded(max(lengths))
-    while length - _LENGTH_MULTIPLE >= least:
+    """Return the shortest row length that fits all prompts into `rows` rows, and its bins."""
+    shortest = round_length(max(lengths))
+    while length - _LENGTH_MULTIPLE >= shortest:
         shorter = best_fit(lengths, length - _LENGTH_MULTIPLE)
         if len(shorter) > rows:
             break
@@ -167,36 +178,38 @@ def _shortest(
 
 
 def packed_length(longest: int) -> int:
-    """Tokens of a row of several prompts, the longest of which has so many."""
-    return max(PACKED, rounded(longest))
+    """Return the initial length of packed rows, given the longest prompt's."""
+    return max(PACKED_LENGTH, round_length(longest))
 
 
 def packed_rows(prompts: int, mean: float, length: int) -> int:
-    """Rows of `length` tokens that hold so many prompts."""
+    """Return the number of rows of `length` tokens that prompts of a mean length fill."""
     return max(1, round(prompts * mean / length))
 
 
-def _rows(
+def _fill_rows(
     prompts: Sequence[list[int]],
     bins: Sequence[Sequence[int]],
     shape: tuple[int, int],
-    places: tuple[int, int],
+    ends_shape: tuple[int, int],
 ) -> PackedPrompts:
+    """Lay out prompts in rows; `bins` holds the prompt indices of each row."""
     tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    ends = np.zeros(places, np.int32)
-    each = shape[0] // places[0]
-    taken = [0] * places[0]
-    numbers, groups, columns = [], [], []
-    for row, held in enumerate(bins):
-        at, group = 0, row // each
-        for segment, number in enumerate(held, 1):
-            end = at + len(prompts[number])
-            tokens[row, at:end] = prompts[number]
-            segment_ids[row, at:end] = segment
-            ends[group, taken[group]] = (row % each) * shape[1] + end - 1
-            numbers.append(number)
-            groups.append(group)
-            columns.append(taken[group])
-            taken[group] += 1
-            at = end
-    return PackedPrompts(numbers, tokens, segment_ids, ends, (np.array(groups), np.array(columns)))
+    ends = np.zeros(ends_shape, np.int32)
+    rows_per_device = shape[0] // ends_shape[0]
+    filled = [0] * ends_shape[0]
+    indices, devices, columns = [], [], []
+    for row, row_indices in enumerate(bins):
+        begin, device = 0, row // rows_per_device
+        for segment, index in enumerate(row_indices, 1):
+            end = begin + len(prompts[index])
+            tokens[row, begin:end] = prompts[index]
+            segment_ids[row, begin:end] = segment
+            ends[device, filled[device]] = (row % rows_per_device) * shape[1] + end - 1
+            indices.append(index)
+            devices.append(device)
+            columns.append(filled[device])
+            filled[device] += 1
+            begin = end
+    end_indices = (np.array(devices), np.array(columns))
+    return PackedPrompts(indices, tokens, segment_ids, ends, end_indices)

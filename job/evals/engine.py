@@ -1,6 +1,7 @@
-"""Many prompts through one model: in batches of few shapes, split over the devices.
+"""Loglikelihoods and generation for many prompts, in batches of few shapes over all devices.
 
-The same programs serve the baseline and the tuned model: the weights are an argument.
+The compiled programs take the weights as an argument, so the base model and the tuned model share
+them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from job.evals.batching import (
     PromptBatch,
     batch_by_length,
     batch_packed,
-    rounded,
+    round_length,
 )
 from job.model.generation import SamplerState, Sampling
 from job.model.language_model import LanguageModel
@@ -35,154 +36,165 @@ class Generation:
 
     text: str
     tokens: int
-    """New tokens, the one that ended the answer not counted."""
+    """Number of new tokens, without the stop token."""
     finish: Literal["stop", "length"]
 
 
 class BatchCache(Protocol):
-    """What is known of an evaluation's batches already, and where more is added."""
+    """Stored results of an evaluation's batches."""
 
     def get(self, batch: int) -> list[Any] | None:
-        """What was found for the prompts of a batch, or None."""
+        """Return the results for the prompts of a batch, or None."""
 
-    def add(self, batch: int, found: list[Any]) -> None:
-        """Keep what was found for the prompts of a batch: values that JSON holds exactly."""
-
-
-class NoCache:
-    """An evaluation that begins anew each time."""
-
-    def get(self, batch: int) -> list[Any] | None:
-        """Nothing is known."""
-        return None
-
-    def add(self, batch: int, found: list[Any]) -> None:
-        """Nothing is kept."""
-
-
-NO_CACHE = NoCache()
+    def add(self, batch: int, results: list[Any]) -> None:
+        """Store the results for the prompts of a batch: values that JSON represents exactly."""
 
 
 class Engine:
-    """Scores and generates with a model's structure and the weights it is given."""
+    """Runs prompts through a model with the weights it is given."""
 
     def __init__(
         self,
         model: LanguageModel,
-        batch_size: int,
+        per_device_batch_size: int,
         max_prompt_tokens: int,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Args: batch_size: prompts a device holds at once; check: called before each batch."""
+        """Args: check: called before each batch; it may raise to stop."""
         self._model = model
-        self.rows = batch_size * model.devices
-        """Prompts of a batch, at most."""
-        self._limit = max_prompt_tokens
-        each = CPU_COMPILE_TOKENS if model.platform == "cpu" else COMPILE_TOKENS
-        self._compile_tokens = each * model.devices
+        self.batch_size = per_device_batch_size * model.devices
+        """Maximum number of prompts in a batch."""
+        self._max_prompt_tokens = max_prompt_tokens
+        compile_tokens = CPU_COMPILE_TOKENS if model.platform == "cpu" else COMPILE_TOKENS
+        self._compile_tokens = compile_tokens * model.devices
         self._check = check
-        self._drawing: dict[Sampling, Callable[..., Any]] = {}
+        self._sample_programs: dict[Sampling, Callable[..., Any]] = {}
 
     def encode(self, prompts: Sequence[str | Sequence[str]]) -> tuple[list[list[int]], int]:
-        """Tokens of wrapped prompts, and how many lost their beginning to the limit."""
-        encoded = self._model.codec.encode_prompts(prompts)
-        kept = [
-            tokens
-            if len(tokens) <= self._limit
-            else tokens[:1] + tokens[len(tokens) - self._limit + 1 :]
-            for tokens in encoded
-        ]
-        return kept, sum(len(tokens) > self._limit for tokens in encoded)
+        """Tokenize prompts, keeping the start token and the end of those that are too long.
 
-    def _answers[B: PromptBatch](
+        Returns:
+            token ids, and the number of prompts that were truncated.
+        """
+        limit = self._max_prompt_tokens
+        encoded = self._model.codec.encode_prompts(prompts)
+        truncated = [
+            ids if len(ids) <= limit else ids[:1] + ids[len(ids) - limit + 1 :] for ids in encoded
+        ]
+        return truncated, sum(len(ids) > limit for ids in encoded)
+
+    def _run_batches[B: PromptBatch](
         self,
         count: int,
         batches: Iterable[B],
-        ask: Callable[[B], list[Any]],
-        kept: BatchCache,
+        run_batch: Callable[[B], list[Any]],
+        cache: BatchCache | None,
         label: str,
     ) -> list[Any]:
-        """What is known or found of each prompt. A batch is the same whatever was kept."""
-        answers: dict[int, Any] = {}
+        """Return the cached or new result of each prompt, in order.
+
+        The batches do not depend on what is cached, so results are the same after a restart.
+        """
+        results: dict[int, Any] = {}
         with progress(label, count) as advance:
             for number, batch in enumerate(batches):
-                found = kept.get(number)
-                if found is None:
+                values = None if cache is None else cache.get(number)
+                if values is None:
                     self._check()
-                    found = ask(batch)
-                    kept.add(number, found)
-                answers.update(zip(batch.prompts, found, strict=True))
-                advance(len(batch.prompts))
-        return [answers[number] for number in range(count)]
+                    values = run_batch(batch)
+                    if cache is not None:
+                        cache.add(number, values)
+                results.update(zip(batch.indices, values, strict=True))
+                advance(len(batch.indices))
+        return [results[index] for index in range(count)]
 
     @cached_property
-    def scorer(self) -> Callable[..., Any]:
-        """The program that scores letters after prompts; compiled for each shape it is given.
+    def loglikelihood_program(self) -> Callable[..., Any]:
+        """The jitted program that scores options after prompts.
 
-        `shared` says how many tokens at the end of each prompt are part of every answer: their
-        log-probabilities are added. `reach` is the most tokens of a prompt, if known.
+        Its static arguments: `shared_length` is the number of tokens at the end of each prompt
+        that belong to every option, whose log-probabilities are added; `max_length` is the
+        length of the longest prompt, if known.
         """
         model = self._model
 
-        def score(
+        def loglikelihood(
             weights: Weights,
             tokens: Any,
             segment_ids: Any,
             ends: Any,
-            letters: Any,
-            shared: int = 0,
-            reach: int | None = None,
+            option_ids: Any,
+            shared_length: int = 0,
+            max_length: int | None = None,
         ) -> Any:
             groups, width = ends.shape
-            places = jnp.maximum(ends[:, :, None] - jnp.arange(shared, -1, -1), 0)
-            flat = places.reshape(groups, -1)
-            states = model.states_at(weights, tokens, segment_ids, flat, reach)
+            positions = jnp.maximum(ends[:, :, None] - jnp.arange(shared_length, -1, -1), 0)
+            flat = positions.reshape(groups, -1)
+            states = model.states_at(weights, tokens, segment_ids, flat, max_length)
             scores = jax.nn.log_softmax(model.logits(weights, states))
-            scores = scores.reshape(groups, width, shared + 1, -1)
-            said = jnp.take_along_axis(tokens.reshape(groups, -1), flat, axis=1)
-            said = said.reshape(places.shape)[:, :, 1:, None]
-            before = jnp.take_along_axis(scores[:, :, :-1], said, axis=3).sum(axis=2)
-            return scores[:, :, -1, letters] + before
+            scores = scores.reshape(groups, width, shared_length + 1, -1)
+            shared_ids = jnp.take_along_axis(tokens.reshape(groups, -1), flat, axis=1)
+            shared_ids = shared_ids.reshape(positions.shape)[:, :, 1:, None]
+            shared = jnp.take_along_axis(scores[:, :, :-1], shared_ids, axis=3).sum(axis=2)
+            return scores[:, :, -1, option_ids] + shared
 
-        return jax.jit(score, static_argnames=("shared", "reach"), out_shardings=model.replicated)
+        return jax.jit(
+            loglikelihood,
+            static_argnames=("shared_length", "max_length"),
+            out_shardings=model.replicated,
+        )
 
     def loglikelihood(
         self,
         weights: Weights,
         prompts: Sequence[list[int]],
-        letters: OptionTokens,
+        options: OptionTokens,
         label: str,
-        kept: BatchCache = NO_CACHE,
+        cache: BatchCache | None = None,
     ) -> np.ndarray:
-        """Log-probability of each letter as the answer to each prompt.
+        """Return the log-probability of each option as the answer to each prompt.
+
+        Args:
+            weights: as `LanguageModel.weights`.
+            prompts: token ids.
+            options: token ids of the options, the same for all prompts.
+            label: name of the work in progress messages.
+            cache: results of batches that need not run again.
 
         Returns:
-            float32 `[prompts, letters]`.
+            float32 `[prompts, options]`.
         """
-        ids = np.array(letters.ids, np.int32)
+        option_ids = np.array(options.ids, np.int32)
         model = self._model
 
-        def ask(batch: PackedPrompts) -> list[Any]:
+        def run_batch(batch: PackedPrompts) -> list[Any]:
             tokens, segment_ids, ends = model.shard_batch(
                 (batch.tokens, batch.segment_ids, batch.ends)
             )
-            scores = self.scorer(
-                weights, tokens, segment_ids, ends, ids, shared=len(letters.shared), reach=reach
+            scores = self.loglikelihood_program(
+                weights,
+                tokens,
+                segment_ids,
+                ends,
+                option_ids,
+                shared_length=len(options.shared),
+                max_length=max_length,
             )
-            found: list[Any] = np.asarray(scores)[batch.places].tolist()
-            return found
+            values: list[Any] = np.asarray(scores)[batch.end_indices].tolist()
+            return values
 
-        longer = [[*prompt, *letters.shared] for prompt in prompts]
-        reach = rounded(max(map(len, longer), default=0))
+        extended = [[*prompt, *options.shared] for prompt in prompts]
+        max_length = round_length(max(map(len, extended), default=0))
         batches = batch_packed(
-            longer, self.rows, model.devices, self._compile_tokens, packing=model.can_pack
+            extended, self.batch_size, model.devices, self._compile_tokens, packing=model.can_pack
         )
-        found = self._answers(len(prompts), batches, ask, kept, label)
-        return np.array(found, np.float32)
+        return np.array(
+            self._run_batches(len(prompts), batches, run_batch, cache, label), np.float32
+        )
 
     @cached_property
-    def generator(self) -> Callable[..., Any]:
-        """The program that answers prompts; compiled for each shape likewise."""
+    def generate_program(self) -> Callable[..., Any]:
+        """The jitted program that generates greedily; `limit` is static."""
         model = self._model
 
         def generate(weights: Weights, tokens: Any, lengths: Any, limit: int) -> Any:
@@ -190,23 +202,25 @@ class Engine:
 
         return jax.jit(generate, static_argnames="limit", out_shardings=model.replicated)
 
-    def drawer(self, sampling: Sampling) -> Callable[..., Any]:
-        """The same for answers that are drawn; the state of the generator is an argument too."""
+    def sample_program(self, sampling: Sampling) -> Callable[..., Any]:
+        """Return the jitted program that samples; it also takes the random generator's state."""
         sampling = replace(sampling, seed=0)  # one program for all seeds
-        if sampling not in self._drawing:
+        if sampling not in self._sample_programs:
             model = self._model
             sampler = sampling.sampler(model.vocabulary)
 
             def generate(
                 weights: Weights, tokens: Any, lengths: Any, state: Any, limit: int
             ) -> Any:
-                drawn = SamplerState(sampler, state)
-                return model.answers(weights, tokens, lengths, limit, model.codec.stop_ids, drawn)
+                sampler_state = SamplerState(sampler, state)
+                return model.answers(
+                    weights, tokens, lengths, limit, model.codec.stop_ids, sampler_state
+                )
 
-            self._drawing[sampling] = jax.jit(
+            self._sample_programs[sampling] = jax.jit(
                 generate, static_argnames="limit", out_shardings=model.replicated
             )
-        return self._drawing[sampling]
+        return self._sample_programs[sampling]
 
     def generate(
         self,
@@ -214,35 +228,43 @@ class Engine:
         prompts: Sequence[list[int]],
         max_new_tokens: int,
         label: str,
-        kept: BatchCache = NO_CACHE,
+        cache: BatchCache | None = None,
         sampling: Sampling | None = None,
     ) -> list[Generation]:
-        """Answers of at most `max_new_tokens` tokens, in the order of the prompts.
+        """Generate an answer to each prompt until a stop token or `max_new_tokens`.
 
-        Greedy without `sampling`.
+        Args:
+            weights: as `LanguageModel.weights`.
+            prompts: token ids.
+            max_new_tokens: limit of each answer.
+            label: name of the work in progress messages.
+            cache: results of batches that need not run again.
+            sampling: how to sample; greedy without it.
         """
+        model = self._model
 
-        def ask(batch: PaddedPrompts) -> list[Any]:
-            tokens, lengths = self._model.shard_batch((batch.tokens, batch.lengths))
+        def run_batch(batch: PaddedPrompts) -> list[Any]:
+            tokens, lengths = model.shard_batch((batch.tokens, batch.lengths))
             if sampling is None:
-                rows = self.generator(weights, tokens, lengths, limit=max_new_tokens)
+                rows = self.generate_program(weights, tokens, lengths, limit=max_new_tokens)
             else:
-                state = sampling.state(batch.prompts[0])
-                program = self.drawer(sampling)
+                state = sampling.state(batch.indices[0])
+                program = self.sample_program(sampling)
                 rows = program(weights, tokens, lengths, state, limit=max_new_tokens)
             rows = np.asarray(rows)
-            return [astuple(self._cut(row.tolist())) for row in rows[: len(batch.prompts)]]
+            return [astuple(self._decode(row.tolist())) for row in rows[: len(batch.indices)]]
 
-        model = self._model
         batches = batch_by_length(
-            prompts, self.rows, model.devices, model.codec.pad_id, self._compile_tokens
+            prompts, self.batch_size, model.devices, model.codec.pad_id, self._compile_tokens
         )
-        found = self._answers(len(prompts), batches, ask, kept, label)
-        return [Generation(*fields) for fields in found]
+        values = self._run_batches(len(prompts), batches, run_batch, cache, label)
+        return [Generation(*fields) for fields in values]
 
-    def _cut(self, tokens: list[int]) -> Generation:
-        """The answer up to its first stop token."""
-        stops = [place for place, token in enumerate(tokens) if token in self._model.codec.stop_ids]
-        kept = tokens[: stops[0]] if stops else tokens
-        text = self._model.codec.decode(kept).strip()
-        return Generation(text, len(kept), "stop" if stops else "length")
+    def _decode(self, tokens: list[int]) -> Generation:
+        """Decode an answer up to its first stop token."""
+        stop_ids = self._model.codec.stop_ids
+        end = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
+        text = self._model.codec.decode(tokens[:end]).strip()
+        if end is None:
+            return Generation(text, len(tokens), "length")
+        return Generation(text, end, "stop")

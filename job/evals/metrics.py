@@ -1,4 +1,9 @@
-"""From predictions to accuracies: each with its interval, beside chance and the majority letter."""
+"""Metrics over predictions: accuracy, ROUGE and style traits, with intervals and baselines.
+
+Three sections: multiple choice (accuracy against chance and the majority letter), dialogue
+(ROUGE against trivial baselines), and style traits (share of answers that use certain phrases).
+Comparisons between models are paired, on the items both models answered.
+"""
 
 import re
 from collections import Counter
@@ -8,13 +13,14 @@ from typing import Any
 
 from job.evals.predictions import ChoiceLine, DialogueLine, answered
 from job.evals.statistics import (
-    UNRELATED,
-    bootstrap,
+    WORST_DISCORDANCE,
+    Bootstrap,
+    bootstrap_mean,
     bootstrap_test,
-    compare_shares,
+    compare_proportions,
     finding_of_interval,
     minimum_detectable_effect,
-    share,
+    proportion,
     wilson,
 )
 from job.results import (
@@ -28,75 +34,88 @@ from job.results import (
     StyleTrait,
     TrivialBaselines,
 )
-from job.spec.schema import MultipleChoiceEval as Entry
+from job.spec.schema import MultipleChoiceEval
+
+COMPARED_MODELS = (("baseline", "finetuned"), ("finetuned", "reference"))
+
+
+# Multiple choice
 
 
 def score_choices(lines: Sequence[ChoiceLine]) -> ModelScore:
-    """One model on one slice. An unparsed answer is wrong; a missing one is not counted."""
-    given = answered(lines).values()
-    correct = sum(line.correct for line in given)
-    letters = Counter(line.choice for line in given if line.choice is not None)
+    """Score one model on one task. An unparsed answer is wrong; a missing one is not counted."""
+    answers = answered(lines).values()
+    correct = sum(line.correct for line in answers)
+    letters = Counter(line.choice for line in answers if line.choice is not None)
     return ModelScore(
         correct=correct,
-        unparsed=sum(line.choice is None for line in given),
-        missing=len(lines) - len(given),
-        accuracy=correct / len(given) if given else 0.0,
-        ci95=wilson(correct, len(given)),
+        unparsed=sum(line.choice is None for line in answers),
+        missing=len(lines) - len(answers),
+        accuracy=correct / len(answers) if answers else 0.0,
+        ci95=wilson(correct, len(answers)),
         letters=dict(sorted(letters.items())),
     )
 
 
 def compare_choices(
-    a: str,
-    b: str,
+    models: tuple[str, str],
     before: Sequence[ChoiceLine],
     after: Sequence[ChoiceLine],
-    samples: int,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> Comparison | None:
-    """Model `b` against model `a`, on the questions both answered; None if there are none.
+    """Compare two models on the questions both answered; None if there are none.
 
-    As if it were the only test; `job.evals.statistics.corrected` corrects for the others.
+    The p-value is not adjusted for other tests; see `statistics.apply_holm`.
+
+    Args:
+        models: names of the models that gave `before` and `after`.
     """
     first, second = (
         {identity: line.correct for identity, line in answered(lines).items()}
         for lines in (before, after)
     )
-    return compare_shares(a, b, first, second, samples, seed)
+    return compare_proportions(models, first, second, bootstrap)
 
 
 def group_scores(models: Mapping[str, Sequence[ChoiceLine]]) -> list[GroupScore]:
-    """Each model by what the questions are grouped by, the largest group first."""
-    names = Counter(line.group for line in models["baseline"] if line.group is not None)
+    """Return each model's accuracy by group of questions, the largest group first."""
+    sizes = Counter(line.group for line in models["baseline"] if line.group is not None)
     return [
-        GroupScore(name=name, questions=count, models=_group_shares(name, models))
-        for name, count in sorted(names.items(), key=lambda item: (-item[1], item[0]))
+        GroupScore(
+            name=name,
+            questions=count,
+            models={model: _group_accuracy(name, lines) for model, lines in models.items()},
+        )
+        for name, count in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
     ]
 
 
-def _group_shares(name: str, models: Mapping[str, Sequence[ChoiceLine]]) -> dict[str, Share]:
-    found = {}
-    for model, lines in models.items():
-        given = [line.correct for line in answered(lines).values() if line.group == name]
-        found[model] = share(sum(given), len(given))
-    return found
+def _group_accuracy(group: str, lines: Sequence[ChoiceLine]) -> Share:
+    correct = [line.correct for line in answered(lines).values() if line.group == group]
+    return proportion(sum(correct), len(correct))
 
 
 def summarize_choices(
-    entry: Entry,
-    revision: str | None,
+    entry: MultipleChoiceEval,
     models: Mapping[str, Sequence[ChoiceLine]],
-    samples: int,
-    seed: int,
+    bootstrap: Bootstrap,
+    revision: str | None = None,
     in_training_text: int | None = None,
 ) -> MultipleChoiceResult:
-    """All models on one slice, compared in pairs with the tuned one."""
-    asked = models["baseline"]
-    majority, count = Counter(line.gold for line in asked).most_common(1)[0]
-    pairs = [("baseline", "finetuned"), ("finetuned", "reference")]
-    found = [
-        compare_choices(a, b, models[a], models[b], samples, seed)
-        for a, b in pairs
+    """Summarize one task: every model's accuracy, the trivial baselines and the paired tests.
+
+    Args:
+        entry: the task's section of the spec.
+        models: predictions by model; "baseline" is required.
+        bootstrap: settings of the intervals of differences.
+        revision: commit of the dataset, where it has one.
+        in_training_text: number of questions that overlap the training text, if known.
+    """
+    questions = models["baseline"]
+    majority, count = Counter(line.gold for line in questions).most_common(1)[0]
+    comparisons = [
+        compare_choices((a, b), models[a], models[b], bootstrap)
+        for a, b in COMPARED_MODELS
         if a in models and b in models
     ]
     return MultipleChoiceResult(
@@ -104,114 +123,127 @@ def summarize_choices(
         scoring=entry.scoring,
         dataset=entry.dataset,
         revision=revision,
-        questions=len(asked),
+        questions=len(questions),
         few_shot=0 if entry.few_shot is None else entry.few_shot.examples,
         in_training_text=in_training_text,
-        chance=1 / len(asked[0].options),
+        chance=1 / len(questions[0].options),
         majority_letter=majority,
-        majority_accuracy=count / len(asked),
-        detectable_at_worst=minimum_detectable_effect(len(asked), UNRELATED),
+        majority_accuracy=count / len(questions),
+        detectable_at_worst=minimum_detectable_effect(len(questions), WORST_DISCORDANCE),
         models={name: score_choices(lines) for name, lines in models.items()},
-        comparisons=[comparison for comparison in found if comparison is not None],
+        comparisons=[comparison for comparison in comparisons if comparison is not None],
         grouped_by=entry.group,
         groups=group_scores(models),
     )
 
 
-POLITE = (
+# Dialogue
+
+
+ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
+
+
+CONSTANT_ANSWER = (
     "Thank you for your question. I understand your concern. Please consult a professional who "
     "can look at this with you, and do not hesitate to ask if you need anything else."
 )
-"""An answer to everything."""
-
-
-METRICS = ("rouge1", "rouge2", "rougeL")
+"""A polite sentence that fits any question: a trivial baseline."""
 
 
 @cache
-def _scorer() -> Any:
+def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(METRICS, use_stemmer=True)
+    return RougeScorer(ROUGE_METRICS, use_stemmer=True)
 
 
 def rouge_scores(expected: str, answer: str) -> dict[str, float]:
-    """F-measures from 0 to 1 by metric. Only a-z and 0-9 count: other scripts score 0."""
-    scores = _scorer().score(expected, answer)
-    return {name: round(float(scores[name].fmeasure), 6) for name in METRICS}
+    """Return ROUGE F-measures from 0 to 1 by metric (Lin 2004).
+
+    Only a-z and 0-9 count: text in other scripts scores 0.
+    """
+    scores = _rouge_scorer().score(expected, answer)
+    return {name: round(float(scores[name].fmeasure), 6) for name in ROUGE_METRICS}
 
 
-def score_dialogues(lines: Sequence[DialogueLine], samples: int, seed: int) -> DialogueScore:
-    """One model's scores with bootstrap intervals, over what it answered."""
-    missing = len(lines)
-    lines = list(answered(lines).values())
+def score_dialogues(lines: Sequence[DialogueLine], bootstrap: Bootstrap) -> DialogueScore:
+    """Score one model over the prompts it answered, with bootstrap intervals."""
+    answers = list(answered(lines).values())
     estimates = {
-        name: bootstrap([getattr(line, name) for line in lines], samples, seed) for name in METRICS
+        name: bootstrap_mean([getattr(line, name) for line in answers], bootstrap)
+        for name in ROUGE_METRICS
     }
     return DialogueScore(
         **estimates,
-        mean_tokens=round(sum(line.tokens for line in lines) / len(lines), 2),
-        truncated=sum(line.finish == "length" for line in lines),
-        missing=missing - len(lines),
+        mean_tokens=round(sum(line.tokens for line in answers) / len(answers), 2),
+        truncated=sum(line.finish == "length" for line in answers),
+        missing=len(lines) - len(answers),
     )
 
 
 def compare_dialogues(
-    a: str,
-    b: str,
+    models: tuple[str, str],
     before: Sequence[DialogueLine],
     after: Sequence[DialogueLine],
-    samples: int,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> DialogueComparison | None:
-    """The paired difference of ROUGE-L over the prompts that both answered; None without any.
+    """Compare ROUGE-L on the prompts both models answered; None if there are none.
 
-    As if it were the only test; `job.evals.statistics.corrected` corrects for the others.
+    The p-value is not adjusted for other tests; see `statistics.apply_holm`.
+
+    Args:
+        models: names of the models that gave `before` and `after`.
     """
     first, second = answered(before), answered(after)
     shared = [identity for identity in first if identity in second]
     if not shared:
         return None
     differences = [second[i].rougeL - first[i].rougeL for i in shared]
-    found, p_value = bootstrap_test(differences, samples, seed)
+    estimate, p_value = bootstrap_test(differences, bootstrap)
     return DialogueComparison(
-        a=a,
-        b=b,
+        a=models[0],
+        b=models[1],
         examples=len(shared),
-        difference=found.mean,
-        ci95=found.ci95,
+        difference=estimate.mean,
+        ci95=estimate.ci95,
         p_value=p_value,
         p_holm=p_value,
-        finding=finding_of_interval(found.ci95, len(shared)),
+        finding=finding_of_interval(estimate.ci95, len(shared)),
     )
 
 
-def trivial_baselines(lines: Sequence[DialogueLine], samples: int, seed: int) -> TrivialBaselines:
-    """ROUGE-L of answers that know nothing: the prompt echoed, the next example's answer, and one
-    polite sentence for all."""
-    echoed = [rouge_scores(line.expected, line.prompt)["rougeL"] for line in lines]
-    rotated = [*lines[1:], lines[0]]
-    others = [
-        rouge_scores(line.expected, other.expected)["rougeL"]
-        for line, other in zip(lines, rotated, strict=True)
-    ]
-    polite = [rouge_scores(line.expected, POLITE)["rougeL"] for line in lines]
+def trivial_baselines(lines: Sequence[DialogueLine], bootstrap: Bootstrap) -> TrivialBaselines:
+    """Return ROUGE-L of answers that need no model.
+
+    They are the echoed prompt, a shuffled answer (the next example's), and a constant sentence.
+    """
+    shuffled = [*lines[1:], *lines[:1]]
+    echo = [_rouge_l(line, line.prompt) for line in lines]
+    other = [_rouge_l(line, next_.expected) for line, next_ in zip(lines, shuffled, strict=True)]
+    constant = [_rouge_l(line, CONSTANT_ANSWER) for line in lines]
     return TrivialBaselines(
-        echoed_prompt=bootstrap(echoed, samples, seed),
-        other_answer=bootstrap(others, samples, seed),
-        polite_sentence=bootstrap(polite, samples, seed),
+        echoed_prompt=bootstrap_mean(echo, bootstrap),
+        other_answer=bootstrap_mean(other, bootstrap),
+        polite_sentence=bootstrap_mean(constant, bootstrap),
     )
+
+
+def _rouge_l(line: DialogueLine, answer: str) -> float:
+    return rouge_scores(line.expected, answer)["rougeL"]
+
+
+# Style traits
 
 
 _NUMBER = r"\\d+(?:[.,]\\d+)*"
 
 
-def pattern_of(phrases: Sequence[str]) -> re.Pattern[str]:
-    """What matches where any of the phrases stands: whole words, any case, `#` for a number."""
-    return re.compile("|".join(_pattern(phrase) for phrase in phrases), re.IGNORECASE)
+def phrase_pattern(phrases: Sequence[str]) -> re.Pattern[str]:
+    """Return a pattern for any of the phrases: as words, in any case, `#` for a number."""
+    return re.compile("|".join(_phrase_regex(phrase) for phrase in phrases), re.IGNORECASE)
 
 
-def _pattern(phrase: str) -> str:
+def _phrase_regex(phrase: str) -> str:
     words = r"\s+".join(re.escape(word) for word in phrase.split())
     before = r"(?<!\w)" if re.match(r"\w", phrase) else ""
     after = r"(?!\w)" if re.search(r"\w$", phrase) else ""
@@ -219,42 +251,44 @@ def _pattern(phrase: str) -> str:
 
 
 def summarize_style(
-    markers: Mapping[str, Sequence[str]],
+    traits: Mapping[str, Sequence[str]],
     models: Mapping[str, Sequence[DialogueLine]],
-    samples: int,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> list[StyleTrait]:
-    """How often each trait shows in the expected answers and in each model's, compared in pairs."""
+    """Return how often each trait occurs in the expected answers and in each model's.
+
+    Args:
+        traits: phrases by trait; any of them shows it.
+        models: predictions by model; "baseline" and "finetuned" are required and compared.
+        bootstrap: settings of the intervals of differences.
+    """
     return [
-        _marker(name, pattern_of(phrases), models, samples, seed)
-        for name, phrases in markers.items()
+        _style_trait(name, phrase_pattern(phrases), models, bootstrap)
+        for name, phrases in traits.items()
     ]
 
 
-def _marker(
+def _style_trait(
     name: str,
     pattern: re.Pattern[str],
     models: Mapping[str, Sequence[DialogueLine]],
-    samples: int,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> StyleTrait:
-    def shows(text: str) -> bool:
+    def matches(text: str) -> bool:
         return pattern.search(text.replace("’", "'")) is not None
 
-    found = {
-        model: {line.id: shows(line.answer) for line in answered(lines).values()}
+    by_model = {
+        model: {line.id: matches(line.answer) for line in answered(lines).values()}
         for model, lines in models.items()
     }
-    expected = {line.id: shows(line.expected) for line in models["baseline"]}
+    expected = [matches(line.expected) for line in models["baseline"]]
     return StyleTrait(
         name=name,
-        expected=_style_share(expected),
-        models={model: _style_share(shown) for model, shown in found.items()},
-        comparison=compare_shares(
-            "baseline", "finetuned", found["baseline"], found["finetuned"], samples, seed
+        expected=proportion(sum(expected), len(expected)),
+        models={
+            model: proportion(sum(shown.values()), len(shown)) for model, shown in by_model.items()
+        },
+        comparison=compare_proportions(
+            ("baseline", "finetuned"), by_model["baseline"], by_model["finetuned"], bootstrap
         ),
     )
-
-
-def _style_share(shown: Mapping[str, bool]) -> Share:
-    return share(sum(shown.values()), len(shown))

@@ -1,9 +1,9 @@
-"""The replies of the remote model, kept as they arrive: what was paid for is not asked for twice.
+"""Replies of the remote model, saved as they arrive, so that nothing is paid for twice.
 
-A bucket has no appending, so replies that arrived together become a small file of their own,
-`evals/reference/partial/<number>.jsonl`. When all is asked, one file takes their place,
-`evals/reference/replies.jsonl`: every request with its answer or error, who answered it, and
-what it cost. A reply belongs to certain inputs; those of others are not read.
+Object stores cannot append, so replies that arrive together become a small file of their own,
+`evals/reference/partial/<number>.jsonl`. At the end one file replaces them,
+`evals/reference/replies.jsonl`: every request with its answer or error, its provider, and its
+cost. Each reply carries a digest of the inputs it belongs to; replies to other inputs are ignored.
 """
 
 import time
@@ -15,24 +15,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from job.evals.api_client import Reply
 from job.storage.base import Store
 
-FILE = "evals/reference/replies.jsonl"
+REPLIES_KEY = "evals/reference/replies.jsonl"
 
 
-FOLDER = "evals/reference/partial/"
+PARTIAL_FOLDER = "evals/reference/partial/"
 
 
-EVERY_SECONDS = 0.2
-"""The least time between two files."""
+WRITE_EVERY_SECONDS = 0.2
+"""Minimum time between two files."""
 
 
 class LoggedReply(BaseModel):
-    """A line of the files: a reply to a question, with the fields of `chat_api.Reply`."""
+    """A line of the files: the reply to one question, with the fields of `api_client.Reply`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     inputs: str
     number: int
-    """In order of arrival."""
+    """Position in the order of arrival."""
     eval: str
     id: str
     answer: str | None = None
@@ -48,8 +48,8 @@ class LoggedReply(BaseModel):
     lost: int = 0
 
     @property
-    def settled(self) -> bool:
-        """Whether there is nothing left to ask."""
+    def is_settled(self) -> bool:
+        """Whether the question need not be sent again."""
         return self.answer is not None or self.final
 
 
@@ -57,59 +57,68 @@ class ReplyLog:
     """All replies of a run to the same inputs, in order of arrival."""
 
     def __init__(self, store: Store, inputs: str) -> None:
-        """Read what an earlier start left."""
+        """Read the replies saved by earlier starts.
+
+        Args:
+            store: where the files are.
+            inputs: digest of what the replies depend on.
+        """
         self._store = store
         self._inputs = inputs
-        self._files = store.list(FOLDER)
-        found = {}
-        for key in (FILE, *self._files):
-            for reply in _lines(store.read(key)):
+        self._partial_keys = store.list(PARTIAL_FOLDER)
+        replies = {}
+        for key in (REPLIES_KEY, *self._partial_keys):
+            for reply in _parse(store.read(key)):
                 if reply.inputs == inputs:
-                    found[reply.number] = reply
-        self.all = [found[number] for number in sorted(found)]
-        self._new: list[LoggedReply] = []
+                    replies[reply.number] = reply
+        self.replies = [replies[number] for number in sorted(replies)]
+        self._unwritten: list[LoggedReply] = []
         self._written = 0.0
 
     def settled(self, name: str) -> dict[str, LoggedReply]:
-        """The replies to an evaluation that leave nothing to ask, by the question's id."""
-        return {reply.id: reply for reply in self.all if reply.eval == name and reply.settled}
+        """Return an evaluation's settled replies by question id."""
+        return {
+            reply.id: reply for reply in self.replies if reply.eval == name and reply.is_settled
+        }
 
-    def add(self, name: str, question: str, reply: Reply) -> LoggedReply:
-        """A reply that has arrived; it is on file after the next `write`."""
+    def add(self, name: str, question_id: str, reply: Reply) -> LoggedReply:
+        """Add a reply; the next `write` saves it."""
         fields = {name: value for name, value in asdict(reply).items() if name != "sent"}
-        number = self.all[-1].number + 1 if self.all else 0
-        kept = LoggedReply(inputs=self._inputs, number=number, eval=name, id=question, **fields)
-        self.all.append(kept)
-        self._new.append(kept)
-        return kept
+        number = self.replies[-1].number + 1 if self.replies else 0
+        logged = LoggedReply(
+            inputs=self._inputs, number=number, eval=name, id=question_id, **fields
+        )
+        self.replies.append(logged)
+        self._unwritten.append(logged)
+        return logged
 
-    def write(self, *, now: bool = False) -> None:
-        """Put what has arrived on file, unless that was done a moment ago and is not urgent."""
-        if self._new and (now or time.monotonic() - self._written >= EVERY_SECONDS):
-            key = f"{FOLDER}{self._new[0].number:08d}.jsonl"
-            self._store.write(key, _text(self._new))
-            self._files.append(key)
-            self._new = []
+    def write(self, *, force: bool = False) -> None:
+        """Save new replies if the last write was `WRITE_EVERY_SECONDS` ago, or if forced."""
+        if self._unwritten and (force or time.monotonic() - self._written >= WRITE_EVERY_SECONDS):
+            key = f"{PARTIAL_FOLDER}{self._unwritten[0].number:08d}.jsonl"
+            self._store.write(key, _format(self._unwritten))
+            self._partial_keys.append(key)
+            self._unwritten = []
             self._written = time.monotonic()
 
     def content(self) -> bytes:
-        """Return all replies as the content of `FILE`."""
-        return _text(self.all)
+        """Return the content of the file that replaces the partial ones."""
+        return _format(self.replies)
 
-    def delete_partial_files(self) -> None:
-        """Delete the small files, once `FILE` is written."""
-        for key in self._files:
+    def delete_partial(self) -> None:
+        """Delete the partial files."""
+        for key in self._partial_keys:
             self._store.delete(key)
 
 
-def _text(replies: Iterable[LoggedReply]) -> bytes:
+def _format(replies: Iterable[LoggedReply]) -> bytes:
     lines = (reply.model_dump_json(exclude_defaults=True) + "\n" for reply in replies)
     return "".join(lines).encode()
 
 
-def _lines(content: bytes | None) -> Iterable[LoggedReply]:
+def _parse(content: bytes | None) -> Iterable[LoggedReply]:
     for line in (content or b"").split(b"\n"):
         try:
             yield LoggedReply.model_validate_json(line)
-        except ValidationError:  # the end of the text, or written by another version
+        except ValidationError:  # the end of the text, or a line of another version
             continue

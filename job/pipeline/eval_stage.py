@@ -13,15 +13,15 @@ from pydantic import BaseModel
 from job.data import contamination
 from job.data.examples import Turn
 from job.evals.answer_parsing import parse_choice
-from job.evals.batching import LAYOUT
+from job.evals.batching import BATCHING_VERSION
 from job.evals.engine import Engine
 from job.evals.metrics import rouge_scores
+from job.evals.prediction_cache import PredictionCaches
 from job.evals.predictions import (
     DIALOGUE,
     SIDE_BY_SIDE,
     ChoiceLine,
     DialogueLine,
-    EvalCaches,
     SideLine,
     choice_line,
     format_predictions,
@@ -61,8 +61,8 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     loaded = [load_task(entry, run.revisions) for entry in evals.multiple_choice]
     if name == "baseline" and loaded and run.processes.is_primary:
         _look_for_overlap(run, loaded)
-    inputs = [run.digests[name], engine.rows, LAYOUT]
-    with EvalCaches(run.store, name, inputs, run.processes.broadcast) as done:
+    inputs = [run.digests[name], engine.batch_size, BATCHING_VERSION]
+    with PredictionCaches(run.store, name, inputs, run.processes.broadcast) as done:
         measured = _Measured(run, name, engine, model, weights, done)
         slices = {found.entry.name: measured.multiple_choice(found) for found in loaded}
         if evals.dialogue is not None:
@@ -104,7 +104,7 @@ class _Measured:
     engine: Engine
     model: LanguageModel
     weights: Weights
-    done: EvalCaches
+    done: PredictionCaches
 
     def multiple_choice(self, found: Task) -> SliceOutcome:
         """Answer the questions of a slice."""

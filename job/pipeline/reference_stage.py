@@ -27,7 +27,7 @@ from job.evals.predictions import (
     format_predictions,
     predictions_key,
 )
-from job.evals.reply_log import EVERY_SECONDS, FILE, LoggedReply, ReplyLog
+from job.evals.reply_log import REPLIES_KEY, WRITE_EVERY_SECONDS, LoggedReply, ReplyLog
 from job.evals.tasks import load_task, solved_turns, user_turn
 from job.pipeline.data_stage import VALIDATION, read_examples
 from job.pipeline.eval_stage import side_prompts
@@ -87,7 +87,7 @@ class _Asking:
         self._reference = reference
         self._kept = ReplyLog(run.store, run.digests["reference"])
         self._stopping = threading.Event()
-        costs = [reply.cost_usd for reply in self._kept.all if reply.answer is not None]
+        costs = [reply.cost_usd for reply in self._kept.replies if reply.answer is not None]
         self._client = ChatClient(
             reference.base_url,
             os.environ[KEY].strip(),
@@ -103,7 +103,7 @@ class _Asking:
         self._lines: list[ChoiceLine | DialogueLine | SideLine] = []
 
     def _cost(self) -> float:
-        return sum(reply.cost_usd for reply in self._kept.all)
+        return sum(reply.cost_usd for reply in self._kept.replies)
 
     def multiple_choice(self, entry: MultipleChoiceEval) -> None:
         """Ask the questions of a slice and keep the lines."""
@@ -197,11 +197,11 @@ class _Asking:
         try:
             with progress(name, len(asked), known) as advance:
                 while waiting:
-                    advance(collect(EVERY_SECONDS), cost_usd=self._cost())
+                    advance(collect(WRITE_EVERY_SECONDS), cost_usd=self._cost())
                     self._kept.write()
                     self._run.stop.check()
         except BaseException:  # what is under way is paid for: keep what comes of it
-            self._kept.write(now=True)
+            self._kept.write(force=True)
             self._client.refused = "the job was stopped"
             self._stopping.set()
             for future in [future for future in waiting if future.cancel()]:
@@ -210,7 +210,7 @@ class _Asking:
             collect(0)
             raise
         finally:
-            self._kept.write(now=True)
+            self._kept.write(force=True)
             pool.shutdown(wait=False)
         return replies
 
@@ -226,8 +226,8 @@ class _Asking:
 
     def outcome(self) -> ReferenceOutcome:
         """The figures of this pass and those before it together."""
-        self._run.put(FILE, self._kept.content())
-        self._kept.delete_partial_files()
+        self._run.put(REPLIES_KEY, self._kept.content())
+        self._kept.delete_partial()
         errors = Counter(line.error for line in self._lines if line.error)
         failed = errors.total()
         if failed:
@@ -237,7 +237,7 @@ class _Asking:
         if failed:
             most = errors.most_common(1)[0][0]
             reason = f"{failed} of {len(self._lines)} have no answer: {most}"
-        replies = self._kept.all
+        replies = self._kept.replies
         result = ReferenceResult(
             model=self._reference.model,
             provider=sorted({reply.provider for reply in replies if reply.provider}),

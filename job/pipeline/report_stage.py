@@ -21,7 +21,7 @@ from job.evals.predictions import (
     answered,
     read_predictions,
 )
-from job.evals.statistics import corrected
+from job.evals.statistics import Bootstrap, apply_holm
 from job.machine import accelerators
 from job.pipeline.eval_stage import EvalOutcome
 from job.pipeline.reference_stage import ReferenceOutcome
@@ -55,7 +55,7 @@ MARKDOWN = "report.md"
 def run_stage(run: Run) -> Results:
     """Put the results together from the predictions on file, and write the report."""
     reference = run.outcome("reference", ReferenceOutcome).result
-    evaluation = corrected(_evaluation(run, reference))
+    evaluation = apply_holm(_evaluation(run, reference))
     trained = run.outcome("train", TrainOutcome)
     preflight = run.outcome("preflight", Preflight)
     results = Results(
@@ -115,13 +115,12 @@ def _slice(run: Run, number: int, reference: ReferenceResult) -> MultipleChoiceR
         models["reference"] = read_predictions(run.store, "reference", entry.name, ChoiceLine)
     revision = run.outcome("baseline", EvalOutcome).slices[entry.name].revision
     return summarize_choices(
-        entry,
-        revision,
-        models,
-        run.spec.evals.bootstrap_samples,
-        run.spec.seed,
-        _in_training_text(run, entry.name),
+        entry, models, _bootstrap(run), revision, _in_training_text(run, entry.name)
     )
+
+
+def _bootstrap(run: Run) -> Bootstrap:
+    return Bootstrap(run.spec.evals.bootstrap_samples, run.spec.seed)
 
 
 def _in_training_text(run: Run, name: str) -> int | None:
@@ -136,7 +135,7 @@ def _dialogue(run: Run, reference: ReferenceResult) -> Dialogue | None:
     wanted = run.spec.evals.dialogue
     if wanted is None:
         return None
-    samples, seed = run.spec.evals.bootstrap_samples, run.spec.seed
+    bootstrap = _bootstrap(run)
     before = read_predictions(run.store, "baseline", DIALOGUE, DialogueLine)
     after = read_predictions(run.store, "finetuned", DIALOGUE, DialogueLine)
     models = {"baseline": before, "finetuned": after}
@@ -144,17 +143,17 @@ def _dialogue(run: Run, reference: ReferenceResult) -> Dialogue | None:
     asked = run.spec.reference is not None and run.spec.reference.dialogue
     if asked and reference.status != "skipped" and answered(remote):
         models["reference"] = remote
-    comparison = compare_dialogues("baseline", "finetuned", before, after, samples, seed)
+    comparison = compare_dialogues(("baseline", "finetuned"), before, after, bootstrap)
     assert comparison is not None  # the job's own models answer everything
     return Dialogue(
         examples=len(before),
         max_new_tokens=wanted.max_new_tokens,
-        models={name: score_dialogues(lines, samples, seed) for name, lines in models.items()},
-        markers=summarize_style(wanted.markers, models, samples, seed),
-        nulls=trivial_baselines(before, samples, seed),
+        models={name: score_dialogues(lines, bootstrap) for name, lines in models.items()},
+        markers=summarize_style(wanted.markers, models, bootstrap),
+        nulls=trivial_baselines(before, bootstrap),
         comparison=comparison,
         reference_comparison=compare_dialogues(
-            "finetuned", "reference", after, models.get("reference", []), samples, seed
+            ("finetuned", "reference"), after, models.get("reference", []), bootstrap
         ),
     )
 

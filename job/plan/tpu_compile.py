@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from job.data.packing import Batch
-from job.evals.batching import even, packed_length, packed_rows, rounded
+from job.evals.batching import even_batch_size, packed_length, packed_rows, round_length
 from job.evals.engine import Engine
 from job.machine.accelerators import Accelerator, Machine
 from job.model.abstract import AbstractModel, abstract_model
@@ -192,21 +192,21 @@ class Compiler:
         """One batch of questions, scored by their letters."""
         logs.get().info("compiling", program="letters")
         model, mean = self.model, asked.prompt_tokens
-        length = packed_length(mean) if model.can_pack else rounded(mean)
+        length = packed_length(mean) if model.can_pack else round_length(mean)
         rows = packed_rows(self.prompts, mean, length) if model.can_pack else self.prompts
-        rows = even(rows, rows, model.devices)
+        rows = even_batch_size(rows, rows, model.devices)
         integers = np.broadcast_to(np.int32(1), (rows, length))
         ends = np.broadcast_to(np.int32(0), (model.devices, self.spec.evals.batch_size))
         placed = model.shard_batch((integers, integers, ends))
         letters = jax.ShapeDtypeStruct((4,), jnp.int32)  # type: ignore[no-untyped-call]
-        return compile_program(self._engine.scorer, model.weights, *placed, letters)
+        return compile_program(self._engine.loglikelihood_program, model.weights, *placed, letters)
 
     def generation(self, asked: EvalWorkload) -> tuple[Compiled, Compiled, Compiled]:
         """One batch of prompts answered: its two parts, and the whole with all turns counted."""
         first, turn = self.generation_parts(asked)
         logs.get().info("compiling", program="generate")
-        tokens, lengths = self._prompt_batch(rounded(asked.prompt_tokens))
-        program = jax.jit(partial(self._engine.generator, limit=asked.new_tokens))
+        tokens, lengths = self._prompt_batch(round_length(asked.prompt_tokens))
+        program = jax.jit(partial(self._engine.generate_program, limit=asked.new_tokens))
         whole = compile_program(program, self.model.weights, tokens, lengths)
         costs = first.costs.plus(turn.costs, asked.new_tokens)
         return first, turn, with_costs(whole, costs)
@@ -215,7 +215,7 @@ class Compiler:
         """The pass over a batch of prompts, and one turn of the loop that answers them."""
         logs.get().info("compiling", program="prefill and decode")
         model = self.model
-        tokens, lengths = self._prompt_batch(rounded(asked.prompt_tokens))
+        tokens, lengths = self._prompt_batch(round_length(asked.prompt_tokens))
         prefill = partial(model.prefill, room=asked.new_tokens)
         first = compile_program(jax.jit(prefill), model.weights, tokens, lengths)
         _, cache = jax.eval_shape(prefill, model.weights, tokens, lengths)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from job.errors import UsageError
 from job.evals.metrics import compare_choices, compare_dialogues
 from job.evals.predictions import ChoiceLine, DialogueLine, Line
-from job.evals.statistics import corrected
+from job.evals.statistics import Bootstrap, apply_holm
 from job.results import Comparison, DialogueComparison, Estimate, Record, Results
 
 
@@ -107,7 +107,7 @@ def compare_runs(runs: Sequence[Finished]) -> Compared:
         slices += found
         held_out += talks
         notes += pair.notes
-    return corrected(
+    return apply_holm(
         Compared(
             runs=[
                 ComparedRun(
@@ -144,8 +144,9 @@ class _Pair:
     def __init__(self, a: tuple[str, Finished], b: tuple[str, Finished]) -> None:
         (self._a, self._first), (self._b, self._second) = a, b
         spec = self._first.results.run.spec
-        self._seed = int(spec.get("seed", 0))
-        self._samples = int((spec.get("evals") or {}).get("bootstrap_samples", 2000))
+        samples = int((spec.get("evals") or {}).get("bootstrap_samples", 2000))
+        self._models = (self._a, self._b)
+        self._bootstrap = Bootstrap(samples, seed=int(spec.get("seed", 0)))
         self.notes: list[str] = []
 
     def slices(self) -> Iterator[SliceTest]:
@@ -163,7 +164,7 @@ class _Pair:
                     self._second.choices.get(ours.name, []),
                     _choice_key,
                 )
-                test = compare_choices(self._a, self._b, before, after, self._samples, self._seed)
+                test = compare_choices(self._models, before, after, self._bootstrap)
                 if test is None:
                     self._note(f"{ours.name} has no question that both answered")
                 else:
@@ -187,7 +188,7 @@ class _Pair:
             )
             return
         before, after, alone = _shared(self._first.dialogues, self._second.dialogues, _dialogue_key)
-        test = compare_dialogues(self._a, self._b, before, after, self._samples, self._seed)
+        test = compare_dialogues(self._models, before, after, self._bootstrap)
         if test is None:
             self._note("no dialogue was held out of both")
         else:

@@ -206,7 +206,7 @@ def drawn(model: LanguageModel, **options: float) -> np.ndarray:
     engine = Engine(model, DRAWN, 1024)
     (tokens,), _ = engine.encode([PROMPT])
     sampling = Sampling(**options)  # type: ignore[arg-type]
-    rows = engine.drawer(sampling)(
+    rows = engine.sample_program(sampling)(
         model.weights,
         np.array([tokens] * DRAWN, np.int32),
         np.full(DRAWN, len(tokens), np.int32),

@@ -1,4 +1,4 @@
-"""A generated answer is read as the letter it names, and as none where it names none or several."""
+"""A generated answer is parsed as the one letter it names, or as none."""
 
 import string
 
@@ -133,12 +133,12 @@ NONE = [
     ("answer", "letter"),
     [*LONE_LETTER.items(), *MARKDOWN.items(), *PHRASE.items(), *ALONE.items(), *QUOTED.items()],
 )
-def test_an_answer_that_names_one_option_is_read(answer: str, letter: str) -> None:
+def test_an_answer_that_names_one_option_is_parsed(answer: str, letter: str) -> None:
     assert parse_choice(answer, OPTIONS) == letter
 
 
 @pytest.mark.parametrize("answer", NONE)
-def test_an_answer_that_names_none_or_several_is_not_guessed(answer: str) -> None:
+def test_an_unclear_answer_is_unparsed(answer: str) -> None:
     assert parse_choice(answer, OPTIONS) is None
 
 
@@ -158,14 +158,14 @@ def test_an_answer_that_names_none_or_several_is_not_guessed(answer: str) -> Non
         ("same", ["same", "same"], None),
     ],
 )
-def test_the_letters_and_texts_are_those_of_the_question(
+def test_letters_and_texts_are_the_question_s_own(
     answer: str, options: list[str], letter: str | None
 ) -> None:
     assert parse_choice(answer, options) == letter
 
 
 @given(st.text(), st.integers(2, 26))
-def test_what_is_read_is_always_one_of_the_letters(answer: str, count: int) -> None:
+def test_the_result_is_always_a_letter_or_none(answer: str, count: int) -> None:
     options = [f"option number {n}" for n in range(count)]
     assert parse_choice(answer, options) in {None, *string.ascii_uppercase[:count]}
 
@@ -196,7 +196,7 @@ def test_space_around_an_answer_changes_nothing(letter: str, form: str) -> None:
         ("Answer: A common cause", None),
     ],
 )
-def test_letters_in_company_are_not_guessed_from(answer: str, letter: str | None) -> None:
+def test_letters_in_lists_and_texts_are_not_chosen(answer: str, letter: str | None) -> None:
     assert parse_choice(answer, ["Iron", "Vitamin C", "Zinc", "Copper"]) == letter
 
 
@@ -215,5 +215,5 @@ def test_letters_in_company_are_not_guessed_from(answer: str, letter: str | None
         ("A patient needs B", None),
     ],
 )
-def test_letters_and_texts_that_only_occur_are_not_chosen(answer: str, letter: str | None) -> None:
+def test_letters_that_merely_occur_are_not_chosen(answer: str, letter: str | None) -> None:
     assert parse_choice(answer, ["Iron", "Vitamin C", "Zinc", "Copper"]) == letter

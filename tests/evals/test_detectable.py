@@ -1,4 +1,4 @@
-"""What is said to be detectable is detected four times in five, and nothing smaller is."""
+"""The minimum detectable effect is detected four times in five, and smaller ones are not."""
 
 import math
 from itertools import pairwise
@@ -10,13 +10,19 @@ from hypothesis import strategies as st
 from scipy import optimize
 from scipy import stats as scipy_stats
 
-from job.evals.statistics import POWER, UNRELATED, mcnemar, mcnemar_power, minimum_detectable_effect
+from job.evals.statistics import (
+    POWER,
+    WORST_DISCORDANCE,
+    mcnemar,
+    mcnemar_power,
+    minimum_detectable_effect,
+)
 
 ONE_IN_FIVE = 0.2
 
 
-def test_of_100_questions_a_change_under_13_points_cannot_be_seen_and_4183_show_2() -> None:
-    """If one question in five changes sides."""
+def test_100_questions_detect_13_points_and_4183_detect_2() -> None:
+    """With one question in five discordant."""
     small, large = (
         minimum_detectable_effect(100, ONE_IN_FIVE),
         minimum_detectable_effect(4183, ONE_IN_FIVE),
@@ -28,7 +34,7 @@ def test_of_100_questions_a_change_under_13_points_cannot_be_seen_and_4183_show_
 
 
 def power_by_enumeration(questions: int, discordant: float, difference: float) -> float:
-    """Every table there could be, each with the test itself."""
+    """Sum over every possible table, with the test itself."""
     shares = [
         (discordant + difference) / 2,
         (discordant - difference) / 2,
@@ -54,24 +60,24 @@ def test_power_is_the_sum_over_all_tables(
 
 
 @pytest.mark.parametrize(("questions", "discordant"), [(100, 0.2), (100, 0.5), (4183, 0.2)])
-def test_a_detectable_change_is_found_four_times_in_five(questions: int, discordant: float) -> None:
-    """By simulation: pairs are drawn, and the test is made."""
+def test_the_effect_is_detected_with_80_percent_power(questions: int, discordant: float) -> None:
+    """Simulate pairs and test them."""
     difference = minimum_detectable_effect(questions, discordant)
     assert difference is not None
 
-    def found(difference: float) -> float:
+    def simulated_power(difference: float) -> float:
         shares = [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant]
-        drawn = np.random.default_rng(4).multinomial(questions, shares, size=1500)
-        tables, counts = np.unique(drawn, axis=0, return_counts=True)
-        shown = [mcnemar(int(gained), int(lost)) < 0.05 for gained, lost, _ in tables]
-        return float(np.average(shown, weights=counts))
+        tables = np.random.default_rng(4).multinomial(questions, shares, size=1500)
+        tables, counts = np.unique(tables, axis=0, return_counts=True)
+        detected = [mcnemar(int(gained), int(lost)) < 0.05 for gained, lost, _ in tables]
+        return float(np.average(detected, weights=counts))
 
-    assert found(difference) == pytest.approx(POWER, abs=0.035)
-    assert found(0.8 * difference) < 0.7
+    assert simulated_power(difference) == pytest.approx(POWER, abs=0.035)
+    assert simulated_power(0.8 * difference) < 0.7
 
 
 def connor(questions: int, discordant: float) -> float:
-    """The asymptotic formula for the same (Connor 1987, Biometrics 43:207)."""
+    """Return the effect by the asymptotic formula (Connor 1987, Biometrics 43:207)."""
     alpha, beta = scipy_stats.norm.ppf(0.975), scipy_stats.norm.ppf(POWER)
 
     def lacking(difference: float) -> float:
@@ -83,32 +89,33 @@ def connor(questions: int, discordant: float) -> float:
 
 
 @pytest.mark.parametrize("discordant", [0.05, 0.2, 0.5, 0.9])
-def test_with_many_questions_it_is_the_published_formula(discordant: float) -> None:
+def test_many_questions_agree_with_the_published_formula(discordant: float) -> None:
     for questions, tolerance in ((1000, 0.06), (4183, 0.03)):
-        found = minimum_detectable_effect(questions, discordant)
-        assert found == pytest.approx(connor(questions, discordant), rel=tolerance)
+        effect = minimum_detectable_effect(questions, discordant)
+        assert effect == pytest.approx(connor(questions, discordant), rel=tolerance)
 
 
 @given(st.integers(1, 1500), st.floats(0, 1))
 @settings(deadline=None, max_examples=40)
-def test_it_is_a_share_that_the_test_finds(questions: int, discordant: float) -> None:
-    found = minimum_detectable_effect(questions, discordant)
-    if found is None:
+def test_the_effect_is_a_share_that_the_test_detects(questions: int, discordant: float) -> None:
+    effect = minimum_detectable_effect(questions, discordant)
+    if effect is None:
         assert questions < 6
     else:
-        assert 0 < found <= 1
-        assert mcnemar_power(questions, max(discordant, found), found) >= POWER
+        assert 0 < effect <= 1
+        assert mcnemar_power(questions, max(discordant, effect), effect) >= POWER
 
 
-def test_more_questions_and_fewer_that_change_show_less() -> None:
-    for discordant in (0.0, 0.2, UNRELATED):
-        found = [
+def test_more_questions_detect_smaller_effects() -> None:
+    for discordant in (0.0, 0.2, WORST_DISCORDANCE):
+        effects = [
             minimum_detectable_effect(questions, discordant) for questions in (20, 100, 1000, 4183)
         ]
-        assert all(more > fewer for more, fewer in pairwise(f for f in found if f is not None))
-    shares = [minimum_detectable_effect(1000, share) for share in (0.0, 0.05, 0.2, UNRELATED, 1.0)]
-    assert sorted(shares) == shares
+        assert all(more > fewer for more, fewer in pairwise(e for e in effects if e is not None))
+    shares = (0.0, 0.05, 0.2, WORST_DISCORDANCE, 1.0)
+    effects = [minimum_detectable_effect(1000, share) for share in shares]
+    assert sorted(effects) == effects
 
 
-def test_five_questions_can_show_nothing() -> None:
+def test_five_questions_detect_nothing() -> None:
     assert [minimum_detectable_effect(questions, 0.2) for questions in (1, 5)] == [None, None]

@@ -1,43 +1,43 @@
-"""All paired tests of the results are corrected together, and findings go by the corrected ones."""
+"""Holm's correction covers all paired tests of the results, and findings follow it."""
 
 import pytest
 
-from job.evals.statistics import corrected, holm, paired_tests
+from job.evals.statistics import apply_holm, holm, paired_tests
 from job.results import Evaluation, PairedTest
 from tests.report import full
 
 
 def evaluation(*p_values: float) -> Evaluation:
-    """Two comparisons of accuracies and one of dialogues, each a change by its own p-value."""
-    found = full()["evaluation"]
-    found["dialogue"]["markers"] = []
-    tests = [*found["multiple_choice"][0]["comparisons"], found["dialogue"]["comparison"]]
+    """Return two comparisons of accuracies and one of dialogues, each a change on its own."""
+    document = full()["evaluation"]
+    document["dialogue"]["markers"] = []
+    tests = [*document["multiple_choice"][0]["comparisons"], document["dialogue"]["comparison"]]
     for test, p_value in zip(tests, p_values, strict=True):
         test |= {"p_value": p_value, "p_holm": p_value, "finding": "improved"}
-    return Evaluation.model_validate(found)
+    return Evaluation.model_validate(document)
 
 
 def values(tests: list[PairedTest]) -> list[tuple[float, float, str]]:
     return [(test.p_value, test.p_holm, test.finding) for test in tests]
 
 
-def test_every_test_of_the_page_is_corrected_for_the_others() -> None:
+def test_every_test_is_corrected_for_the_others() -> None:
     p_values = [0.04, 0.001, 0.02]
-    found = paired_tests(corrected(evaluation(*p_values)))
-    assert [test.p_value for test in found] == p_values
-    assert [test.p_holm for test in found] == holm(p_values) == pytest.approx([0.04, 0.003, 0.04])
+    tests = paired_tests(apply_holm(evaluation(*p_values)))
+    assert [test.p_value for test in tests] == p_values
+    assert [test.p_holm for test in tests] == holm(p_values) == pytest.approx([0.04, 0.003, 0.04])
 
 
-def test_a_change_that_may_be_one_of_many_chances_is_no_finding() -> None:
-    found = paired_tests(corrected(evaluation(0.03, 0.2, 0.001)))
-    assert [test.finding for test in found] == [
+def test_the_correction_removes_findings() -> None:
+    tests = paired_tests(apply_holm(evaluation(0.03, 0.2, 0.001)))
+    assert [test.finding for test in tests] == [
         "no measurable change",
         "no measurable change",
         "improved",
     ]
 
 
-def test_a_correction_makes_no_finding() -> None:
+def test_the_correction_adds_no_finding() -> None:
     given = evaluation(0.001, 0.001, 0.001)
     dialogue = given.dialogue
     assert dialogue is not None
@@ -45,19 +45,19 @@ def test_a_correction_makes_no_finding() -> None:
     given = given.model_copy(
         update={"dialogue": dialogue.model_copy(update={"comparison": unsure})}
     )
-    assert values(paired_tests(corrected(given)))[2] == (0.001, 0.003, "no measurable change")
+    assert values(paired_tests(apply_holm(given)))[2] == (0.001, 0.003, "no measurable change")
 
 
-def test_correcting_twice_changes_nothing_and_the_rest_stays() -> None:
+def test_correcting_twice_changes_nothing() -> None:
     given = evaluation(0.03, 0.2, 0.001)
-    once = corrected(given)
-    assert corrected(once) == once
+    once = apply_holm(given)
+    assert apply_holm(once) == once
     assert once.side_by_side == given.side_by_side
     assert once.multiple_choice[0].models == given.multiple_choice[0].models
 
 
-def test_one_test_alone_is_not_corrected() -> None:
+def test_a_single_test_is_not_corrected() -> None:
     alone = evaluation(0.03, 0.2, 0.001).model_copy(update={"multiple_choice": []})
-    assert values(paired_tests(corrected(alone))) == [(0.001, 0.001, "improved")]
+    assert values(paired_tests(apply_holm(alone))) == [(0.001, 0.001, "improved")]
     nothing = alone.model_copy(update={"dialogue": None})
-    assert corrected(nothing) == nothing
+    assert apply_holm(nothing) == nothing

@@ -8,7 +8,7 @@ import pytest
 
 from job.errors import RunStoppedError
 from job.evals.engine import Engine
-from job.evals.predictions import EvalCaches
+from job.evals.prediction_cache import PredictionCaches
 from job.machine.distributed import ProcessGroup
 from job.model.language_model import LanguageModel
 from job.storage.local import LocalStore
@@ -16,8 +16,8 @@ from job.storage.local import LocalStore
 KEY = "evals/baseline/first/partial.json"
 
 
-def caches(folder: Path, inputs: object = "inputs") -> EvalCaches:
-    return EvalCaches(LocalStore(folder), "baseline", inputs, ProcessGroup().broadcast)
+def caches(folder: Path, inputs: object = "inputs") -> PredictionCaches:
+    return PredictionCaches(LocalStore(folder), "baseline", inputs, ProcessGroup().broadcast)
 
 
 def stopped_after(batches: int) -> Any:

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.evals.statistics import bootstrap, finding_of_interval, finding_of_test, mcnemar, wilson
+from job.evals.statistics import (
+    Bootstrap,
+    bootstrap_mean,
+    finding_of_interval,
+    finding_of_test,
+    mcnemar,
+    wilson,
+)
 from job.results import Finding, Interval
 
 
@@ -28,12 +35,12 @@ def test_wilson_gives_the_published_intervals(
     assert wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_without_trials_nothing_is_known() -> None:
+def test_wilson_without_trials_is_0_to_1() -> None:
     assert wilson(0, 0) == (0.0, 1.0)
 
 
 @given(st.integers(1, 500), st.data())
-def test_wilson_holds_the_proportion_and_mirrors(trials: int, data: st.DataObject) -> None:
+def test_wilson_contains_the_proportion_and_mirrors(trials: int, data: st.DataObject) -> None:
     successes = data.draw(st.integers(0, trials))
     low, high = wilson(successes, trials)
     assert 0 <= low <= successes / trials <= high <= 1
@@ -69,56 +76,59 @@ VALUES = st.lists(st.floats(-1, 1), min_size=1, max_size=40)
 
 @given(VALUES, st.integers(0, 99))
 @settings(deadline=None)
-def test_the_interval_holds_the_mean_and_stays_within_the_values(
-    values: list[float], seed: int
-) -> None:
-    found = bootstrap(values, 200, seed)
-    low, high = found.ci95
-    assert found.mean == pytest.approx(math.fsum(values) / len(values))
+def test_bootstrap_interval_contains_the_mean(values: list[float], seed: int) -> None:
+    estimate = bootstrap_mean(values, Bootstrap(200, seed))
+    low, high = estimate.ci95
+    assert estimate.mean == pytest.approx(math.fsum(values) / len(values))
     assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12
 
 
 @given(VALUES, st.integers(0, 99))
 @settings(deadline=None)
-def test_the_interval_mirrors_and_moves_with_the_values(values: list[float], seed: int) -> None:
-    low, high = bootstrap(values, 200, seed).ci95
-    mirrored = bootstrap([-value for value in values], 200, seed).ci95
-    moved = bootstrap([value + 3 for value in values], 200, seed).ci95
+def test_bootstrap_interval_mirrors_and_shifts(values: list[float], seed: int) -> None:
+    low, high = bootstrap_mean(values, Bootstrap(200, seed)).ci95
+    mirrored = bootstrap_mean([-value for value in values], Bootstrap(200, seed)).ci95
+    moved = bootstrap_mean([value + 3 for value in values], Bootstrap(200, seed)).ci95
     assert mirrored == pytest.approx((-high, -low))
     assert moved == pytest.approx((low + 3, high + 3))
 
 
-def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
+def test_bootstrap_interval_depends_on_the_seed() -> None:
     values = np.random.default_rng(0).normal(size=100).tolist()
-    assert bootstrap(values, 500, 7) == bootstrap(values, 500, 7)
-    assert bootstrap(values, 500, 7).ci95 != bootstrap(values, 500, 8).ci95
+    assert bootstrap_mean(values, Bootstrap(500, 7)) == bootstrap_mean(values, Bootstrap(500, 7))
+    assert (
+        bootstrap_mean(values, Bootstrap(500, 7)).ci95
+        != bootstrap_mean(values, Bootstrap(500, 8)).ci95
+    )
 
 
-def test_one_value_or_equal_values_have_no_spread() -> None:
-    assert bootstrap([0.25], 100, 0).ci95 == (0.25, 0.25)
-    assert bootstrap([1.0] * 50, 100, 0).ci95 == (1.0, 1.0)
+def test_equal_values_give_an_empty_interval() -> None:
+    assert bootstrap_mean([0.25], Bootstrap(100, 0)).ci95 == (0.25, 0.25)
+    assert bootstrap_mean([1.0] * 50, Bootstrap(100, 0)).ci95 == (1.0, 1.0)
 
 
-def test_the_interval_is_that_of_the_normal_distribution_where_there_are_many_values() -> None:
+def test_bootstrap_interval_is_normal_with_many_values() -> None:
     values = np.random.default_rng(1).normal(0.2, 1.0, size=6000)
-    low, high = bootstrap(values.tolist(), 2000, 0).ci95
+    low, high = bootstrap_mean(values.tolist(), Bootstrap(2000, 0)).ci95
     error = 1.96 * values.std() / math.sqrt(len(values))
     assert (low, high) == pytest.approx(
         (values.mean() - error, values.mean() + error), abs=error * 0.1
     )
 
 
-def test_the_interval_covers_the_true_mean_about_95_times_in_100() -> None:
+def test_bootstrap_interval_covers_the_mean_95_percent() -> None:
     generator = np.random.default_rng(2)
     covered = 0
     for seed in range(400):
-        low, high = bootstrap(generator.normal(1.0, size=60).tolist(), 400, seed).ci95
+        low, high = bootstrap_mean(
+            generator.normal(1.0, size=60).tolist(), Bootstrap(400, seed)
+        ).ci95
         covered += low <= 1.0 <= high
     assert 360 <= covered <= 392
 
 
 @pytest.mark.parametrize(
-    ("judge", "arguments", "finding"),
+    ("function", "arguments", "finding"),
     [
         (finding_of_test, (0.1, 0.049), "improved"),
         (finding_of_test, (-0.1, 0.049), "worse"),
@@ -133,7 +143,9 @@ def test_the_interval_covers_the_true_mean_about_95_times_in_100() -> None:
         (finding_of_interval, ((0.01, 0.2), 9), "no measurable change"),
     ],
 )
-def test_a_change_is_claimed_only_where_it_was_shown(
-    judge: Callable[..., Finding], arguments: tuple[float | int | Interval, ...], finding: Finding
+def test_findings(
+    function: Callable[..., Finding],
+    arguments: tuple[float | int | Interval, ...],
+    finding: Finding,
 ) -> None:
-    assert judge(*arguments) == finding
+    assert function(*arguments) == finding

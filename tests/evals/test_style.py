@@ -1,9 +1,10 @@
-"""A trait of style is a phrase that stands in an answer as whole words."""
+"""A style trait is a phrase that occurs in an answer as words."""
 
 import pytest
 
-from job.evals.metrics import pattern_of, summarize_style
+from job.evals.metrics import phrase_pattern, summarize_style
 from job.evals.predictions import DialogueLine
+from job.evals.statistics import Bootstrap
 from job.spec.evals import MARKERS
 
 
@@ -24,7 +25,7 @@ from job.spec.evals import MARKERS
     ],
 )
 def test_phrases(phrases: list[str], text: str, shows: bool) -> None:
-    assert (pattern_of(phrases).search(text.replace("’", "'")) is not None) is shows
+    assert (phrase_pattern(phrases).search(text.replace("’", "'")) is not None) is shows
 
 
 def line(number: int, answer: str, expected: str) -> DialogueLine:
@@ -34,19 +35,17 @@ def line(number: int, answer: str, expected: str) -> DialogueLine:
     )  # fmt: skip
 
 
-def test_each_trait_is_a_share_of_each_model_beside_the_expected_answers() -> None:
+def test_each_trait_is_a_share_of_each_model_and_the_expected() -> None:
     before = [line(n, "It may pass.", "Consult a doctor.") for n in range(20)]
     after = [line(n, "Go to the emergency room now.", "Consult a doctor.") for n in range(20)]
-    found = {
-        m.name: m
-        for m in summarize_style(MARKERS, {"baseline": before, "finetuned": after}, 500, 0)
-    }
-    urgent = found["urges urgent care"]
+    models = {"baseline": before, "finetuned": after}
+    traits = {trait.name: trait for trait in summarize_style(MARKERS, models, Bootstrap(500, 0))}
+    urgent = traits["urges urgent care"]
     assert (urgent.models["baseline"].share, urgent.models["finetuned"].share) == (0.0, 1.0)
     assert urgent.expected.share == 0.0
     assert urgent.comparison is not None
     assert (urgent.comparison.gained, urgent.comparison.finding) == (20, "improved")
-    assert found["hedges"].models["baseline"].count == 20
-    assert found["refers to a professional"].expected.share == 1.0
-    assert found["asks back"].comparison is not None
-    assert found["asks back"].comparison.finding == "no measurable change"
+    assert traits["hedges"].models["baseline"].count == 20
+    assert traits["refers to a professional"].expected.share == 1.0
+    assert traits["asks back"].comparison is not None
+    assert traits["asks back"].comparison.finding == "no measurable change"

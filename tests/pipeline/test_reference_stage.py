@@ -16,7 +16,8 @@ from job.evals import metrics as dialogues
 from job.evals.api_client import KEY
 from job.evals.metrics import score_choices
 from job.evals.predictions import ChoiceLine, DialogueLine, Line, SideLine
-from job.evals.reply_log import FILE, FOLDER
+from job.evals.reply_log import PARTIAL_FOLDER, REPLIES_KEY
+from job.evals.statistics import Bootstrap
 from job.pipeline.stages import reference_has_more_to_do
 from job.storage.base import Store
 from job.storage.local import LocalStore
@@ -107,7 +108,7 @@ def test_every_question_is_answered_by_whom_it_says_and_costs_what_was_billed(
     assert result.cost_usd == pytest.approx(service.billed, abs=1e-6)
     assert result.cost_usd > ALL * PRICE
     assert not found.open
-    assert store.list(FOLDER) == []
+    assert store.list(PARTIAL_FOLDER) == []
     assert all(chat["provider"] == {"require_parameters": True} for chat in service.chats)
     assert all(chat["reasoning"] == {"effort": "none"} for chat in service.chats)
 
@@ -124,7 +125,7 @@ def test_a_failure_is_missing_and_never_wrong(
     assert (scored.accuracy, scored.unparsed) == (1.0, 0)
     assert 0 < scored.missing == sum(line.error is not None for line in questions)
     held_out = lines(store, "dialogue", DialogueLine)
-    rouge = dialogues.score_dialogues(held_out, 100, 0) if name != "402" else None
+    rouge = dialogues.score_dialogues(held_out, Bootstrap(100, 0)) if name != "402" else None
     assert rouge is None or rouge.missing == sum(line.error is not None for line in held_out)
     result = found.result
     failed = sum(line.error is not None for line in [*questions, *held_out])
@@ -175,7 +176,7 @@ def test_a_stop_keeps_what_was_answered(any_store: Store, service: OpenRouter) -
     found = ask(any_store, spec)
     assert len(service.chats) == ALL
     assert (found.result.requests, found.result.status) == (ALL, "complete")
-    assert any_store.list(FOLDER) == []
+    assert any_store.list(PARTIAL_FOLDER) == []
 
 
 def kill_while_it_waits(store: LocalStore, service: OpenRouter, answers: int) -> str:
@@ -202,7 +203,7 @@ def kill_while_it_waits(store: LocalStore, service: OpenRouter, answers: int) ->
 
 
 def kept(store: LocalStore) -> int:
-    return sum((store.read(key) or b"").count(b"\n") for key in store.list(FOLDER))
+    return sum((store.read(key) or b"").count(b"\n") for key in store.list(PARTIAL_FOLDER))
 
 
 @pytest.mark.slow
@@ -211,7 +212,7 @@ def test_killed_twice_it_asks_only_what_is_missing_and_the_key_is_nowhere(
 ) -> None:
     said = kill_while_it_waits(store, service, 9)
     under_way = len(service.chats) - 9
-    assert store.read(FILE) is None
+    assert store.read(REPLIES_KEY) is None
     service.script.extend(["502"] * 5)
     first = ask(store, spec_of(url(service)))
     assert len(service.chats) == ALL + under_way
@@ -279,7 +280,8 @@ def test_dialogues_are_answered_within_the_limit_of_the_other_models(
     limits = [chat["max_tokens"] for chat in service.chats]
     assert (limits.count(48), limits.count(1024)) == (DIALOGUES, ALL - DIALOGUES)
     failed = held_out[0].model_copy(update={"error": "HTTP 502", "rougeL": 0.0})
-    found = dialogues.compare_dialogues("a", "b", held_out, [failed, *held_out[1:]], 100, 0)
+    answers = [failed, *held_out[1:]]
+    found = dialogues.compare_dialogues(("a", "b"), held_out, answers, Bootstrap(100, 0))
     assert found is not None
     assert (found.examples, found.difference) == (DIALOGUES - 1, 0.0)
-    assert dialogues.compare_dialogues("a", "b", held_out, [], 100, 0) is None
+    assert dialogues.compare_dialogues(("a", "b"), held_out, [], Bootstrap(100, 0)) is None
