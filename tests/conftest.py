@@ -26,6 +26,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("OPENROUTER_API_KEY", None)
 os.environ.pop("HF_TOKEN", None)
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("untimed", deadline=None)

@@ -74,6 +74,7 @@ def set_environment() -> None:
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # gives back what it frees
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     keras = sys.modules.get("keras")
     if keras is not None:
         _check_backend(keras.config.backend())

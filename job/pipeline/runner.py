@@ -31,7 +31,6 @@ from job.runtime import logs
 from job.runtime.signals import STOP
 from job.runtime.watchdog import WATCHDOG
 from job.spec.load import LoadedSpec
-from job.storage import retry
 from job.storage.base import ReadOnlyStore, Store
 from job.storage.locations import child_uri, open_store
 
@@ -74,7 +73,6 @@ def run_job(
     logs.configure(command.log)
     structlog.contextvars.bind_contextvars(run_id=identity)
     _enter_stage("preflight")
-    retry.check_while_waiting(STOP.check)
     stall_minutes = loaded.spec.runtime.stall_minutes
     with WATCHDOG.watching(stall_minutes, lambda code, why: STOP.leave(code, why)):
         command.run()
@@ -152,7 +150,7 @@ class _Command:
         save_log = log_file.save if log_file else lambda: None
 
         def before_exit() -> None:
-            retry.check_while_waiting(lambda: None)  # a stop must not end the last requests
+            STOP.muted = True  # the last writes must not be stopped themselves
             save_log()
             if run.lease is not None:
                 run.lease.release()

@@ -42,6 +42,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self.muted = False
+        """Whether `check` lets the last calls before the exit pass."""
         self.grace = 0.0
         """0 while there is nothing to keep."""
         self.leave: Callable[[int, str], None] = exit_now
@@ -91,7 +93,7 @@ class StopSignal:
 
     def check(self) -> None:
         """Raise if a stop was requested."""
-        if self.requested:
+        if self.requested and not self.muted:
             raise RunStoppedError(self._message)
 
 

@@ -1,10 +1,10 @@
 """A Cloud Storage bucket as a store, by Google's client.
 
-Credentials are the environment's (application default credentials); `STORAGE_EMULATOR_HOST` is
-another server that needs none. `JOB_USER_PROJECT` is billed where the bucket's requester pays.
-What is tried again, and how soon, is the job's to say (`job.storage.retry`), not the client's.
-Every object's CRC32C is compared in both directions, and a write whose answer was lost is told from
-one that another made.
+Credentials are the environment's (application default credentials), never those of `.netrc`;
+`STORAGE_EMULATOR_HOST` names another server, which needs none. `JOB_USER_PROJECT` is billed where
+the bucket's requester pays. Retries are `job.storage.retry`'s, for every request: the client
+resumes uploads and downloads with them. The CRC32C of every object is compared in both directions,
+and a write whose reply was lost is told from a write by someone else.
 """
 
 import base64
@@ -16,20 +16,30 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import google_crc32c
 from google.api_core.exceptions import GoogleAPICallError, NotFound, PreconditionFailed
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 
 from job.errors import SetupError, StageError, UsageError
-from job.runtime.watchdog import WATCHDOG
 from job.storage.base import Stat, check_key
-from job.storage.partial import Arriving, Content, bring
-from job.storage.retry import TransientError, check_stop, retrying
-from job.storage.transfer import first_line, lost_connections, raise_if_transient, timeouts, widen
+from job.storage.download import Content, download
+from job.storage.retry import (
+    Attempts,
+    TransientError,
+    first_line,
+    raise_if_transient,
+    report_progress,
+    retrying,
+    timeouts,
+)
 
 _CHUNK = 8 * 1024 * 1024
 """Bytes of a request of a resumable upload: a multiple of 256 KiB."""
+
+_PIECE = 1024 * 1024
+_CONNECTIONS = 16
 
 
 class GcsStore:
@@ -46,45 +56,38 @@ class GcsStore:
         return f"gs://{self._name}/{self._prefix}".rstrip("/")
 
     def read(self, key: str) -> bytes | None:
-        found = self.read_version(key)
-        return None if found is None else found[0]
+        versioned = self.read_version(key)
+        return None if versioned is None else versioned[0]
 
     def read_version(self, key: str) -> tuple[bytes, str] | None:
         def work() -> tuple[bytes, str]:
             blob = self._blob(key)
-            # What the client resumes by itself it does not compare with its checksum.
-            content: bytes = blob.download_as_bytes(checksum="crc32c", **_patience())
-            if blob.crc32c is None or blob.generation is None:  # emulators leave the headers out
-                blob.reload(**_patience())
-                if blob.crc32c != crc32c(content):
-                    raise TransientError("the content does not have its checksum")
+            # No `retry`: the client does not verify the checksum of what it resumes.
+            content: bytes = blob.download_as_bytes(checksum="crc32c", **_options())
+            if blob.generation is None:  # emulators leave the header out
+                blob.reload(**_options())
             return content, str(blob.generation)
 
         return self._call("read", key, work)
 
-    def _found(self, key: str) -> storage.Blob | None:
-        """An object with its metadata."""
-
+    def _metadata(self, key: str) -> storage.Blob | None:
         def work() -> storage.Blob:
             blob = self._blob(key)
-            blob.reload(**_patience())
-            if None in (blob.size, blob.generation, blob.crc32c):
-                raise TransientError("the reply is not the metadata of an object")
-            hex_of(blob.crc32c)  # else it was damaged on the way
+            blob.reload(**_options())
             return blob
 
         return self._call("read", key, work)
 
     def stat(self, key: str) -> Stat | None:
-        found = self._found(key)
-        return None if found is None else Stat(found.size, str(found.generation))
+        blob = self._metadata(key)
+        return None if blob is None else Stat(blob.size, str(blob.generation))
 
     def size(self, key: str) -> int | None:
-        found = self.stat(key)
-        return None if found is None else found.bytes
+        stat = self.stat(key)
+        return None if stat is None else stat.bytes
 
     def write(self, key: str, content: bytes) -> None:
-        self._write(key, io.BytesIO(content), len(content), crc32c(content))
+        self._write(key, io.BytesIO(content), len(content))
 
     def write_if_version(self, key: str, content: bytes | None, version: str | None) -> str | None:
         expected = int(version or 0)
@@ -92,17 +95,16 @@ class GcsStore:
             if content is None:
                 self._delete(key, expected)
                 return ""
-            file = io.BytesIO(content)
-            return self._write(key, file, len(content), crc32c(content), expected)
+            return self._write(key, io.BytesIO(content), len(content), expected)
         except PreconditionFailed:
-            # An earlier try may have written it, and its answer been lost.
-            found = self.read_version(key)
-            return found[1] if found is not None and found[0] == content else None
+            # An earlier attempt may have written it, and its reply been lost.
+            versioned = self.read_version(key)
+            return versioned[1] if versioned is not None and versioned[0] == content else None
 
     def upload(self, path: Path, key: str) -> None:
         try:
             with path.open("rb") as file:
-                self._write(key, file, path.stat().st_size, file_crc32c(path))
+                self._write(key, file, path.stat().st_size)
         except OSError as error:
             raise StageError(f"cannot read {path}: {error.strerror}") from error
 
@@ -111,71 +113,67 @@ class GcsStore:
         path.unlink()
 
     def _write(
-        self, key: str, file: BinaryIO, size: int, checksum: str, expected: int | None = None
+        self, key: str, file: BinaryIO, size: int, expected: int | None = None
     ) -> str | None:
-        """Write in one request, or a large file in chunks; the new generation.
+        """Write in one request, or a large file in chunks; return the new generation.
 
-        The checksum goes with the metadata, so that the service refuses what does not have it.
+        The checksum goes with the metadata, so that the service refuses a damaged upload.
         The client's own check would delete the object, whoever wrote it, after a damaged reply.
         """
+        checksum = _checksum_of(file)
 
         def work() -> str:
             file.seek(0)
             blob = self._blob(key)
             blob.chunk_size, blob.crc32c = _CHUNK, checksum
-            retry = self._policy("write", key) if size > _CHUNK else None
+            retry = self._retry("write", key) if size > _CHUNK else None
             try:
                 blob.upload_from_file(
-                    file, size=size, if_generation_match=expected, **_patience(retry), checksum=None
+                    file, size=size, if_generation_match=expected, **_options(retry), checksum=None
                 )
             except GoogleAPICallError as error:
                 if _is_lost(error):
-                    raise TransientError("the upload was lost, and begins again") from error
+                    raise TransientError("the upload session was lost") from error
                 if error.code == 404:
                     raise self._no_bucket() from error
                 raise
-            if (blob.size, blob.crc32c) != (size, checksum):
-                raise TransientError("what was stored is not what was sent")
             return str(blob.generation)
 
         return self._call("write", key, work)
 
     def download(self, key: str, path: Path, version: str | None = None) -> bool:
-        found = self._found(key)
-        if found is None or version not in (None, str(found.generation)):
+        blob = self._metadata(key)
+        if blob is None or version not in (None, str(blob.generation)):
             return False
+        what = f"read {self._place(key)}"
 
-        def append(file: Arriving) -> None:
-            with _failures():
-                self._blob(key, found.generation).download_to_file(
-                    file, start=file.have or None, raw_download=True, **_patience(), checksum=None
+        def get(scratch: Path) -> Path:
+            attempts = Attempts(what)  # the client resumes, so each piece is progress
+            local = scratch / path.name
+            with _transient_failures(), local.open("wb") as file:
+                self._blob(key, blob.generation).download_to_file(
+                    _ReportingFile(file, attempts.progress),
+                    raw_download=True,
+                    checksum=None,
+                    **_options(_retrying_by(attempts)),
                 )
+            return local
 
-        path.unlink(missing_ok=True)
-        # A partial file is of one generation only, or what is resumed would be of two.
-        arriving = path.with_name(f"{path.name}.{found.generation}")
+        digest = base64.b64decode(blob.crc32c)
         try:
             with self._refusals("read", key):
-                content = Content(found.size, Crc32c, hex_of(found.crc32c))
-                bring(f"read {self._place(key)}", arriving, content, append)
+                download(what, path, Content(blob.size, google_crc32c.Checksum, digest), get)
         except NotFound:
             return False
-        arriving.replace(path)
         return True
 
     def list(self, prefix: str = "") -> list[str]:
         root = f"{self._prefix}/" if self._prefix else ""
 
-        def listed() -> list[str]:
-            patience = _patience(self._policy("list", prefix))
-            blobs = self._bucket().list_blobs(prefix=root + prefix, **patience)
-            return sorted(str(blob.name).removeprefix(root) for blob in blobs)
-
         def work() -> list[str]:
-            names = listed()
-            if names != listed():  # a listing has no checksum
-                raise TransientError("two replies to the same request differ")
-            return names
+            options = _options(self._retry("list", prefix))
+            blobs = self._bucket().list_blobs(prefix=root + prefix, **options)
+            return sorted(str(blob.name).removeprefix(root) for blob in blobs)
 
         names = self._call("list", prefix, work)
         if names is None:
@@ -187,7 +185,7 @@ class GcsStore:
 
     def _delete(self, key: str, expected: int | None = None) -> None:
         def work() -> None:
-            self._blob(key).delete(if_generation_match=expected, **_patience())
+            self._blob(key).delete(if_generation_match=expected, **_options())
 
         self._call("delete", key, work)
 
@@ -204,42 +202,42 @@ class GcsStore:
         return f"{self.uri}/{key}".rstrip("/")
 
     def _call[Result](self, action: str, key: str, work: Callable[[], Result]) -> Result | None:
-        """The result of `work`, tried again where that may help; None where nothing is found.
+        """Return the result of `work`, retried; None where there is no such object.
 
         Raises:
-            PreconditionFailed, EnvironmentProblem, StageError: see `_refusals`, `retrying`.
+            PreconditionFailed, SetupError, StageError: see `_refusals`, `retrying`.
         """
 
         def once() -> Result:
-            with _failures():
+            with _transient_failures():
                 return work()
 
         with contextlib.suppress(NotFound), self._refusals(action, key):
             return retrying(f"{action} {self._place(key)}", once)
         return None
 
-    def _policy(self, action: str, key: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
-        """What the client takes as `retry` where each of its requests is some progress."""
+    def _retry(self, action: str, key: str) -> "_Retry":
+        """Return what the client takes as `retry` where each of its requests is some progress."""
 
-        def each(request: Callable[[], Any]) -> Callable[[], Any]:
-            def once() -> Any:
-                check_stop()
-                with _failures():
-                    reply = request()
-                WATCHDOG.beat()
+        def policy(request: Callable[[], Any]) -> Callable[[], Any]:
+            run = _retrying_by(Attempts(f"{action} {self._place(key)}"))(request)
+
+            def call() -> Any:
+                reply = run()
+                report_progress()
                 return reply
 
-            return lambda: retrying(f"{action} {self._place(key)}", once)
+            return call
 
-        return each
+        return policy
 
     @contextlib.contextmanager
     def _refusals(self, action: str, key: str) -> Iterator[None]:
-        """Turns what the service refuses in this block into errors with the way out.
+        """Turn the service's refusals within this block into errors with the way out.
 
         Raises:
             NotFound, PreconditionFailed: there is no such object, or another than expected.
-            EnvironmentProblem: there is no such bucket, or no permission or credentials for it.
+            SetupError: there is no such bucket, or no permission or credentials for it.
             StageError: anything else.
         """
         try:
@@ -249,16 +247,18 @@ class GcsStore:
                 raise self._no_bucket() from error
             if isinstance(error, NotFound | PreconditionFailed):
                 raise
-            said = first_line(error.response.text) or error.response.reason
+            reason = first_line(error.response.text) or error.response.reason
             if error.code in (401, 403):
                 raise SetupError(
                     f"not allowed to {action} {self._place(key)}: the account in use needs "
-                    f"roles/storage.objectUser on the bucket ({error.code}: {said})"
+                    f"roles/storage.objectUser on the bucket ({error.code}: {reason})"
                 ) from error
-            raise StageError(f"cannot {action} {self._place(key)}: {error.code}: {said}") from error
+            raise StageError(
+                f"cannot {action} {self._place(key)}: {error.code}: {reason}"
+            ) from error
         except GoogleAuthError as error:
             raise SetupError(
-                "no Google Cloud credentials that can be used: run `gcloud auth "
+                "no usable Google Cloud credentials: run `gcloud auth "
                 f"application-default login`, or run on a VM with a service account ({error})"
             ) from error
 
@@ -266,55 +266,114 @@ class GcsStore:
         return SetupError(f"there is no bucket gs://{self._name}; create it first")
 
 
+type _Retry = Callable[[Callable[[], Any]], Callable[[], Any]]
+
+
+def _retrying_by(attempts: Attempts) -> _Retry:
+    def policy(request: Callable[[], Any]) -> Callable[[], Any]:
+        def once() -> Any:
+            with _transient_failures():
+                return request()
+
+        return lambda: attempts.run(once)
+
+    return policy
+
+
+class _ReportingFile:
+    """A file to write to that reports each piece."""
+
+    def __init__(self, file: BinaryIO, report: Callable[[], None]) -> None:
+        self._file = file
+        self._report = report
+
+    def write(self, piece: bytes) -> int:
+        """Write a piece and report it."""
+        self._report()
+        return self._file.write(piece)
+
+
 @functools.cache
 def client(emulator: str) -> storage.Client:
-    """The connections to Cloud Storage, or to the emulator.
+    """Return the connections to Cloud Storage, or to an emulator.
 
     Raises:
         GoogleAuthError: there are no credentials.
     """
-    # Or it asks about each bucket by itself, in the background, for traces that nobody collects.
+    from requests.adapters import HTTPAdapter
+
+    # Otherwise it requests each bucket's metadata in the background, for traces nobody collects.
     os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "1"
     endpoint = emulator if "://" in emulator else f"http://{emulator}"
     made = storage.Client(
         project=None, client_options={"api_endpoint": endpoint} if emulator else None
     )
-    made._http.trust_env = not emulator
-    widen(made._http)
+    session = made._http
+    session.trust_env = not emulator
+    session.auth = lambda request: request  # without one, `requests` takes that of .netrc
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
     return made
 
 
-def _patience(retry: Any = None) -> dict[str, Any]:
-    """How long the client waits, and how it tries again: by itself not at all."""
+def _options(retry: _Retry | None = None) -> dict[str, Any]:
+    """Return the client's options for timeouts and retries: by default it makes no retries."""
     return {"retry": retry, "timeout": timeouts()}
 
 
 @contextlib.contextmanager
-def _failures() -> Iterator[None]:
-    """Within this block of the client's calls, what may pass is `TransientError`."""
+def _transient_failures() -> Iterator[None]:
+    """Turn the client's failures that may pass into `TransientError`.
+
+    Raises:
+        StageError: an address is wrong.
+    """
+    import requests
+    import urllib3
+
+    wrong = requests.exceptions
     try:
-        with lost_connections():
-            yield
+        yield
     except (GoogleAPICallError, InvalidResponse) as error:
-        raise_if_transient(error.response)
+        response = error.response
+        if response.status_code == 416:
+            raise TransientError("the service has less of the object than it stated") from error
+        raise_if_transient(
+            response.status_code, response.reason, response.headers.get("Retry-After")
+        )
         raise
+    except (wrong.InvalidURL, wrong.MissingSchema, wrong.InvalidSchema) as error:
+        raise StageError(f"STORAGE_EMULATOR_HOST is not an address: {error}") from error
     except GoogleAuthError as error:
-        if error.retryable or any(isinstance(cause, TransportError) for cause in error.args):
+        causes = (error, *error.args)
+        if error.retryable or any(isinstance(cause, TransportError) for cause in causes):
             raise TransientError(str(error)) from error
         raise
-    except (DataCorruption, ValueError) as error:  # ValueError: of JSON, or a chunk kept in part
-        raise TransientError(f"the reply is not what it should be: {error}") from error
+    except (wrong.RequestException, urllib3.exceptions.HTTPError, ConnectionError) as error:
+        raise TransientError(_reason(error)) from error
+    except (DataCorruption, ValueError) as error:  # ValueError: invalid JSON, or a partial chunk
+        raise TransientError(f"the reply is damaged: {error}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the innermost reason, without the addresses of objects that HTTP libraries print."""
+    kind = type(error).__name__
+    if "timeout" in kind.lower() or "timed out" in str(error):
+        return "no reply in time"
+    inner = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
+    text = str(getattr(inner, "reason", None) or inner).rpartition(">: ")[2]
+    return f"{kind}: {text}"
 
 
 def _is_of_bucket(error: GoogleAPICallError) -> bool:
-    """Whether it is the bucket that is not found, not an object."""
+    """Return whether it is the bucket that does not exist, not an object."""
     return error.code == 404 and "bucket does not exist" in error.response.text.lower()
 
 
 def _is_lost(error: GoogleAPICallError) -> bool:
-    """Whether an upload may succeed from its beginning.
+    """Return whether an upload may succeed if it starts over.
 
-    Its session is gone, nothing of a chunk was kept, or what came was damaged on the way.
+    Its session is gone, nothing of a chunk was stored, or the content was damaged on the way.
     """
     if error.code == 400:
         return "crc32c" in error.response.text.lower()
@@ -322,48 +381,10 @@ def _is_lost(error: GoogleAPICallError) -> bool:
     return is_session and error.code in (308, 404, 410) and not _is_of_bucket(error)
 
 
-_PIECE = 1024 * 1024
-
-
-class Crc32c:
-    """A CRC32C in the making, as the checksums of hashlib."""
-
-    def __init__(self) -> None:
-        self._value = 0
-
-    def update(self, piece: bytes, /) -> None:
-        """Add what follows."""
-        import google_crc32c
-
-        self._value = google_crc32c.extend(self._value, piece)
-
-    def hexdigest(self) -> str:
-        """The checksum of what was added."""
-        return f"{self._value:08x}"
-
-
-def hex_of(checksum: str) -> str:
-    """In hex what the API writes in base64.
-
-    Raises:
-        ValueError: it is no such checksum.
-    """
-    return base64.b64decode(checksum, validate=True).hex()
-
-
-def crc32c(content: bytes) -> str:
-    """The CRC32C of `content` as the API writes it."""
-    import google_crc32c
-
-    return base64.b64encode(google_crc32c.value(content).to_bytes(4, "big")).decode()
-
-
-def file_crc32c(path: Path) -> str:
-    """The same of a file, read in pieces."""
-    import google_crc32c
-
+def _checksum_of(file: BinaryIO) -> str:
+    """Return the CRC32C of an open file from its start, as the API writes it."""
+    file.seek(0)
     value = 0
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            value = google_crc32c.extend(value, piece)
+    while piece := file.read(_PIECE):
+        value = google_crc32c.extend(value, piece)
     return base64.b64encode(value.to_bytes(4, "big")).decode()

@@ -1,46 +1,49 @@
-"""The Hugging Face Hub, read only: commits, listings, and files with their checksums checked.
+"""The Hugging Face Hub, read only: commits, listings and verified files, by `huggingface_hub`.
 
-Files are named by commit, so nothing changes under a run. Each file is compared with the size
-and the hash that its repository keeps (SHA-256 of large files, git's own of small ones).
-`HF_ENDPOINT` names another Hub, `HF_TOKEN` opens gated and private repositories.
+Files are named by commit, so nothing changes during a run. Each downloaded file is compared with
+the size and the hash that its repository states: the SHA-256 of large files, git's blob id of
+others. `HF_ENDPOINT` names another Hub; `HF_TOKEN` or `hf auth login` gives access to gated and
+private repositories. Retries are `job.storage.retry`'s, for every request.
 """
 
 import contextlib
 import functools
 import hashlib
+import json
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import quote, urlsplit
+from typing import TYPE_CHECKING, Any, Literal
 
 from job.errors import SetupError, StageError, UsageError
 from job.runtime import logs
 from job.runtime.threads import Threads
 from job.storage.base import PARTIAL
-from job.storage.partial import Content
-from job.storage.retry import TransientError, retrying
-from job.storage.transfer import Client, RefusedError
+from job.storage.download import Content, download
+from job.storage.retry import (
+    TransientError,
+    first_line,
+    raise_if_transient,
+    report_progress,
+    retrying,
+    timeouts,
+)
+
+if TYPE_CHECKING:
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
 Kind = Literal["dataset", "model"]
 
-
 SCHEME = "hf://"
-
-
 README = "README.md"
 """The card of a repository."""
 
-
-_AT_ONCE = 4
-
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-_NEXT = re.compile(r'<([^>]+)>;\s*rel="next"')
+_THREADS = 4
+_AGENT = "job"
+"""Begins the User-Agent header of the requests that follow our retry policy."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,17 @@ class HubFile:
 
     @property
     def content(self) -> Content:
-        """What a local copy should be."""
+        """The content that a local copy must have."""
         if self.sha256:
-            return Content(self.size, hashlib.sha256, self.sha256)
+            return Content(self.size, hashlib.sha256, bytes.fromhex(self.sha256))
         header = b"blob %d\0" % self.size
         new = functools.partial(hashlib.sha1, header, usedforsecurity=False)
-        return Content(self.size, new, self.sha1)
+        return Content(self.size, new, bytes.fromhex(self.sha1))
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository of the Hub; `revision` is what the spec calls it, for messages."""
+    """A repository of the Hub; `revision` is the spec's name for the commit, for messages."""
 
     kind: Kind
     name: str
@@ -73,57 +76,60 @@ class Repository:
 
     @property
     def page(self) -> str:
-        """Its address for people."""
-        return f"https://huggingface.co/{self._folder}{self.name}"
-
-    @property
-    def _folder(self) -> str:
-        return "datasets/" if self.kind == "dataset" else ""
-
-    @property
-    def _api(self) -> str:
-        return f"{_endpoint()}/api/{self.kind}s/{self.name}"
+        """The address of its page on the website."""
+        folder = "datasets/" if self.kind == "dataset" else ""
+        return f"https://huggingface.co/{folder}{self.name}"
 
     def __str__(self) -> str:
         return f"the {self.kind} {SCHEME}{self.name}"
 
     def commit(self) -> str:
-        """The commit that the revision names now.
+        """Return the commit that the revision names now.
 
         Raises:
-            UsageError, EnvironmentProblem, StageError: see `errors`.
+            UsageError, SetupError, StageError: see `errors`.
         """
         with self.errors():
-            info = self._agreed(f"{self._api}/revision/{quote(self.revision or 'main', safe='')}")
-        return str(info["sha"])
+            info = _api().repo_info(
+                self.name, repo_type=self.kind, revision=self.revision or "main"
+            )
+        return str(info.sha)
 
     def files(self, commit: str) -> list[HubFile]:
-        """All files of a commit, sorted by path.
+        """Return all files of a commit, sorted by path.
 
         Raises:
-            UsageError, EnvironmentProblem, StageError: see `errors`.
+            UsageError, SetupError, StageError: see `errors`.
         """
-        found: list[HubFile] = []
-        url: str | None = f"{self._api}/tree/{commit}?recursive=true"
+        from huggingface_hub.hf_api import RepoFile
+
         with self.errors():
-            while url:
-                entries, url = self._agreed(url, pages=True)
-                found += [_file(entry) for entry in entries if entry["type"] == "file"]
-        return sorted(found, key=lambda file: file.path)
+            tree = _api().list_repo_tree(
+                self.name, recursive=True, revision=commit, repo_type=self.kind
+            )
+            files = [
+                HubFile(
+                    path=item.path,
+                    size=item.lfs.size if item.lfs else item.size,
+                    sha256=item.lfs.sha256 if item.lfs else None,
+                    sha1=item.blob_id,
+                )
+                for item in tree
+                if isinstance(item, RepoFile)
+            ]
+        return sorted(files, key=lambda file: file.path)
 
     def fetch(self, commit: str, files: Sequence[HubFile], folder: Path) -> None:
-        """Bring files to a local folder, several at once; those that are there are kept.
+        """Download files to a local folder, several at once; correct local copies are not repeated.
 
-        A file appears under its name only when it is whole and right. Interrupted, the next
-        call goes on where this one stopped.
+        A file appears under its name only when it is complete and correct.
 
         Raises:
-            UsageError, EnvironmentProblem, StageError: see `errors`.
+            UsageError, SetupError, StageError: see `errors`.
         """
         check_paths(files)
-        missing = [file for file in files if not _is_there(folder, file)]
-        with Threads(_AT_ONCE) as pool:
-            jobs = [pool.submit(self._fetch_one, commit, file, folder) for file in missing]
+        with Threads(_THREADS) as pool:
+            jobs = [pool.submit(self._fetch_file, commit, file, folder) for file in files]
             try:
                 for job in jobs:
                     job.result()
@@ -131,129 +137,197 @@ class Repository:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _fetch_one(self, commit: str, file: HubFile, folder: Path) -> None:
-        address = f"{_endpoint()}/{self._folder}{self.name}/resolve/{commit}/{quote(file.path)}"
-        what = f"read {file.path} of {self}"
+    def _fetch_file(self, commit: str, file: HubFile, folder: Path) -> None:
+        path = folder / file.path
+        if file.content.matches(path):
+            return
+
+        def get(scratch: Path) -> Path:
+            with _transient_failures():
+                local = _api().hf_hub_download(
+                    self.name,
+                    file.path,
+                    repo_type=self.kind,
+                    revision=commit,
+                    local_dir=scratch,
+                    cache_dir=scratch,
+                    tqdm_class=_progress_class(),
+                )
+            return Path(local)
+
         with self.errors():
-            path = folder / file.path
-            path.unlink(missing_ok=True)
-            client().download(what, address, path, file.content)
-        logs.get().info("fetched from the Hub", file=file.path, bytes=file.size, commit=commit[:12])
-
-    def _agreed(self, url: str, *, pages: bool = False) -> Any:
-        """A reply that came twice the same: nothing else vouches for what the API says."""
-
-        def once() -> tuple[bytes, Any]:
-            reply = client().get(url)
-            parsed = reply.json()
-            if not pages:
-                if not isinstance(parsed, dict) or not _COMMIT.fullmatch(str(parsed.get("sha"))):
-                    raise TransientError("the reply names no commit")
-                return str(parsed["sha"]).encode(), parsed
-            following = _NEXT.search(reply.headers.get("link", ""))
-            address = None
-            if following:  # on this endpoint, whatever it calls itself: the token goes along
-                rest = urlsplit(following[1])
-                address = f"{_endpoint()}{rest.path}?{rest.query}"
-            return reply.content + (address or "").encode(), (parsed, address)
-
-        def twice() -> Any:
-            first, _ = once()
-            second, made = once()
-            if first != second:
-                raise TransientError("two replies to the same request differ")
-            return made
-
-        return retrying(f"ask about {self}", twice)
+            download(f"read {file.path} of {self}", path, file.content, get)
+        logs.get().info("downloaded", file=file.path, bytes=file.size, commit=commit[:12])
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """Turns what the Hub refuses in this block into errors with the way out.
+        """Turn the Hub's refusals within this block into errors with the way out.
 
         Raises:
             UsageError: there is no such repository, revision or file.
-            EnvironmentProblem: it is gated, or the token is missing or wrong.
+            SetupError: it is gated, the token is missing or wrong, or HF_HUB_OFFLINE is set.
             StageError: anything else.
         """
+        import httpx2
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            OfflineModeIsEnabled,
+        )
+
         try:
             yield
-        except RefusedError as refused:
-            raise self._error(refused) from refused
+        except HfHubHTTPError as error:
+            raise self._error(error) from error
+        except HFValidationError as error:
+            raise UsageError(f"{self}: {error}") from error
+        except OfflineModeIsEnabled as error:
+            raise SetupError(f"cannot read {self} in offline mode: unset HF_HUB_OFFLINE") from error
+        except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
+            raise SetupError(
+                f"HF_ENDPOINT={_endpoint()!r} is not the address of a Hub: {error}"
+            ) from error
 
-    def _error(self, refused: RefusedError) -> Exception:
-        code = refused.headers.get("X-Error-Code", "")
-        token = "HF_TOKEN is set" if _token() else "HF_TOKEN is not set"
-        if code == "GatedRepo":
+    def _error(self, error: "HfHubHTTPError") -> Exception:
+        from huggingface_hub import errors, get_token
+
+        token = "HF_TOKEN is set" if get_token() else "HF_TOKEN is not set"
+        reason = f"{error.response.status_code}: {first_line(error.server_message or str(error))}"
+        if isinstance(error, errors.GatedRepoError):
             return SetupError(
                 f"{self} is gated: accept its terms at {self.page} and set HF_TOKEN to a token "
                 f"of the account that did ({token})"
             )
-        if code == "RevisionNotFound":
+        if isinstance(error, errors.RevisionNotFoundError):
             return UsageError(f"{self} has no revision {self.revision!r}; see {self.page}")
-        if code == "RepoNotFound" or (refused.status == 404 and not code):
+        no_repository = error.response.status_code == 404 and type(error) is errors.HfHubHTTPError
+        if isinstance(error, errors.RepositoryNotFoundError) or no_repository:
             return UsageError(
                 f"there is no {self.kind} {SCHEME}{self.name}, or it is private: check the name, "
                 f"or set HF_TOKEN ({token})"
             )
-        if code == "EntryNotFound":
+        if isinstance(error, errors.EntryNotFoundError):
             return StageError(
-                f"{self} does not have a file that it lists: {refused}; run the same command again"
+                f"{self} does not have a file that it lists ({reason}); run the same command again"
             )
-        if refused.status in (401, 403):
+        if error.response.status_code in (401, 403):
             return SetupError(
-                f"the Hub refuses {self} ({refused}): check HF_TOKEN ({token}), and that its "
+                f"the Hub refuses {self} ({reason}): check HF_TOKEN ({token}), and that its "
                 f"account may read {self.page}"
             )
-        return StageError(f"the Hub could not give {self}: {refused}")
+        return StageError(f"cannot read {self} from the Hub: {reason}")
 
 
-def _file(entry: Any) -> HubFile:
-    lfs = entry.get("lfs") or {}
-    return HubFile(
-        path=str(entry["path"]),
-        size=int(lfs.get("size", entry["size"])),
-        sha256=lfs.get("oid"),
-        sha1=str(entry["oid"]),
-    )
+def check_paths(files: Sequence[HubFile]) -> None:
+    """Check that the paths of a listing stay inside the folder they are downloaded into.
 
-
-def _is_there(folder: Path, file: HubFile) -> bool:
-    path = folder / file.path
-    return path.is_file() and file.content.is_that_of(path)
+    Raises:
+        StageError: one of them leaves it.
+    """
+    for file in files:
+        parts = file.path.split("/")
+        if file.path.startswith("/") or ".." in parts or parts[-1].startswith(PARTIAL):
+            raise StageError(f"the repository lists {file.path!r}, which is no path inside it")
 
 
 def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or "https://huggingface.co"
 
 
-def _token() -> str:
-    return os.environ.get("HF_TOKEN", "").strip()
+def _api() -> "HfApi":
+    from huggingface_hub import HfApi, get_token
+
+    _install_client()
+    return HfApi(
+        endpoint=_endpoint(), token=get_token() or False, library_name=_AGENT, library_version="1"
+    )
 
 
 @functools.cache
-def client() -> Client:
-    """The connections to the Hub; the token goes to no other host, redirects included."""
-    import requests
+def _install_client() -> None:
+    """Let `huggingface_hub` send this job's requests under our timeouts and retry policy.
 
-    class Bearer(requests.auth.AuthBase):
-        def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-            if token := _token():
-                request.headers["Authorization"] = f"Bearer {token}"
-            return request
+    Requests of other libraries to the Hub are sent as always. The client never reads `.netrc`.
+    """
+    import httpx2
+    from huggingface_hub import get_session, set_client_factory
 
-    session = requests.Session()
-    session.auth = Bearer()
-    session.headers["User-Agent"] = "job"
-    return Client(session)
+    hooks = get_session().event_hooks
+
+    class Client(httpx2.Client):
+        def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+            send = functools.partial(super().send, request, **options)
+            if not request.headers.get("User-Agent", "").startswith(f"{_AGENT}/"):
+                return send()
+            connect, stall = timeouts()
+            request.extensions["timeout"] = httpx2.Timeout(stall, connect=connect).as_dict()
+            place = request.url.copy_with(query=None, fragment=None)
+            return retrying(f"{request.method} {place}", lambda: _send_once(send))
+
+    def factory() -> httpx2.Client:
+        return Client(event_hooks=hooks, follow_redirects=True, timeout=None)
+
+    set_client_factory(factory)
 
 
-def check_paths(files: Sequence[HubFile]) -> None:
-    """Raise if a path of a listing would leave the folder it is fetched into.
+def _send_once(send: Callable[[], "httpx2.Response"]) -> "httpx2.Response":
+    """Return the reply to one request.
 
     Raises:
-        StageError: it would.
+        TransientError: it failed in a way that may pass.
     """
-    for file in files:
-        parts = file.path.split("/")
-        if file.path.startswith("/") or ".." in parts or parts[-1].startswith(PARTIAL):
-            raise StageError(f"the repository lists {file.path!r}, which is no path inside it")
+    with _transient_failures():
+        response = send()
+        try:
+            raise_if_transient(
+                response.status_code, response.reason_phrase, response.headers.get("Retry-After")
+            )
+        except TransientError:
+            response.close()
+            raise
+        if response.is_closed and response.is_success and response.content:  # not a file
+            response.json()
+        return response
+
+
+@contextlib.contextmanager
+def _transient_failures() -> Iterator[None]:
+    """Turn the failures of `huggingface_hub` that may pass into `TransientError`."""
+    import httpx2
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.LocalEntryNotFoundError as error:  # it could not ask about the file
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise error.__cause__ from None
+        raise TransientError(str(error.__cause__ or error)) from error
+    except (httpx2.UnsupportedProtocol, errors.OfflineModeIsEnabled):
+        raise
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code != 416:
+            raise
+        raise TransientError("the server has less of the file than it stated") from error
+    except (httpx2.RequestError, RuntimeError) as error:  # RuntimeError: of Xet
+        raise TransientError(f"{type(error).__name__}: {error}") from error
+    except json.JSONDecodeError as error:
+        raise TransientError("the reply is not valid JSON") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise TransientError(str(error)) from error
+
+
+def _progress_class() -> type[Any]:
+    """Return a progress bar that shows nothing and reports progress to the watchdog."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Progress(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **(options | {"disable": True}))  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            report_progress()
+            super().update(n)
+
+    return Progress

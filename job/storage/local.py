@@ -129,8 +129,9 @@ class LocalStore:
 
     def _keys(self) -> Iterator[str]:
         for path in self.root.rglob("*"):
-            if path.is_file() and not path.name.startswith(PARTIAL):
-                yield path.relative_to(self.root).as_posix()
+            key = path.relative_to(self.root)
+            if path.is_file() and not any(part.startswith(PARTIAL) for part in key.parts):
+                yield key.as_posix()
 
     def delete(self, key: str) -> None:
         try:

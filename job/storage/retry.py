@@ -1,9 +1,9 @@
-"""One policy for every call over a network: what is tried again, how soon, and for how long.
+"""The one retry policy for network calls: what is retried, how soon, and for how long.
 
-A failure that may pass (a lost connection, a stall, 408, 429 or 5xx, a reply that is not
-whole) is `TransientError`; the work is tried again after a jittered, doubling wait, or after the
-wait that the server asks for. Time without progress is bounded by `JOB_RETRY_SECONDS`. What
-will not pass (401, 403, 404, 412, ...) is never tried again: see `job.storage.transfer.Refused`.
+A failure that may pass (a lost connection, a stall, HTTP 408, 429 or 5xx, an incomplete reply) is
+a `TransientError`: the call is repeated after a jittered, doubling wait, or after the wait the
+server requests. Time without progress is limited by `JOB_RETRY_SECONDS`, and the time until the
+next byte of a reply by `JOB_STALL_SECONDS`.
 """
 
 import os
@@ -14,56 +14,32 @@ from email.utils import parsedate_to_datetime
 
 from job.errors import SetupError, StageError
 from job.runtime import logs
+from job.runtime.signals import STOP
 from job.runtime.watchdog import WATCHDOG
 
-_FIRST_SECONDS = 0.5
+TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 
-
-_LONGEST_SECONDS = 20.0
-
-
+_FIRST_WAIT_SECONDS = 0.5
+_LONGEST_WAIT_SECONDS = 20.0
 _SLICE_SECONDS = 0.25
-
-
-_PATIENCE_SECONDS = 300.0
-
-
-_LONGEST_SHOWN = 200
+_RETRY_SECONDS = 300.0
+_STALL_SECONDS = 30.0
+_CONNECT_SECONDS = 10.0
 
 
 class TransientError(Exception):
-    """A try failed in a way that may pass; `after` is the wait that the server asks for."""
+    """A failure that may pass; `after` is the wait in seconds that the server requests."""
 
     def __init__(self, reason: str, after: float | None = None) -> None:
         super().__init__(reason)
         self.after = after
 
 
-class _Waiting:
-    """What is called while a wait goes on, so that a stop need not wait for its end."""
-
-    def __init__(self) -> None:
-        self.check: Callable[[], None] = lambda: None
-
-
-_WAITING = _Waiting()
-
-
-def check_while_waiting(check: Callable[[], None]) -> None:
-    """Call `check` during every wait and transfer from now on; it may raise."""
-    _WAITING.check = check
-
-
-def check_stop() -> None:
-    """A place in long work where a stop does no harm."""
-    _WAITING.check()
-
-
 def seconds_from(variable: str, default: float) -> float:
-    """A duration that the environment may set.
+    """Return a duration that the environment may set.
 
     Raises:
-        EnvironmentProblem: it is no positive number.
+        SetupError: the variable is not a positive number.
     """
     text = os.environ.get(variable, "").strip()
     if not text:
@@ -77,8 +53,14 @@ def seconds_from(variable: str, default: float) -> float:
     return value
 
 
+def timeouts() -> tuple[float, float]:
+    """Return the seconds to wait for a connection, and for the next byte of a reply."""
+    stall = seconds_from("JOB_STALL_SECONDS", _STALL_SECONDS)
+    return min(stall, _CONNECT_SECONDS), stall
+
+
 def retry_after(value: str | None) -> float | None:
-    """Seconds of a `Retry-After` header, which holds seconds or a date."""
+    """Parse a `Retry-After` header, which has seconds or a date; None if it is missing or bad."""
     if not value:
         return None
     try:
@@ -91,45 +73,78 @@ def retry_after(value: str | None) -> float | None:
         return None
 
 
+def raise_if_transient(status: int, reason: str, after: str | None) -> None:
+    """Raise `TransientError` for an HTTP status that may pass; `after` is its `Retry-After`."""
+    if status in TRANSIENT_STATUSES:
+        raise TransientError(f"{status} {reason}", retry_after(after))
+
+
+def first_line(text: str) -> str:
+    """Shorten a text to one line of at most 200 characters."""
+    return " ".join(text.split())[:200]
+
+
+def report_progress() -> None:
+    """Tell the watchdog that bytes moved; raise if a stop was requested.
+
+    Raises:
+        RunStoppedError: a stop was requested.
+    """
+    STOP.check()
+    WATCHDOG.beat()
+
+
 class Attempts:
-    """The tries of one piece of work, from the first failure since it last got on."""
+    """The attempts at one piece of work, counted from the first failure since its last progress."""
 
     def __init__(self, what: str) -> None:
+        """Args: what: completes "cannot ...", for the log and the final message."""
         self._what = what
-        self._patience = seconds_from("JOB_RETRY_SECONDS", _PATIENCE_SECONDS)
+        self._patience = seconds_from("JOB_RETRY_SECONDS", _RETRY_SECONDS)
         self._count = 0
         self._since: float | None = None
 
     def progress(self) -> None:
-        """Some of the work was done: count and clock begin again."""
+        """Reset the count and the clock: some of the work is done."""
         self._count = 0
         self._since = None
-        WATCHDOG.beat()
+        report_progress()
 
-    def failed(self, error: TransientError) -> None:
-        """Wait before the next try.
+    def run[Result](self, call: Callable[[], Result]) -> Result:
+        """Return the result of `call`, repeated while it raises `TransientError`.
 
         Raises:
-            StageError: the time for this work is up.
+            StageError: the time is up.
         """
+        while True:
+            try:
+                return call()
+            except TransientError as error:
+                self._wait(error)
+
+    def _wait(self, error: TransientError) -> None:
         now = time.monotonic()
         self._since = now if self._since is None else self._since
         self._count += 1
-        longest = min(_LONGEST_SECONDS, _FIRST_SECONDS * 2 ** (self._count - 1))
+        longest = min(_LONGEST_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2 ** (self._count - 1))
         wait = random.uniform(longest / 2, longest)
         if error.after is not None:
-            wait = error.after + random.uniform(0, _FIRST_SECONDS)
+            wait = error.after + random.uniform(0, _FIRST_WAIT_SECONDS)
         spent = now - self._since
-        reason = " ".join(str(error).split())[:_LONGEST_SHOWN]
+        reason = first_line(str(error))
         if spent + wait > self._patience:
-            asked = f", and is asked to wait {error.after:.0f} s" if error.after else ""
+            requested = f" (the server requests {error.after:.0f} s)" if error.after else ""
             raise StageError(
-                f"cannot {self._what}: {reason}; given up after {self._count} "
-                f"tr{'y' if self._count == 1 else 'ies'} in {spent:.0f} s{asked}; "
+                f"cannot {self._what}: {reason}; gave up after {self._count} "
+                f"attempt{'' if self._count == 1 else 's'} in {spent:.0f} s{requested}; "
                 "run the same command to resume"
             ) from error
         logs.get().warning(
-            "trying again", what=self._what, reason=reason, tries=self._count, wait=round(wait, 1)
+            "retrying",
+            what=self._what,
+            reason=reason,
+            attempts=self._count,
+            wait_seconds=round(wait, 1),
         )
         _sleep(wait)
 
@@ -137,22 +152,10 @@ class Attempts:
 def _sleep(seconds: float) -> None:
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
-        _WAITING.check()
+        STOP.check()
         time.sleep(min(left, _SLICE_SECONDS))
 
 
 def retrying[Result](what: str, call: Callable[[], Result]) -> Result:
-    """The result of `call`, tried again while it raises `TransientError`.
-
-    Args:
-        what: completes "cannot ...", for the log and the message of the end.
-
-    Raises:
-        StageError: the time is up.
-    """
-    tries = Attempts(what)
-    while True:
-        try:
-            return call()
-        except TransientError as error:
-            tries.failed(error)
+    """Return the result of `call`, repeated while it raises `TransientError`: see `Attempts`."""
+    return Attempts(what).run(call)

@@ -1,6 +1,8 @@
 """The Hub is read whole and right, with the way out of every refusal."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,6 @@ import pytest
 from job.errors import JobError, SetupError, StageError, UsageError
 from job.model.load import resolve_preset
 from job.spec.schema import Model
-from job.storage import hub as hub_module
 from job.storage.hub import HubFile, Repository
 from job.storage.retry import retry_after
 from tests.services.hub import Hub
@@ -24,12 +25,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("JOB_RETRY_SECONDS", "3")
     monkeypatch.setenv("JOB_STALL_SECONDS", "1")
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("job.storage.retry._FIRST_SECONDS", 0.02)
-    hub_module.client.cache_clear()
+    monkeypatch.setattr("job.storage.retry._FIRST_WAIT_SECONDS", 0.02)
     with Hub(large=100_000, page_size=2) as service:
         monkeypatch.setenv("HF_ENDPOINT", service.url)
         yield service
-    hub_module.client.cache_clear()
 
 
 def fetch(repository: Repository, folder: Path) -> dict[str, bytes]:
@@ -91,28 +90,78 @@ def test_a_refusal_comes_at_once_and_names_the_way_out(
     assert len(routes) == len(set(routes)) or name == "org/gated"  # nothing was tried again
 
 
-def test_a_download_goes_on_where_an_earlier_process_stopped(hub: Hub, tmp_path: Path) -> None:
+def test_a_cut_download_resumes(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 100_000)
     hub.add_repo("models", "org/m", FILES)
-    repository = Repository("model", "org/m")
-    (tmp_path / "part").mkdir()
-    (tmp_path / "part/.partial-model.safetensors").write_bytes(BIG[:500_000])
-    assert fetch(repository, tmp_path) == FILES
-    (request,) = hub.cdn.requests
-    assert request.headers["Range"] == "bytes=500000-"
+    hub.cdn.faults.add("GET /", cut_after=400_000)
+    hub.cdn.faults.add("GET /", status=503, times=3)
+    assert fetch(Repository("model", "org/m"), tmp_path) == FILES
+    ranges = [request.headers["Range"] for request in hub.cdn.requests]
+    assert ranges == [None, *["bytes=400000-"] * 4]
 
 
-def test_what_an_earlier_process_left_is_not_trusted(hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", [True, False])
+def test_remains_of_a_killed_download_are_not_used(folder: bool, hub: Hub, tmp_path: Path) -> None:
     hub.add_repo("models", "org/m", FILES)
-    (tmp_path / "part").mkdir()
-    (tmp_path / "part/.partial-model.safetensors").write_bytes(bytes(500_000))
+    remains = tmp_path / "part/.partial-model.safetensors"
+    if folder:
+        remains.mkdir(parents=True)
+        (remains / "model.safetensors").write_bytes(bytes(len(BIG)))
+    else:
+        remains.parent.mkdir()
+        remains.write_bytes(bytes(500_000))
     (tmp_path / "config.json").write_bytes(b"[]")
     assert fetch(Repository("model", "org/m"), tmp_path) == FILES
+    assert {path.name for path in tmp_path.rglob("*")} == {
+        "config.json", "part", "model.safetensors", "old.bin"
+    }  # fmt: skip
+
+
+def test_processes_that_want_one_file_download_it_once(hub: Hub, tmp_path: Path) -> None:
+    hub.add_repo("models", "org/m", FILES)
+    hub.cdn.faults.add("GET /", spoil="slow")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom job.storage.hub import Repository\n"
+        "repository = Repository('model', 'org/m')\ncommit = repository.commit()\n"
+        "repository.fetch(commit, repository.files(commit), Path(sys.argv[1]))"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
+    assert [process.wait(60) for process in started] == [0, 0]
+    assert len(hub.cdn.requests) == 1
+    assert (tmp_path / "part/model.safetensors").read_bytes() == BIG
+
+
+def test_offline_mode_is_refused_with_the_way_out(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SetupError, match="unset HF_HUB_OFFLINE"):
+        Repository("model", "org/m").commit()
+
+
+@pytest.mark.parametrize("endpoint", ["hub.example", "ftp://hub.example"])
+def test_a_wrong_endpoint_is_refused(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(SetupError, match="HF_ENDPOINT=.* is not the address of a Hub"):
+        Repository("model", "org/m").commit()
+
+
+def test_credentials_of_netrc_are_not_sent(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password hunter2")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    hub.add_repo("models", "org/m", FILES)
+    fetch(Repository("model", "org/m"), tmp_path)
+    sent = [*hub.requests, *hub.cdn.requests]
+    assert len(sent) > 5
+    assert {request.headers["Authorization"] for request in sent} == {None}
 
 
 def test_a_file_that_is_wrong_every_time_is_refused_and_not_left(hub: Hub, tmp_path: Path) -> None:
     hub.add_repo("models", "org/m", FILES)
     hub.cdn.faults.add("GET /", spoil="flip", times=99)
-    with pytest.raises(StageError, match="did not have the checksum"):
+    with pytest.raises(StageError, match="did not have the expected checksum"):
         fetch(Repository("model", "org/m"), tmp_path)
     assert not (tmp_path / "part/model.safetensors").exists()
 
@@ -124,11 +173,11 @@ def test_time_is_bounded_and_the_wait_a_server_asks_for_is_kept(hub: Hub, tmp_pa
     Repository("model", "org/m").commit()
     assert 1 <= time.monotonic() - clock < 3
     hub.faults.add("GET /api", status=503, headers={"Retry-After": "500"})
-    with pytest.raises(StageError, match="503 .*asked to wait 500 s; run the same command"):
+    with pytest.raises(StageError, match=r"503 .*requests 500 s\); run the same command"):
         Repository("model", "org/m").commit()
     hub.faults.add("GET /api", status=503, times=10_000)
     clock = time.monotonic()
-    with pytest.raises(StageError, match=r"given up after \d+ tries in [1-3] s"):
+    with pytest.raises(StageError, match=r"gave up after \d+ attempts in [1-3] s"):
         Repository("model", "org/m").commit()
     assert time.monotonic() - clock < 5
 
