@@ -310,12 +310,12 @@ def test_the_samples_are_dialogues_or_questions() -> None:
 
 READ_FROM_THE_HUB = """
 import json, os
-from job.data.sources import open_rows
+from job.data.sources import open_source
 from job.errors import JobError
-from job.spec import Source
+from job.spec.schema import Source
 def read(name, **options):
     try:
-        found = open_rows(Source(dataset=f"hf://{name}", **options), "dialogues")
+        found = open_source(Source(dataset=f"hf://{name}", **options), "dialogues")
         return [found.revision, list(found)]
     except JobError as error:
         return [type(error).__name__, str(error)]
