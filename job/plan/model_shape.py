@@ -1,7 +1,7 @@
-"""The shape of a model from its preset's configuration alone: layers, kernels, parameters.
+"""The shape of a model from its preset's config.json: layers, kernels, parameters.
 
-No weights and nothing heavy are needed. The configurations of common presets are known here;
-that of a folder is read, and that of another Hub repository is fetched, one small file.
+No weights are needed. The configurations of common presets are listed here; that of a folder is
+read, and that of another Hub repository is downloaded, one small file.
 """
 
 import json
@@ -16,24 +16,24 @@ from job.storage.cache_folder import cache_folder
 from job.storage.hub import Repository
 
 Config = Mapping[str, Any]
-"""A preset's config.json: KerasHub's own, or transformers'."""
+"""A preset's config.json, KerasHub's or transformers'."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A kernel `[front, last]`; its front may be several axes."""
+    """A kernel `[front, last]`, where `front` may be several axes."""
 
     front: int
     last: int
     output: int
-    """Numbers it gives for a token."""
+    """Output values per token."""
 
     @property
     def parameters(self) -> int:
         return self.front * self.last
 
     def adapter(self, rank: int) -> int:
-        """Parameters of A and B; as Keras does, the last axis is factored."""
+        """Return the parameters of A and B; like Keras, this factors the last axis."""
         return rank * (self.front + self.last)
 
 
@@ -42,24 +42,24 @@ class Layer:
     """One decoder block."""
 
     linears: Mapping[str, Linear]
-    """By the names of KerasHub's layers."""
+    """Kernels by KerasHub's layer names."""
     heads: int
     key_value_heads: int
     head_dim: int
     window: int | None
-    """Tokens that attention looks back; None: all."""
+    """Size of the attention window in tokens; None: no window."""
     others: int
-    """Parameters of norms and the like."""
+    """Parameters outside of kernels, such as norms."""
     experts: int = 0
-    """Parameters of a mixture of experts; KerasHub works through all of them for every token."""
+    """Parameters of a mixture of experts; KerasHub computes all experts for every token."""
     expert_outputs: int = 0
-    """Numbers that the first kernels of all experts give for a token."""
+    """Output values per token of the first kernels of all experts."""
     expert_sums: int = 0
-    """Numbers that their last kernels give, before they are weighed and added."""
+    """Output values per token of the last kernels of all experts, before their weighted sum."""
 
     @property
     def kernels(self) -> int:
-        """Parameters that multiply every token."""
+        """Return the parameters that multiply every token."""
         return sum(linear.parameters for linear in self.linears.values()) + self.experts
 
 
@@ -75,29 +75,29 @@ class ModelShape:
 
     @property
     def head(self) -> int:
-        """Parameters of the head, and of the embeddings."""
+        """Return the parameters of the head, which are as many as of the embeddings."""
         return self.hidden * self.vocabulary
 
     @property
     def kernels(self) -> int:
-        """Parameters of all blocks that multiply every token."""
+        """Return the parameters of all blocks that multiply every token."""
         return sum(layer.kernels for layer in self.layers)
 
     @property
     def parameters(self) -> int:
-        """All parameters."""
+        """Return the number of all parameters."""
         blocks = sum(layer.kernels + layer.others for layer in self.layers)
         return blocks + self.head * (1 if self.tied else 2) + self.hidden
 
     def adapter(self, lora: Lora) -> int:
-        """Trainable parameters.
+        """Return the number of trainable parameters.
 
         Raises:
-            UsageError: a target is no layer of this model.
+            UsageError: a target is not a layer of this model.
         """
         names = sorted({name for layer in self.layers for name in layer.linears})
-        wanted = names if lora.targets == "all-linear" else lora.targets
-        for name in wanted:
+        targets = names if lora.targets == "all-linear" else lora.targets
+        for name in targets:
             if name not in names:
                 raise UsageError(
                     f"model.lora.targets: no layer is named '{name}'; this model has "
@@ -106,7 +106,7 @@ class ModelShape:
         return sum(
             layer.linears[name].adapter(lora.rank)
             for layer in self.layers
-            for name in wanted
+            for name in targets
             if name in layer.linears
         )
 
@@ -168,15 +168,15 @@ _KNOWN: dict[str, tuple[Config, tuple[str, ...]]] = {
     ),
     "26b-a4b": (_GEMMA4_26B, ("google/gemma-4-26b-a4b", "gemma4_26b_a4b")),
 }
-"""Configurations by size: of their text part, for those that can see as well."""
+"""Configurations by size; of multimodal models, that of the text part."""
 
 
 def find_config(model: Model) -> Config:
-    """The configuration of the spec's preset.
+    """Return the configuration of the spec's preset.
 
     Raises:
-        UsageError: it is neither known here, nor a folder, nor on the Hub.
-        EnvironmentProblem, StageError: the Hub refuses or cannot be reached.
+        UsageError: it is not listed here, not a folder and not on the Hub.
+        SetupError, StageError: the Hub denies access or cannot be reached.
     """
     preset = model.preset
     if preset == "tiny":
@@ -194,7 +194,7 @@ def find_config(model: Model) -> Config:
         return _read(Path(preset, "config.json"), preset)
     if not preset.startswith("hf://"):
         raise UsageError(
-            f"model.preset: the shape of {preset!r} is not known without its files; give its "
+            f"model.preset: the shape of {preset!r} is not known without its files; write its "
             "folder, or hf://owner/name"
         )
     name = preset.removeprefix("hf://")
@@ -207,33 +207,33 @@ def find_config(model: Model) -> Config:
 
 
 def _known(preset: str) -> Config | None:
-    wanted = preset.removeprefix("hf://").lower().replace("_instruct_", "_")
-    for ending in ("-it", "-pt"):
-        wanted = wanted.removesuffix(ending)
-    return next((config for config, names in _KNOWN.values() if wanted in names), None)
+    name = preset.removeprefix("hf://").lower().replace("_instruct_", "_")
+    for suffix in ("-it", "-pt"):
+        name = name.removesuffix(suffix)
+    return next((config for config, names in _KNOWN.values() if name in names), None)
 
 
 def _read(path: Path, preset: str) -> Config:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"model.preset: {preset!r} has no readable config.json: {error}") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"model.preset: the config.json of {preset!r} holds no object")
-    return found
+    if not isinstance(config, dict):
+        raise UsageError(f"model.preset: the config.json of {preset!r} is not a JSON object")
+    return config
 
 
 def model_shape(config: Config, preset: str) -> ModelShape:
-    """The shape that a configuration describes.
+    """Return the shape that a configuration describes.
 
     Raises:
-        UsageError: it is of a family that is not known here, or lacks a size.
+        UsageError: its family is not supported here, or it lacks a size.
     """
     family = str(config.get("class_name") or config.get("model_type") or "unknown")
     make = _FAMILIES.get(family)
     if make is None:
         raise UsageError(
-            f"model.preset: the shape of {preset!r} ({family}) cannot be told from its "
+            f"model.preset: the shape of {preset!r} ({family}) cannot be derived from its "
             f"configuration; known families are {', '.join(sorted(_FAMILIES))}"
         )
     if "text_config" in config:
@@ -245,7 +245,7 @@ def model_shape(config: Config, preset: str) -> ModelShape:
 
 
 class _Sizes:
-    """Sizes under KerasHub's names, from either kind of configuration."""
+    """Sizes under KerasHub's names, from KerasHub's or transformers' configuration."""
 
     _NAMES: Mapping[str, str] = {
         "num_layers": "num_hidden_layers",
@@ -262,14 +262,14 @@ class _Sizes:
         self._config = config
 
     def get(self, name: str, default: Any = None) -> Any:
-        found = self._config.get(name, self._config.get(self._NAMES.get(name, name)))
-        return default if found is None else found
+        value = self._config.get(name, self._config.get(self._NAMES.get(name, name)))
+        return default if value is None else value
 
     def __getitem__(self, name: str) -> int:
-        found = self.get(name)
-        if found is None:
+        value = self.get(name)
+        if value is None:
             raise KeyError(self._NAMES.get(name, name))
-        return int(found)
+        return int(value)
 
 
 def _attention(hidden: int, heads: int, keys: int, head_dim: int) -> dict[str, Linear]:
@@ -301,7 +301,7 @@ _LLAMA_NAMES = (
 
 
 _PERIOD = 6
-"""Gemma 3 and 4: five blocks with a window, then one without."""
+"""Gemma 3 and 4 alternate five blocks with an attention window and one without."""
 
 
 def _gemma3_shape(sizes: _Sizes, family: str) -> ModelShape:
@@ -338,16 +338,16 @@ def _gemma4_shape(sizes: _Sizes, family: str) -> ModelShape:
         outputs, sums = 2 * count * feed, count * hidden
     layers = []
     for number in range(sizes["num_layers"]):
-        whole = number % _PERIOD == _PERIOD - 1
-        head_dim = sizes.get("global_head_dim" if whole else "head_dim", sizes["head_dim"])
+        is_global = number % _PERIOD == _PERIOD - 1
+        head_dim = sizes.get("global_head_dim" if is_global else "head_dim", sizes["head_dim"])
         keys = sizes["num_key_value_heads"]
-        if whole:
+        if is_global:
             keys = sizes.get("num_global_key_value_heads", keys)
         linears = _attention(hidden, heads, keys, head_dim)
-        if whole and sizes.get("num_global_key_value_heads"):
-            del linears["value"]  # the keys serve as values
+        if is_global and sizes.get("num_global_key_value_heads"):
+            del linears["value"]  # keys are also the values
         linears |= _feed_forward(hidden, sizes["intermediate_dim"], _GEMMA_NAMES)
-        window = None if whole else sizes["sliding_window_size"]
+        window = None if is_global else sizes["sliding_window_size"]
         layers.append(
             Layer(
                 linears,

@@ -1,6 +1,7 @@
-"""What `job plan` finds out, as one model: the same for people and, as JSON, for tools."""
+"""The result of `job plan` as one pydantic model, printed as text or JSON."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 from pydantic import BaseModel
 
@@ -13,14 +14,14 @@ from job.spec.schema import Mesh, Spec
 
 
 class StagePlan(BaseModel):
-    """A stage, and whether the next run would skip it."""
+    """A stage of the next run."""
 
     name: str
     skipped: bool
 
 
 class ModelPlan(BaseModel):
-    """The model of the spec."""
+    """The model of the spec and its size."""
 
     preset: str
     family: str
@@ -30,7 +31,7 @@ class ModelPlan(BaseModel):
 
 
 class WorkPlan(BaseModel):
-    """What there is to do."""
+    """The workload of the spec."""
 
     examples: int
     tokens: int
@@ -57,7 +58,7 @@ class MemoryPlan(BaseModel):
 
 
 class MachineCost(BaseModel):
-    """USD of the stages that use the devices, at list prices of a date."""
+    """Cost in USD of the stages that use the devices, at list prices of a date."""
 
     on_demand: float | None
     spot: float | None
@@ -65,27 +66,27 @@ class MachineCost(BaseModel):
 
 
 class Program(BaseModel):
-    """One program, compiled for the accelerator; figures are a device's."""
+    """One program compiled for the accelerator, with its figures per device."""
 
     name: str
     fits: bool
     bytes: int
-    """Memory: arguments and temporaries."""
+    """Bytes of arguments, outputs and temporaries."""
     temporary_bytes: int
     flops: float
     bytes_accessed: float
     collective_bytes: float
     collectives: dict[str, int]
-    """Operations between devices, by kind."""
+    """Number of collective operations by kind."""
     seconds: float
-    """By the roofline: whichever of arithmetic, memory and links takes longest."""
+    """Roofline time: the longest of arithmetic, memory and links."""
     bound: str
     compile_seconds: float
     detail: dict[str, float]
 
 
 class MachinePlan(BaseModel):
-    """The spec on one machine."""
+    """The plan for one machine."""
 
     machine: str
     chips: int
@@ -113,7 +114,7 @@ class MachinePlan(BaseModel):
 
 
 class Plan(BaseModel):
-    """The answer to `job plan`."""
+    """The result of `job plan`."""
 
     spec: str
     run: str
@@ -124,32 +125,36 @@ class Plan(BaseModel):
     machines: list[MachinePlan]
 
 
-def make_plan(
-    spec: Spec,
-    *,
-    source: str,
-    run: str,
-    config: Config,
-    machines: Sequence[Machine],
-    stale: Sequence[str],
-    work: Workload,
-    mfu: float = MFU,
-) -> Plan:
-    """The plan of a spec.
+@dataclass(frozen=True)
+class PlanInput:
+    """A spec and what a plan needs to know besides it."""
 
-    Args:
-        config: the preset's configuration.
-        work: what there is to do.
-        stale: names of the stages that the next run would run.
-        mfu: share of the peak that is assumed.
+    spec: Spec
+    source: str
+    """Path, URI or name of the spec."""
+    run: str
+    """URI of the run."""
+    config: Config
+    """The preset's config.json."""
+    machines: Sequence[Machine]
+    stale: Sequence[str]
+    """Names of the stages that the next run would not skip."""
+    work: Workload
+    mfu: float = MFU
+    """Assumed share of peak FLOP/s."""
+
+
+def make_plan(given: PlanInput) -> Plan:
+    """Return the plan of a spec for some machines.
 
     Raises:
-        UsageError: the shape of the model is not known, or the spec does not fit it.
+        UsageError: the shape of the model is not known, or the spec does not match it.
     """
-    shape = model_shape(config, spec.model.preset)
+    spec, work, stale = given.spec, given.work, given.stale
+    shape = model_shape(given.config, spec.model.preset)
     return Plan(
-        spec=source,
-        run=run,
+        spec=given.source,
+        run=given.run,
         stages=[StagePlan(name=stage.name, skipped=stage.name not in stale) for stage in STAGES],
         model=ModelPlan(
             preset=spec.model.preset,
@@ -159,8 +164,8 @@ def make_plan(
             trainable=shape.adapter(spec.model.lora),
         ),
         work=_work(work),
-        mfu=mfu,
-        machines=[found for wanted in machines for found in _on(shape, spec, work, wanted, mfu)],
+        mfu=given.mfu,
+        machines=[plan for machine in given.machines for plan in _on(machine, shape, given)],
     )
 
 
@@ -172,79 +177,74 @@ def _work(work: Workload) -> WorkPlan:
         row_length=work.row_length,
         steps=work.steps,
         slots_a_step=work.slots_a_step,
-        evaluations={asked.name: asked.prompts for asked in work.evaluations},
+        evaluations={evaluation.name: evaluation.prompts for evaluation in work.evaluations},
         assumptions=list(work.assumptions),
     )
 
 
-def _on(
-    shape: ModelShape, spec: Spec, work: Workload, wanted: Machine, mfu: float
-) -> Iterator[MachinePlan]:
-    """The spec's own mesh and, where that does not fit, the smallest split of the weights."""
-    found = estimate(shape, spec, work, wanted, mfu)
-    yield _machine_plan(found)
+def _on(machine: Machine, shape: ModelShape, given: PlanInput) -> Iterator[MachinePlan]:
+    """Yield the plan with the spec's mesh and, if that does not fit, with one that does."""
+    spec = given.spec
+    estimated = estimate(shape, spec, given.work, machine, given.mfu)
+    yield _machine_plan(estimated)
     model = spec.runtime.mesh.model
-    while found.fits is False and (model := model * 2) <= wanted.chips:
+    while estimated.fits is False and (model := model * 2) <= machine.chips:
         mesh = Mesh(data="auto", model=model)
         runtime = spec.runtime.model_copy(update={"mesh": mesh})
-        split = spec.model_copy(update={"runtime": runtime})
-        found = estimate(shape, split, work, wanted, mfu)
-        if found.fits:
-            yield _machine_plan(found)
+        sharded = spec.model_copy(update={"runtime": runtime})
+        estimated = estimate(shape, sharded, given.work, machine, given.mfu)
+        if estimated.fits:
+            yield _machine_plan(estimated)
 
 
-def _machine_plan(found: MachineEstimate) -> MachinePlan:
-    wanted = found.machine
-    kind, quota = wanted.accelerator, wanted.quota
-    step = found.step_seconds
+def _machine_plan(estimated: MachineEstimate) -> MachinePlan:
+    machine, layout = estimated.machine, estimated.layout
+    kind, quota = machine.accelerator, machine.quota
+    step = estimated.step_seconds
     return MachinePlan(
-        machine=wanted.name,
-        chips=wanted.chips,
-        hosts=wanted.hosts,
-        machine_type=wanted.machine_type,
-        accelerator_type=wanted.accelerator_type,
+        machine=machine.name,
+        chips=machine.chips,
+        hosts=machine.hosts,
+        machine_type=machine.machine_type,
+        accelerator_type=machine.accelerator_type,
         runtime_version=kind.runtime_version or None,
-        topology=wanted.topology,
+        topology=machine.topology,
         quota=quota.on_demand if quota else None,
         spot_quota=quota.spot if quota else None,
-        mesh={"data": found.layout.data, "model": found.layout.model},
-        batch_size=found.work.batch_size,
-        steps=found.work.steps,
-        rows_a_device=found.layout.rows,
-        micro_batch=found.layout.micro,
+        mesh={"data": layout.data, "model": layout.model},
+        batch_size=estimated.work.batch_size,
+        steps=estimated.work.steps,
+        rows_a_device=layout.rows,
+        micro_batch=layout.micro,
         memory=MemoryPlan(
-            weights=found.memory.weights,
-            adapter=found.memory.adapter,
-            optimizer=found.memory.optimizer,
-            activations=found.memory.activations,
-            logits=found.memory.logits,
-            total=found.memory.total,
+            **asdict(estimated.memory),
+            total=estimated.memory.total,
             limit=kind.hbm_bytes,
-            fits=found.fits,
+            fits=estimated.fits,
         ),
-        flops_a_step=found.flops_a_step,
+        flops_a_step=estimated.flops_a_step,
         step_seconds=step,
-        tokens_per_second=None if step is None else found.work.slots_a_step / step,
-        stage_seconds=found.stage_seconds,
-        seconds=found.seconds,
-        cost=_cost(found),
-        advice=list(found.advice),
+        tokens_per_second=None if step is None else estimated.work.slots_a_step / step,
+        stage_seconds=estimated.stage_seconds,
+        seconds=estimated.seconds,
+        cost=_cost(estimated),
+        advice=list(estimated.advice),
     )
 
 
-def _cost(found: MachineEstimate) -> MachineCost | None:
-    price, seconds = found.machine.accelerator.price, found.seconds
+def _cost(estimated: MachineEstimate) -> MachineCost | None:
+    price, seconds = estimated.machine.accelerator.price, estimated.seconds
     if price is None or seconds is None:
         return None
     return MachineCost(
-        on_demand=found.machine.cost(seconds),
-        spot=found.machine.cost(seconds, spot=True),
+        on_demand=estimated.machine.cost(seconds),
+        spot=estimated.machine.cost(seconds, spot=True),
         prices_of=price.date,
     )
 
 
 def default_machine(spec: Spec) -> Machine:
-    """The machine that a spec is made for, or a v5e-8 where it says nothing."""
+    """Return the machine a spec is written for; a v5e-8 if it does not say."""
     runtime = spec.runtime
     if runtime.platform == "cpu":
         return parse_machine(f"cpu-{runtime.devices or 1}")

@@ -1,23 +1,23 @@
-"""A plan as text for people."""
+"""A plan as text."""
 
 from collections.abc import Iterator, Sequence
 
-from job.plan.plan import MachinePlan, Plan, Program
+from job.plan.plan import MachinePlan, MemoryPlan, Plan, Program
 
 _GB = 1e9
 
 
 def render(plan: Plan) -> str:
-    """The whole plan, in the order of the questions one has."""
+    """Return the complete plan as lines of text."""
     return "\n".join(_lines(plan))
 
 
 def _lines(plan: Plan) -> Iterator[str]:
     model, work = plan.model, plan.work
-    yield f"{plan.spec}: the run {plan.run}"
-    to_do = [stage.name for stage in plan.stages if not stage.skipped]
+    yield f"{plan.spec}: run {plan.run}"
+    remaining = [stage.name for stage in plan.stages if not stage.skipped]
     done = [stage.name for stage in plan.stages if stage.skipped]
-    yield f"  stages      {' -> '.join(to_do) or 'none'}" + (
+    yield f"  stages      {' -> '.join(remaining) or 'none'}" + (
         f"; skipped: {', '.join(done)}" if done else ""
     )
     share = model.trainable / model.parameters
@@ -27,65 +27,71 @@ def _lines(plan: Plan) -> Iterator[str]:
     )
     yield (
         f"  training    {work.examples:,} examples, {work.tokens:,} tokens in {work.rows:,} rows "
-        f"of {work.row_length:,}; {work.steps:,} steps of {work.slots_a_step:,} slots"
+        f"of {work.row_length:,}; {work.steps:,} steps of {work.slots_a_step:,} tokens, "
+        "padding included"
     )
-    asked = ", ".join(f"{name} {count:,}" for name, count in work.evaluations.items())
-    yield f"  prompts     {asked or 'none'}; before and after training"
+    prompts = ", ".join(f"{name} {count:,}" for name, count in work.evaluations.items())
+    yield f"  prompts     {prompts or 'none'}; before and after training"
     for assumption in work.assumptions:
         yield f"  assumed     {assumption}"
-    for found in plan.machines:
+    for machine in plan.machines:
         yield ""
-        yield from _machine(found, plan.mfu)
+        yield from _machine(machine, plan.mfu)
 
 
-def _machine(found: MachinePlan, mfu: float) -> Iterator[str]:
-    order = " ".join(
-        part for part in (found.accelerator_type, found.runtime_version, found.machine_type) if part
-    )
-    hosts = f"{found.hosts} host{'s' if found.hosts > 1 else ''}"
-    yield f"{found.machine}: {found.chips} chip{'s' if found.chips > 1 else ''} on {hosts}" + (
-        f" ({order})" if order else ""
-    )
-    if found.quota:
-        yield f"  quota       {found.quota}; spot {found.spot_quota}"
-    mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
-    again = found.rows_a_device // found.micro_batch
+def _machine(machine: MachinePlan, mfu: float) -> Iterator[str]:
+    parts = (machine.accelerator_type, machine.runtime_version, machine.machine_type)
+    order = " ".join(part for part in parts if part)
+    hosts = f"{machine.hosts} host{'s' if machine.hosts > 1 else ''}"
     yield (
-        f"  mesh        {mesh}; {found.rows_a_device} rows a step on each"
-        + (f", {found.micro_batch} at once, {again} times" if again > 1 else "")
+        f"{machine.machine}: {machine.chips} chip{'s' if machine.chips > 1 else ''} on {hosts}"
+        + (f" ({order})" if order else "")
     )
-    memory = found.memory
+    if machine.quota:
+        yield f"  quota       {machine.quota}; spot {machine.spot_quota}"
+    mesh = " x ".join(f"{name} {size}" for name, size in machine.mesh.items())
+    accumulation = machine.rows_a_device // machine.micro_batch
+    yield (
+        f"  mesh        {mesh}; per-device batch size {machine.micro_batch}, "
+        f"gradient accumulation steps {accumulation}"
+    )
+    yield from _memory(machine.memory)
+    for setting in machine.advice:
+        yield f"  change      {setting}"
+    yield f"  FLOPs       {machine.flops_a_step:.3g} per step over all devices"
+    if machine.step_seconds is None or machine.stage_seconds is None or machine.seconds is None:
+        yield "  time        unknown: the speed of this machine is not in the registry"
+    else:
+        stages = ", ".join(f"{name} {_time(s)}" for name, s in machine.stage_seconds.items())
+        yield (
+            f"  time        {_time(machine.seconds)} at {mfu:.0%} of peak FLOP/s: {stages}; "
+            f"{machine.step_seconds * 1e3:.0f} ms per step, "
+            f"{machine.tokens_per_second:,.0f} tokens/s"
+        )
+        yield "              not included: starting the machine, reading data, loading, compiling"
+    if machine.cost is not None:
+        yield (
+            f"  cost        {_usd(machine.cost.on_demand)} on demand, {_usd(machine.cost.spot)} "
+            f"spot (list prices of {machine.cost.prices_of})"
+        )
+    if machine.programs:
+        yield from _programs(machine.programs)
+
+
+def _memory(memory: MemoryPlan) -> Iterator[str]:
     parts = ("weights", "adapter", "optimizer", "activations", "logits")
     split = ", ".join(f"{part} {getattr(memory, part) / _GB:.2f}" for part in parts)
     limit = "" if memory.limit is None else f" of {memory.limit / _GB:.1f}"
     verdict = {True: "fits", False: "DOES NOT FIT", None: "unknown limit"}[memory.fits]
-    yield f"  memory      {memory.total / _GB:.2f}{limit} GB a device, {verdict}: {split}"
-    for way in found.advice:
-        yield f"  change      {way}"
-    yield f"  FLOPs       {found.flops_a_step:.3g} a step over all devices"
-    if found.step_seconds is None or found.stage_seconds is None or found.seconds is None:
-        yield "  time        unknown: the speed of this machine is not in the registry"
-    else:
-        each = ", ".join(f"{name} {_time(s)}" for name, s in found.stage_seconds.items())
-        yield (
-            f"  time        {_time(found.seconds)} at {mfu:.0%} of the peak: {each}; a step "
-            f"{found.step_seconds * 1e3:.0f} ms, {found.tokens_per_second:,.0f} tokens/s"
-        )
-        yield "              without starting the machine, reading data, loading and compiling"
-    if found.cost is not None:
-        yield (
-            f"  cost        {_usd(found.cost.on_demand)} on demand, {_usd(found.cost.spot)} spot "
-            f"(list prices of {found.cost.prices_of})"
-        )
-    if found.programs:
-        yield from _programs(found.programs)
+    yield f"  memory      {memory.total / _GB:.2f}{limit} GB per device, {verdict}: {split}"
 
 
 def _programs(programs: Sequence[Program]) -> Iterator[str]:
     yield ""
-    yield "  compiled for the chip (a device's figures; seconds by the roofline):"
+    yield "  compiled for the chip (figures per device; roofline times):"
     columns = (
-        "program", "memory GB", "FLOPs", "bytes", "between", "ms", "bound by", "compile s", "",
+        "program", "memory GB", "FLOPs", "bytes", "collective bytes", "ms", "bound by",
+        "compile s", "",
     )  # fmt: skip
     rows = [
         (
@@ -105,33 +111,33 @@ def _programs(programs: Sequence[Program]) -> Iterator[str]:
 
 
 def render_table(plan: Plan) -> str:
-    """The machines of a plan as one table."""
+    """Return the machines of a plan as one table."""
     columns = (
-        "machine", "chips", "data x model", "rows", "at once", "GB", "fits", "step ms", "time",
+        "machine", "chips", "data x model", "rows", "micro-batch", "GB", "fits", "step ms", "time",
         "on demand", "spot", "change",
     )  # fmt: skip
     rows = [
         (
-            found.machine,
-            str(found.chips),
-            f"{found.mesh['data']} x {found.mesh['model']}",
-            str(found.rows_a_device),
-            str(found.micro_batch),
-            f"{found.memory.total / _GB:.1f}",
-            {True: "yes", False: "NO", None: "?"}[found.memory.fits],
-            "?" if found.step_seconds is None else f"{found.step_seconds * 1e3:.0f}",
-            "?" if found.seconds is None else _time(found.seconds),
-            _usd(found.cost.on_demand if found.cost else None),
-            _usd(found.cost.spot if found.cost else None),
-            "; ".join(found.advice),
+            machine.machine,
+            str(machine.chips),
+            f"{machine.mesh['data']} x {machine.mesh['model']}",
+            str(machine.rows_a_device),
+            str(machine.micro_batch),
+            f"{machine.memory.total / _GB:.1f}",
+            {True: "yes", False: "NO", None: "?"}[machine.memory.fits],
+            "?" if machine.step_seconds is None else f"{machine.step_seconds * 1e3:.0f}",
+            "?" if machine.seconds is None else _time(machine.seconds),
+            _usd(machine.cost.on_demand if machine.cost else None),
+            _usd(machine.cost.spot if machine.cost else None),
+            "; ".join(machine.advice),
         )
-        for found in plan.machines
+        for machine in plan.machines
     ]
     return "\n".join(table(columns, rows))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], indent: int = 0) -> Iterator[str]:
-    """Lines of a table with aligned columns."""
+    """Yield the lines of a table with aligned columns."""
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     for row in [columns, *rows]:
         cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))

@@ -1,7 +1,7 @@
-"""How much work a spec asks for: rows, steps and tokens to train on, prompts to answer.
+"""The workload of a spec: rows, steps and tokens to train on, prompts to answer.
 
-A spec does not say how many rows a dataset has nor how long its examples are. What the run's own
-data stage found is taken where it is done; the rest is assumed, and every assumption is said.
+A spec does not say how many rows a dataset has or how long its examples are. Counts come from the
+run's data stage if it is done; the rest is assumed, and every assumption is listed.
 """
 
 import math
@@ -15,28 +15,23 @@ from job.spec.fields import SAMPLES
 from job.spec.schema import MultipleChoiceEval, Source, Spec
 
 TOKENS = 210
-"""Tokens of an example: what dialogues of a patient and a doctor have on average."""
+"""Assumed tokens of an example, the mean of the shipped dialogues of a patient and a doctor."""
 
 
 LOSS_SHARE = 0.45
-"""Share of them in the response."""
+"""Assumed share of an example's tokens in the response."""
 
 
 FILL = 0.97
-"""Share of a packed row's slots that hold a token; best fit reaches more where examples are
-short."""
+"""Assumed share of a packed row that holds tokens; short examples fill more."""
 
 
 QUESTION_TOKENS = 192
-
-
-DIALOGUES = 200
-
-
-SIDE_BY_SIDE = 4
+"""Assumed tokens of a multiple-choice prompt."""
 
 
 _ROWS = 1000
+"""Assumed rows of a dataset of unknown size."""
 
 
 _KNOWN_ROWS = {
@@ -49,7 +44,7 @@ _KNOWN_ROWS = {
 
 @dataclass(frozen=True)
 class EvalWorkload:
-    """Prompts through the model, before and after training."""
+    """Prompts of one evaluation, which run before and after training."""
 
     name: str
     scoring: Literal["letters", "generate"]
@@ -60,7 +55,7 @@ class EvalWorkload:
 
 @dataclass(frozen=True)
 class Workload:
-    """What the job does, in numbers."""
+    """Numbers of rows, steps, tokens and prompts of a job."""
 
     examples: int
     tokens_per_example: int
@@ -69,7 +64,7 @@ class Workload:
     batch_size: int
     epochs: int
     loss_share: float
-    """Share of the slots of a row that have a loss."""
+    """Share of a row's tokens, padding included, that have a loss."""
     validation_rows: int
     validations: int
     evaluations: tuple[EvalWorkload, ...]
@@ -77,41 +72,36 @@ class Workload:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps."""
+        """Return the number of optimizer steps."""
         return math.ceil(self.rows / self.batch_size) * self.epochs
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on, padding not counted."""
+        """Return the tokens trained on, without padding."""
         return self.examples * self.tokens_per_example * self.epochs
 
     @property
-    def slots(self) -> int:
-        """Token places that go through the model in training."""
-        return self.steps * self.batch_size * self.row_length
-
-    @property
     def slots_a_step(self) -> int:
-        """Token places of a step, over all devices."""
+        """Return the tokens of a step, padding included, over all devices."""
         return self.batch_size * self.row_length
 
 
 def workload(
     spec: Spec,
-    found: DataInfo | None = None,
+    data: DataInfo | None = None,
     examples: int | None = None,
     tokens: int | None = None,
 ) -> Workload:
-    """The work of a spec.
+    """Return the workload of a spec.
 
     Args:
-        found: what the run's data stage found, if it is done.
-        examples: training examples, where the spec takes all of a dataset of unknown size.
-        tokens: mean tokens of an example.
+        data: the result of the run's data stage, if it is done.
+        examples: training examples, if the spec takes all of a dataset of unknown size.
+        tokens: mean tokens per example.
     """
     assumptions: list[str] = []
     train = spec.train
-    count = found.train if found else _examples(spec, examples, assumptions)
+    count = data.train if data else _examples(spec, examples, assumptions)
     if tokens is None:
         assumptions.append(
             f"an example has {min(TOKENS, train.max_length)} tokens, {LOSS_SHARE:.0%} of them in "
@@ -147,9 +137,8 @@ def workload(
 
 
 def _examples(spec: Spec, given: int | None, assumptions: list[str]) -> int:
-    wanted = spec.data.train_examples
-    if wanted != "all":
-        return wanted
+    if spec.data.train_examples != "all":
+        return spec.data.train_examples
     if given is not None:
         return given
     rows = _rows_of(spec.data, "dialogues", assumptions)
@@ -157,7 +146,7 @@ def _examples(spec: Spec, given: int | None, assumptions: list[str]) -> int:
 
 
 def _rows_of(source: Source, samples: str, assumptions: list[str]) -> int:
-    """The rows of a dataset, as far as can be told without reading it."""
+    """Return the rows of a dataset, assumed unless it is a text file or known."""
     name = f"{SAMPLES}:{samples}" if source.dataset == SAMPLES else source.dataset
     if (known := _KNOWN_ROWS.get((name, source.split))) is not None:
         return known
@@ -165,24 +154,21 @@ def _rows_of(source: Source, samples: str, assumptions: list[str]) -> int:
     if path.suffix.lower() in (".jsonl", ".ndjson", ".csv") and path.is_file():
         with path.open("rb") as file:
             return max(1, sum(1 for line in file if line.strip()) - (path.suffix == ".csv"))
-    assumptions.append(f"{source.dataset} has {_ROWS} rows (--examples, or a limit, says how many)")
+    assumptions.append(f"{source.dataset} has {_ROWS} rows (--examples, or a limit in the spec)")
     return _ROWS
 
 
 def _evaluations(spec: Spec, assumptions: list[str]) -> Sequence[EvalWorkload]:
-    found = [_questions(entry, assumptions) for entry in spec.evals.multiple_choice]
-    prompt = int(TOKENS * (1 - LOSS_SHARE))
-    if spec.evals.dialogue is not None:
-        wanted = spec.evals.dialogue.examples
-        prompts = min(wanted or DIALOGUES, spec.data.validation_examples)
-        new = spec.evals.dialogue.max_new_tokens
-        found.append(EvalWorkload("dialogue", "generate", prompts, prompt, new))
+    evaluations = [_questions(entry, assumptions) for entry in spec.evals.multiple_choice]
+    held_out, prompt = spec.data.validation_examples, int(TOKENS * (1 - LOSS_SHARE))
+    if (dialogue := spec.evals.dialogue) is not None:
+        count, new = min(dialogue.max_examples, held_out), dialogue.max_new_tokens
+        evaluations.append(EvalWorkload("dialogue", "generate", count, prompt, new))
     side = spec.evals.side_by_side
-    shown = SIDE_BY_SIDE if side.examples is None else side.examples
-    shown = min(shown, spec.data.validation_examples) + len(side.prompts)
-    if shown:
-        found.append(EvalWorkload("side by side", "generate", shown, prompt, side.max_new_tokens))
-    return found
+    if count := min(side.max_examples, held_out) + len(side.prompts):
+        new = side.max_new_tokens
+        evaluations.append(EvalWorkload("side by side", "generate", count, prompt, new))
+    return evaluations
 
 
 def _questions(entry: MultipleChoiceEval, assumptions: list[str]) -> EvalWorkload:

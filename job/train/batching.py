@@ -2,11 +2,9 @@
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,10 +12,16 @@ import numpy as np
 
 from job.data.packing import Batch, PackedRows
 from job.errors import StageError
+from job.machine.memory import (
+    LOGITS_SLICE_BYTES,
+    USABLE_SHARE,
+    device_memory,
+    divisors,
+    largest_divisor,
+)
 from job.model.language_model import LanguageModel
 from job.runtime import logs
 from job.spec.schema import Train
-from job.train.loss import SLICE_BYTES
 from job.train.step import StepConfig, padded_loss_count, row_bytes, shard_input
 
 _WINDOW = 32
@@ -194,26 +198,8 @@ class StepBatches:
         return int(self._rows.lengths[rows[rows >= 0]].max())
 
 
-_USABLE = 0.9
-"""Share of a device's memory that is counted on."""
-
-
 _WORKING = 1.25
 """What a backward pass holds at its fullest, over what it was given to keep."""
-
-
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-
-
-def device_memory(device: jax.Device) -> int:
-    """Bytes of memory of a device; of a CPU device its share of what this process may use."""
-    stats = device.memory_stats() or {}
-    if limit := stats.get("bytes_limit"):
-        return int(limit)
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if _CGROUP_LIMIT.is_file() and (said := _CGROUP_LIMIT.read_text().strip()).isdigit():
-        host = min(host, int(said))
-    return host // jax.local_device_count()
 
 
 def held_bytes(arrays: Sequence[jax.Array]) -> int:
@@ -229,10 +215,5 @@ def rows_that_fit(rows: int, row_bytes: int, held: int, memory: int) -> int:
         held: bytes of weights, adapter and optimizer.
         memory: bytes of the device.
     """
-    free = _USABLE * memory - held - 2 * SLICE_BYTES
-    return next((n for n in divisors(rows) if n * row_bytes * _WORKING <= free), 1)
-
-
-def divisors(number: int) -> Sequence[int]:
-    """All divisors, the largest first."""
-    return [n for n in range(number, 0, -1) if number % n == 0]
+    free = USABLE_SHARE * memory - held - 2 * LOGITS_SLICE_BYTES
+    return largest_divisor(rows, lambda n: n * row_bytes * _WORKING <= free)

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from job.machine.accelerators import machine_sizes, parse_machine
-from job.plan.estimate import Layout, estimate, keys_seen, memory, step_flops
+from job.plan.estimate import Layout, estimate, estimate_memory, step_flops, visible_keys
 from job.plan.model_shape import find_config, model_shape
-from job.plan.plan import default_machine, make_plan
+from job.plan.plan import PlanInput, default_machine, make_plan
 from job.plan.workload import workload
 from job.results import DataInfo, RowCounts
 from job.spec.load import load_spec
@@ -62,43 +62,44 @@ def test_flops_are_four_a_kernel_and_token_and_what_comes_on_top() -> None:
     assert step_flops(shape, more, work) > step_flops(shape, spec, work) + 0.4 * least
 
 
-def test_what_is_known_of_the_code_without_importing_it_is_true() -> None:
+def test_visible_keys_are_those_of_the_model() -> None:
     from job.model import attention
-    from job.plan import estimate as planned
-    from job.train import loss
 
     cut = attention.ACCELERATOR
-    assert cut.queries == planned._CHUNK
-    assert planned._SLICE == loss.SLICE_BYTES
     (layer, *_) = model_shape(find_config(spec_of().model), "1b").layers
     for length, reach in ((512, 100), (1024, 384), (1024, 385), (1024, 386), (4096, 512)):
         before = cut.before(min(reach, layer.window or reach))
         fewer = before + cut.queries if cut.fits(before, length) else length
-        assert keys_seen(layer, length, reach) == fewer
+        assert visible_keys(layer, length, reach) == fewer
 
 
 def test_a_query_is_scored_against_no_more_keys_than_it_can_see() -> None:
     spec = spec_of()
     local, whole = model_shape(find_config(spec.model), "1b").layers[4:6]
     assert (local.window, whole.window) == (512, None)
-    assert keys_seen(local, 1024, 512) == keys_seen(whole, 1024, 512) == 1024
-    assert keys_seen(local, 4096, 2048) == 640
-    assert keys_seen(whole, 4096, 2048) == 4096
-    assert keys_seen(whole, 4096, 1024) == 1152
-    assert keys_seen(whole, 512, 512) == 512
+    assert visible_keys(local, 1024, 512) == visible_keys(whole, 1024, 512) == 1024
+    assert visible_keys(local, 4096, 2048) == 640
+    assert visible_keys(whole, 4096, 2048) == 4096
+    assert visible_keys(whole, 4096, 1024) == 1152
+    assert visible_keys(whole, 512, 512) == 512
 
 
 def test_memory_grows_with_rows_and_shrinks_with_remat_and_split_weights() -> None:
     spec = spec_of()
     shape = model_shape(find_config(spec.model), "1b")
-    base = memory(shape, spec, Layout(8, 1, 4, 2), 0.45)
+    base = estimate_memory(shape, spec, Layout(8, 1, 4, 2), 0.45)
     assert base.weights == pytest.approx(2e9, rel=0.01)
-    assert memory(shape, spec, Layout(8, 1, 4, 4), 0.45).activations == pytest.approx(
+    assert estimate_memory(shape, spec, Layout(8, 1, 4, 4), 0.45).activations == pytest.approx(
         2 * base.activations, rel=1e-6
     )
     blocks = spec_of("train.remat=blocks")
-    assert memory(shape, blocks, Layout(8, 1, 4, 2), 0.45).activations < 0.3 * base.activations
-    assert memory(shape, spec, Layout(2, 4, 4, 2), 0.45).weights == pytest.approx(base.weights / 4)
+    assert (
+        estimate_memory(shape, blocks, Layout(8, 1, 4, 2), 0.45).activations
+        < 0.3 * base.activations
+    )
+    assert estimate_memory(shape, spec, Layout(2, 4, 4, 2), 0.45).weights == pytest.approx(
+        base.weights / 4
+    )
 
 
 def test_a_batch_that_no_chip_can_share_names_the_next_that_can() -> None:
@@ -121,9 +122,10 @@ def test_rows_are_accumulated_where_they_do_not_fit_at_once() -> None:
 def test_a_model_too_large_for_a_chip_is_split_in_the_plan() -> None:
     spec = spec_of("model.preset=gemma3_instruct_12b_text")
     plan = make_plan(
-        spec, source="s", run="r", config=find_config(spec.model),
-        machines=[parse_machine("v5e-8")],
-        stale=["train"], work=workload(spec),
+        PlanInput(
+            spec, source="s", run="r", config=find_config(spec.model),
+            machines=[parse_machine("v5e-8")], stale=["train"], work=workload(spec),
+        )
     )  # fmt: skip
     first, second = plan.machines
     assert (first.memory.fits, second.memory.fits) == (False, True)

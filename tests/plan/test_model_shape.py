@@ -100,7 +100,7 @@ def test_a_folder_is_read_and_counted_as_keras_hub_counts_it(
     [
         ('{"model_type": "bert"}', ["bert", "known families are", "qwen3"]),
         ('{"model_type": "llama", "hidden_size": 64}', ["has no 'num_attention_heads'"]),
-        ("[]", ["holds no object"]),
+        ("[]", ["is not a JSON object"]),
         ("{", ["no readable config.json"]),
     ],
 )
@@ -115,7 +115,7 @@ def test_a_configuration_that_says_too_little_is_refused(
 
 
 def test_an_unknown_name_and_an_unknown_target_say_the_way_out() -> None:
-    with pytest.raises(UsageError, match="give its folder, or hf://owner/name"):
+    with pytest.raises(UsageError, match="write its folder, or hf://owner/name"):
         find_config(Model(preset="some_preset"))
     with pytest.raises(
         UsageError, match="no layer is named 'querry'; this model has attention_out"
