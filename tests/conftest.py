@@ -1,7 +1,7 @@
 """What all tests share: a cache of their own, Keras on JAX, eight virtual devices, a tiny model.
 
-The cache is made for the session, so that no test sees what another checkout left, and the
-programs compiled by one test are there for the next.
+The cache belongs to the session, so that no test sees files of another checkout, and a program
+compiled by one test is there for the next, in every worker.
 """
 
 import atexit
@@ -19,8 +19,10 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from job.model.language_model import LanguageModel
 
-_cache = tempfile.mkdtemp(prefix="job-tests-")
-atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+_cache = os.environ.get("JOB_TESTS_CACHE", "")
+if not _cache:  # the first process; the workers that it starts inherit the variable
+    _cache = os.environ["JOB_TESTS_CACHE"] = tempfile.mkdtemp(prefix="job-tests-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ["JOB_CACHE"] = _cache
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"

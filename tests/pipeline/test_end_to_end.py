@@ -1,9 +1,8 @@
-"""The job as a user runs it: whole, skipped, killed, resumed, in a folder and in a bucket."""
+"""The job as a user runs it: complete, skipped, killed, resumed, in a folder and in a bucket."""
 
 import hashlib
 import json
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -29,11 +28,18 @@ class Finished:
 
     done: Done
     folder: Path
-    seconds: float
 
     @property
     def results(self) -> Results:
         return Results.model_validate_json((self.folder / "results.json").read_bytes())
+
+
+SHORT = (
+    "--set", "train.epochs=1", "--set", "train.checkpoint_every=5",
+    "--set", "evals.dialogue.examples=10", "--set", "evals.dialogue.max_new_tokens=8",
+    "--set", "evals.side_by_side.max_new_tokens=8",
+)  # fmt: skip
+"""Makes `smoke` quicker; the slow tests run it as it is shipped."""
 
 
 def made_by_models(folder: Path) -> dict[str, bytes]:
@@ -49,12 +55,11 @@ def only_run(output: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """`job run smoke`, unbroken."""
+    """`job run smoke`, shortened and not interrupted."""
     output = tmp_path_factory.mktemp("smoke")
-    clock = time.monotonic()
-    done = job("run", "smoke", "--output", str(output))
+    done = job("run", "smoke", "--output", str(output), *SHORT)
     assert done.code == 0, done.err
-    return Finished(done, only_run(output), time.monotonic() - clock)
+    return Finished(done, only_run(output))
 
 
 def test_smoke_runs_every_stage_and_ends_with_the_verdict(smoke: Finished) -> None:
@@ -63,10 +68,9 @@ def test_smoke_runs_every_stage_and_ends_with_the_verdict(smoke: Finished) -> No
     assert any(message.startswith("verdict: Fine-tuning ") for message in messages)
     assert f"results: {smoke.folder}/results.json" in messages
     assert smoke.done.err == ""
-    assert smoke.seconds < 160
 
 
-def test_every_file_of_the_design_is_there_with_its_checksum(smoke: Finished) -> None:
+def test_every_documented_file_is_there_with_its_checksum(smoke: Finished) -> None:
     artifacts = {item.path: item for item in smoke.results.artifacts}
     expected = {
         "spec.yaml", "report.html", "report.md", "data/manifest.json", "data/train.parquet",
@@ -86,13 +90,13 @@ def test_every_file_of_the_design_is_there_with_its_checksum(smoke: Finished) ->
     assert [line["message"] for line in log] == [e["message"] for e in smoke.done.events]
 
 
-def test_accuracies_can_be_counted_again_from_the_predictions(smoke: Finished) -> None:
-    for found in smoke.results.evaluation.multiple_choice:
-        for model, score in found.models.items():
-            path = smoke.folder / f"evals/{model}/{found.name}/predictions.jsonl"
+def test_accuracies_follow_from_the_predictions(smoke: Finished) -> None:
+    for task in smoke.results.evaluation.multiple_choice:
+        for model, score in task.models.items():
+            path = smoke.folder / f"evals/{model}/{task.name}/predictions.jsonl"
             lines = [json.loads(line) for line in path.open()]
             right = sum(line["choice"] == line["gold"] for line in lines)
-            assert (right, len(lines)) == (score.correct, found.questions)
+            assert (right, len(lines)) == (score.correct, task.questions)
             assert score.accuracy == right / len(lines)
 
 
@@ -108,29 +112,27 @@ def test_training_lowers_the_validation_loss(smoke: Finished) -> None:
 
 def test_same_command_skips_every_stage_and_says_so(smoke: Finished) -> None:
     before = {p: p.stat().st_mtime_ns for p in smoke.folder.rglob("*") if p.is_file()}
-    clock = time.monotonic()
-    done = job("run", "smoke", "--output", str(smoke.folder.parent))
-    assert time.monotonic() - clock < 15
+    done = job("run", "smoke", "--output", str(smoke.folder.parent), *SHORT)
     assert done.code == 0
-    assert done.stages("skipped") == ALL
+    assert done.stages("stage skipped") == ALL
     assert any(event["message"].startswith("verdict: ") for event in done.events)
     assert {p: p.stat().st_mtime_ns for p in smoke.folder.rglob("*") if p.is_file()} == before
 
 
-def test_missing_spec_and_damaged_results_are_made_again(smoke: Finished) -> None:
-    arguments = ("run", "smoke", "--output", str(smoke.folder.parent))
-    whole = (smoke.folder / "results.json").read_bytes()
+def test_missing_spec_and_damaged_results_are_written_again(smoke: Finished) -> None:
+    arguments = ("run", "smoke", "--output", str(smoke.folder.parent), *SHORT)
+    complete = (smoke.folder / "results.json").read_bytes()
     (smoke.folder / "spec.yaml").unlink()
-    (smoke.folder / "results.json").write_bytes(whole[:500])
+    (smoke.folder / "results.json").write_bytes(complete[:500])
     done = job(*arguments)
     assert done.code == 0, done.err
     assert done.stages("stage done") == ["report"]
     fetched = job("fetch", str(smoke.folder), str(smoke.folder.parent.parent / "fetched"))
     assert fetched.code == 0, fetched.err
-    assert smoke.results.verdict == Results.model_validate_json(whole).verdict
+    assert smoke.results.verdict == Results.model_validate_json(complete).verdict
 
 
-def test_stopped_while_measuring_the_job_ends_at_once_and_can_go_on(tmp_path: Path) -> None:
+def test_a_job_stopped_during_the_baseline_resumes(tmp_path: Path) -> None:
     arguments = ("run", "smoke", "--output", str(tmp_path), "--until", "baseline")
     stopped = job_stopped(
         *arguments, when=lambda e: e["message"] == "answered", number=signal.SIGTERM
@@ -145,20 +147,20 @@ def test_stopped_while_measuring_the_job_ends_at_once_and_can_go_on(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_killed_in_training_and_started_again_ends_with_the_same_bytes(
-    smoke: Finished, tmp_path: Path
-) -> None:
-    arguments = ("run", "smoke", "--output", str(tmp_path))
+def test_a_job_killed_in_training_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    unbroken = job("run", "smoke", "--output", str(tmp_path / "unbroken"))
+    assert unbroken.code == 0, unbroken.err
+    arguments = ("run", "smoke", "--output", str(tmp_path / "killed"))
     killed = job_stopped(*arguments, when=lambda e: e.get("step") == 30, number=signal.SIGKILL)
     assert killed.code == -signal.SIGKILL
-    folder = only_run(tmp_path)
+    folder = only_run(tmp_path / "killed")
     assert not (folder / "results.json").exists()
     done = job(*arguments)
     assert done.code == 0, done.err
     resumed = [e for e in done.events if e["message"] == "resumed from a checkpoint"]
     assert [event["step"] for event in resumed] == [20]
-    assert done.stages("skipped") == ["data", "baseline"]
-    assert made_by_models(folder) == made_by_models(smoke.folder)
+    assert done.stages("stage skipped") == ["data", "baseline"]
+    assert made_by_models(folder) == made_by_models(only_run(tmp_path / "unbroken"))
     results = Results.model_validate_json((folder / "results.json").read_bytes())
     assert results.run.resumes == 1
 
@@ -166,11 +168,11 @@ def test_killed_in_training_and_started_again_ends_with_the_same_bytes(
 def test_changed_evals_run_again_and_training_does_not(smoke: Finished) -> None:
     before = smoke.results
     done = job(
-        "run", "smoke", "--output", str(smoke.folder.parent),
+        "run", "smoke", "--output", str(smoke.folder.parent), *SHORT,
         "--set", "evals.multiple_choice.1.limit=10", "--set", "evals.dialogue=null",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert done.stages("skipped") == ["data", "train"]
+    assert done.stages("stage skipped") == ["data", "train"]
     assert done.stages("stage done") == ["baseline", "finetuned", "reference", "report"]
     after = smoke.results
     assert after.run.id == before.run.id
@@ -190,7 +192,7 @@ def services() -> Iterator[tuple[Hub, Bucket, OpenRouter]]:
 
 
 @pytest.mark.slow
-def test_job_from_the_hub_into_a_bucket_stopped_and_resumed_equals_the_local_one(
+def test_a_job_from_hub_to_bucket_equals_the_local_one(
     services: tuple[Hub, Bucket, OpenRouter], tmp_path: Path
 ) -> None:
     from job.model.tiny import tiny_preset

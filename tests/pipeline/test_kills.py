@@ -1,6 +1,6 @@
 """Training that is killed again and again, anywhere, ends with the bytes of an unbroken one.
 
-`KILL_ROUNDS=4 uv run pytest -m slow tests/test_kills.py` kills it more often.
+`KILL_ROUNDS=4 uv run pytest -m slow tests/pipeline/test_kills.py` kills it more often.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import COMMAND, SLOWER, job
+from tests.command import COMMAND, job
 
 SHORT = (
     "run", "smoke", "--until", "train", "--run-id", "r", "--set", "train.checkpoint_every=4",
@@ -22,24 +22,22 @@ SHORT = (
 )  # fmt: skip
 
 
-def kill_after(output: Path, seconds: float, number: signal.Signals) -> tuple[int, float]:
-    """Start the job, send the signal after some time; its exit code, and how long it then took."""
+def kill_after(output: Path, seconds: float, number: signal.Signals) -> int:
+    """Start the job, send the signal after some time, and return its exit code."""
     with (output.parent / "log").open("ab") as log:
         process = subprocess.Popen([*COMMAND, *SHORT, str(output)], stdout=log, stderr=log)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(number)
-        sent = time.monotonic()
-        code = process.wait(60)
-    return code, time.monotonic() - sent
+        return process.wait(60)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "times"), [(signal.SIGKILL, 2), (signal.SIGTERM, 1)], ids=["SIGKILL", "SIGTERM"]
 )
-def test_killed_at_random_moments_training_ends_with_the_same_adapter(
+def test_training_killed_at_random_ends_with_the_same_adapter(
     tmp_path: Path, number: signal.Signals, times: int
 ) -> None:
     times *= int(os.environ.get("KILL_ROUNDS", "1"))
@@ -55,7 +53,7 @@ def test_killed_at_random_moments_training_ends_with_the_same_adapter(
     output, kills, rounds = tmp_path / "0/runs", 0, 0
     while kills < times:
         output.parent.mkdir(exist_ok=True)
-        code, took = kill_after(output, chance.uniform(0.2, 0.6) * whole, number)
+        code = kill_after(output, chance.uniform(0.2, 0.6) * whole, number)
         if code == 0:  # it was done before the signal came: begin another
             assert (output / "r/adapter/adapter.lora.h5").read_bytes() == expected
             rounds += 1
@@ -63,7 +61,6 @@ def test_killed_at_random_moments_training_ends_with_the_same_adapter(
             continue
         kills += 1
         assert code == (-signal.SIGKILL if number == signal.SIGKILL else 75)
-        assert took < 10 * SLOWER
         assert not (output / "r/stages/train.json").exists()
     done = job(*SHORT, str(output))
     assert done.code == 0, done.err
