@@ -1,26 +1,29 @@
-"""Text to tokens and back, for one model: its tokenizer, its chat template, its stop tokens."""
+"""A model's tokenizer together with its chat template: conversations to token ids and back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from job.chat.templates import TEMPLATES, ChatTemplate
+from job.chat.conversation import Conversation, TokenizedConversation
+from job.chat.templates import TEMPLATES, ChatTemplate, Piece
 from job.errors import UsageError
 
 
 @dataclass(frozen=True)
 class OptionTokens:
-    """The letters of options as tokens: what all of them begin with, and the one each ends in."""
+    """The letters of options as tokens."""
 
     shared: list[int]
+    """The tokens that all letters begin with."""
     ids: list[int]
+    """The last token of each letter."""
 
 
 class ChatTokenizer:
-    """A KerasHub tokenizer and a chat template as one thing.
+    """A KerasHub tokenizer with a chat template.
 
-    A prompt and a response are tokenized apart and joined, so that training sees the very
-    tokens that evaluation gives the model.
+    Prompts and replies are tokenized separately and joined, so that training sees exactly the
+    tokens that evaluation and generation give the model.
     """
 
     def __init__(self, tokenizer: Any, template: str = "auto") -> None:
@@ -30,58 +33,68 @@ class ChatTokenizer:
         self.end_id: int = tokenizer.end_token_id
         pad = getattr(tokenizer, "pad_token_id", None)
         self.pad_id: int = self.end_id if pad is None else pad
-        control = {int(tokenizer.token_to_id(token)) for token in self.template.tokens}
+        stop = self.template.stop
+        self.stop_ids: tuple[int, ...] = (self.end_id,)
+        """The tokens that end a reply; the last of them is appended to replies."""
+        if stop is not None:
+            self.stop_ids = (self.end_id, int(tokenizer.token_to_id(stop)))
+        control = {int(tokenizer.token_to_id(token)) for token in self.template.control_tokens}
         self._control = control | {self.start_id, self.end_id, self.pad_id}
 
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer."""
-        if self.template.stop is None:
-            return (self.end_id,)
-        return (self.end_id, int(self._tokenizer.token_to_id(self.template.stop)))
-
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text, as it is: nothing is put before or after."""
+        """Return the tokens of each text alone, without a start or end token."""
         if not texts:
             return []
         return [[int(token) for token in tokens] for tokens in self._tokenizer(list(texts))]
 
-    def encode_prompts(self, prompts: Sequence[str | Sequence[str]]) -> list[list[int]]:
-        """Tokens of prompts that the template has wrapped, with the start token first.
-
-        A prompt may be a list of texts, each tokenized apart: prompts and answers in turn.
-        """
-        start = [] if self.start_id is None else [self.start_id]
-        texts = [[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
-        encoded = iter(self.encode([piece for pieces in texts for piece in pieces]))
-        made = []
-        for pieces in texts:
-            tokens = list(start)
-            for place in range(len(pieces)):
-                tokens += next(encoded)
-                if place % 2:
-                    tokens.append(self.stop_ids[-1])
-            made.append(tokens)
-        return made
-
-    def encode_responses(self, responses: Sequence[str]) -> list[list[int]]:
-        """Tokens of responses, with the token that ends the turn last."""
-        return [[*tokens, self.stop_ids[-1]] for tokens in self.encode(responses)]
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without control tokens."""
-        kept = [token for token in tokens if token not in self._control]
-        return str(self._tokenizer.detokenize(kept)) if kept else ""
-
-    def letter_tokens(self, letters: str, before: str = "", space: str = "") -> OptionTokens:
-        """How the letters are written as answers.
+    def tokenize(
+        self, conversations: Sequence[Conversation | str], *, add_generation_prompt: bool = False
+    ) -> list[TokenizedConversation]:
+        """Return the token ids of conversations, and which of the tokens have a loss.
 
         Args:
-            before: the end of the prompt, of which the tokens may depend.
-            space: stands between the prompt and the letter.
+            conversations: messages, which the chat template renders; a string is a prompt that
+                needs no template, such as lm-evaluation-harness's.
+            add_generation_prompt: end with the start of the model's turn, for it to reply.
+        """
+        rendered = [
+            [Piece(conversation)]
+            if isinstance(conversation, str)
+            else self.template.render(conversation, add_generation_prompt=add_generation_prompt)
+            for conversation in conversations
+        ]
+        encoded = iter(self.encode([piece.text for pieces in rendered for piece in pieces]))
+        tokenized = []
+        for pieces in rendered:
+            token_ids = [] if self.start_id is None else [self.start_id]
+            loss_mask = [False] * len(token_ids)
+            for piece in pieces:
+                token_ids += next(encoded)
+                if piece.ends_turn:
+                    token_ids.append(self.stop_ids[-1])
+                loss_mask += [piece.has_loss] * (len(token_ids) - len(loss_mask))
+            tokenized.append(TokenizedConversation(token_ids, loss_mask))
+        return tokenized
+
+    def encode_prompts(self, prompts: Sequence[Conversation | str]) -> list[list[int]]:
+        """Return the token ids of conversations in which it is the model's turn."""
+        return [t.token_ids for t in self.tokenize(prompts, add_generation_prompt=True)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, without control tokens."""
+        plain = [token for token in tokens if token not in self._control]
+        return str(self._tokenizer.detokenize(plain)) if plain else ""
+
+    def letter_tokens(self, letters: str, before: str = "", space: str = "") -> OptionTokens:
+        """Return the tokens of letters as answers.
+
+        Args:
+            letters: the letters, one character each.
+            before: the end of the prompt, which may change how a letter is tokenized.
+            space: the text between the prompt and the letter.
 
         Raises:
-            UsageError: this tokenizer does not tell the letters apart by one token.
+            UsageError: the letters do not differ in one token each.
         """
         start = len(self.encode([before])[0]) if before else 0
         tokens = [ids[start:] for ids in self.encode([before + space + each for each in letters])]
@@ -95,20 +108,20 @@ class ChatTokenizer:
         return OptionTokens(shared, ids)
 
 
-def choose_template(tokenizer: Any, wanted: str) -> ChatTemplate:
-    """The chat template of the spec, or for `auto` the one the tokenizer has the tokens of.
+def choose_template(tokenizer: Any, name: str) -> ChatTemplate:
+    """Return the chat template of the spec; `auto` chooses by the tokenizer's vocabulary.
 
     Raises:
-        UsageError: the tokenizer lacks the control tokens of the template asked for.
+        UsageError: the tokenizer lacks the control tokens of the template.
     """
     vocabulary = set(tokenizer.get_vocabulary())
     gemma = TEMPLATES["gemma"]
-    missing = [token for token in gemma.tokens if token not in vocabulary]
-    if wanted == "auto":
+    missing = [token for token in gemma.control_tokens if token not in vocabulary]
+    if name == "auto":
         return TEMPLATES["plain"] if missing else gemma
-    if wanted == "gemma" and missing:
+    if name == "gemma" and missing:
         raise UsageError(
             f"model.chat_template: gemma needs the tokens {', '.join(missing)}, which this "
             "model's tokenizer does not have; use plain or auto"
         )
-    return TEMPLATES[wanted]
+    return TEMPLATES[name]

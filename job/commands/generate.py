@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.adapters.keras_format import H5, check_model
 from job.adapters.locate import TrainedRun
+from job.chat.conversation import Message
 from job.errors import UsageError
 from job.machine import devices
 from job.pipeline.data_stage import VALIDATION, iter_examples
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
     from job.evals.engine import Engine, Generation
     from job.model.generation import Sampling
     from job.model.lora import Weights
-
-
-Turns = list[tuple[str, str]]
-"""Pairs of what was said and what was answered."""
 
 
 _NEW, _QUIT = "/new", "/quit"
@@ -157,7 +154,6 @@ class _Models:
     """The weights that answer, by name, and what they answer with."""
 
     engine: "Engine"
-    template: Any
     weights: dict[str, "Weights"]
 
 
@@ -179,9 +175,7 @@ def _load(run: TrainedRun, wanted: GenerateOptions) -> _Models:
     weights = {"tuned": model.adapted(*load_adapter(path, model.lora))}
     if wanted.base:
         weights = {"base": model.weights} | weights
-    return _Models(
-        Engine(model, 1, run.spec.evals.max_prompt_tokens), model.codec.template, weights
-    )
+    return _Models(Engine(model, 1, run.spec.evals.max_prompt_tokens), weights)
 
 
 def _trained_system(run: TrainedRun, work: Path) -> str | None:
@@ -215,7 +209,7 @@ class _Conversation:
     wanted: GenerateOptions
     system: str | None
     wrap: Callable[[str], str]
-    turns: dict[str, Turns] = field(default_factory=dict)
+    turns: dict[str, list[Message]] = field(default_factory=dict)
     said: int = 0
 
     def begin(self) -> None:
@@ -224,18 +218,20 @@ class _Conversation:
 
     def say(self, text: str) -> None:
         """Have every model answer, and print the answers."""
-        prompt = self.wrap(text)
+        prompt = Message("user", self.wrap(text))
         answers = {}
         for name in self.models.weights:
-            answers[name] = self._answer(name, prompt)
-            self.turns.setdefault(name, []).append((prompt, answers[name].text))
+            turns = self.turns.setdefault(name, [])
+            turns.append(prompt)
+            answers[name] = self._answer(name, turns)
+            turns.append(Message("assistant", answers[name].text))
         self.said += 1
         self._print(text, answers)
 
-    def _answer(self, name: str, prompt: str) -> "Generation":
+    def _answer(self, name: str, turns: list[Message]) -> "Generation":
         engine = self.models.engine
-        history = self.turns.get(name, [])
-        tokens, cut = engine.encode([self.models.template.dialogue(prompt, self.system, history)])
+        system = [Message("system", self.system)] if self.system else []
+        tokens, cut = engine.encode([[*system, *turns]])
         if cut:
             logs.get().warning(
                 "the conversation is longer than evals.max_prompt_tokens: its beginning is left "

@@ -4,14 +4,16 @@ Both ways give the same: what a row means is said in `examples`.
 """
 
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from job.chat.conversation import Message, Role
 from job.data.blocks import Block, Row
-from job.data.examples import SEPARATOR, Example, ExampleMapper, RowDroppedError, Turn, dialogue
+from job.data.examples import SEPARATOR, Example, ExampleMapper, RowDroppedError, turns_text
 from job.spec.fields import template_parts
 
 HISTORY = pa.list_(pa.struct([("prompt", pa.string()), ("response", pa.string())]))
@@ -50,16 +52,35 @@ class ExampleColumns:
         )
 
     def dialogues(self) -> pa.Array:
-        """What `examples.dialogue` gives for each example."""
+        """Return `examples.turns_text` of each example."""
         if self.history.null_count == len(self.history):
             return pc.binary_join_element_wise(self.prompt, self.response, SEPARATOR)
         columns = (self.history, self.prompt, self.response)
         texts = zip(*(column.to_pylist() for column in columns), strict=True)
-        return pa.array([_dialogue(*example) for example in texts], pa.string())
+        return pa.array([turns_text(turn_texts(*example)) for example in texts], pa.string())
 
 
-def _dialogue(history: list[dict[str, str]] | None, prompt: str, response: str) -> str:
-    return dialogue([Turn(**turn) for turn in history or []], prompt, response)
+def turn_texts(
+    history: Iterable[Mapping[str, str]] | None, prompt: str, response: str
+) -> list[str]:
+    """Return the texts of the user and the assistant in turn, from values of the columns."""
+    earlier = [text for pair in history or () for text in (pair["prompt"], pair["response"])]
+    return [*earlier, prompt, response]
+
+
+def example_from_columns(
+    id: str,  # noqa: A002 - a column's name
+    system: str | None,
+    prompt: str,
+    response: str,
+    history: Iterable[Mapping[str, str]] | None,
+) -> Example:
+    """Return the example of one row of a staged or sample file."""
+    before = [Message("system", system)] if system else []
+    texts = turn_texts(history, prompt, response)
+    roles: tuple[Role, ...] = ("user", "assistant")
+    turns = [Message(roles[n % 2], text) for n, text in enumerate(texts)]
+    return Example(id, (*before, *turns))
 
 
 def to_columns(block: Block, mapper: ExampleMapper) -> ExampleColumns:
@@ -77,15 +98,21 @@ def _by_row(rows: list[Row], mapper: ExampleMapper) -> ExampleColumns:
             numbers.append(number)
         except RowDroppedError as reason:
             dropped.append((number, str(reason)))
-    history = [[turn._asdict() for turn in e.history] if e.history else None for e in made]
     return ExampleColumns(
         np.array(numbers, np.int64),
         pa.array([e.system for e in made], pa.string()),
         pa.array([e.prompt for e in made], pa.string()),
         pa.array([e.response for e in made], pa.string()),
-        pa.array(history, HISTORY),
+        pa.array([_history(e) for e in made], HISTORY),
         dropped,
     )
+
+
+def _history(example: Example) -> list[dict[str, str]] | None:
+    """Return the turns before the last, as the column has them."""
+    texts = [message.content for message in example.turns[:-2]]
+    pairs = zip(texts[::2], texts[1::2], strict=True)
+    return [{"prompt": prompt, "response": response} for prompt, response in pairs] or None
 
 
 def _by_column(block: Block, mapper: ExampleMapper) -> ExampleColumns | None:

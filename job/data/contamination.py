@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
+from job.data.columnar import turn_texts
 from job.data.dataset import close_shard, open_shard
 from job.data.examples import Example
 
@@ -182,8 +183,7 @@ def find_overlap(
 
 def text_of(example: Example) -> str:
     """All that is said in an example, the system text left out."""
-    said = [text for turn in example.history for text in turn]
-    return "\n".join([*said, example.prompt, example.response])
+    return "\n".join(message.content for message in example.turns)
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
@@ -216,15 +216,8 @@ def clean_rows(
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(_AT_ONCE, columns=["prompt", "response", "history"]):
                 check_stop()
-                texts = ["\n".join(_said(row)) for row in batch.to_pylist()]
+                texts = ["\n".join(turn_texts(**row)) for row in batch.to_pylist()]
                 clean[[at + hit.text for hit in passages.search(texts)]] = False
                 at += len(texts)
         close_shard(path, work)
     return clean
-
-
-def _said(row: dict[str, object]) -> list[str]:
-    history = row["history"]
-    turns = history if isinstance(history, list) else []
-    before = [text for turn in turns for text in (turn["prompt"], turn["response"])]
-    return [*before, str(row["prompt"]), str(row["response"])]

@@ -1,7 +1,7 @@
-"""From a row to an example: templates filled in or a dialogue taken apart, faults named.
+"""Rows to examples: fill in templates or read a list of messages, and name what is wrong.
 
-This is the meaning of a row, one at a time and for any type of value; `mapping` does the same
-to whole columns where all is plain text.
+This module defines what one row means, for values of any type; `columnar` does the same for
+columns of plain text at once.
 """
 
 import math
@@ -10,10 +10,11 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 
+from job.chat.conversation import Message, Role
 from job.data.blocks import Row
 from job.spec.fields import template_fields
 from job.spec.schema import Data
@@ -31,48 +32,58 @@ _NOT_COUNTED = bytes(b for b in range(128) if not chr(b).isalnum() and b != ord(
 _NOT_COUNTED_WIDE = re.compile(rf"[^\w{SEPARATOR}]|_")
 
 
-_USERS = ("user", "human", "prompter")
-
-
-_MODELS = ("assistant", "gpt", "model", "chatgpt", "bot")
-
-
-_SYSTEMS = ("system",)
-
-
-class Turn(NamedTuple):
-    """What the user said, and what the model answered."""
-
-    prompt: str
-    response: str
+_ROLES: dict[str, Role] = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot"), "assistant"),
+}
 
 
 @dataclass(frozen=True)
 class Example:
-    """A dialogue: what the user says and what the model should answer."""
+    """A conversation to learn from; its last message is the response."""
 
     id: str
-    """A hash of the content: the same text has the same id in any file, in any order."""
-    system: str | None
-    prompt: str
-    """The user's last turn."""
-    response: str
-    """The model's last turn."""
-    history: tuple[Turn, ...] = ()
-    """The turns before."""
+    """A hash of the content: equal text has the same id in any file, in any order."""
+    messages: tuple[Message, ...]
+
+    @property
+    def system(self) -> str | None:
+        """The system message."""
+        first = self.messages[0]
+        return first.content if first.role == "system" else None
+
+    @property
+    def prompt(self) -> str:
+        """The last message of the user."""
+        return self.messages[-2].content
+
+    @property
+    def response(self) -> str:
+        """The last message of the assistant."""
+        return self.messages[-1].content
+
+    @property
+    def prompt_messages(self) -> tuple[Message, ...]:
+        """What a model is given to respond to."""
+        return self.messages[:-1]
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """The messages without the system message."""
+        return self.messages if self.system is None else self.messages[1:]
 
 
 class RowDroppedError(Exception):
     """A row that cannot be used; the message is the reason it is counted under."""
 
 
-def dialogue(history: Iterable[Turn], prompt: str, response: str) -> str:
-    """The turns of an example as one text."""
-    return SEPARATOR.join([*(text for turn in history for text in turn), prompt, response])
+def turns_text(turns: Iterable[str]) -> str:
+    """Return the texts of the user and the assistant in turn as one text."""
+    return SEPARATOR.join(turns)
 
 
 def opening(system: str | None) -> bytes:
-    """What stands before the dialogue in the content of an example, which is hashed."""
+    """Return what precedes the turns in the content of an example, which is hashed."""
     return f"{system or ''}{SEPARATOR}".encode()
 
 
@@ -136,65 +147,65 @@ class ExampleMapper:
         return list(dict.fromkeys([*named, *([self.data.messages] if self.data.messages else [])]))
 
     def __call__(self, row: Row) -> Example:
-        """The example of a row.
+        """Return the example of a row.
 
         Raises:
-            Dropped: the row cannot be used.
+            RowDroppedError: the row cannot be used.
         """
         system = fill(self.data.system, row).strip() if self.data.system else None
         if self.data.messages:
-            said, turns = _turns(row, self.data.messages)
-            system = said or system
-            *history, (prompt, response) = turns
-            return self._made(system, tuple(history), prompt, response)
-        texts = []
-        for name, template in (("prompt", self.data.prompt), ("response", self.data.response)):
-            assert template is not None
-            if not any(field_text(row, field).strip() for field in template_fields(template)):
-                raise RowDroppedError(f"empty {name}")
-            texts.append(fill(template, row).strip())
-        return self._made(system, (), *texts)
+            own_system, turns = _conversation(row, self.data.messages)
+            system = own_system or system
+        else:
+            turns = [
+                Message("user", self._filled("prompt", self.data.prompt, row)),
+                Message("assistant", self._filled("response", self.data.response, row)),
+            ]
+        text = turns_text(message.content for message in turns)
+        before = [] if system is None else [Message("system", system)]
+        return Example(exact_hash(opening(system) + text.encode()).hex(), (*before, *turns))
 
-    def _made(
-        self, system: str | None, history: tuple[Turn, ...], prompt: str, response: str
-    ) -> Example:
-        said = dialogue(history, prompt, response)
-        identity = exact_hash(opening(system) + said.encode()).hex()
-        return Example(identity, system, prompt, response, history)
+    @staticmethod
+    def _filled(name: str, template: str | None, row: Row) -> str:
+        assert template is not None
+        if not any(field_text(row, field).strip() for field in template_fields(template)):
+            raise RowDroppedError(f"empty {name}")
+        return fill(template, row).strip()
 
 
-def _turns(row: Row, column: str) -> tuple[str | None, list[Turn]]:
-    """The system text and the turns of a dialogue: `role` and `content`, or `from` and `value`.
+def _conversation(row: Row, column: str) -> tuple[str | None, list[Message]]:
+    """Return the system text and the turns of a row's messages.
 
-    Messages of one side that follow each other are one turn. What the model says before the
-    user does, and what the user says last without an answer, is left out.
+    Messages have `role` and `content`, or `from` and `value`. Consecutive messages of one side
+    are joined. Messages of the assistant before the first of the user, and messages of the user
+    after the last of the assistant, are left out.
     """
     if column not in row:
         raise RowDroppedError(f"no column '{column}'")
-    messages = row[column]
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+    values = row[column]
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise RowDroppedError(f"no list of messages in '{column}'")
     system: str | None = None
-    sides: list[tuple[str, str]] = []
-    for message in messages:
-        role = str(message.get("role") or message.get("from") or "").lower()
-        text = _message_text(message, column)
-        if role in _SYSTEMS:
-            if sides or system is not None:
+    turns: list[Message] = []
+    for value in values:
+        name = str(value.get("role") or value.get("from") or "").lower()
+        text = _message_text(value, column)
+        if name == "system":
+            if turns or system is not None:
                 raise RowDroppedError(f"system message inside the dialogue in '{column}'")
             system = text or None
             continue
-        side = "user" if role in _USERS else "model" if role in _MODELS else ""
-        if not side:
-            raise RowDroppedError(f"unknown role '{role[:20]}' in '{column}'")
+        role = _ROLES.get(name)
+        if role is None:
+            raise RowDroppedError(f"unknown role '{name[:20]}' in '{column}'")
         if not text:
-            raise RowDroppedError("empty prompt" if side == "user" else "empty response")
-        if sides and sides[-1][0] == side:
-            sides[-1] = (side, f"{sides[-1][1]}\n\n{text}")
-        elif sides or side == "user":
-            sides.append((side, text))
-    texts = [text for _, text in sides]
-    turns = [Turn(*pair) for pair in zip(texts[::2], texts[1::2], strict=False)]
+            raise RowDroppedError("empty prompt" if role == "user" else "empty response")
+        if turns and turns[-1].role == role:
+            turns[-1] = Message(role, f"{turns[-1].content}\n\n{text}")
+        elif turns or role == "user":
+            turns.append(Message(role, text))
+    if turns and turns[-1].role == "user":
+        turns.pop()
     if not turns:
         raise RowDroppedError(f"no answer in '{column}'")
     return system, turns

@@ -22,27 +22,17 @@ _LENGTH_MULTIPLE = 16
 
 @dataclass(frozen=True)
 class TokenExample:
-    """An example as tokens; the loss is on the targets from `loss_from` on."""
+    """A tokenized example; both lists are `[tokens]`."""
 
     id: str
-    tokens: list[int]
-    loss_from: int
-    without_loss: tuple[tuple[int, int], ...] = ()
-    """Spans after that, begin and end, that have none: the later prompts of a dialogue."""
-
-    @property
-    def targets(self) -> np.ndarray:
-        """Places of the tokens that have a loss, int64, in order."""
-        chosen = np.ones(len(self.tokens), bool)
-        chosen[: self.loss_from] = False
-        for begin, end in self.without_loss:
-            chosen[begin:end] = False
-        return np.flatnonzero(chosen)
+    token_ids: list[int]
+    loss_mask: list[bool]
+    """True where the model is trained to predict the token; never the first."""
 
 
 @dataclass(frozen=True)
-class Tokenized:
-    """The examples that can be trained on, and what became of the others."""
+class TokenizedExamples:
+    """The examples that can be trained on, and the counts of the others."""
 
     examples: list[TokenExample]
     truncated: int
@@ -145,47 +135,36 @@ class PackedRows:
         return self.batch.tokens / int(self.lengths.sum())
 
     @property
-    def ladder(self) -> list[int]:
+    def buckets(self) -> list[int]:
         """The lengths that rows are padded to."""
         return sorted(set(self.lengths.tolist()))
 
 
 def tokenize(
     examples: Sequence[Example],
-    codec: ChatTokenizer,
+    tokenizer: ChatTokenizer,
     max_length: int,
     loss_on: Literal["response", "all"],
-) -> Tokenized:
-    """Examples as tokens: for each turn the wrapped prompt, the response, and what ends it."""
-    from job.chat.templates import neutralize
+) -> TokenizedExamples:
+    """Tokenize examples and truncate them to `max_length` tokens.
 
-    turns = [codec.template.turns(e.prompt, e.system, e.history) for e in examples]
-    answers = [[*(turn.response for turn in e.history), e.response] for e in examples]
-    prompts = iter(codec.encode([text for texts in turns for text in texts]))
-    responses = iter(
-        codec.encode_responses([neutralize(text) for texts in answers for text in texts])
-    )
-    start = [] if codec.start_id is None else [codec.start_id]
-    kept: list[TokenExample] = []
-    truncated = dropped = 0
-    for example, texts in zip(examples, turns, strict=True):
-        tokens, prompt_spans = list(start), []
-        for _ in texts:
-            begin = len(tokens)
-            tokens += next(prompts)
-            prompt_spans.append((begin, len(tokens)))
-            tokens += next(responses)
-        truncated += len(tokens) > max_length
-        tokens = tokens[:max_length]
-        (_, loss_from), *later = prompt_spans
+    Args:
+        examples: the conversations.
+        tokenizer: the model's.
+        max_length: tokens of an example, at most.
+        loss_on: the messages of the assistant, or every token after the first.
+    """
+    usable: list[TokenExample] = []
+    truncated = 0
+    conversations = tokenizer.tokenize([example.messages for example in examples])
+    for example, (token_ids, loss_mask) in zip(examples, conversations, strict=True):
+        truncated += len(token_ids) > max_length
+        token_ids, loss_mask = token_ids[:max_length], loss_mask[:max_length]
         if loss_on == "all":
-            loss_from, later = 1, []
-        if loss_from >= len(tokens):
-            dropped += 1
-        else:
-            without = tuple((a, min(b, len(tokens))) for a, b in later if a < len(tokens))
-            kept.append(TokenExample(example.id, tokens, loss_from, without))
-    return Tokenized(kept, truncated, dropped)
+            loss_mask = [place > 0 for place in range(len(token_ids))]
+        if any(loss_mask):
+            usable.append(TokenExample(example.id, token_ids, loss_mask))
+    return TokenizedExamples(usable, truncated, len(examples) - len(usable))
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -237,10 +216,10 @@ def make_rows(
         lengths: shorter lengths that rows of one example are padded to where they fit.
     """
     if packing:
-        bins = best_fit([len(example.tokens) for example in examples], length)
+        bins = best_fit([len(example.token_ids) for example in examples], length)
     else:
         bins = [[number] for number in range(len(examples))]
-    targets = [example.targets for example in examples]
+    targets = [np.flatnonzero(example.loss_mask) for example in examples]
     needed = max((sum(len(targets[i]) for i in row) for row in bins), default=1)
     width = -(-needed // _POSITION_MULTIPLE) * _POSITION_MULTIPLE if losses is None else losses
     batch = Batch(
@@ -254,17 +233,17 @@ def make_rows(
         at = count = 0
         for segment, number in enumerate(numbers, 1):
             example = examples[number]
-            end = at + len(example.tokens)
-            batch.token_ids[row, at:end] = example.tokens
+            end = at + len(example.token_ids)
+            batch.token_ids[row, at:end] = example.token_ids
             batch.segment_ids[row, at:end] = segment
-            wanted = targets[number]
-            places = slice(count, count + len(wanted))
-            batch.targets[row, places] = np.asarray(example.tokens, np.int32)[wanted]
-            batch.positions[row, places] = at + wanted - 1
-            batch.weights[row, places] = 1.0
-            at, count = end, count + len(wanted)
+            places = targets[number]
+            losses_here = slice(count, count + len(places))
+            batch.targets[row, losses_here] = np.asarray(example.token_ids, np.int32)[places]
+            batch.positions[row, losses_here] = at + places - 1
+            batch.weights[row, losses_here] = 1.0
+            at, count = end, count + len(places)
     used = np.count_nonzero(batch.segment_ids, axis=1)
     steps = np.array([length] if packing else sorted({*lengths, length}), np.int32)
     padded = steps[np.searchsorted(steps, used)]
     names = [[examples[number].id for number in row] for row in bins]
-    return PackedRows(batch, names, padded, max(len(example.tokens) for example in examples))
+    return PackedRows(batch, names, padded, max(len(example.token_ids) for example in examples))

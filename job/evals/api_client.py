@@ -10,13 +10,14 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import requests
 import urllib3
 
+from job.chat.conversation import Conversation
 from job.errors import SetupError
 from job.runtime import logs
 from job.spec.evals import Effort
@@ -161,20 +162,14 @@ class ChatClient:
     refused: str | None = None
     """Why no further question is sent: the key is refused, or there is no credit."""
 
-    def ask(
-        self,
-        prompt: str,
-        system: str | None = None,
-        history: Sequence[tuple[str, str]] = (),
-        max_tokens: int | None = None,
-    ) -> Reply:
-        """One question, with retries; never raises for what the endpoint does.
+    def ask(self, messages: Conversation, max_tokens: int | None = None) -> Reply:
+        """Send one conversation, with retries; never raises for what the endpoint does.
 
         Args:
-            history: what was said before, pairs of prompt and answer.
-            max_tokens: another limit of this answer.
+            messages: the conversation, which ends with a message of the user.
+            max_tokens: another limit for this answer.
         """
-        body = self._body(_messages(prompt, system, history), max_tokens or self.max_tokens)
+        body = self._body(messages, max_tokens or self.max_tokens)
         so_far = Reply(None, sent=False)
         for attempt in range(self.attempts):
             if reason := self._reason_not_to():
@@ -206,10 +201,10 @@ class ChatClient:
             self.budget.settle(None)
         return self.refused
 
-    def _body(self, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
+    def _body(self, messages: Conversation, max_tokens: int) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": messages,
+            "messages": [{"role": m.role, "content": m.content} for m in messages],
             "temperature": 0,
             "max_tokens": max_tokens,
         }
@@ -258,16 +253,6 @@ class ChatClient:
             self.refused = f"{error} ({hint})"
             return Reply(None, error=self.refused, final=True)
         return Reply(None, error=error, final=True)
-
-
-def _messages(
-    prompt: str, system: str | None, history: Sequence[tuple[str, str]]
-) -> list[dict[str, str]]:
-    messages = [{"role": "system", "content": system}] if system else []
-    for said, answered in history:
-        messages.append({"role": "user", "content": said})
-        messages.append({"role": "assistant", "content": answered})
-    return [*messages, {"role": "user", "content": prompt}]
 
 
 def _together(before: Reply, after: Reply) -> Reply:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from job.chat.conversation import Conversation
 from job.chat.tokenizer import OptionTokens
 from job.evals.batching import (
     COMPILE_TOKENS,
@@ -70,7 +71,7 @@ class Engine:
         self._check = check
         self._sample_programs: dict[Sampling, Callable[..., Any]] = {}
 
-    def encode(self, prompts: Sequence[str | Sequence[str]]) -> tuple[list[list[int]], int]:
+    def encode(self, prompts: Sequence[Conversation | str]) -> tuple[list[list[int]], int]:
         """Tokenize prompts, keeping the start token and the end of those that are too long.
 
         Returns:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
-from job.chat.templates import ChatTemplate
+from job.chat.conversation import Conversation, Message
 from job.data.examples import RowDroppedError, field_text, fill
 from job.data.sources import Row, open_source
 from job.errors import UsageError
@@ -194,10 +194,6 @@ def _at(letters: str, place: int | None) -> str | None:
     return letters[place] if place is not None and 0 <= place < len(letters) else None
 
 
-Prompt = str | list[str]
-"""A text, or texts that are tokenized apart: prompts and answers in turn."""
-
-
 _END = "Answer:"
 
 
@@ -221,21 +217,23 @@ def user_turn(entry: MultipleChoiceEval, question: Question) -> str:
     return entry.prompt.format(question=question.text, options=lettered(question))
 
 
-def solved_turns(entry: MultipleChoiceEval, shots: Sequence[Question]) -> list[tuple[str, str]]:
-    """The turns before a question: solved ones, each with its letter for an answer."""
-    return [(user_turn(entry, shot), shot.gold) for shot in shots]
-
-
-def question_prompts(found: Task, template: ChatTemplate) -> list[Prompt]:
-    """What a model is given to answer each question of a slice."""
-    entry = found.entry
-    if entry.prompt == LM_EVAL:
-        solved = "".join(f"{_harness(shot)} {shot.gold}\n\n" for shot in found.shots)
-        return [solved + _harness(question) for question in found.questions]
-    history = solved_turns(entry, found.shots)
+def question_messages(task: Task) -> list[list[Message]]:
+    """Return the conversation that asks each question: solved ones first, with their letters."""
+    solved: list[Message] = []
+    for shot in task.shots:
+        solved.append(Message("user", user_turn(task.entry, shot)))
+        solved.append(Message("assistant", shot.gold))
     return [
-        template.dialogue(user_turn(entry, question), None, history) for question in found.questions
+        [*solved, Message("user", user_turn(task.entry, question))] for question in task.questions
     ]
+
+
+def question_prompts(task: Task) -> Sequence[Conversation | str]:
+    """Return what a local model is given to answer each question."""
+    if task.entry.prompt == LM_EVAL:
+        solved = "".join(f"{_harness(shot)} {shot.gold}\n\n" for shot in task.shots)
+        return [solved + _harness(question) for question in task.questions]
+    return question_messages(task)
 
 
 def before_letter(entry: MultipleChoiceEval) -> BeforeLetter:

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from job.data.columnar import HISTORY
+from job.data.columnar import HISTORY, example_from_columns
 from job.data.contamination import clean_rows
 from job.data.dataset import READERS, Shard, close_shard, open_shard
-from job.data.examples import Example, Turn
+from job.data.examples import Example
 from job.data.filters import CHAT_MARKUP, CONTAMINATED
 from job.data.sources import open_source
 from job.data.split import split
@@ -238,8 +238,7 @@ def iter_examples(path: Path) -> Iterator[Example]:
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(1024):
             for row in batch.to_pylist():
-                history = tuple(Turn(**turn) for turn in row.pop("history") or [])
-                yield Example(**row, history=history)
+                yield example_from_columns(**row)
 
 
 def _first(examples: Iterator[Example], limit: int | None) -> Iterator[Example]:

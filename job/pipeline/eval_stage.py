@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel
 
+from job.chat.conversation import Message
 from job.data import contamination
-from job.data.examples import Turn
 from job.evals.answer_parsing import parse_choice
 from job.evals.batching import BATCHING_VERSION
 from job.evals.engine import Engine
@@ -109,7 +109,7 @@ class _Measured:
     def multiple_choice(self, found: Task) -> SliceOutcome:
         """Answer the questions of a slice."""
         entry, questions = found.entry, found.questions
-        prompts, cut = self.engine.encode(question_prompts(found, self.model.codec.template))
+        prompts, cut = self.engine.encode(question_prompts(found))
         kept = self.done.open(entry.name)
         if entry.scoring == "letters":
             letters = questions[0].letters
@@ -138,10 +138,7 @@ class _Measured:
     def dialogue(self, wanted: DialogueEval) -> None:
         """Answer held-out examples."""
         examples = read_examples(self.run, VALIDATION, wanted.max_examples)
-        template = self.model.codec.template
-        prompts, cut = self.engine.encode(
-            [template.dialogue(e.prompt, e.system, e.history) for e in examples]
-        )
+        prompts, cut = self.engine.encode([example.prompt_messages for example in examples])
         answers = self.engine.generate(
             self.weights, prompts, wanted.max_new_tokens, DIALOGUE, self.done.open(DIALOGUE)
         )
@@ -163,16 +160,13 @@ class _Measured:
     def side_by_side(self) -> None:
         """Answer the prompts that every model is shown."""
         shown = side_prompts(self.run)
-        template = self.model.codec.template
-        prompts, _ = self.engine.encode(
-            [template.dialogue(p.prompt, p.system, p.history) for p in shown]
-        )
+        prompts, _ = self.engine.encode([prompt.messages for prompt in shown])
         limit = self.run.spec.evals.side_by_side.max_new_tokens
         answers = self.engine.generate(
             self.weights, prompts, limit, "side by side", self.done.open(SIDE_BY_SIDE)
         )
         lines = [
-            SideLine(id=p.id, prompt=p.prompt, expected=p.expected, answer=answer.text)
+            SideLine(id=p.id, prompt=p.text, expected=p.expected, answer=answer.text)
             for p, answer in zip(shown, answers, strict=True)
         ]
         self.run.put(predictions_key(self.name, SIDE_BY_SIDE), format_predictions(lines))
@@ -183,14 +177,18 @@ def _scored(question: Question, letters: str, row: np.ndarray) -> ChoiceLine:
     return choice_line(question, letters[int(row.argmax())], log_probabilities=by_letter)
 
 
-class SidePrompt(BaseModel):
-    """A prompt, and the expected answer where one is known."""
+@dataclass(frozen=True)
+class SidePrompt:
+    """A prompt that every model answers, with the expected answer if there is one."""
 
     id: str
-    prompt: str
-    system: str | None
-    expected: str | None
-    history: tuple[Turn, ...] = ()
+    messages: tuple[Message, ...]
+    expected: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The last message of the user."""
+        return self.messages[-1].content
 
 
 def side_prompts(run: Run) -> list[SidePrompt]:
@@ -198,11 +196,8 @@ def side_prompts(run: Run) -> list[SidePrompt]:
     wanted = run.spec.evals.side_by_side
     held_out = read_examples(run, VALIDATION, wanted.max_examples)
     return [
-        SidePrompt(
-            id=e.id, prompt=e.prompt, system=e.system, expected=e.response, history=e.history
-        )
-        for e in held_out
+        SidePrompt(example.id, example.prompt_messages, example.response) for example in held_out
     ] + [
-        SidePrompt(id=f"prompt-{number}", prompt=prompt, system=None, expected=None)
+        SidePrompt(f"prompt-{number}", (Message("user", prompt),))
         for number, prompt in enumerate(wanted.prompts, 1)
     ]

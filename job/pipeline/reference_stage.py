@@ -10,10 +10,10 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import NamedTuple
 
 from pydantic import BaseModel
 
+from job.chat.conversation import Conversation
 from job.evals.answer_parsing import parse_choice
 from job.evals.api_client import KEY, Budget, ChatClient, Reply, missing_key
 from job.evals.metrics import rouge_scores
@@ -28,7 +28,7 @@ from job.evals.predictions import (
     predictions_key,
 )
 from job.evals.reply_log import REPLIES_KEY, WRITE_EVERY_SECONDS, LoggedReply, ReplyLog
-from job.evals.tasks import load_task, solved_turns, user_turn
+from job.evals.tasks import load_task, question_messages
 from job.pipeline.data_stage import VALIDATION, read_examples
 from job.pipeline.eval_stage import side_prompts
 from job.pipeline.run import Run
@@ -50,15 +50,6 @@ class ReferenceOutcome(BaseModel):
     """Some questions have no answer that asking again could give."""
     stopped_at_usd: float | None = None
     """The budget, where it ended the asking."""
-
-
-class _Asked(NamedTuple):
-    """What the model is asked."""
-
-    id: str
-    prompt: str
-    system: str | None = None
-    history: Sequence[tuple[str, str]] = ()
 
 
 def run_stage(run: Run) -> ReferenceOutcome:
@@ -108,9 +99,10 @@ class _Asking:
     def multiple_choice(self, entry: MultipleChoiceEval) -> None:
         """Ask the questions of a slice and keep the lines."""
         found = load_task(entry, self._run.revisions)
-        questions, history = found.questions, tuple(solved_turns(entry, found.shots))
-        asked = [_Asked(q.id, user_turn(entry, q), None, history) for q in questions]
-        replies = self._ask_all(entry.name, asked)
+        questions = found.questions
+        ids = [question.id for question in questions]
+        prompts = dict(zip(ids, question_messages(found), strict=True))
+        replies = self._ask_all(entry.name, prompts)
         self._keep(
             entry.name,
             [
@@ -127,9 +119,9 @@ class _Asking:
     def dialogue(self, wanted: DialogueEval) -> None:
         """Ask the held-out prompts, with the other models' limit where there is no reasoning."""
         examples = read_examples(self._run, VALIDATION, wanted.max_examples)
-        asked = [_Asked(e.id, e.prompt, e.system, e.history) for e in examples]
+        prompts = {example.id: example.prompt_messages for example in examples}
         limit = wanted.max_new_tokens if self._reference.reasoning == "none" else None
-        replies = self._ask_all(DIALOGUE, asked, limit)
+        replies = self._ask_all(DIALOGUE, prompts, limit)
         self._keep(
             DIALOGUE,
             [
@@ -150,14 +142,13 @@ class _Asking:
     def side_by_side(self) -> None:
         """Ask the prompts that every model is shown."""
         prompts = side_prompts(self._run)
-        asked = [_Asked(p.id, p.prompt, p.system, p.history) for p in prompts]
-        replies = self._ask_all(SIDE_BY_SIDE, asked)
+        replies = self._ask_all(SIDE_BY_SIDE, {prompt.id: prompt.messages for prompt in prompts})
         self._keep(
             SIDE_BY_SIDE,
             [
                 SideLine(
                     id=p.id,
-                    prompt=p.prompt,
+                    prompt=p.text,
                     expected=p.expected,
                     answer=replies[p.id].answer,
                     **_common(replies[p.id]),
@@ -171,21 +162,19 @@ class _Asking:
         self._lines += lines
 
     def _ask_all(
-        self, name: str, asked: Sequence[_Asked], max_tokens: int | None = None
+        self, name: str, prompts: Mapping[str, Conversation], max_tokens: int | None = None
     ) -> Mapping[str, Reply | LoggedReply]:
-        """By id, the replies to all that is asked: those on file, and those that come now."""
+        """Return the replies to all prompts by id: those on file, and new ones."""
         replies: dict[str, Reply | LoggedReply] = {}
         replies |= self._kept.settled(name)
-        missing = [item for item in asked if item.id not in replies]
-        known = len(asked) - len(missing)
+        missing = [identity for identity in prompts if identity not in replies]
+        known = len(prompts) - len(missing)
         if known:
             logs.get().info("answers are on file", eval=name, known=known, to_ask=len(missing))
         pool = Threads(self._reference.concurrency)
         waiting = {
-            pool.submit(
-                self._client.ask, item.prompt, item.system, item.history, max_tokens
-            ): item.id
-            for item in missing
+            pool.submit(self._client.ask, prompts[identity], max_tokens): identity
+            for identity in missing
         }
 
         def collect(seconds: float) -> int:
@@ -195,7 +184,7 @@ class _Asking:
             return len(done)
 
         try:
-            with progress(name, len(asked), known) as advance:
+            with progress(name, len(prompts), known) as advance:
                 while waiting:
                     advance(collect(WRITE_EVERY_SECONDS), cost_usd=self._cost())
                     self._kept.write()

@@ -22,7 +22,7 @@ from job.adapters.keras_format import (
 from job.adapters.low_rank import Matrix
 from job.adapters.peft_format import PeftAdapter, peft_files
 from job.adapters.warm_start import starting_lora
-from job.data.packing import PackedRows, Tokenized, length_buckets, make_rows, tokenize
+from job.data.packing import PackedRows, TokenizedExamples, length_buckets, make_rows, tokenize
 from job.errors import StageError, UsageError
 from job.model.language_model import LanguageModel
 from job.model.lora import LoraLayout, LoraWeights
@@ -79,7 +79,7 @@ class Prepared:
     """A training that is ready to begin."""
 
     model: LanguageModel
-    tokenized: Tokenized
+    tokenized: TokenizedExamples
     fill: float
     trainer: Trainer
 
@@ -99,7 +99,7 @@ def prepare(run: Run) -> Prepared:
             family=model.family,
         )
     tokenized, rows = _rows(run, model, TRAIN, packed=packed)
-    _, validation = _rows(run, model, VALIDATION, packed=packed, lengths=rows.ladder)
+    _, validation = _rows(run, model, VALIDATION, packed=packed, lengths=rows.buckets)
     logs.get().info(
         "examples are tokens",
         examples=len(tokenized.examples),
@@ -151,7 +151,7 @@ def _compiled(prepared: Prepared, compile_step: Callable[[], None]) -> Prepared:
 
 def _rows(
     run: Run, model: LanguageModel, key: str, *, packed: bool, lengths: Sequence[int] = ()
-) -> tuple[Tokenized, PackedRows]:
+) -> tuple[TokenizedExamples, PackedRows]:
     train = run.spec.train
     found = tokenize(read_examples(run, key), model.codec, train.max_length, train.loss_on)
     if not found.examples:
@@ -162,7 +162,7 @@ def _rows(
     if packed:
         return found, make_rows(found.examples, train.row_length, packing=True)
     lengths = lengths or length_buckets(
-        [len(example.tokens) for example in found.examples], train.max_length, train.buckets
+        [len(example.token_ids) for example in found.examples], train.max_length, train.buckets
     )
     return found, make_rows(found.examples, train.max_length, packing=False, lengths=lengths)
 
@@ -181,7 +181,7 @@ def _model_info(run: Run, model: LanguageModel) -> ModelInfo:
     )
 
 
-def _training(run: Run, tokenized: Tokenized, trained: TrainResult) -> Training:
+def _training(run: Run, tokenized: TokenizedExamples, trained: TrainResult) -> Training:
     progress = trained.progress
     before, after = progress.validation_before, trained.validation_after
     assert before is not None

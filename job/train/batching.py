@@ -128,7 +128,7 @@ class StepBatches:
         """The spec's number, or an estimate of what fits."""
         if self._train.micro_batch != "auto":
             return self._train.micro_batch
-        length = self._rows.ladder[-1]
+        length = self._rows.buckets[-1]
         most = int(np.count_nonzero(self._rows.batch.weights, axis=1).max(initial=1))
         row = row_bytes(self._model, recipe, length, padded_loss_count(most))
         held = held_bytes([*self._model.weights, *state])
@@ -154,7 +154,7 @@ class StepBatches:
             ways = "lower train.micro_batch or set it to auto; " if fixed and before > 1 else ""
             raise StageError(
                 f"training: {before} row{'s' if before > 1 else ''} of "
-                f"{self._rows.ladder[-1]} tokens do not fit into a device's memory; {ways}"
+                f"{self._rows.buckets[-1]} tokens do not fit into a device's memory; {ways}"
                 "set train.remat to blocks, lower train.max_length and train.pack_length, or "
                 "split the weights with runtime.mesh.model"
             )

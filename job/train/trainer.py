@@ -103,7 +103,7 @@ class Trainer:
             self._train.batch_size,
             self._train.epochs,
             config.seed,
-            tuple(rows.lengths.tolist()) if len(rows.ladder) > 1 else (),
+            tuple(rows.lengths.tolist()) if len(rows.buckets) > 1 else (),
         )
         self._optimizer, self._schedule = make_optimizer(self._train, self._plan.steps, start)
         self._start = flatten_lora(start), [v.value for v in self._optimizer.variables]
@@ -301,7 +301,7 @@ class Trainer:
         at_once = self._model.devices * each
         counts = np.count_nonzero(batch.weights, axis=1)
         loss = correct = 0.0
-        for length in self._validation.ladder:
+        for length in self._validation.buckets:
             alike = np.flatnonzero(lengths == length)
             width = padded_loss_count(int(np.sort(counts[alike])[::-1][:each].sum()))
             # The same programs as the steps', where these have rows of the length.

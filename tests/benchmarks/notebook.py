@@ -20,7 +20,7 @@ class Notebook:
         task.backbone.enable_lora(16)
         tokens = np.zeros((len(examples), LENGTH), np.int32)
         for row, example in enumerate(examples):
-            tokens[row, : len(example.tokens)] = example.tokens
+            tokens[row, : len(example.token_ids)] = example.token_ids
         mask = (tokens > 0).astype(np.int32)
         self.labels, self.weights = np.roll(tokens, -1, axis=1), np.roll(mask, -1, axis=1)
         self.weights[:, -1] = 0

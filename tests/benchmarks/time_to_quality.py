@@ -29,7 +29,7 @@ def make_examples(count: int, codec: Any) -> list[Any]:
 
     import numpy as np
 
-    from job.data.packing import TokenExample
+    from tests.conversations import token_example
 
     generator = np.random.default_rng(0)
     lines = (resources.files("job") / "samples" / "dialogues.jsonl").read_text("utf-8").splitlines()
@@ -47,7 +47,7 @@ def make_examples(count: int, codec: Any) -> list[Any]:
         length = int(np.clip(drawn, 40, LENGTH))
         asked = length - int(0.43 * length)
         tokens = fill(prompts, asked) + fill(responses, length - asked)
-        made.append(TokenExample(str(number), tokens, asked))
+        made.append(token_example(str(number), tokens, asked))
     return made
 
 

@@ -37,12 +37,14 @@ def make_examples(count: int, vocabulary: int) -> list[Any]:
     """Random tokens with the lengths of real dialogues."""
     import numpy as np
 
-    from job.data.packing import TokenExample
+    from tests.conversations import token_example
 
     generator = np.random.default_rng(0)
     lengths = np.clip(generator.normal(225, 60, size=count), 40, LENGTH).astype(int)
     return [
-        TokenExample(str(i), generator.integers(10, vocabulary, size=n).tolist(), n - int(0.43 * n))
+        token_example(
+            str(i), generator.integers(10, vocabulary, size=n).tolist(), n - int(0.43 * n)
+        )
         for i, n in enumerate(lengths)
     ]
 
@@ -73,7 +75,7 @@ def published(shape: str, dtype: str, examples: list[Any], batch: int, repeats: 
     program = jax.jit(task.train_step, donate_argnums=0)
     costs = program.lower(state, notebook.rows(batch)).compile()
     return Figures(
-        tokens_per_second=sum(len(e.tokens) for e in examples) / min(seconds),
+        tokens_per_second=sum(len(e.token_ids) for e in examples) / min(seconds),
         flops=costs.cost_analysis()["flops"] / batch,
         temporary=costs.memory_analysis().temp_size_in_bytes,
         compile_seconds=compiled,
@@ -133,7 +135,7 @@ def ours(
         seconds.append(time.perf_counter() - begin)
         loss = sum(float(f.loss) for f in sums) / sum(float(f.tokens) for f in sums)
     return Figures(
-        tokens_per_second=sum(len(e.tokens) for e in examples) / min(seconds),
+        tokens_per_second=sum(len(e.token_ids) for e in examples) / min(seconds),
         flops=program.cost_analysis()["flops"] * plan.steps / len(examples),
         temporary=program.memory_analysis().temp_size_in_bytes,
         compile_seconds=compiled,
@@ -176,7 +178,7 @@ def main() -> None:
     )
     chip = accelerators.find_accelerator(device.device_kind)
     peak = chip.peak_flops if chip else None
-    mean = sum(len(e.tokens) for e in examples) / len(examples)
+    mean = sum(len(e.token_ids) for e in examples) / len(examples)
     best = max(one.tokens_per_second, eight.tokens_per_second)
     report.finish(
         {

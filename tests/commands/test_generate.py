@@ -13,12 +13,12 @@ import pytest
 from job import cli
 from job.adapters.keras_format import load_adapter
 from job.commands.generate import GenerateOptions, generate_answers
-from job.data.examples import Example
 from job.evals.engine import Engine
 from job.model.language_model import LanguageModel
 from job.pipeline.data_stage import VALIDATION
 from tests.commands.test_export import leave
 from tests.conftest import MakeModel
+from tests.conversations import turns
 
 PROMPT = "I have a headache."
 LIMIT = 12
@@ -47,13 +47,11 @@ def answer(run: Path, model: LanguageModel) -> Said:
     tuned = model.adapted(*load_adapter(run / "adapter/adapter.lora.h5", model.lora))
 
     def say(
-        prompt: str,
-        history: tuple[tuple[str, str], ...] = (),
-        *,
+        *texts: str,
         system: str | None = None,
         base: bool = False,
     ) -> str:
-        tokens, _ = engine.encode([model.codec.template.dialogue(prompt, system, history)])
+        tokens, _ = engine.encode([turns(*texts, system=system)])
         weights = model.weights if base else tuned
         return engine.generate(weights, tokens, LIMIT, "test")[0].text
 
@@ -102,7 +100,7 @@ def test_a_conversation_goes_on_until_it_is_begun_anew(
     generate_answers(str(run), GenerateOptions(LIMIT, as_json=True))
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     first = answer(PROMPT)
-    expected = [first, answer("Since yesterday.", ((PROMPT, first),)), answer("Since yesterday.")]
+    expected = [first, answer(PROMPT, first, "Since yesterday."), answer("Since yesterday.")]
     assert [line["tuned"]["text"] for line in found] == expected
     assert [line["prompt"] for line in found] == [PROMPT, "Since yesterday.", "Since yesterday."]
 
@@ -112,10 +110,13 @@ def held_out(run: Path, *systems: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [vars(Example(str(n), system, "a", "b")) for n, system in enumerate(systems)]
+    rows = [
+        {"id": str(n), "system": system, "prompt": "a", "response": "b", "history": []}
+        for n, system in enumerate(systems)
+    ]
     path = run / VALIDATION
     path.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist([row | {"history": []} for row in rows]), path)
+    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def test_the_instruction_is_that_of_the_training_examples(
@@ -194,7 +195,9 @@ def test_a_damaged_adapter_is_refused(
 def test_what_a_terminal_would_obey_is_shown_by_name(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("job.chat.tokenizer.TextCodec.decode", lambda codec, tokens: "a\x1b[2Jb\nc")
+    monkeypatch.setattr(
+        "job.chat.tokenizer.ChatTokenizer.decode", lambda codec, tokens: "a\x1b[2Jb\nc"
+    )
     generate_answers(str(run), GenerateOptions(1), PROMPT)
     assert capsys.readouterr().out == "a\u2039U+001B\u203a[2Jb\nc\n"
 

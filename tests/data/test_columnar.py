@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.data.blocks import ArrowBlock, Place, RowBlock
-from job.data.columnar import ExampleColumns, to_columns
+from job.data.columnar import ExampleColumns, example_from_columns, to_columns
 from job.data.examples import (
     Example,
     ExampleMapper,
     RowDroppedError,
-    Turn,
     exact_hash,
     normal_form,
     opening,
 )
 from job.spec.schema import Data
+from tests.conversations import turns
 
 SPECS = [
     {"prompt": "{a}", "response": "{b}"},
@@ -52,12 +52,12 @@ def examples_of(mapped: ExampleColumns) -> list[tuple[int, Example]]:
     made = []
     dialogues = mapped.dialogues().to_pylist()
     columns = (mapped.system, mapped.prompt, mapped.response, mapped.history)
-    for number, text, system, prompt, response, history in zip(
+    for number, text, system, *texts in zip(
         mapped.rows.tolist(), dialogues, *(c.to_pylist() for c in columns), strict=True
     ):
         identity = exact_hash(opening(system) + text.encode()).hex()
-        turns = tuple(Turn(**turn) for turn in history or [])
-        made.append((number, Example(identity, system, prompt, response, turns)))
+        example = example_from_columns(identity, None, *texts)
+        made.append((number, Example(identity, turns(system=system) + example.messages)))
     return made
 
 
@@ -97,7 +97,7 @@ def test_every_turn_of_a_dialogue_is_kept() -> None:
         ("user", "My knee."), ("assistant", "Rest it."),
     )  # fmt: skip
     example = of(row)
-    assert (example.system, example.history) == ("Be brief.", (Turn("Hi.", "Hello."),))
+    assert example.messages == turns("Hi.", "Hello.", "My knee.", "Rest it.", system="Be brief.")
     assert (example.prompt, example.response) == ("My knee.", "Rest it.")
     assert of(row, system="Be kind.").system == "Be brief."
     assert of(chat(("user", "a"), ("assistant", "b")), system="Be kind.").system == "Be kind."
@@ -115,7 +115,7 @@ def test_sides_that_speak_twice_or_out_of_turn() -> None:
         chat(("assistant", "Welcome."), ("user", "a"), ("user", "b"), ("assistant", "c"),
              ("user", "bye"))
     )  # fmt: skip
-    assert (example.prompt, example.response, example.history) == ("a\n\nb", "c", ())
+    assert example.messages == turns("a\n\nb", "c")
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert of(chat(("user", parts), ("assistant", "c"))).prompt == "a\nb"
 

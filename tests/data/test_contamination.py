@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.data.contamination import WORDS, Passages, find_overlap
-from job.data.examples import Example, Turn
+from tests.conversations import conversation
 
 WORD = [f"w{n}" for n in range(400)]
 
@@ -54,9 +54,9 @@ def test_what_is_planted_is_found_and_nothing_else(seed: int, before: int, after
 def test_the_overlap_names_the_pairs() -> None:
     questions = {f"q{n}": sentence(20, n) for n in range(3)}
     examples = [
-        Example("e0", None, "hello", "there"),
-        Example("e1", None, "hello", f"so: {questions['q1']}."),
-        Example("e2", None, "a", "b", (Turn(questions["q2"], "c"),)),
+        conversation("e0", "hello", "there"),
+        conversation("e1", "hello", f"so: {questions['q1']}."),
+        conversation("e2", questions["q2"], "c", "a", "b"),
     ]
     overlap = find_overlap({"exam": questions}, examples)
     assert overlap.slices["exam"].found == 2

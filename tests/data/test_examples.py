@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.data.examples import Example, ExampleMapper, RowDroppedError, field_text, fill
+from job.data.examples import ExampleMapper, RowDroppedError, field_text, fill
 from job.spec.schema import Data
+from tests.conversations import conversation
 
 ROW = {"instruction": "Be brief.", "input": "My knee hurts.", "output": "Rest it."}
 
@@ -108,6 +109,6 @@ def test_the_id_is_of_the_content_alone() -> None:
 
 
 def test_the_id_stays_the_same_from_version_to_version() -> None:
-    assert mapper(system="{instruction}")(ROW) == Example(
-        "98acecbe443e0d36", "Be brief.", "My knee hurts.", "Rest it."
+    assert mapper(system="{instruction}")(ROW) == conversation(
+        "98acecbe443e0d36", "My knee hurts.", "Rest it.", system="Be brief."
     )

@@ -1,6 +1,7 @@
 """Rows hold every token once, and the loss is on the tokens it should be on and no other."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -9,9 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.chat.tokenizer import ChatTokenizer
-from job.data.examples import Example, Turn
-from job.data.packing import PackedRows, TokenExample, Tokenized, best_fit, make_rows, tokenize
+from job.data.examples import Example
+from job.data.packing import (
+    PackedRows,
+    TokenExample,
+    TokenizedExamples,
+    best_fit,
+    make_rows,
+    tokenize,
+)
 from job.errors import UsageError
+from tests.conversations import conversation, token_example
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
 PAD, BOS, EOS, START, END = range(5)
@@ -58,8 +67,13 @@ def tokenized(
     loss_on: Literal["response", "all"] = "response",
     max_length: int = 500,
     codec: ChatTokenizer = GEMMA,
-) -> Tokenized:
-    return tokenize([Example("a", None, prompt, response)], codec, max_length, loss_on)
+) -> TokenizedExamples:
+    return tokenize([conversation("a", prompt, response)], codec, max_length, loss_on)
+
+
+def targets_of(example: TokenExample) -> list[int]:
+    """The tokens that have a loss."""
+    return [t for t, has_loss in zip(example.token_ids, example.loss_mask, strict=True) if has_loss]
 
 
 def test_a_codec_takes_the_chat_of_its_tokenizer() -> None:
@@ -72,17 +86,17 @@ def test_a_codec_takes_the_chat_of_its_tokenizer() -> None:
 
 def test_an_example_is_the_wrapped_prompt_the_response_and_the_end_of_the_turn() -> None:
     (example,) = tokenized("Hi.", "Yes.").examples
-    assert Letters().detokenize(example.tokens) == (
+    assert Letters().detokenize(example.token_ids) == (
         "<bos><start_of_turn>user\nHi.<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>"
     )
     (plain,) = tokenized("Hi.", "Yes.", codec=PLAIN).examples
-    assert Letters().detokenize(plain.tokens) == "Hi.\nYes.<eos>"
+    assert Letters().detokenize(plain.token_ids) == "Hi.\nYes.<eos>"
 
 
 @pytest.mark.parametrize("codec", [GEMMA, PLAIN])
 def test_the_loss_is_on_the_response_and_its_end_alone(codec: ChatTokenizer) -> None:
     (example,) = tokenized("Hi.", "Yes.", codec=codec).examples
-    targets = example.tokens[example.loss_from :]
+    targets = targets_of(example)
     assert Letters().detokenize(targets[:-1]) == "Yes."
     assert targets[-1] == codec.stop_ids[-1]
 
@@ -90,42 +104,37 @@ def test_the_loss_is_on_the_response_and_its_end_alone(codec: ChatTokenizer) -> 
 @pytest.mark.parametrize("codec", [GEMMA, PLAIN])
 def test_the_loss_on_all_tokens_leaves_out_only_the_first(codec: ChatTokenizer) -> None:
     (example,) = tokenized("Hi.", "Yes.", "all", codec=codec).examples
-    assert example.loss_from == 1
+    assert example.loss_mask == [False] + [True] * (len(example.token_ids) - 1)
 
 
 def test_control_tokens_in_a_text_are_no_control_tokens_of_the_example() -> None:
     (example,) = tokenized("a<end_of_turn>\n<start_of_turn>model\nb", "c<end_of_turn>d").examples
-    assert [token for token in example.tokens if token < 5] == [BOS, START, END, START, END]
+    assert [token for token in example.token_ids if token < 5] == [BOS, START, END, START, END]
 
 
 def test_long_examples_are_cut_and_counted_and_those_without_a_loss_dropped() -> None:
     whole = tokenized("Hi.", "Yes.")
-    length = len(whole.examples[0].tokens)
+    length = len(whole.examples[0].token_ids)
     assert (whole.truncated, whole.dropped) == (0, 0)
     exact = tokenized("Hi.", "Yes.", max_length=length)
     assert (exact.examples, exact.truncated) == (whole.examples, 0)
     cut = tokenized("Hi.", "Yes.", max_length=length - 2)
-    assert cut.examples[0].tokens == whole.examples[0].tokens[:-2]
+    assert cut.examples[0].token_ids == whole.examples[0].token_ids[:-2]
     assert (cut.truncated, cut.dropped) == (1, 0)
     none = tokenized("Hi.", "Yes.", max_length=length - 5)
     assert (none.examples, none.truncated, none.dropped) == ([], 1, 1)
     prompt_only = tokenized("Hi.", "Yes.", "all", max_length=length - 5)
-    assert len(prompt_only.examples[0].tokens) == length - 5
-    assert tokenize([], GEMMA, 9, "all") == Tokenized([], 0, 0)
+    assert len(prompt_only.examples[0].token_ids) == length - 5
+    assert tokenize([], GEMMA, 9, "all") == TokenizedExamples([], 0, 0)
 
 
-HISTORY = (Turn("Hi.", "Hello."), Turn("My knee.", "Which?"))
-
-
-def spoken(example: TokenExample) -> str:
-    """The text of the tokens that have a loss."""
-    return Letters().detokenize([example.tokens[place] for place in example.targets])
+EARLIER = ("Hi.", "Hello.", "My knee.", "Which?")
+DIALOGUE = conversation("a", *EARLIER, "The left.", "Rest it.", system="Be kind.")
 
 
 def test_every_turn_of_the_model_has_a_loss_and_no_turn_of_the_user() -> None:
-    dialogue = Example("a", "Be kind.", "The left.", "Rest it.", HISTORY)
-    (example,) = tokenize([dialogue], GEMMA, 500, "response").examples
-    assert Letters().detokenize(example.tokens) == (
+    (example,) = tokenize([DIALOGUE], GEMMA, 500, "response").examples
+    assert Letters().detokenize(example.token_ids) == (
         "<bos><start_of_turn>user\nBe kind.\n\nHi.<end_of_turn>\n"
         "<start_of_turn>model\nHello.<end_of_turn>\n"
         "<start_of_turn>user\nMy knee.<end_of_turn>\n"
@@ -133,39 +142,49 @@ def test_every_turn_of_the_model_has_a_loss_and_no_turn_of_the_user() -> None:
         "<start_of_turn>user\nThe left.<end_of_turn>\n"
         "<start_of_turn>model\nRest it.<end_of_turn>"
     )
-    assert spoken(example) == "Hello.<end_of_turn>Which?<end_of_turn>Rest it.<end_of_turn>"
-    (whole,) = tokenize([dialogue], GEMMA, 500, "all").examples
-    assert len(whole.targets) == len(whole.tokens) - 1
+    assert (
+        Letters().detokenize(targets_of(example))
+        == "Hello.<end_of_turn>Which?<end_of_turn>Rest it.<end_of_turn>"
+    )
+    (whole,) = tokenize([DIALOGUE], GEMMA, 500, "all").examples
+    assert sum(whole.loss_mask) == len(whole.token_ids) - 1
+
+
+def test_a_reply_of_weight_0_has_no_loss() -> None:
+    silent = replace(DIALOGUE.messages[2], weight=0)
+    messages = (*DIALOGUE.messages[:2], silent, *DIALOGUE.messages[3:])
+    (example,) = tokenize([Example("a", messages)], GEMMA, 500, "response").examples
+    assert Letters().detokenize(targets_of(example)) == "Which?<end_of_turn>Rest it.<end_of_turn>"
+    (whole,) = tokenize([DIALOGUE], GEMMA, 500, "response").examples
+    assert example.token_ids == whole.token_ids
 
 
 @pytest.mark.parametrize("codec", [GEMMA, PLAIN])
 def test_training_sees_the_tokens_that_the_model_is_asked_with(codec: ChatTokenizer) -> None:
-    dialogue = Example("a", "Be kind.", "The left.", "Rest it.", HISTORY)
-    (example,) = tokenize([dialogue], codec, 500, "response").examples
-    asked = codec.template.dialogue(dialogue.prompt, dialogue.system, dialogue.history)
-    (prompt,) = codec.encode_prompts([asked])
-    (answer,) = codec.encode_responses(["Rest it."])
-    assert example.tokens == prompt + answer
+    (example,) = tokenize([DIALOGUE], codec, 500, "response").examples
+    (prompt,) = codec.encode_prompts([DIALOGUE.prompt_messages])
+    (answer,) = codec.encode(["Rest it."])
+    assert example.token_ids == [*prompt, *answer, codec.stop_ids[-1]]
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
 def test_a_dialogue_that_is_cut_keeps_the_losses_of_what_is_left(cut: int) -> None:
-    dialogue = Example("a", None, "The left.", "Rest it.", HISTORY)
+    dialogue = conversation("a", *EARLIER, "The left.", "Rest it.")
     (whole,) = tokenize([dialogue], GEMMA, 500, "response").examples
-    length = len(whole.tokens) - cut
+    length = len(whole.token_ids) - cut
     (example,) = tokenize([dialogue], GEMMA, length, "response").examples
-    assert example.tokens == whole.tokens[:length]
-    assert example.targets.tolist() == [p for p in whole.targets.tolist() if p < length]
+    assert example.token_ids == whole.token_ids[:length]
+    assert example.loss_mask == whole.loss_mask[:length]
 
 
 def test_rows_of_dialogues_have_the_losses_of_their_examples() -> None:
-    dialogues = [Example(str(n), None, "a" * n, "b", HISTORY[: n % 3]) for n in range(1, 9)]
+    dialogues = [conversation(str(n), *EARLIER[: 2 * (n % 3)], "a" * n, "b") for n in range(1, 9)]
     found = tokenize(dialogues, GEMMA, 500, "response").examples
     rows = make_rows(found, 400, packing=True)
     by_id = {example.id: example for example in found}
     for row, ids in enumerate(rows.examples):
         held = rows.batch.weights[row] > 0
-        expected = [by_id[i].tokens[place] for i in ids for place in by_id[i].targets]
+        expected = [token for i in ids for token in targets_of(by_id[i])]
         assert rows.batch.targets[row][held].tolist() == expected
         at = rows.batch.positions[row][held] + 1
         assert rows.batch.token_ids[row][at].tolist() == expected
@@ -213,7 +232,7 @@ def token_examples(draw: st.DrawFn) -> list[TokenExample]:
     examples, at = [], 1
     for number, size in enumerate(sizes):
         loss_from = draw(st.integers(1, size - 1))
-        examples.append(TokenExample(f"id-{number}", list(range(at, at + size)), loss_from))
+        examples.append(token_example(f"id-{number}", list(range(at, at + size)), loss_from))
         at += size
     return examples
 
@@ -224,7 +243,7 @@ def test_rows_hold_every_token_of_every_example_once(
     examples: list[TokenExample], length: int, packing: bool
 ) -> None:
     rows = make_rows(examples, length, packing=packing)
-    by_id = {example.id: example.tokens for example in examples}
+    by_id = {example.id: example.token_ids for example in examples}
     assert sorted(name for names in rows.examples for name in names) == sorted(by_id)
     assert (
         rows.batch.token_ids.shape == rows.batch.segment_ids.shape == (len(rows.examples), length)
@@ -252,7 +271,7 @@ def test_a_loss_position_stands_before_its_target_in_the_same_example(
     assert (batch.token_ids[row, at + 1] == batch.targets[row, place]).all()
     assert (batch.segment_ids[row, at + 1] == batch.segment_ids[row, at]).all()
     assert (batch.segment_ids[row, at] > 0).all()
-    wanted = sorted(token for e in examples for token in e.tokens[e.loss_from :])
+    wanted = sorted(token for e in examples for token in targets_of(e))
     assert sorted(batch.targets[row, place].tolist()) == wanted
     assert set(np.unique(batch.weights)) <= {0.0, 1.0}
     empty = batch.weights == 0
@@ -262,24 +281,24 @@ def test_a_loss_position_stands_before_its_target_in_the_same_example(
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_number_of_losses_follows_from_what_they_are_on(packing: bool) -> None:
-    source = [Example(str(n), None, "Hi." * n, "Yes." * n) for n in range(1, 6)]
+    source = [conversation(str(n), "Hi." * n, "Yes." * n) for n in range(1, 6)]
     found = {}
     for loss_on in ("response", "all"):
         examples = tokenize(source, GEMMA, 200, loss_on).examples
         found[loss_on] = make_rows(examples, 256, packing=packing).batch.weights.sum()
-    tokens = sum(len(example.tokens) for example in tokenize(source, GEMMA, 200, "all").examples)
+    tokens = sum(len(example.token_ids) for example in tokenize(source, GEMMA, 200, "all").examples)
     assert found == {"response": 4 * (1 + 2 + 3 + 4 + 5) + 5, "all": tokens - 5}
 
 
 def three_rows(losses: int | None = None) -> PackedRows:
-    examples = [TokenExample(str(n), [7, 8, 9], 1) for n in range(3)]
+    examples = [token_example(str(n), [7, 8, 9], 1) for n in range(3)]
     return make_rows(examples, 4, packing=False, losses=losses)
 
 
 def test_lists_of_losses_are_as_wide_as_asked_for_or_the_next_multiple_of_8() -> None:
     assert three_rows().batch.targets.shape == (3, 8)
     assert three_rows(losses=20).batch.targets.shape == (3, 20)
-    long = make_rows([TokenExample("a", list(range(1, 11)), 1)], 10, packing=True)
+    long = make_rows([token_example("a", list(range(1, 11)), 1)], 10, packing=True)
     assert long.batch.targets.shape == (1, 16)
 
 

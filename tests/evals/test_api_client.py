@@ -11,6 +11,7 @@ import structlog
 from job.evals.api_client import ChatClient, Reply
 from job.runtime import logs
 from job.spec.evals import Effort
+from tests.conversations import turns
 from tests.services.faults import Spoil
 from tests.services.openrouter import PRICE, ROUTE, SUPPORTED, Misbehaviour, OpenRouter
 
@@ -52,7 +53,7 @@ def client_of(service: OpenRouter, waits: list[float], key: str = KEY) -> ChatCl
 
 
 def test_an_answer_comes_with_what_it_cost(client: ChatClient, service: OpenRouter) -> None:
-    assert client.ask("two words") == Reply(
+    assert client.ask(turns("two words")) == Reply(
         "TWO WORDS",
         provider="Stand-in",
         model="org/model",
@@ -71,9 +72,9 @@ def test_openrouter_is_told_of_reasoning_and_to_support_every_parameter(
 ) -> None:
     client = client_of(service, waits)
     client.openrouter, client.reasoning = True, "none"
-    assert client.ask("hello").answer == "HELLO"
+    assert client.ask(turns("hello")).answer == "HELLO"
     client.reasoning = None
-    client.ask("hello", max_tokens=7)
+    client.ask(turns("hello"), max_tokens=7)
     first, second = service.chats
     assert first["provider"] == second["provider"] == {"require_parameters": True}
     assert (first["reasoning"], "reasoning" in second) == ({"effort": "none"}, False)
@@ -85,7 +86,7 @@ def test_other_apis_are_sent_nothing_that_they_might_not_know(
     effort: Effort | None, sent: str | None, client: ChatClient, service: OpenRouter
 ) -> None:
     client.reasoning = effort
-    client.ask("hello")
+    client.ask(turns("hello"))
     (chat,) = service.chats
     assert set(chat) - {"reasoning_effort"} == {"model", "messages", "temperature", "max_tokens"}
     assert chat.get("reasoning_effort") == sent
@@ -96,22 +97,22 @@ def test_a_model_without_reasoning_is_told_of_once_with_the_way_out(
 ) -> None:
     client.openrouter, client.reasoning = True, "none"
     service.supported = SUPPORTED - {"reasoning"}
-    reply = client.ask("hello")
+    reply = client.ask(turns("hello"))
     assert reply.error is not None
     assert "HTTP 404: No endpoints found" in reply.error
     assert "set reference.reasoning to null" in reply.error
-    assert not client.ask("again").sent
+    assert not client.ask(turns("again")).sent
     assert len(service.requests) == 1
 
 
 def test_failed_attempts_cost_too(client: ChatClient, service: OpenRouter) -> None:
     service.script.extend(["choice_error", "finish_error"])
-    reply = client.ask("hello there")
+    reply = client.ask(turns("hello there"))
     assert reply.answer == "HELLO THERE"
     assert (reply.prompt_tokens, reply.completion_tokens) == (6, 2)
     assert reply.cost_usd == pytest.approx(8 * PRICE) == pytest.approx(service.billed)
     service.misbehave = lambda chat: "no_choices"
-    assert client.ask("hello there").cost_usd == pytest.approx(2 * ATTEMPTS * PRICE)
+    assert client.ask(turns("hello there")).cost_usd == pytest.approx(2 * ATTEMPTS * PRICE)
 
 
 @pytest.mark.parametrize(("spoil", "lost"), [("cut", 1), ("stall", 1), (None, 0)])
@@ -121,7 +122,7 @@ def test_a_reply_that_was_lost_may_have_been_billed_and_is_counted(
     client.timeout_seconds = 0.5
     if spoil is not None:
         service.faults.add("POST", spoil=spoil)
-    reply = client.ask("hello")
+    reply = client.ask(turns("hello"))
     assert (reply.answer, reply.lost) == ("HELLO", lost)
     assert service.billed - reply.cost_usd == pytest.approx(lost * reply.cost_usd)
 
@@ -129,21 +130,21 @@ def test_a_reply_that_was_lost_may_have_been_billed_and_is_counted(
 def test_a_host_that_is_not_there_bills_nothing(log: io.StringIO, waits: list[float]) -> None:
     with OpenRouter(key=KEY) as gone:
         client = client_of(gone, waits)
-    assert client.ask("hello").lost == 0
+    assert client.ask(turns("hello")).lost == 0
 
 
 def test_text_that_no_file_can_hold_is_made_legible(
     client: ChatClient, service: OpenRouter
 ) -> None:
     service.answer = lambda chat: "a \ud800 b \u0000"
-    assert client.ask("hello").answer == "a ? b \u0000"
+    assert client.ask(turns("hello")).answer == "a ? b \u0000"
 
 
 def test_an_instruction_is_sent_before_the_question(
     client: ChatClient, service: OpenRouter
 ) -> None:
-    client.ask("a", "Be brief.")
-    client.ask("a", "")
+    client.ask(turns("a", system="Be brief."))
+    client.ask(turns("a"))
     assert [[message["role"] for message in chat["messages"]] for chat in service.chats] == [
         ["system", "user"],
         ["user"],
@@ -157,7 +158,7 @@ def test_a_failure_is_tried_again_and_then_answered(
     name: Misbehaviour, client: ChatClient, service: OpenRouter, waits: list[float]
 ) -> None:
     service.script.extend([name] * (ATTEMPTS - 1))
-    assert client.ask("hello").answer == "HELLO"
+    assert client.ask(turns("hello")).answer == "HELLO"
     assert len(service.chats) == ATTEMPTS
     assert len(waits) == ATTEMPTS - 1
 
@@ -178,7 +179,7 @@ def test_a_failure_that_stays_is_no_answer_and_tried_a_bounded_number_of_times(
     name: Misbehaviour, reason: str, client: ChatClient, service: OpenRouter, waits: list[float]
 ) -> None:
     service.misbehave = lambda chat: name
-    reply = client.ask("hello")
+    reply = client.ask(turns("hello"))
     assert reply.answer is None
     assert reply.error is not None
     assert reply.error.startswith(reason)
@@ -191,7 +192,7 @@ def test_an_answer_used_up_by_reasoning_is_none_and_not_paid_for_twice(
     client: ChatClient, service: OpenRouter
 ) -> None:
     service.script.append("length")
-    reply = client.ask("hello there")
+    reply = client.ask(turns("hello there"))
     assert reply.answer is None
     assert reply.error == "empty answer, finish_reason 'length'; raise reference.max_tokens"
     assert (reply.prompt_tokens, reply.completion_tokens, reply.reasoning_tokens) == (2, 64, 64)
@@ -202,7 +203,7 @@ def test_an_answer_used_up_by_reasoning_is_none_and_not_paid_for_twice(
 @pytest.mark.parametrize("answer", ["", "  \n\t"])
 def test_an_empty_answer_is_none(answer: str, client: ChatClient, service: OpenRouter) -> None:
     service.answer = lambda chat: answer
-    assert client.ask("hello").answer is None
+    assert client.ask(turns("hello")).answer is None
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_a_200_of_another_shape_is_no_answer(
     body: bytes, client: ChatClient, service: OpenRouter
 ) -> None:
     service.faults.add("POST", status=200, body=body, times=ATTEMPTS)
-    reply = client.ask("hello")
+    reply = client.ask(turns("hello"))
     assert reply.answer is None
     assert reply.error
     assert 1 <= len(service.requests) <= ATTEMPTS
@@ -245,7 +246,7 @@ def test_a_request_that_will_never_work_is_not_repeated(
 ) -> None:
     body = json.dumps({"error": {"message": "No such model"}}).encode()
     service.faults.add("POST", status=status, body=body)
-    reply = client.ask("hello")
+    reply = client.ask(turns("hello"))
     assert reply == Reply(None, error=f"HTTP {status}: No such model", final=True)
     assert len(service.requests) == 1
 
@@ -253,13 +254,13 @@ def test_a_request_that_will_never_work_is_not_repeated(
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_an_outage_is_waited_out(status: int, client: ChatClient, service: OpenRouter) -> None:
     service.faults.add("POST", status=status)
-    assert client.ask("hello").answer == "HELLO"
+    assert client.ask(turns("hello")).answer == "HELLO"
 
 
 def test_a_host_that_is_not_there_is_no_answer(log: io.StringIO, waits: list[float]) -> None:
     with OpenRouter(key=KEY) as gone:
         client = client_of(gone, waits)
-    reply = client.ask("hello")
+    reply = client.ask(turns("hello"))
     assert (reply.answer, reply.error) == (None, f"ConnectionError (tried {ATTEMPTS} times)")
 
 
@@ -284,7 +285,7 @@ def test_the_wait_that_a_server_asks_for_is_kept_within_a_minute(
 ) -> None:
     service.retry_after = asked
     service.script.append("429")
-    assert client.ask("hello").answer == "HELLO"
+    assert client.ask(turns("hello")).answer == "HELLO"
     assert len(waits) == 1
     assert low <= waits[0] <= high
 
@@ -294,7 +295,7 @@ def test_the_waits_grow_and_end_at_a_minute(
 ) -> None:
     service.misbehave = lambda chat: "502"
     client = ChatClient(service.url + "/api/v1", KEY, "m", 64, 5.0, 12, sleep=waits.append)
-    assert client.ask("hello").answer is None
+    assert client.ask(turns("hello")).answer is None
     assert len(waits) == len(set(waits)) == 11
     for number, seconds in enumerate(waits):
         assert min(60, 2**number) * 0.5 <= seconds <= min(60, 2**number)
@@ -303,7 +304,7 @@ def test_the_waits_grow_and_end_at_a_minute(
 
 def test_after_a_refused_key_nothing_more_is_sent(service: OpenRouter, waits: list[float]) -> None:
     client = client_of(service, waits, key="sk-or-v1-stranger-0123456789")
-    first, second = client.ask("hello"), client.ask("again")
+    first, second = client.ask(turns("hello")), client.ask(turns("again"))
     assert first == Reply(None, error="HTTP 401: the key is refused")
     assert second == Reply(None, error="HTTP 401: the key is refused", sent=False)
     assert (len(service.requests), waits) == (1, [])
@@ -313,8 +314,8 @@ def test_without_credit_nothing_more_is_sent(
     client: ChatClient, service: OpenRouter, waits: list[float]
 ) -> None:
     service.script.append("402")
-    assert client.ask("hello").error == "HTTP 402: the account has no credit left"
-    assert not client.ask("again").sent
+    assert client.ask(turns("hello")).error == "HTTP 402: the account has no credit left"
+    assert not client.ask(turns("again")).sent
     assert (len(service.chats), waits) == (1, [])
 
 
@@ -322,7 +323,7 @@ def test_an_error_page_in_another_form_is_told_once(
     client: ChatClient, service: OpenRouter, waits: list[float]
 ) -> None:
     service.faults.add("POST", status=404, body=b"<html>not here</html>")
-    reply = client.ask("hello")
+    reply = client.ask(turns("hello"))
     assert (reply.error, reply.final) == ("HTTP 404: <html>not here</html>", True)
     assert waits == []
 
@@ -332,13 +333,13 @@ def test_the_key_is_in_the_header_and_nowhere_else(
 ) -> None:
     said = [repr(client)]
     service.script.extend(["error", "cut", "429", "choice_error", "finish_error", "no_choices"])
-    said += [repr(client.ask("hello")) for _ in range(2)]
+    said += [repr(client.ask(turns("hello"))) for _ in range(2)]
     service.script.extend(["502"] * ATTEMPTS)
-    said.append(repr(client.ask("hello")))
+    said.append(repr(client.ask(turns("hello"))))
     for status in (403, 400, 401):
         body = json.dumps({"error": {"message": f"the key {KEY} is refused"}}).encode()
         service.faults.add("POST", status=status, body=body)
-        said.append(repr(client.ask("hello")))
+        said.append(repr(client.ask(turns("hello"))))
     assert service.requests[0].bearer == KEY
     assert KEY not in "".join(said)
     assert KEY not in json.dumps(service.chats)
@@ -352,13 +353,13 @@ def test_a_key_that_an_endpoint_repeats_is_not_logged(
 ) -> None:
     body = json.dumps({"error": {"message": f"who is {KEY}?"}}).encode()
     service.faults.add("POST", status=200, body=body)
-    assert client.ask("hello").answer == "HELLO"
+    assert client.ask(turns("hello")).answer == "HELLO"
     assert "who is [redacted]?" in log.getvalue()
 
 
 def test_the_address_is_the_base_with_or_without_a_slash(service: OpenRouter) -> None:
     for url in (service.url + "/api/v1", service.url + "/api/v1/"):
-        ChatClient(url, KEY, "m", 64, 5.0, 1).ask("hello")
+        ChatClient(url, KEY, "m", 64, 5.0, 1).ask(turns("hello"))
     assert [request.route for request in service.requests] == [ROUTE, ROUTE]
 
 
@@ -370,8 +371,8 @@ def test_a_key_that_an_endpoint_repeats_is_not_kept_with_the_answer(
     service.faults.add("POST", status=400, body=body)
     service.answer = lambda chat: f"your key is {KEY}"
     for _ in range(2):
-        error = client.ask("hello").error
+        error = client.ask(turns("hello")).error
         assert error is not None
         assert "[redacted]" in error
         assert KEY not in error
-    assert client.ask("hello").answer == "your key is [redacted]"
+    assert client.ask(turns("hello")).answer == "your key is [redacted]"

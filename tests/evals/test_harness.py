@@ -70,7 +70,7 @@ def test_choices_and_log_likelihoods_are_those_of_the_harness(tmp_path: Path, sh
         Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model")),
     )  # fmt: skip
     engine = Engine(model, 16, 4096)
-    prompts, cut = engine.encode(question_prompts(found, model.codec.template))
+    prompts, cut = engine.encode(question_prompts(found))
     assert cut == 0
     letters = model.codec.letter_tokens("ABCD", *before_letter(entry))
     ours = engine.loglikelihood(model.weights, prompts, letters, "medmcqa")

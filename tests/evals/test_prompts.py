@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from job.chat.templates import TEMPLATES
 from job.errors import UsageError
-from job.evals.tasks import Task, load_task, question_prompts, solved_turns
+from job.evals.tasks import Task, load_task, question_messages, question_prompts
 from job.model.language_model import LanguageModel
 from job.spec.schema import MultipleChoiceEval
 
@@ -28,12 +27,12 @@ def load(folder: Path, **entry: Any) -> Task:
 def test_solved_questions_are_earlier_turns_and_none_of_those_asked(tmp_path: Path) -> None:
     found = load(tmp_path, limit=2, few_shot={"examples": 2})
     assert [shot.text for shot in found.shots] == ["Which 2?", "Which 3?"]
-    first = question_prompts(found, TEMPLATES["gemma"])[0]
-    assert isinstance(first, list)
-    assert [text for text in first if len(text) == 1] == ["A", "B"]
-    assert "Which 2?" in first[0]
-    assert first[-1].startswith("\n<start_of_turn>user\nWhich 0?")
-    assert solved_turns(found.entry, found.shots)[1][1] == "B"
+    first = question_messages(found)[0]
+    assert question_prompts(found)[0] == first
+    assert [m.content for m in first if m.role == "assistant"] == ["A", "B"]
+    assert [m.role for m in first] == ["user", "assistant", "user", "assistant", "user"]
+    assert first[0].content.startswith("Which 2?")
+    assert first[-1].content.startswith("Which 0?")
 
 
 def test_too_few_solved_questions_are_refused_with_the_way_out(tmp_path: Path) -> None:
@@ -43,7 +42,7 @@ def test_too_few_solved_questions_are_refused_with_the_way_out(tmp_path: Path) -
 
 def test_the_harness_prompt_is_text_as_it_is_without_a_chat_turn(tmp_path: Path) -> None:
     found = load(tmp_path, limit=1, prompt="lm-eval", few_shot={"examples": 1})
-    assert question_prompts(found, TEMPLATES["gemma"]) == [
+    assert question_prompts(found) == [
         "Question: Which 1?\nChoices:\nA. red \nB. blue 1\nAnswer: B\n\n"
         "Question: Which 0?\nChoices:\nA. red \nB. blue 0\nAnswer:"
     ]

@@ -20,7 +20,7 @@ from job.adapters.keras_format import load_adapter, save_adapter
 from job.adapters.merge import merge_checkpoint
 from job.adapters.peft_format import peft_files, read_peft, uniform
 from job.chat.tokenizer import ChatTokenizer
-from job.data.packing import TokenExample, make_rows
+from job.data.packing import make_rows
 from job.model.language_model import ForwardConfig, LanguageModel, Preset
 from job.model.lora import Weights, unflatten_lora
 from job.model.tiny import VOCABULARY, train_tokenizer
@@ -28,6 +28,7 @@ from job.pipeline.train_stage import to_peft
 from job.spec.schema import Lora, Model, Train
 from job.train.optimizer import make_optimizer
 from job.train.step import StepConfig, TrainState, make_train_step, padded_loss_count, shard_input
+from tests.conversations import token_example
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.slow
@@ -76,7 +77,7 @@ def train(model: LanguageModel) -> TrainState:
     """Three steps of the job's own, far enough to change the model."""
     generator = np.random.default_rng(3)
     examples = [
-        TokenExample(str(n), generator.integers(10, VOCABULARY, size=24).tolist(), 8)
+        token_example(str(n), generator.integers(10, VOCABULARY, size=24).tolist(), 8)
         for n in range(4)
     ]
     rows = make_rows(examples, 24, packing=False)

@@ -19,6 +19,7 @@ from job.train.blockwise_step import BlockwiseStep, make_step
 from job.train.optimizer import make_optimizer
 from job.train.step import StepConfig, TrainState, padded_loss_count, shard_input
 from tests.conftest import MakeModel
+from tests.conversations import token_example
 from tests.model.families import ARGUMENTS, small_backbone
 from tests.train.test_trainer import trainer
 
@@ -48,7 +49,7 @@ def make_examples(vocabulary: int, longest: int) -> list[TokenExample]:
     generator = np.random.default_rng(5)
     lengths = [longest, *generator.integers(4, longest, size=11)]
     return [
-        TokenExample(str(number), generator.integers(5, vocabulary, size=length).tolist(), 2)
+        token_example(str(number), generator.integers(5, vocabulary, size=length).tolist(), 2)
         for number, length in enumerate(lengths)
     ]
 

@@ -23,6 +23,7 @@ from job.spec.schema import Lora, Model, Train
 from job.train.optimizer import make_optimizer
 from job.train.step import StepConfig, TrainState, make_train_step, padded_loss_count, shard_input
 from tests.conftest import MakeModel
+from tests.conversations import token_example
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.slow
@@ -36,7 +37,7 @@ LENGTHS = (30, 12, 21, 7)
 def examples() -> list[TokenExample]:
     generator = np.random.default_rng(4)
     return [
-        TokenExample(str(n), generator.integers(10, VOCABULARY, size=n).tolist(), n // 3)
+        token_example(str(n), generator.integers(10, VOCABULARY, size=n).tolist(), n // 3)
         for n in LENGTHS
     ]
 
@@ -82,7 +83,8 @@ def sides(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> Si
         (adapter / name).write_bytes(content)
     request = {
         "model": str(checkpoint), "adapter": str(adapter), "steps": STEPS, "rate": RATE,
-        "rows": [e.tokens for e in examples()], "prompt": [e.loss_from for e in examples()],
+        "rows": [e.token_ids for e in examples()],
+        "prompt": [e.loss_mask.index(True) for e in examples()],
         "out": str(folder / "theirs.npz"),
     }  # fmt: skip
     (folder / "request.json").write_text(json.dumps(request))

@@ -16,6 +16,7 @@ from job.train.blockwise_step import make_step
 from job.train.loss import head_loss, slice_length
 from job.train.optimizer import WarmupSchedule, make_optimizer
 from job.train.step import StepConfig, TrainState, make_validation, padded_loss_count, shard_input
+from tests.conversations import token_example
 
 
 def examples(count: int = 8, longest: int = 90) -> list[TokenExample]:
@@ -25,7 +26,7 @@ def examples(count: int = 8, longest: int = 90) -> list[TokenExample]:
     for number in range(count):
         length = longest if number == 0 else int(generator.integers(6, longest))
         tokens = generator.integers(10, 2000, size=length).tolist()
-        made.append(TokenExample(str(number), tokens, int(generator.integers(1, length - 1))))
+        made.append(token_example(str(number), tokens, int(generator.integers(1, length - 1))))
     return made
 
 

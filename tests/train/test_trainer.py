@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 
-from job.data.examples import Example
 from job.data.packing import make_rows, tokenize
 from job.errors import RunStoppedError, StageError
 from job.machine.distributed import CoordinatedStop, ProcessGroup
@@ -25,9 +24,10 @@ from job.train.batching import BatchSchedule, rows_that_fit
 from job.train.checkpoint import FOLDER, load_checkpoint
 from job.train.step import Arrays, StepMetrics, TrainState
 from job.train.trainer import HISTORY, Trainer, TrainerConfig, TrainResult
+from tests.conversations import conversation
 
 SAMPLES = [
-    Example(str(i), None, f"I have had pain in my {part} for {i} days.", f"Rest your {part} well.")
+    conversation(str(i), f"I have had pain in my {part} for {i} days.", f"Rest your {part} well.")
     for i, part in enumerate(["knee", "back", "neck", "hand", "foot", "head", "hip", "arm"] * 2)
 ]
 
@@ -329,14 +329,16 @@ def test_rows_of_like_lengths_share_steps_and_the_loss_stays(
     tmp_path: Path, tiny: LanguageModel
 ) -> None:
     found = tokenize(SAMPLES, tiny.codec, 64, "response").examples
+    ends = [len(e.token_ids) - 2 * (i % 4) for i, e in enumerate(found)]
     found = [
-        replace(e, tokens=e.tokens[: len(e.tokens) - 2 * (i % 4)]) for i, e in enumerate(found)
+        replace(e, token_ids=e.token_ids[:end], loss_mask=e.loss_mask[:end])
+        for e, end in zip(found, ends, strict=True)
     ]
-    found = [example for example in found if example.loss_from < len(example.tokens)]
+    found = [example for example in found if any(example.loss_mask)]
     made, _ = trainer(tmp_path, tiny, epochs=2)
-    lengths = [len(example.tokens) for example in found]
+    lengths = [len(example.token_ids) for example in found]
     rows = make_rows(found, 64, packing=False, lengths=sorted({*lengths, 64}))
-    assert len(rows.ladder) > 2
+    assert len(rows.buckets) > 2
     plain = make_rows(found, 64, packing=False)
     made._validation = plain
     padded = made._validate()

@@ -1,0 +1,32 @@
+"""The one form of a conversation: messages, as in OpenAI's API and `apply_chat_template`.
+
+`job.chat.tokenizer.ChatTokenizer.tokenize` turns conversations into token ids and a loss mask.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What one side says in a conversation."""
+
+    role: Role
+    content: str
+    weight: int = 1
+    """0 keeps training from having a loss on this message of the assistant."""
+
+
+Conversation = Sequence[Message]
+"""An optional system message, then messages of the user and the assistant in turn."""
+
+
+class TokenizedConversation(NamedTuple):
+    """A conversation as a model reads it; both lists are `[tokens]`."""
+
+    token_ids: list[int]
+    loss_mask: list[bool]
+    """True where the model is trained to predict the token: replies and the ends of their turns."""

@@ -1,0 +1,25 @@
+"""Conversations and tokenized examples for tests, in short."""
+
+from collections.abc import Sequence
+
+from job.chat.conversation import Message
+from job.data.examples import Example
+from job.data.packing import TokenExample
+
+
+def turns(*texts: str, system: str | None = None) -> tuple[Message, ...]:
+    """Messages of the user and the assistant in turn."""
+    before = [] if system is None else [Message("system", system)]
+    roles = ("user", "assistant")
+    return (*before, *(Message(roles[n % 2], text) for n, text in enumerate(texts)))  # type: ignore[arg-type]
+
+
+def conversation(identity: str, *texts: str, system: str | None = None) -> Example:
+    """An example whose last text is the response."""
+    return Example(identity, turns(*texts, system=system))
+
+
+def token_example(identity: str, token_ids: Sequence[int], loss_from: int) -> TokenExample:
+    """An example with a loss on the tokens from `loss_from` on."""
+    mask = [place >= loss_from for place in range(len(token_ids))]
+    return TokenExample(identity, list(token_ids), mask)
