@@ -1,5 +1,5 @@
-# The job as an image; docker/README.md says how it is built and run.
-# Both builders take it: no frontend from a registry, no mounts, no heredocs.
+# The image of the job. docker/README.md describes how to build and run it.
+# It works with BuildKit and the classic builder: no registry frontend, no mounts, no heredocs.
 ARG BASE_IMAGE=debian:trixie-slim
 
 FROM ${BASE_IMAGE} AS base
@@ -8,7 +8,7 @@ RUN { command -v tini && python3 -c "import ensurepip"; } >/dev/null || { \
       apt-get install -y --no-install-recommends ca-certificates python3-venv tini && \
       rm -rf /var/lib/apt/lists/*; \
     }
-# Certificate authorities of the system, where a private one may be among them.
+# Use the system's certificate authorities, which may include private ones.
 ENV SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \
     REQUESTS_CA_BUNDLE=/etc/ssl/certs/ca-certificates.crt
 
@@ -21,7 +21,7 @@ RUN python3 -m venv tools && \
     pip install --quiet --no-cache-dir --require-hashes ${UV_DEFAULT_INDEX:+--index-url "$UV_DEFAULT_INDEX"} \
       -r requirements-build.lock && \
     uv venv --quiet --python /usr/bin/python3 /opt/job
-# What all images share first, so that a second image is quickly made.
+# Install the packages that all images share first, so a second image builds faster.
 COPY docker/requirements-cpu.lock ./
 RUN uv pip sync --quiet --python /opt/job --require-hashes --compile-bytecode \
       --build-constraints requirements-build.lock requirements-cpu.lock
@@ -31,7 +31,7 @@ RUN uv pip sync --quiet --python /opt/job --require-hashes --compile-bytecode \
       --build-constraints requirements-build.lock requirements-${EXTRA}.lock && \
     find /opt/job -type d -name tests -prune -exec rm -r {} + && \
     rm -f /opt/job/.lock
-# Apart from what it needs: a change of the code is a layer of its own, and a small one.
+# The code is a small layer of its own, separate from its dependencies.
 COPY pyproject.toml README.md LICENSE ./
 COPY job job/
 RUN uv pip install --quiet --python /opt/job --prefix /build/job-only --no-deps --compile-bytecode \
@@ -58,5 +58,5 @@ LABEL org.opencontainers.image.title="job" \
 USER job
 WORKDIR /work
 HEALTHCHECK --interval=30s --timeout=5s --start-period=5m CMD ["healthcheck"]
-# Signals are blocked until Python listens to them, so that none is lost; tini sends them on.
+# Block signals until Python handles them, so that none is lost. tini forwards them.
 ENTRYPOINT ["tini", "-g", "--", "env", "--block-signal=TERM,INT", "entrypoint"]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Known vulnerabilities of the locked packages, by pip-audit: exit code 1 where there are any.
+# Check the locked packages for known vulnerabilities with pip-audit. Exit with 1 if there are any.
 #
-# Where its source of vulnerabilities cannot be reached, it says so, and finds nothing.
+# If the vulnerability database cannot be reached, print SKIPPED and exit with 0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,14 +19,14 @@ report, errors = (Path(name).read_text() for name in sys.argv[1:])
 packages = json.loads(report)["dependencies"] if report.strip() else []
 audited = [package for package in packages if "vulns" in package]
 if not audited:
-    reason = "it knows none of the packages" if packages else errors.strip().splitlines()[-1]
-    sys.exit(print(f"skipped: the source of vulnerabilities cannot be reached ({reason})"))
-found = [
+    reason = "it has none of the packages" if packages else errors.strip().splitlines()[-1]
+    sys.exit(print(f"SKIPPED: cannot reach the vulnerability database ({reason})"))
+vulnerable = [
     f"{package['name']} {package['version']}: {vulnerability['id']}, "
     f"fixed in {', '.join(vulnerability['fix_versions']) or 'no version yet'}"
     for package in audited
     for vulnerability in package["vulns"]
 ]
 print(f"{len(audited)} of {len(packages)} packages audited")
-sys.exit("\n".join(found) or 0)
+sys.exit("\n".join(vulnerable) or 0)
 END

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A base image from Debian's packages, for where no image registry can be reached.
+# Make a base image from Debian packages, for machines that cannot reach an image registry.
 #
-#   docker/base-image.sh [TAG]    job-base:trixie by default; then BASE_IMAGE=TAG docker/build.sh cpu
+#   docker/base-image.sh [TAG]    default tag: job-base:trixie; then run BASE_IMAGE=TAG docker/build.sh cpu
 #
-# It holds what the Dockerfile would install, and the extra certificate authorities of this machine
-# (/usr/local/share/ca-certificates). DEBIAN_MIRROR names another mirror. Needs root.
+# The image has the Debian packages that the Dockerfile would install, and this machine's extra
+# certificate authorities (/usr/local/share/ca-certificates). DEBIAN_MIRROR sets the mirror. Needs root.
 set -euo pipefail
 
 tag=${1:-job-base:trixie}
@@ -14,7 +14,7 @@ tag=${1:-job-base:trixie}
 }
 if ! command -v debootstrap >/dev/null &&
   ! DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends debootstrap >/dev/null 2>&1; then
-  echo "debootstrap is not here, and apt-get cannot install it" >&2
+  echo "debootstrap is not installed, and apt-get cannot install it" >&2
   exit 3
 fi
 
@@ -33,7 +33,7 @@ if [ -e "${certificates[0]}" ]; then
   cp "${certificates[@]}" "$root/usr/local/share/ca-certificates/"
   chroot "$root" update-ca-certificates >/dev/null 2>&1
 fi
-# Caches, and what nobody reads in a container.
+# Remove caches and files that a container does not need.
 rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/* \
   "$root"/usr/share/{doc,info,locale,man}/*
 tar -C "$root" -c . | docker import --change 'CMD ["bash"]' - "$tag" >/dev/null

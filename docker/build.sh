@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build an image: docker/build.sh [cpu|tpu|cuda] [--tag NAME ...]; docker/README.md has the variables.
+# Build an image: docker/build.sh [cpu|tpu|cuda] [--tag NAME ...]. docker/README.md lists the variables.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -8,7 +8,7 @@ extra=${1:-cpu}
 case $extra in
   cpu | tpu | cuda) ;;
   *)
-    echo "there is no image '$extra': write cpu, tpu or cuda" >&2
+    echo "unknown image '$extra'; write cpu, tpu or cuda" >&2
     exit 2
     ;;
 esac

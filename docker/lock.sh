@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The Python packages of the images, with versions and hashes, from pyproject.toml's ranges.
+# Lock the images' Python packages: versions and hashes that match the ranges in pyproject.toml.
 #
-#   docker/lock.sh [UV OPTION ...]    bring the lock files up to date; --upgrade takes the newest
-#   docker/lock.sh --check            exit code 1 where they do not fit pyproject.toml any more
+#   docker/lock.sh [UV OPTION ...]    update the lock files; --upgrade takes the newest versions
+#   docker/lock.sh --check            exit with 1 if they no longer match pyproject.toml
 #
-# What is locked stays as it is while it fits. The files hold no addresses.
+# A locked version that still matches stays the same. The files have no index URLs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,10 +35,10 @@ if ! $check; then
   cp "$new"/requirements-*.lock docker/
   exit
 fi
-for wanted in "$new"/*.lock; do
-  locked=docker/${wanted##*/}
-  if ! diff -U 0 --label "$locked" --label wanted "$locked" "$wanted" >&2; then
-    echo "$locked does not fit pyproject.toml any more: run docker/lock.sh" >&2
+for expected in "$new"/*.lock; do
+  locked=docker/${expected##*/}
+  if ! diff -U 0 --label "$locked" --label expected "$locked" "$expected" >&2; then
+    echo "$locked no longer matches pyproject.toml; run docker/lock.sh" >&2
     exit 1
   fi
 done

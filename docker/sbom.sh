@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The bill of materials of an image: its Python and Debian packages, as CycloneDX JSON on stdout.
+# Print an image's bill of materials: its Python and Debian packages, as CycloneDX JSON.
 #
-#   docker/sbom.sh [IMAGE]    job:cpu by default
+#   docker/sbom.sh [IMAGE]    default: job:cpu
 set -euo pipefail
 
 image=${1:-job:cpu}
@@ -15,16 +15,16 @@ from importlib.metadata import distributions
 image, digest = sys.argv[1:]
 
 
-def component(kind, name, version, purl, licence=None):
-    found = {"type": kind, "bom-ref": purl, "name": name, "version": version, "purl": purl}
-    return found | ({"licenses": [{"license": {"name": licence}}]} if licence else {})
+def component(kind, name, version, purl, license=None):
+    entry = {"type": kind, "bom-ref": purl, "name": name, "version": version, "purl": purl}
+    return entry | ({"licenses": [{"license": {"name": license}}]} if license else {})
 
 
 components = []
 for package in distributions():
     name, version = package.metadata["Name"].lower().replace("_", "-"), package.version
-    licence = package.metadata.get("License-Expression")
-    components.append(component("library", name, version, f"pkg:pypi/{name}@{version}", licence))
+    license = package.metadata.get("License-Expression")
+    components.append(component("library", name, version, f"pkg:pypi/{name}@{version}", license))
 listed = subprocess.run(
     ["dpkg-query", "--show", "--showformat=${Package} ${Version} ${Architecture}\n"],
     capture_output=True, text=True, check=True,
@@ -38,7 +38,7 @@ bill = {
     "specVersion": "1.6",
     "version": 1,
     "metadata": {"component": {"type": "container", "name": image, "version": digest}},
-    "components": sorted(components, key=lambda found: found["bom-ref"]),
+    "components": sorted(components, key=lambda entry: entry["bom-ref"]),
 }
 print(json.dumps(bill, indent=1))
 EOF

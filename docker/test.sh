@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Build the CPU and the TPU image without an image registry, and test them: tests/test_container.py.
+# Build the CPU and TPU images without an image registry, and run tests/test_container.py on them.
 #
-# Without a Docker daemon, and where none can be installed, it says so and tests nothing.
+# Without a Docker daemon, it prints SKIPPED and exits with 77.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if ! started=$(docker/daemon.sh); then
-  echo "the images are not tested here"
-  exit 0
+  echo "SKIPPED: there is no Docker daemon, so the image tests did not run"
+  exit 77
 fi
-# Only what was started here is ended here, and waited for: the next daemon needs its place.
+# Stop only a daemon that this script started. Wait for it, because the next one uses the same socket.
 [ -z "$started" ] ||
   trap 'kill "$started"; while kill -0 "$started" 2>/dev/null; do sleep 0.2; done' EXIT
 
@@ -21,6 +21,6 @@ fi
 for extra in cpu tpu; do
   begin=$SECONDS
   docker/build.sh "$extra" --quiet
-  echo "job:$extra is built: $((SECONDS - begin)) s"
+  echo "built job:$extra in $((SECONDS - begin)) s"
 done
 uv run pytest -m docker -n 0 -rP --durations 0 tests/test_container.py

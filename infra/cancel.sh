@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Stops a run and deletes its machine; returns when it is gone. What the run has kept stays in the
-# bucket, and submitting the same spec again goes on from there.
+# Stop a run and delete its machine. The script returns once the machine is gone. The run's outputs
+# stay in the bucket. Submit the same spec again to resume the run.
 #
 # Usage: infra/cancel.sh RUN [--dry-run]
 
@@ -13,27 +13,27 @@ source "$INFRA/watch.sh"
 
 main() {
   common_flags "${BASH_SOURCE[0]}" "$@"
-  take_run cancel.sh "${ARGUMENTS[@]}"
+  parse_run cancel.sh "${ARGUMENTS[@]}"
   echo cancel >"$WORK/cancel"
   if [[ -n $DRY_RUN ]]; then
-    change storage cp "$WORK/cancel" "$(run_folder)/marks/cancel-1"
+    gcloud_write storage cp "$WORK/cancel" "$(run_folder)/marks/cancel-1"
     use_provisioner "$PROVISIONER"
     vm_delete "${ZONES%% *}"
     exit 0
   fi
   read_state || no_such_run
   if [[ ${STATE[phase]} == ended ]]; then
-    say "$RUN has ended: ${STATE[reason]}"
+    log "$RUN has ended: ${STATE[reason]}"
     exit 0
   fi
-  change storage cp "$WORK/cancel" "$(run_folder)/marks/cancel-${STATE[submission]}" \
-    || stop_at "cannot cancel $RUN"
-  say "$RUN: cancelling"
-  trap 'let_go; exit 130' INT TERM
-  take_over
+  gcloud_write storage cp "$WORK/cancel" "$(run_folder)/marks/cancel-${STATE[submission]}" \
+    || gcloud_fail "cannot cancel $RUN"
+  log "$RUN: cancelling"
+  trap 'release_lease; exit 130' INT TERM
+  acquire_lease
   use_provisioner "${STATE[provisioner]}"
   watch_to_end || [[ ${STATE[outcome]} == cancelled ]]
 }
 
-# The whole script is read before it begins, so that an update of this folder does not disturb it.
+# Bash reads the full script before main starts, so a checkout can be updated while it runs.
 main "$@"; exit

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Downloads the results of a run and checks every checksum, with `job fetch`.
+# Download the results of a run with `job fetch`, which verifies every checksum.
 #
 # Usage: infra/fetch.sh RUN DIR [--dry-run]
 
@@ -10,19 +10,19 @@ source "$INFRA/state.sh"
 
 main() {
   common_flags "${BASH_SOURCE[0]}" "$@"
-  ((${#ARGUMENTS[@]} == 2)) || misuse "fetch.sh: name a run and a folder; see infra/fetch.sh --help"
+  ((${#ARGUMENTS[@]} == 2)) || usage_error "fetch.sh: expected a run and a folder; see infra/fetch.sh --help"
   folder=${ARGUMENTS[1]}
-  take_run fetch.sh "${ARGUMENTS[0]}"
+  parse_run fetch.sh "${ARGUMENTS[0]}"
   if [[ -n $DRY_RUN ]]; then
     printf '+ job fetch %q %q\n' "$OUTPUT/$RUN" "$folder"
     exit 0
   fi
   read_state || no_such_run
   if [[ ${STATE[phase]} != ended ]]; then
-    say "$RUN has not ended (${STATE[phase]}); what is whole is fetched"
+    log "$RUN has not ended (phase ${STATE[phase]}); fetching the complete files"
   fi
   job fetch "${STATE[run_uri]}" "$folder"
 }
 
-# The whole script is read before it begins, so that an update of this folder does not disturb it.
+# Bash reads the full script before main starts, so a checkout can be updated while it runs.
 main "$@"; exit

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What the scripts of this folder share: settings, messages, gcloud with its errors told apart,
-# and small helpers. The state of a run is in state.sh, the machines in vm_queued.sh and
-# vm_gce.sh. To be sourced; it does nothing by itself but set up.
+# Shared code for the scripts in this folder: settings, messages, gcloud calls with classified
+# errors, and small helpers. state.sh has the state of a run. vm_queued.sh and vm_gce.sh have the
+# machines. Source this file; it only sets up variables and functions.
 
-# Variables are shared by the files of this folder.
+# The scripts in this folder share variables.
 # shellcheck disable=SC2034,SC2154
 
 set -euo pipefail
@@ -14,10 +14,10 @@ WORK=$(mktemp -d "${TMPDIR:-/tmp}/job-infra.XXXXXX")
 DRY_RUN=${DRY_RUN:-}
 trap 'rm -rf -- "$WORK"' EXIT
 
-say() { printf '%s  %s\n' "$(date -u +%H:%M:%S)" "$*" >&2; }
+log() { printf '%s  %s\n' "$(date -u +%H:%M:%S)" "$*" >&2; }
 
-# Ends with exit code 2 (arguments, settings, spec) or 3 (the environment), those of `job`.
-misuse() { # MESSAGE
+# Exit with 2 (bad argument, setting or spec) or 3 (bad environment). `job` uses the same codes.
+usage_error() { # MESSAGE
   printf 'error: %s\n' "$1" >&2
   exit 2
 }
@@ -27,12 +27,12 @@ fail() { # MESSAGE
   exit 3
 }
 
-# Prints a script's opening comment as its help: the lines up to the first that is none.
+# Print the comment at the top of a script as its help text.
 show_help() { # FILE
   sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$1"
 }
 
-# Settings: a flag, then the environment, then the file, then what is written here.
+# Settings, in order of precedence: flags, environment variables, the settings file, defaults.
 SETTINGS=(PROJECT REGION ZONES MACHINE PROVISIONER SPOT BUCKET OUTPUT REPOSITORY IMAGE
   SERVICE_ACCOUNT SECRETS SELF_DELETE WAIT_SECONDS MAX_RUN_SECONDS MAX_ATTEMPTS BACKOFF_SECONDS
   POLL_SECONDS LEASE_SECONDS SETTLE_SECONDS NETWORK SUBNETWORK BOOT_DISK_GB CONTAINER_FLAGS)
@@ -40,7 +40,7 @@ SETTINGS=(PROJECT REGION ZONES MACHINE PROVISIONER SPOT BUCKET OUTPUT REPOSITORY
 load_settings() {
   local file=${INFRA_CONFIG:-$INFRA/config.env} line key value number=0
   if [[ -n ${INFRA_CONFIG:-} && ! -r $file ]]; then
-    misuse "INFRA_CONFIG=$file cannot be read"
+    usage_error "INFRA_CONFIG=$file cannot be read"
   fi
   if [[ -r $file ]]; then
     while IFS= read -r line || [[ -n $line ]]; do
@@ -48,7 +48,7 @@ load_settings() {
       [[ $line =~ ^[[:space:]]*(#|$) ]] && continue
       key=${line%%=*} value=${line#*=}
       if [[ $line != *=* || " ${SETTINGS[*]} " != *" $key "* ]]; then
-        misuse "$file:$number: '$line' is no setting; write NAME=value with a name of config.env.example"
+        usage_error "$file:$number: '$line' is not a setting; write NAME=value with a name from config.env.example"
       fi
       if [[ $value =~ ^\"(.*)\"$ || $value =~ ^\'(.*)\'$ ]]; then value=${BASH_REMATCH[1]}; fi
       [[ -n ${!key:-} ]] || printf -v "$key" %s "$value"
@@ -81,19 +81,19 @@ first_region() { # ZONES
 check_settings() {
   local key
   for key in WAIT_SECONDS MAX_RUN_SECONDS MAX_ATTEMPTS LEASE_SECONDS BOOT_DISK_GB; do
-    [[ ${!key} =~ ^[1-9][0-9]*$ ]] || misuse "$key='${!key}': write a whole number above 0"
+    [[ ${!key} =~ ^[1-9][0-9]*$ ]] || usage_error "$key='${!key}': write an integer above 0"
   done
   for key in BACKOFF_SECONDS POLL_SECONDS SETTLE_SECONDS; do
-    [[ ${!key} =~ ^[0-9]+(\.[0-9]+)?$ ]] || misuse "$key='${!key}': write a number of seconds"
+    [[ ${!key} =~ ^[0-9]+(\.[0-9]+)?$ ]] || usage_error "$key='${!key}': write a number of seconds"
   done
   for key in SPOT SELF_DELETE; do
-    [[ ${!key} =~ ^(yes|no)$ ]] || misuse "$key='${!key}': write yes or no"
+    [[ ${!key} =~ ^(yes|no)$ ]] || usage_error "$key='${!key}': write yes or no"
   done
   for key in $ZONES; do
-    [[ $key =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || misuse \
-      "ZONES: '$key' is no zone; write zones like us-west4-a, separated by spaces"
+    [[ $key =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || usage_error \
+      "ZONES: '$key' is not a zone; write zones like us-west4-a, separated by spaces"
   done
-  [[ -r $INFRA/vm_$PROVISIONER.sh ]] || misuse \
+  [[ -r $INFRA/vm_$PROVISIONER.sh ]] || usage_error \
     "PROVISIONER='$PROVISIONER': write queued (queued resources) or gce (Compute Engine)"
 }
 
@@ -102,7 +102,7 @@ use_provisioner() { # NAME
   source "$INFRA/vm_$1.sh"
 }
 
-# Splits off the flags that every script has; what is left is in ARGUMENTS.
+# Handle the flags that all scripts share. The other arguments go to ARGUMENTS.
 common_flags() { # FILE ARGUMENT...
   local file=$1
   shift
@@ -118,7 +118,7 @@ common_flags() { # FILE ARGUMENT...
 }
 
 refuse_flag() { # SCRIPT ARGUMENT
-  misuse "$1: '$2' is not understood; see infra/$1 --help"
+  usage_error "$1: unknown argument '$2'; see infra/$1 --help"
 }
 
 need_gcloud() {
@@ -126,7 +126,7 @@ need_gcloud() {
     "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
 }
 
-# The job's own command, from this checkout unless JOB names another.
+# Run the `job` command of this checkout, or the command in JOB.
 job() {
   local command
   read -ra command <<<"${JOB:-uv run --quiet --project $ROOT job}"
@@ -135,7 +135,7 @@ job() {
   "${command[@]}" "$@"
 }
 
-# Values of a JSON file by their paths, like 0.machine_type: a line each, empty where null.
+# Print values from a JSON file, one per line. A path looks like 0.machine_type. Null prints an empty line.
 json_values() { # FILE PATH...
   python3 -c '
 import json, sys
@@ -154,71 +154,73 @@ print_command() { # COMMAND...
   printf '\n'
 }
 
-# Runs gcloud. Its output is in ANSWER (to the byte in $WORK/answer); if it failed, what it said is in PROBLEM, in one line,
-# and the kind of the failure in KIND. In a dry run a question is neither asked nor printed and
-# counts as answered by nothing (SHOW_READS=yes prints it); a change is printed as it would be run.
-ANSWER='' PROBLEM='' KIND='' SHOW_READS=''
-ask() {
+# gcloud_read runs a gcloud command that changes nothing. RESULT holds its output, and $WORK/stdout
+# holds it byte for byte. On failure, ERROR holds the message on one line and ERROR_KIND its class.
+# A dry run skips the command, prints it only if SHOW_READS=yes, and returns 1.
+#
+# gcloud_write runs a gcloud command that changes something. A dry run prints it instead.
+RESULT='' ERROR='' ERROR_KIND='' SHOW_READS=''
+gcloud_read() {
   local status=0
-  ANSWER='' PROBLEM='' KIND=ok
+  RESULT='' ERROR='' ERROR_KIND=ok
   if [[ -n $DRY_RUN ]]; then
     [[ -z $SHOW_READS ]] || print_command gcloud "$@"
     return 1
   fi
-  timeout "${GCLOUD_TIMEOUT:-120}" gcloud "$@" >"$WORK/answer" 2>"$WORK/stderr" || status=$?
-  ANSWER=$(<"$WORK/answer")
+  timeout "${GCLOUD_TIMEOUT:-120}" gcloud "$@" >"$WORK/stdout" 2>"$WORK/stderr" || status=$?
+  RESULT=$(<"$WORK/stdout")
   ((status == 0)) || explain "$status"
   return "$status"
 }
 
-change() {
+gcloud_write() {
   if [[ -n $DRY_RUN ]]; then
     print_command gcloud "$@"
-    ANSWER='' PROBLEM='' KIND=ok
+    RESULT='' ERROR='' ERROR_KIND=ok
     return 0
   fi
-  ask "$@"
+  gcloud_read "$@"
 }
 
-# Sets PROBLEM and KIND from what gcloud wrote: missing, exists, conflict (a precondition),
-# quota, capacity, denied, login, invalid, or unclear, where the call may have taken effect.
+# Set ERROR and ERROR_KIND from the stderr of gcloud. Kinds: missing, exists, conflict (a failed
+# precondition), quota, capacity, denied, login, invalid, and unclear (the call may have succeeded).
 explain() { # STATUS
   local text
   text=$(grep -v '^WARNING' "$WORK/stderr" | tr -s '\n\t ' ' ' \
     | sed 's/ This command is authenticated .*//; s/^ERROR: //' | cut -c1-600)
-  PROBLEM=${text:-gcloud ended with status $1}
+  ERROR=${text:-gcloud exited with status $1}
   if (($1 == 124)); then
-    KIND=unclear PROBLEM="gcloud gave no answer within ${GCLOUD_TIMEOUT:-120} s"
+    ERROR_KIND=unclear ERROR="gcloud did not respond within ${GCLOUD_TIMEOUT:-120} s"
     return
   fi
   case ${text,,} in
-    *"per minute"* | *rate_limit* | *ratelimit* | *"rate limit"*) KIND=unclear ;;
-    *quota*) KIND=quota ;;
+    *"per minute"* | *rate_limit* | *ratelimit* | *"rate limit"*) ERROR_KIND=unclear ;;
+    *quota*) ERROR_KIND=quota ;;
     *resource_exhausted* | *"no more capacity"* | *resource_pool_exhausted* | *stockout* | \
-      *"not have enough resources"* | *"currently unavailable"*) KIND=capacity ;;
-    *already_exists* | *"already exists"* | *"already own it"* | *alreadyexists*) KIND=exists ;;
-    *precondition* | *pre-condition* | *"error 412"*) KIND=conflict ;;
-    *not_found* | *"not found"* | *"error 404"* | *"matched no objects"* | *"does not exist"*) KIND=missing ;;
+      *"not have enough resources"* | *"currently unavailable"*) ERROR_KIND=capacity ;;
+    *already_exists* | *"already exists"* | *"already own it"* | *alreadyexists*) ERROR_KIND=exists ;;
+    *precondition* | *pre-condition* | *"error 412"*) ERROR_KIND=conflict ;;
+    *not_found* | *"not found"* | *"error 404"* | *"matched no objects"* | *"does not exist"*) ERROR_KIND=missing ;;
     *unauthenticated* | *"reauthentication"* | *"error 401"* | *"credential"* | \
-      *"active account"* | *"gcloud auth login"*) KIND=login ;;
-    *permission_denied* | *"does not have permission"* | *"error 403"* | *"permission "*) KIND=denied ;;
-    *invalid_argument* | *"error 400"* | *"invalid value"* | *unrecognized*) KIND=invalid ;;
-    *) KIND=unclear ;;
+      *"active account"* | *"gcloud auth login"*) ERROR_KIND=login ;;
+    *permission_denied* | *"does not have permission"* | *"error 403"* | *"permission "*) ERROR_KIND=denied ;;
+    *invalid_argument* | *"error 400"* | *"invalid value"* | *unrecognized*) ERROR_KIND=invalid ;;
+    *) ERROR_KIND=unclear ;;
   esac
 }
 
-# Ends the script over a gcloud failure, in one line.
-stop_at() { # WHAT
+# Exit after a gcloud failure, with a one-line message.
+gcloud_fail() { # WHAT
   local hint=''
-  case $KIND in
+  case $ERROR_KIND in
     login) hint='; run: gcloud auth login' ;;
-    denied) hint='; ask for the roles that infra/README.md lists' ;;
+    denied) hint='; you need the roles listed in infra/README.md' ;;
   esac
-  fail "$1: $PROBLEM$hint"
+  fail "$1: $ERROR$hint"
 }
 
-# A name for the machine and the labels of a run: what Google Cloud takes of the run id, and a
-# digest, for the run of another bucket may have the same id.
+# Print the name of a run's machine, also used as its label: the run id in the characters Google
+# Cloud allows, plus a digest, because a run in another bucket may have the same id.
 machine_name() { # RUN
   local name=${1,,}
   name=${name//[^a-z0-9-]/-}
@@ -234,20 +236,20 @@ secret_name() { # VARIABLE
 
 now() { date +%s; }
 
-# The one argument of a script, a run: RUN and the NAME of its machine.
-take_run() { # SCRIPT ARGUMENT...
+# Parse the only argument of a script, a run. Set RUN and NAME, the name of its machine.
+parse_run() { # SCRIPT ARGUMENT...
   local script=$1
   shift
   [[ ${1:-} != -* ]] || refuse_flag "$script" "$1"
-  (($# == 1)) || misuse "$script: name one run; see infra/$script --help"
+  (($# == 1)) || usage_error "$script: expected one run; see infra/$script --help"
   RUN=${1##*/}
-  [[ $RUN =~ ^[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?$ ]] || misuse \
-    "$script: '$1' is no run; infra/status.sh lists them"
+  [[ $RUN =~ ^[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?$ ]] || usage_error \
+    "$script: '$1' is not a run id; infra/status.sh lists the runs"
   load_settings
   NAME=$(machine_name "$RUN")
   need_gcloud
 }
 
 no_such_run() {
-  misuse "there is no run '$RUN' in $CONTROL; infra/status.sh lists them"
+  usage_error "there is no run '$RUN' in $CONTROL; infra/status.sh lists the runs"
 }

@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Prints what a run's job has written, as its machine ships it to the bucket.
+# Print the log of a run's job. The machine uploads the log to the bucket every few seconds.
 #
 # Usage: infra/logs.sh RUN [--follow] [--attempt N] [--worker N] [--dry-run]
 #
-#   --follow    goes on until the run has ended, over all its machines
-#   --attempt   the log of an earlier machine; by default the newest
-#   --worker    the host of a slice, from 0
+#   --follow    keep printing until the run ends, across replaced machines
+#   --attempt   print the log of this attempt (machine); default: the latest
+#   --worker    print the log of this host of a slice; default: 0
 
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 # shellcheck source=state.sh
 source "$INFRA/state.sh"
 
-# Prints what an attempt's log has beyond what was shown. A last line that is half written comes
-# the next time, unless all there is was asked for.
+# Print the part of an attempt's log that was not printed yet. "lines" leaves an incomplete last
+# line for the next call, "all" prints it too.
 shown=0
-show_more() { # ATTEMPT whole|lines
-  if ! ask storage cat "$(run_folder)/logs/$1-$worker.log" "--range=$shown-"; then
-    [[ $KIND == missing || $PROBLEM == *416* || $PROBLEM == *ange* ]] || stop_at "cannot read the log"
+show_more() { # ATTEMPT all|lines
+  if ! gcloud_read storage cat "$(run_folder)/logs/$1-$worker.log" "--range=$shown-"; then
+    [[ $ERROR_KIND == missing || $ERROR == *416* || $ERROR == *ange* ]] || gcloud_fail "cannot read the log"
     return 0
   fi
-  if [[ $2 == lines && $(tail -c 1 "$WORK/answer" | wc -l) == 0 ]]; then
-    sed -i '$d' "$WORK/answer"
+  if [[ $2 == lines && $(tail -c 1 "$WORK/stdout" | wc -l) == 0 ]]; then
+    sed -i '$d' "$WORK/stdout"
   fi
-  cat "$WORK/answer"
-  shown=$((shown + $(stat -c %s "$WORK/answer")))
+  cat "$WORK/stdout"
+  shown=$((shown + $(stat -c %s "$WORK/stdout")))
 }
 
 main() {
@@ -36,7 +36,7 @@ main() {
     case $1 in
       --follow) follow=yes ;;
       --attempt | --worker)
-        [[ ${2:-} =~ ^[0-9]+$ ]] || misuse "logs.sh: $1 needs a number"
+        [[ ${2:-} =~ ^[0-9]+$ ]] || usage_error "logs.sh: $1 needs a number"
         if [[ $1 == --attempt ]]; then attempt=$2; else worker=$2; fi
         shift
         ;;
@@ -44,28 +44,28 @@ main() {
     esac
     shift
   done
-  take_run logs.sh "${rest[@]}"
+  parse_run logs.sh "${rest[@]}"
   if [[ -n $DRY_RUN ]]; then
-    ask storage cat "$(run_folder)/logs/${attempt:-1}-$worker.log" || exit 0
+    gcloud_read storage cat "$(run_folder)/logs/${attempt:-1}-$worker.log" || exit 0
   fi
   read_state || no_such_run
   if [[ -z $follow ]]; then
-    show_more "${attempt:-${STATE[attempt]}}" whole
-    [[ $KIND != missing ]] || misuse "there is no such log of $RUN yet; see infra/status.sh $RUN"
+    show_more "${attempt:-${STATE[attempt]}}" all
+    [[ $ERROR_KIND != missing ]] || usage_error "$RUN has no such log yet; see infra/status.sh $RUN"
     exit 0
   fi
   showing=${attempt:-${STATE[attempt]}}
   while [[ ${STATE[phase]} != ended ]]; do
     if [[ -z $attempt && ${STATE[attempt]} != "$showing" ]]; then
-      show_more "$showing" whole
+      show_more "$showing" all
       showing=${STATE[attempt]} shown=0
     fi
     show_more "$showing" lines
     sleep "$POLL_SECONDS"
     read_state || no_such_run
   done
-  show_more "$showing" whole
+  show_more "$showing" all
 }
 
-# The whole script is read before it begins, so that an update of this folder does not disturb it.
+# Bash reads the full script before main starts, so a checkout can be updated while it runs.
 main "$@"; exit

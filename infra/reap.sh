@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Finds machines of this bucket's runs that are left over, by their label, in all zones and from
-# both provisioners, and deletes them: those whose run has ended or is unknown, that are in another
-# zone than their run is, or that are over their run's time without a watcher.
+# Delete leftover machines of this bucket's runs, in all zones and for both provisioners. Machines
+# are matched by label. A machine is leftover if its run has ended or is unknown, if its run has
+# moved to another zone, or if it is past the maximum run time and has no watcher.
 #
 # Usage: infra/reap.sh [--all] [--dry-run]
 #
-#   --all       every machine that was ordered for this bucket, at work or not; the runs are
-#               cancelled, so that no watcher orders another
-#   --dry-run   prints what would be deleted
+#   --all       delete every machine created for this bucket, busy or not, and cancel the runs,
+#               so no watcher creates another machine
+#   --dry-run   print what would be deleted
 
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -16,20 +16,20 @@ source "$INFRA/state.sh"
 # shellcheck source=watch.sh
 source "$INFRA/watch.sh"
 
-# Why a machine is left over, or nothing.
-why_left() { # ZONE
+# Print why a machine is leftover, or nothing if it is not.
+leftover_reason() { # ZONE
   if [[ -n $all ]]; then
-    echo "all are to go"
+    echo "deleting all machines"
   elif ! read_state; then
     echo "its run is unknown"
   elif [[ ${STATE[phase]} == ended ]]; then
     echo "its run has ended (${STATE[outcome]})"
   elif ((STATE[expires] > $(now))); then
-    return # its watcher sees to it
+    return # it has a watcher
   elif [[ $(current_zone) != "$1" || $(machine_name "$RUN") != "$NAME" ]]; then
-    echo "its run is elsewhere"
-  elif [[ -n ${STATE[started]} ]] && is_over "$((STATE[started] + STATE[max_run_seconds]))"; then
-    echo "it is over its maximum run time"
+    echo "its run is in another zone"
+  elif [[ -n ${STATE[started]} ]] && is_past "$((STATE[started] + STATE[max_run_seconds]))"; then
+    echo "it is past the maximum run time"
   fi
 }
 
@@ -44,41 +44,41 @@ main() {
     esac
     shift
   done
-  dry=$DRY_RUN DRY_RUN='' # looking around changes nothing
+  dry=$DRY_RUN DRY_RUN='' # a dry run still lists machines
   load_settings
   need_gcloud
 
-  found=0 left=0
+  matched=0 failed=0
   for provisioner in queued gce; do
     use_provisioner "$provisioner"
-    vm_list || stop_at "cannot list machines"
-    machines=$ANSWER
+    vm_list || gcloud_fail "cannot list machines"
+    machines=$RESULT
     while read -r zone NAME state folder; do
       [[ -n $zone ]] || continue
       if [[ $folder != "$CONTROL/"* ]]; then
-        say "$NAME in $zone ($state) belongs to ${folder:-nobody}, not to $CONTROL; left alone"
+        log "$NAME in $zone ($state) belongs to ${folder:-no run}, not to $CONTROL; not deleted"
         continue
       fi
-      RUN=${folder##*/} found=$((found + 1))
-      why=$(why_left "$zone")
+      RUN=${folder##*/} matched=$((matched + 1))
+      why=$(leftover_reason "$zone")
       if [[ -z $why ]]; then
-        say "$NAME in $zone ($state) is at work for $RUN; watch it: infra/supervise.sh $RUN"
+        log "$NAME in $zone ($state) is in use by $RUN; to watch it, run infra/supervise.sh $RUN"
         continue
       fi
-      say "$NAME in $zone ($state): $why"
+      log "$NAME in $zone ($state): $why"
       DRY_RUN=$dry
       if [[ -n $all ]] && read_state && [[ ${STATE[phase]} != ended ]]; then
         echo cancel >"$WORK/cancel"
-        change storage cp "$WORK/cancel" "$(run_folder)/marks/cancel-${STATE[submission]}" \
-          || stop_at "cannot cancel $RUN"
+        gcloud_write storage cp "$WORK/cancel" "$(run_folder)/marks/cancel-${STATE[submission]}" \
+          || gcloud_fail "cannot cancel $RUN"
       fi
-      vm_delete "$zone" || { say "$NAME could not be deleted: $PROBLEM" && left=$((left + 1)); }
+      vm_delete "$zone" || { log "cannot delete $NAME: $ERROR" && failed=$((failed + 1)); }
       DRY_RUN=''
     done <<<"$machines"
   done
-  say "$found found, $left could not be deleted"
-  ((left == 0)) || exit 3
+  log "$matched machines of $CONTROL, $failed failed to delete"
+  ((failed == 0)) || exit 3
 }
 
-# The whole script is read before it begins, so that an update of this folder does not disturb it.
+# Bash reads the full script before main starts, so a checkout can be updated while it runs.
 main "$@"; exit

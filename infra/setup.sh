@@ -1,39 +1,39 @@
 #!/usr/bin/env bash
-# Prepares a project, once; run again, it changes only what is missing: services, the bucket, the
-# image repository, the job's service account with its roles, and room for the secrets.
+# Set up a project, once: services, the bucket, the image repository, the job's service account and
+# its roles, and empty secrets. It is safe to run again: it creates only what is missing.
 #
 # Usage: infra/setup.sh [--dry-run]
 #        infra/setup.sh --secret NAME [--dry-run] < FILE
 #
-#   --secret    stores a secret, HF_TOKEN or OPENROUTER_API_KEY, from standard input:
+#   --secret    store a secret, HF_TOKEN or OPENROUTER_API_KEY, from standard input:
 #                 infra/setup.sh --secret HF_TOKEN < token.txt
-#               On a terminal it asks, and does not show what is typed.
+#               On a terminal, the script prompts for the value and hides it.
 
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 
-told() { [[ -n $DRY_RUN ]] || say "$1"; }
+report() { [[ -n $DRY_RUN ]] || log "$1"; }
 
-# Makes what a question does not find.
-ensure() { # WHAT QUESTION... -- COMMAND...
-  local what=$1 question=()
+# Create a resource unless the first command shows that it exists.
+ensure() { # WHAT READ-COMMAND... -- CREATE-COMMAND...
+  local what=$1 read_command=()
   shift
-  while [[ $1 != -- ]]; do question+=("$1") && shift; done
+  while [[ $1 != -- ]]; do read_command+=("$1") && shift; done
   shift
-  if ask "${question[@]}"; then
-    told "$what: there already"
+  if gcloud_read "${read_command[@]}"; then
+    report "$what: already exists"
     return
   fi
-  [[ -n $DRY_RUN || $KIND == missing || $KIND == denied ]] || stop_at "$what"
-  change "$@" || [[ $KIND == exists ]] || stop_at "$what"
-  told "$what: made"
+  [[ -n $DRY_RUN || $ERROR_KIND == missing || $ERROR_KIND == denied ]] || gcloud_fail "$what"
+  gcloud_write "$@" || [[ $ERROR_KIND == exists ]] || gcloud_fail "$what"
+  report "$what: created"
 }
 
 grant() { # WHAT COMMAND...
   local what=$1
   shift
-  change "$@" "--member=$MEMBER" --format=none || stop_at "$what"
-  told "$what"
+  gcloud_write "$@" "--member=$MEMBER" --format=none || gcloud_fail "$what"
+  report "$what"
 }
 
 ensure_secret() { # VARIABLE
@@ -53,7 +53,7 @@ main() {
     case $1 in
       --secret)
         secret=${2:-}
-        [[ $secret =~ ^[A-Z][A-Z0-9_]*$ ]] || misuse "setup.sh: --secret needs a name like HF_TOKEN; the value comes from standard input"
+        [[ $secret =~ ^[A-Z][A-Z0-9_]*$ ]] || usage_error "setup.sh: --secret needs a name like HF_TOKEN; the value comes from standard input"
         shift
         ;;
       *) refuse_flag setup.sh "$1" ;;
@@ -71,25 +71,25 @@ main() {
     else
       value=$(cat)
     fi
-    [[ -n $value || -n $DRY_RUN ]] || misuse "setup.sh: nothing came on standard input for $secret"
+    [[ -n $value || -n $DRY_RUN ]] || usage_error "setup.sh: standard input for $secret is empty"
     ensure_secret "$secret"
-    # From a here-string to standard input: in no argument and no file.
-    change secrets versions add "$(secret_name "$secret")" --data-file=- --format=none \
-      < <(printf %s "$value") || stop_at "secret $secret"
-    told "$secret is stored"
+    # The secret goes through a pipe, so it is in no argument and no file.
+    gcloud_write secrets versions add "$(secret_name "$secret")" --data-file=- --format=none \
+      < <(printf %s "$value") || gcloud_fail "secret $secret"
+    report "$secret is stored"
     exit 0
   fi
 
-  told "project $PROJECT, region $REGION"
-  change services enable tpu.googleapis.com compute.googleapis.com storage.googleapis.com \
+  report "project $PROJECT, region $REGION"
+  gcloud_write services enable tpu.googleapis.com compute.googleapis.com storage.googleapis.com \
     artifactregistry.googleapis.com secretmanager.googleapis.com logging.googleapis.com \
-    iam.googleapis.com cloudquotas.googleapis.com || stop_at "services"
-  told "services: enabled"
+    iam.googleapis.com cloudquotas.googleapis.com || gcloud_fail "services"
+  report "services: enabled"
 
   ensure "bucket gs://$BUCKET" storage buckets describe "gs://$BUCKET" --format='value(name)' -- \
     storage buckets create "gs://$BUCKET" "--location=$REGION" --uniform-bucket-level-access \
     --public-access-prevention
-  # Checkpoints are of use while a run is at work; logs of machines for a while longer.
+  # Only an unfinished run needs its checkpoints. Machine logs stay useful for longer.
   cat >"$WORK/lifecycle.json" <<'EOF'
 {"rule": [
   {"action": {"type": "Delete"}, "condition": {"age": 30, "matchesSuffix": [".checkpoint.safetensors"]}},
@@ -97,9 +97,9 @@ main() {
   {"action": {"type": "AbortIncompleteMultipartUpload"}, "condition": {"age": 7}}
 ]}
 EOF
-  change storage buckets update "gs://$BUCKET" "--lifecycle-file=$WORK/lifecycle.json" \
-    --uniform-bucket-level-access --public-access-prevention || stop_at "bucket gs://$BUCKET"
-  told "bucket gs://$BUCKET: private, old checkpoints and logs are deleted"
+  gcloud_write storage buckets update "gs://$BUCKET" "--lifecycle-file=$WORK/lifecycle.json" \
+    --uniform-bucket-level-access --public-access-prevention || gcloud_fail "bucket gs://$BUCKET"
+  report "bucket gs://$BUCKET: private, deletes old checkpoints and logs"
 
   ensure "image repository $REPOSITORY" artifacts repositories describe "$REPOSITORY" \
     "--location=$REGION" --format='value(name)' -- \
@@ -129,11 +129,11 @@ EOF
   for secret in $SECRETS; do ensure_secret "$secret"; done
   cat <<EOF
 Next:
-  infra/setup.sh --secret HF_TOKEN < FILE     for each secret you have ($SECRETS)
+  infra/setup.sh --secret HF_TOKEN < FILE     store each secret you have ($SECRETS)
   infra/push_image.sh                         build and push the image
-  infra/doctor.sh SPEC                        check everything
+  infra/doctor.sh SPEC                        check the project and the spec
 EOF
 }
 
-# The whole script is read before it begins, so that an update of this folder does not disturb it.
+# Bash reads the full script before main starts, so a checkout can be updated while it runs.
 main "$@"; exit

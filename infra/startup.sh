@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Runs on each TPU VM at every boot, as root: pulls the image, runs the job, ships its log, leaves
-# its exit code in the bucket and, if so asked, deletes the machine. All it needs is in the VM's
-# metadata. It may run any number of times: a container that is running is followed, one that has
-# stopped goes on, an attempt that has ended is not begun again.
+# Startup script of each TPU VM. It runs as root at every boot: pull the image, run the job, upload
+# its log, write its exit code to the bucket, and delete the machine if the metadata says so. All
+# inputs come from the VM's metadata.
 #
-# Secrets come from Secret Manager into this shell's memory and go to the container over its
-# standard input: they are in no argument, no file, no `docker inspect` and no log.
+# It is safe to run many times. It follows a running container and resumes a stopped one. If the
+# attempt has ended, it only deletes the machine.
 #
-# Usage: startup.sh   (no arguments; --dry-run prints what it would do)
+# Secrets go from Secret Manager to this shell's memory, and from there to the container's standard
+# input. They are in no argument, no file, no `docker inspect` output and no log.
+#
+# Usage: startup.sh [--dry-run]
+#
+#   --dry-run   print what it would do
 
 set -euo pipefail
 
@@ -21,7 +25,7 @@ FOLDER=${JOB_VM_FOLDER:-/var/lib/job}
 TICK=${JOB_VM_TICK:-15}
 CONTAINER=${JOB_VM_CONTAINER:-job}
 
-say() { printf '%s startup: %s\n' "$(date -u +%FT%TZ)" "$*"; }
+log() { printf '%s startup: %s\n' "$(date -u +%FT%TZ)" "$*"; }
 
 metadata() { # PATH
   curl -sf --retry 5 --retry-connrefused -H 'Metadata-Flavor: Google' "$METADATA/$1"
@@ -36,14 +40,14 @@ token() {
     | python3 -c 'import json, sys; print(json.load(sys.stdin)["access_token"])'
 }
 
-# curl with the service account's token, which is in no argument: the header comes from a pipe.
+# Run curl with the service account's token. A pipe passes the header, so no argument holds the token.
 call() { # CURL-ARGUMENT...
   curl -sf --retry 5 --retry-connrefused --max-time 300 \
     -H @<(printf 'Authorization: Bearer %s\n' "$(token)") "$@"
 }
 
-# A pause that a signal ends at once: a preempted VM has half a minute.
-nap() { # SECONDS
+# Sleep until the time is up or a signal arrives. A preempted VM has only 30 seconds.
+sleep_interruptibly() { # SECONDS
   sleep "$1" &
   wait $! || true
 }
@@ -57,17 +61,17 @@ put() { # FILE NAME
     "$STORAGE/upload/storage/v1/b/$BUCKET/o?uploadType=media&name=$(quoted "$PREFIX/$2")"
 }
 
-has_ended() {
+attempt_has_ended() {
   call "$STORAGE/storage/v1/b/$BUCKET/o?prefix=$(quoted "$PREFIX/marks/exit-$ATTEMPT-$WORKER-")" \
     | grep -q '"name"'
 }
 
-# The attempt is over: the log, the mark with the exit code, then the machine itself.
+# End the attempt: upload the log, write the exit mark, delete the machine.
 end() { # CODE REASON
-  say "exit code $1${2:+: $2}"
-  ship || true
+  log "exit code $1${2:+: $2}"
+  upload_log || true
   printf '%s\n' "$2" >"$FOLDER/reason"
-  put "$FOLDER/reason" "marks/exit-$ATTEMPT-$WORKER-$1" || say "the exit code could not be written"
+  put "$FOLDER/reason" "marks/exit-$ATTEMPT-$WORKER-$1" || log "cannot write the exit mark"
   delete_machine
   exit 0
 }
@@ -76,29 +80,29 @@ delete_machine() {
   local path url
   path=$(attribute job-delete)
   [[ -n $path && $WORKER == 0 ]] || return 0
-  say "deleting this machine"
+  log "deleting this machine"
   case $path in
     tpu\ *) url=$TPU${path#tpu } ;;
     compute\ *) url=$COMPUTE${path#compute } ;;
     *) return 0 ;;
   esac
-  call -o /dev/null -X DELETE "$url" || say "this machine could not be deleted; the watcher does it"
+  call -o /dev/null -X DELETE "$url" || log "cannot delete this machine; the watcher will"
 }
 
-# New lines of the log go to Cloud Logging, the whole of it to the bucket.
-SHIPPED=0
-ship() {
+# Upload the full log to the bucket, and its new lines to Cloud Logging.
+UPLOADED=0
+upload_log() {
   local size
   size=$(stat -c %s "$FOLDER/log")
-  ((size > SHIPPED)) || return 0
+  ((size > UPLOADED)) || return 0
   put "$FOLDER/log" "logs/$ATTEMPT-$WORKER.log"
-  tail -c "+$((SHIPPED + 1))" "$FOLDER/log" | head -c "$((size - SHIPPED))" \
+  tail -c "+$((UPLOADED + 1))" "$FOLDER/log" | head -c "$((size - UPLOADED))" \
     | python3 -c "$ENTRIES" "$PROJECT" "$RUN" "$WORKER" \
     | while IFS= read -r batch; do
       call -o /dev/null -X POST -H 'Content-Type: application/json' --data-binary @- \
-        "${LOGGING}v2/entries:write" <<<"$batch" || say "Cloud Logging did not take the log"
+        "${LOGGING}v2/entries:write" <<<"$batch" || log "cannot write to Cloud Logging"
     done
-  SHIPPED=$size
+  UPLOADED=$size
 }
 
 # shellcheck disable=SC2016
@@ -130,9 +134,9 @@ for at in range(0, len(entries), 500):
 wait_for_docker() {
   local left=60
   if ! command -v docker >/dev/null; then
-    say "installing Docker"
+    log "installing Docker"
     { apt-get update -q && apt-get install -qy docker.io; } \
-      || end 125 "Docker could not be installed"
+      || end 125 "cannot install Docker"
   fi
   until docker info >/dev/null 2>&1; do
     ((left > 0)) || end 125 "Docker did not start within 5 minutes"
@@ -141,7 +145,7 @@ wait_for_docker() {
   done
 }
 
-# The registry's token is kept in memory only, and only while the image is pulled.
+# Pull the image. The registry's token is only in memory, and only during the pull.
 pull() {
   local left=5 registry=${IMAGE%%/*}
   ! docker image inspect "$IMAGE" >/dev/null 2>&1 || return 0
@@ -151,14 +155,14 @@ pull() {
     && docker pull -q "$IMAGE"; do
     left=$((left - 1))
     ((left > 0)) || break
-    nap "${JOB_VM_PAUSE:-20}"
+    sleep_interruptibly "${JOB_VM_PAUSE:-20}"
   done
   rm -rf "$DOCKER_CONFIG"
   unset DOCKER_CONFIG
-  ((left > 0)) || end 125 "the image $IMAGE could not be pulled"
+  ((left > 0)) || end 125 "cannot pull the image $IMAGE"
 }
 
-# Lines of NAME=value; what is missing in Secret Manager is left out, and the job says so.
+# Print the secrets as NAME=value lines. A secret missing from Secret Manager is skipped; the job reports it.
 secrets() {
   local pair value
   for pair in $(attribute job-secrets); do
@@ -169,7 +173,7 @@ print(base64.b64decode(json.load(sys.stdin)["payload"]["data"]).decode().strip()
   done
 }
 
-# Reads secrets from standard input up to an empty line, then becomes the image's own command.
+# Runs in the container: read secrets from standard input up to an empty line, then exec the image's entrypoint.
 # shellcheck disable=SC2016
 INSIDE='while IFS= read -r pair && [ -n "$pair" ]; do export "${pair?}"; done; exec "$@" </dev/null'
 
@@ -189,33 +193,33 @@ is_running() {
   [[ $(docker container inspect -f '{{.State.Running}}' "$CONTAINER" 2>/dev/null) == true ]]
 }
 
-# Gives the container its time to keep a checkpoint, and ships its last lines.
+# Stop the container, with time to save a checkpoint, and upload its last lines.
 stop_job() {
   docker stop -t 25 "$CONTAINER" >/dev/null 2>&1 || true
-  # They are in the log once the client that brings them has ended.
+  # The last lines are in the log once the Docker client has exited.
   [[ -z $CLIENT ]] || timeout 5 tail --pid="$CLIENT" -f /dev/null || true
-  ship || true
+  upload_log || true
 }
 
-# Follows the container to its end; its exit code is in CODE.
+# Follow the container until it exits. Set CODE to its exit code.
 follow() {
   CLIENT=$!
   while kill -0 "$CLIENT" 2>/dev/null || is_running; do
     if (($(date +%s) > DEADLINE)); then
       stop_job
-      end 124 "the maximum run time is over"
+      end 124 "reached the maximum run time"
     fi
-    nap "$TICK"
-    ship || say "the log could not be shipped"
+    sleep_interruptibly "$TICK"
+    upload_log || log "cannot upload the log"
   done
   wait "$CLIENT" 2>/dev/null || true
   CODE=$(docker container inspect -f '{{.State.ExitCode}}' "$CONTAINER" 2>/dev/null || echo 125)
 }
 
 # shellcheck disable=SC2329
-# The VM is being shut down: the job gets its time to keep a checkpoint.
+# Handle a VM shutdown: give the job time to save a checkpoint.
 shut_down() {
-  say "shutting down"
+  log "shutting down"
   stop_job
   exit 0
 }
@@ -226,7 +230,7 @@ if [[ ${1:-} == --help ]]; then
 fi
 mkdir -p "$FOLDER"
 exec 9>"$FOLDER/lock"
-flock -n 9 || { say "already running" && exit 0; }
+flock -n 9 || { log "already running" && exit 0; }
 
 PROJECT=$(metadata project/project-id)
 RUN=$(attribute job-run) ATTEMPT=$(attribute job-attempt) IMAGE=$(attribute job-image)
@@ -240,28 +244,28 @@ touch "$FOLDER/log"
 DEADLINE=$(<"$FOLDER/deadline")
 
 if [[ ${1:-} == --dry-run ]]; then
-  say "run $RUN, attempt $ATTEMPT, worker $WORKER, image $IMAGE, until $(date -u -d "@$DEADLINE" +%T)"
+  log "run $RUN, attempt $ATTEMPT, worker $WORKER, image $IMAGE, until $(date -u -d "@$DEADLINE" +%T)"
   exit 0
 fi
 CLIENT=
 trap shut_down TERM INT
-if has_ended; then
-  say "attempt $ATTEMPT of $RUN has ended"
+if attempt_has_ended; then
+  log "attempt $ATTEMPT of $RUN has already ended"
   delete_machine
   exit 0
 fi
 wait_for_docker
 pull
 if is_running; then
-  say "following the container that is running"
+  log "following the running container"
   docker logs -f "$CONTAINER" >"$FOLDER/log" 2>&1 &
 else
   start
 fi
 while follow && ((CODE == 75)); do
-  # Stopped early, or another VM's lease has not expired: the same command goes on.
-  say "the job can go on; once more in ${JOB_VM_PAUSE:-20} s"
-  nap "${JOB_VM_PAUSE:-20}"
+  # Exit code 75: stopped early, or another VM's lease has not expired yet. Run the same command again.
+  log "the job stopped early; resuming in ${JOB_VM_PAUSE:-20} s"
+  sleep_interruptibly "${JOB_VM_PAUSE:-20}"
   start
 done
-end "$CODE" "the job's container ended"
+end "$CODE" "the container exited"

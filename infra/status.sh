@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Says where runs are: all of them in a line each, or one with its machine and its last log line.
+# Print the status of all runs, one line each, or of one run with its machine and last log line.
 #
 # Usage: infra/status.sh [RUN] [--dry-run]
 
@@ -17,42 +17,42 @@ main() {
   if (($# == 0)); then
     load_settings
     need_gcloud
-    ask storage cat "$CONTROL/*/state" || {
-      [[ $KIND == missing || -n $DRY_RUN ]] || stop_at "cannot read $CONTROL"
-      say "there are no runs in $CONTROL"
+    gcloud_read storage cat "$CONTROL/*/state" || {
+      [[ $ERROR_KIND == missing || -n $DRY_RUN ]] || gcloud_fail "cannot read $CONTROL"
+      log "there are no runs in $CONTROL"
       exit 0
     }
-    # A state's names are in alphabetical order, and `zones` is the last.
+    # The names in a state are sorted, and `zones` comes last.
     awk -F= '{ value = substr($0, length($1) + 2); now[$1] = value }
       $1 == "zones" {
         split(now["zones"], zones, " ")
         where = now["phase"] == "ended" ? now["outcome"] : now["phase"]
         printf "%-40s %-10s attempt %-3d %s\n", now["run"], where, now["attempt"], now["reason"]
         delete now
-      }' <<<"$ANSWER"
+      }' <<<"$RESULT"
     exit 0
   fi
-  take_run status.sh "$@"
+  parse_run status.sh "$@"
   read_state || { [[ -n $DRY_RUN ]] && exit 0; no_such_run; }
   use_provisioner "${STATE[provisioner]}"
   zone=$(current_zone)
-  vm_look "$zone" || stop_at "cannot look at the machine"
+  vm_describe "$zone" || gcloud_fail "cannot read the machine's state"
   printf '%s\n' "run       ${STATE[run_uri]}" "phase     ${STATE[phase]}${STATE[outcome]:+ (${STATE[outcome]})}" \
     "machine   ${STATE[machine]} in $zone: $VM" "attempt   ${STATE[attempt]}" "reason    ${STATE[reason]:-}"
   if [[ -n ${STATE[started]} ]]; then
-    printf 'running   %s s of at most %s s\n' "$(($(now) - STATE[started]))" "${STATE[max_run_seconds]}"
+    printf 'running   %s s of %s s at most\n' "$(($(now) - STATE[started]))" "${STATE[max_run_seconds]}"
   fi
   if [[ ${STATE[phase]} != ended ]]; then
     if ((STATE[expires] > $(now))); then
       printf 'watcher   %s\n' "${STATE[owner]}"
     else
-      printf 'watcher   none; start one: infra/supervise.sh %s\n' "$RUN"
+      printf 'watcher   none; to start one, run infra/supervise.sh %s\n' "$RUN"
     fi
   fi
-  if ask storage cat "$(run_folder)/logs/${STATE[attempt]}-0.log" --range=-4000; then
-    printf 'last log  %s\n' "$(tail -n 1 <<<"$ANSWER")"
+  if gcloud_read storage cat "$(run_folder)/logs/${STATE[attempt]}-0.log" --range=-4000; then
+    printf 'last log  %s\n' "$(tail -n 1 <<<"$RESULT")"
   fi
 }
 
-# The whole script is read before it begins, so that an update of this folder does not disturb it.
+# Bash reads the full script before main starts, so a checkout can be updated while it runs.
 main "$@"; exit

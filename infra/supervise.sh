@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Watches a run to its end: replaces its machine when it is preempted, refused or lost (in the
-# next zone, after a pause, a bounded number of times), and deletes it when the job is done, has
-# failed, was cancelled or is over its maximum run time.
+# Watch a run until it ends. Replace its machine if it is preempted, refused or lost: in the next
+# zone, after a pause, at most MAX_ATTEMPTS times. Delete the machine once the job is done, has
+# failed, was cancelled, or has reached its maximum run time.
 #
 # Usage: infra/supervise.sh RUN [--dry-run]
 #
-# It can be run from anywhere, several times at once, and be killed at any moment: all it knows is
-# in the bucket, one watcher acts at a time, and the next goes on where the last one stopped.
-# Exit codes: 0 done, 2 there is no such run, 3 refused, 4 the job failed, 75 stopped early.
+# Run it anywhere, more than once at the same time, and kill it at any moment. All its state is in
+# the bucket, one watcher acts at a time, and the next one resumes where it stopped.
+# Exit codes: 0 done, 2 no such run, 3 request refused, 4 the job failed, 75 stopped early.
 
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -18,18 +18,18 @@ source "$INFRA/watch.sh"
 
 main() {
   common_flags "${BASH_SOURCE[0]}" "$@"
-  take_run supervise.sh "${ARGUMENTS[@]}"
+  parse_run supervise.sh "${ARGUMENTS[@]}"
   if [[ -n $DRY_RUN ]]; then
-    say "would watch $RUN by these commands, every $POLL_SECONDS s; the zone is that of its state"
+    log "would watch $RUN every $POLL_SECONDS s, and delete its machine at the end (in the zone of its state):"
     use_provisioner "$PROVISIONER"
     vm_delete "${ZONES%% *}"
     exit 0
   fi
-  trap 'let_go; say "no longer watching; go on: infra/supervise.sh $RUN"; exit 130' INT TERM
-  take_over
+  trap 'release_lease; log "stopped watching; to continue, run infra/supervise.sh $RUN"; exit 130' INT TERM
+  acquire_lease
   use_provisioner "${STATE[provisioner]}"
   watch_to_end
 }
 
-# The whole script is read before it begins, so that an update of this folder does not disturb it.
+# Bash reads the full script before main starts, so a checkout can be updated while it runs.
 main "$@"; exit

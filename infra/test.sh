@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Submits the smoke spec to a local stand-in for Google Cloud whose machines run the CPU image,
-# preempts it in the middle of training, and follows it to the end: tests/infra/test_end_to_end.py.
+# Run tests/infra/test_end_to_end.py: submit the smoke spec to a local stand-in for Google Cloud whose
+# machines run the CPU image, preempt the run during training, and watch it until it ends.
 #
-# Without a Docker daemon, and where none can be had, or without gcloud, it says so and tests
-# nothing. An image job:cpu that is there is used; else it is built.
+# The test uses the image job:cpu and builds it if it does not exist. Without gcloud or a Docker
+# daemon, it prints SKIPPED and exits with 77.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if ! command -v gcloud >/dev/null; then
-  echo "gcloud is not installed: the scripts are not tested here with the image"
-  exit 0
+  echo "SKIPPED: gcloud is not installed, so the end-to-end test did not run"
+  exit 77
 fi
 if ! started=$(docker/daemon.sh); then
-  echo "the scripts are not tested here with the image"
-  exit 0
+  echo "SKIPPED: there is no Docker daemon, so the end-to-end test did not run"
+  exit 77
 fi
-# Only what was started here is ended here, and waited for: the next daemon needs its place.
+# Stop only a daemon that this script started. Wait for it, because the next one uses the same socket.
 [[ -z $started ]] ||
   trap 'kill "$started"; while kill -0 "$started" 2>/dev/null; do sleep 0.2; done' EXIT
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The life of a run's machine: order, run, replace when it is lost, delete. To be sourced after
-# state.sh. Every step is written to the state before it is taken, so that a watcher may be killed
-# at any point and the next one goes on from there.
+# The watcher's state machine: create a run's machine, watch it, replace it if it is lost, delete it.
+# Every step is written to the state first, so a watcher may be killed at any point and the next
+# one resumes there. Source this file after state.sh.
 #
-# Phases:  create -> run -> retire -> create ...      another machine, in the next zone
-#                    run -> end -> ended              the machine is deleted first
-# A machine is ordered only while none of the run's machines exists in any zone.
+# Phases:  create -> run -> retire -> create ...      delete the machine, create one in the next zone
+#                    run -> end -> ended              delete the machine, then the run has ended
+# A machine is created only if the run has no machine in any zone.
 
-# Variables are shared by the files of this folder.
+# The scripts in this folder share variables.
 # shellcheck disable=SC2034,SC2153,SC2154
 
-# What is put on the machine; none of it is secret. The separator is one that no value has.
+# Print the machine's metadata. None of it is secret. No value contains the separator.
 vm_metadata() { # ZONE
   local secret secrets=''
   for secret in ${STATE[secrets]}; do
@@ -21,7 +21,7 @@ vm_metadata() { # ZONE
     "${STATE[spec]}" "${STATE[output]}" "${STATE[image]}"
   printf ';;job-secrets=%s;;job-max-seconds=%s' "${secrets% }" "$(remaining_seconds)"
   printf ';;job-container-flags=%s' "${STATE[container_flags]}"
-  [[ ${STATE[self_delete]} != yes ]] || printf ';;job-delete=%s' "$(vm_path "$1")"
+  [[ ${STATE[self_delete]} != yes ]] || printf ';;job-delete=%s' "$(vm_delete_path "$1")"
 }
 
 vm_labels() {
@@ -46,40 +46,40 @@ zones_count() {
   printf '%s' "${#zones[@]}"
 }
 
-# Becomes the run's one watcher, or waits until the run has ended under another's eyes.
-take_over() {
-  local told=''
-  until read_state && is_free && write_state; do
+# Acquire the run's lease, or wait until another watcher has ended the run.
+acquire_lease() {
+  local announced=''
+  until read_state && lease_is_free && write_state; do
     [[ -n ${STATE[phase]:-} ]] || no_such_run
     [[ ${STATE[phase]} != ended ]] || return 0
-    [[ -n $told ]] || say "$RUN is watched by ${STATE[owner]}; standing by"
-    told=yes
+    [[ -n $announced ]] || log "$RUN is watched by ${STATE[owner]}; standing by"
+    announced=yes
     sleep "$POLL_SECONDS"
   done
 }
 
-is_free() {
+lease_is_free() {
   [[ ${STATE[phase]} != ended ]] \
     && { [[ -z ${STATE[owner]:-} || ${STATE[owner]} == "$ME" ]] || ((STATE[expires] < $(now))); }
 }
 
-# Gives the run back, so that the next watcher need not wait.
-let_go() {
+# Release the lease, so the next watcher need not wait.
+release_lease() {
   [[ ${STATE[owner]:-} == "$ME" && ${STATE[phase]} != ended ]] || return 0
   LEASE_SECONDS=-1 write_state || true
 }
 
-enter() { # PHASE
+set_phase() { # PHASE
   STATE[phase]=$1
   write_state
 }
 
-# One step of the watcher; the state is this script's when it begins. Where a step fails, the
-# state is read again, for another script may have changed it, and the step comes again.
+# Take one step as the watcher, which must hold the lease. If the step fails, read the state again,
+# because another script may have changed it, and retry.
 watch_step() {
   local zone status=0
   if ((STATE[expires] - $(now) < LEASE_SECONDS / 2)) && ! write_state; then
-    take_over
+    acquire_lease
     return
   fi
   zone=$(current_zone)
@@ -88,30 +88,29 @@ watch_step() {
     run) step_run "$zone" ;;
     retire) step_retire "$zone" ;;
     end) step_end "$zone" ;;
-    *) fail "the state of $RUN has the phase '${STATE[phase]}', which this version does not know" ;;
+    *) fail "the state of $RUN has the unknown phase '${STATE[phase]}'; update this checkout" ;;
   esac || status=$?
   ((status != 0)) || return 0
-  case $KIND in
-    denied | login) stop_at "$RUN in $zone" ;;
+  case $ERROR_KIND in
+    denied | login) gcloud_fail "$RUN in $zone" ;;
     conflict | ok) ;;
-    *) say "$RUN: $PROBLEM" ;;
+    *) log "$RUN: $ERROR" ;;
   esac
   pause "$POLL_SECONDS"
-  take_over
+  acquire_lease
 }
 
-# What has been left for the watcher, in CODE: the exit code of the attempt, "cancel", or nothing.
-# The code is part of a mark's name. A machine of a slice that could not even start the job (125)
-# speaks for all; otherwise the first one does.
+# Read the marks in the bucket and set CODE: the exit code of the attempt, "cancel", or empty. A
+# mark's name has the code. Host 0 decides for a slice, or any host that could not start the job (125).
 CODE=''
 read_marks() {
   local mark
   CODE=''
-  if ! ask storage ls "$(run_folder)/marks/**"; then
-    [[ $KIND == missing ]]
+  if ! gcloud_read storage ls "$(run_folder)/marks/**"; then
+    [[ $ERROR_KIND == missing ]]
     return
   fi
-  for mark in $ANSWER; do
+  for mark in $RESULT; do
     mark=${mark##*/marks/}
     case $mark in
       "cancel-${STATE[submission]}") CODE=cancel && return ;;
@@ -121,39 +120,39 @@ read_marks() {
   done
 }
 
-# The words that a machine left with its exit code.
+# Print the reason that the machine wrote with its exit code.
 reason() { # CODE
-  ask storage cat "$(run_folder)/marks/exit-${STATE[attempt]}-*-$1" && [[ -n $ANSWER ]] \
-    && printf ' (%s)' "${ANSWER%%$'\n'*}"
+  gcloud_read storage cat "$(run_folder)/marks/exit-${STATE[attempt]}-*-$1" && [[ -n $RESULT ]] \
+    && printf ' (%s)' "${RESULT%%$'\n'*}"
   return 0
 }
 
 finish() { # OUTCOME CODE REASON
-  say "$RUN: $3"
+  log "$RUN: $3"
   STATE[outcome]=$1 STATE[exit]=$2 STATE[reason]=$3
-  enter end
+  set_phase end
 }
 
-# Gives the machine up; the next one is ordered after a pause.
+# Give up the current machine. The next one is created after a pause.
 retire() { # REASON
   local failures=${STATE[failures]}
-  say "$RUN: $1"
+  log "$RUN: $1"
   STATE[reason]=$1
   if [[ -n ${STATE[was_active]} ]]; then
     failures=0
   else
     failures=$((failures + 1))
   fi
-  STATE[failures]=$failures STATE[not_before]=$(($(now) + $(pause_after "$failures")))
+  STATE[failures]=$failures STATE[not_before]=$(($(now) + $(backoff_seconds "$failures")))
   if ((STATE[attempt] - STATE[first_attempt] + 1 >= STATE[max_attempts])); then
-    finish failed 4 "given up after ${STATE[max_attempts]} machines; the last: $1"
+    finish failed 4 "gave up after ${STATE[max_attempts]} machines; last reason: $1"
     return
   fi
-  enter retire
+  set_phase retire
 }
 
-# No pause before a zone that was not tried yet; after a round of them, twice as long each time.
-pause_after() { # FAILURES IN A ROW
+# Print the pause before the next machine: none within a round of zones, doubled after each round.
+backoff_seconds() { # FAILURES IN A ROW
   local zones round
   zones=$(zones_count)
   if (($1 % zones)); then
@@ -172,8 +171,8 @@ step_create() { # ZONE
     finish cancelled 75 "cancelled"
     return
   fi
-  if [[ -n ${STATE[started]} ]] && is_over "$((STATE[started] + STATE[max_run_seconds]))"; then
-    finish timeout 75 "stopped: it is over its maximum run time of ${STATE[max_run_seconds]} s"
+  if [[ -n ${STATE[started]} ]] && is_past "$((STATE[started] + STATE[max_run_seconds]))"; then
+    finish timeout 75 "stopped: reached the maximum run time of ${STATE[max_run_seconds]} s"
     return
   fi
   wait=$((STATE[not_before] - $(now)))
@@ -182,39 +181,39 @@ step_create() { # ZONE
     return
   fi
   vm_list "$NAME" || return
-  if [[ -n $ANSWER ]]; then
-    if [[ $ANSWER == "$1 "* && $ANSWER != *$'\n'* ]]; then
+  if [[ -n $RESULT ]]; then
+    if [[ $RESULT == "$1 "* && $RESULT != *$'\n'* ]]; then
       STATE[ordered]=$(now) STATE[was_active]=''
-      enter run
+      set_phase run
     else
-      delete_strays "$ANSWER"
+      delete_strays "$RESULT"
     fi
     return
   fi
   STATE[ordered]=$(now) STATE[was_active]=''
   if vm_create "$1"; then
-    say "$RUN: attempt ${STATE[attempt]} ordered in $1"
-    enter run
+    log "$RUN: attempt ${STATE[attempt]} requested in $1"
+    set_phase run
     return
   fi
-  case $KIND in
+  case $ERROR_KIND in
     capacity) retire "no capacity in $1" ;;
     quota)
-      finish refused 3 "no quota in $1: $PROBLEM; ask for more of ${STATE[quota]}, or take $1 out of ZONES"
+      finish refused 3 "no quota in $1: $ERROR; request more of ${STATE[quota]}, or remove $1 from ZONES"
       ;;
     unclear)
-      say "$RUN: the order in $1 was not answered: $PROBLEM"
+      log "$RUN: no clear response to the request in $1: $ERROR"
       pause "$POLL_SECONDS"
       ;;
-    *) finish refused 3 "the order in $1 was refused: $PROBLEM" ;;
+    *) finish refused 3 "the request in $1 was refused: $ERROR" ;;
   esac
 }
 
-# Machines of this run where none may be: left by a watcher that was stopped in between.
+# Delete machines of this run in the wrong place, which a killed watcher may leave behind.
 delete_strays() { # LIST
   local zone rest
   while read -r zone rest; do
-    say "$RUN: deleting a machine in $zone that is not needed"
+    log "$RUN: deleting an unneeded machine in $zone"
     vm_delete "$zone" || return
   done <<<"$1"
   pause "$POLL_SECONDS"
@@ -224,52 +223,52 @@ step_run() { # ZONE
   local seen='' problem=''
   read_marks || return
   if [[ -z $CODE ]]; then
-    vm_look "$1" || return
-    seen=$VM problem=$VM_PROBLEM
-    # A machine that has deleted itself left its mark before that.
+    vm_describe "$1" || return
+    seen=$VM problem=$VM_ERROR
+    # A machine writes its mark before it deletes itself.
     [[ $seen != none ]] || read_marks || return
   fi
   case $CODE in
     cancel) finish cancelled 75 "cancelled" ;;
     0) finish "done" 0 "done; the results are in ${STATE[run_uri]}" ;;
     2 | 3 | 4) finish failed "$CODE" "the job failed with exit code $CODE$(reason "$CODE"); see infra/logs.sh $RUN" ;;
-    124) # as `timeout` has it
-      finish timeout 75 "stopped: it was over its maximum run time"
+    124) # the exit code of `timeout`
+      finish timeout 75 "stopped: reached the maximum run time"
       ;;
     '') follow_machine "$1" "$seen" "$problem" ;;
-    *) retire "the machine in $1 gave up with exit code $CODE$(reason "$CODE")" ;;
+    *) retire "the machine in $1 failed with exit code $CODE$(reason "$CODE")" ;;
   esac
 }
 
-follow_machine() { # ZONE STATE PROBLEM
+follow_machine() { # ZONE STATE ERROR
   if [[ $2 == active && -z ${STATE[was_active]} ]]; then
-    say "$RUN: the machine in $1 is up"
+    log "$RUN: the machine in $1 is up"
     : "${STATE[started]:=$(now)}"
     STATE[was_active]=yes
     write_state || return
   fi
-  if [[ -n ${STATE[started]:-} ]] && is_over "$((STATE[started] + STATE[max_run_seconds]))"; then
-    finish timeout 75 "stopped: it is over its maximum run time of ${STATE[max_run_seconds]} s"
+  if [[ -n ${STATE[started]:-} ]] && is_past "$((STATE[started] + STATE[max_run_seconds]))"; then
+    finish timeout 75 "stopped: reached the maximum run time of ${STATE[max_run_seconds]} s"
     return
   fi
   case $2 in
     dead)
       if [[ ${3,,} == *quota* ]]; then
-        finish refused 3 "no quota in $1: $3; ask for more of ${STATE[quota]}, or take $1 out of ZONES"
+        finish refused 3 "no quota in $1: $3; request more of ${STATE[quota]}, or remove $1 from ZONES"
       else
         retire "the machine in $1 was preempted or not granted${3:+ ($3)}"
       fi
       ;;
     none)
-      # A new order may take a moment to show.
-      if [[ -n ${STATE[was_active]} ]] || is_over "${STATE[ordered]}"; then
+      # A new machine may take a moment to appear.
+      if [[ -n ${STATE[was_active]} ]] || is_past "${STATE[ordered]}"; then
         retire "the machine in $1 is gone"
       else
         pause "$POLL_SECONDS"
       fi
       ;;
     waiting)
-      if is_over "$((STATE[ordered] + STATE[wait_seconds]))"; then
+      if is_past "$((STATE[ordered] + STATE[wait_seconds]))"; then
         retire "no capacity in $1 within ${STATE[wait_seconds]} s"
       else
         pause "$POLL_SECONDS"
@@ -279,53 +278,53 @@ follow_machine() { # ZONE STATE PROBLEM
   esac
 }
 
-# Whether a time has passed, and SETTLE_SECONDS more for what takes a moment to show.
-is_over() { # TIME
+# Return whether a time passed at least SETTLE_SECONDS ago. Changes take a moment to appear.
+is_past() { # TIME
   awk -v now="$(now)" -v due="$1" -v settle="$SETTLE_SECONDS" 'BEGIN { exit now < due + settle }'
 }
 
 step_retire() { # ZONE
-  clear_machines "$1" || return
+  delete_machine "$1" || return
   [[ $VM == none ]] || return 0
   STATE[attempt]=$((STATE[attempt] + 1)) STATE[zone_index]=$((STATE[zone_index] + 1))
-  enter create
+  set_phase create
 }
 
 step_end() { # ZONE
-  clear_machines "$1" || return
+  delete_machine "$1" || return
   [[ $VM == none ]] || return 0
-  enter ended
+  set_phase ended
 }
 
-# Deletes the machine, and pauses while it is there; VM is none once it is gone.
-CLEARING=''
-clear_machines() { # ZONE
+# Delete the machine, or pause while it is being deleted. VM is none once it is gone.
+DELETING=''
+delete_machine() { # ZONE
   local what=$1/${STATE[attempt]}
   VM=unknown
-  if [[ $CLEARING == "$what" ]]; then
-    vm_look "$1" || return
+  if [[ $DELETING == "$what" ]]; then
+    vm_describe "$1" || return
     [[ $VM != none ]] || return 0
-    [[ $VM == deleting ]] || CLEARING=''
+    [[ $VM == deleting ]] || DELETING=''
   elif vm_delete "$1"; then
-    CLEARING=$what
-    if [[ $KIND == missing ]]; then
+    DELETING=$what
+    if [[ $ERROR_KIND == missing ]]; then
       VM=none
       return
     fi
   else
-    say "$RUN: the machine in $1 could not be deleted yet: $PROBLEM"
-    [[ $KIND != denied && $KIND != login ]] || return
+    log "$RUN: cannot delete the machine in $1 yet: $ERROR"
+    [[ $ERROR_KIND != denied && $ERROR_KIND != login ]] || return
   fi
   pause "$POLL_SECONDS"
 }
 
 pause() { # SECONDS
-  sleep "$(awk -v wanted="$1" -v most="$POLL_SECONDS" 'BEGIN { print wanted < most ? wanted : most }')"
+  sleep "$(awk -v seconds="$1" -v most="$POLL_SECONDS" 'BEGIN { print seconds < most ? seconds : most }')"
 }
 
-# Watches to the end; the exit code says how it ended.
+# Watch the run until it ends. Return the exit code of the outcome.
 watch_to_end() {
   while [[ ${STATE[phase]} != ended ]]; do watch_step; done
-  say "$RUN: ended, no machine is left: ${STATE[reason]}"
+  log "$RUN: ended, its machine is deleted: ${STATE[reason]}"
   return "${STATE[exit]}"
 }

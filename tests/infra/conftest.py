@@ -1,4 +1,4 @@
-"""The scripts of infra/ as a user starts them, with the real gcloud against a local cloud."""
+"""Fixtures that run the scripts of infra/ with the real gcloud against a local cloud."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ DIGEST = "sha256:" + "1" * 64
 
 @dataclass
 class Scripts:
-    """Starts scripts in an environment that reaches the local cloud only."""
+    """Runs scripts in an environment that reaches only the local cloud."""
 
     cloud: Cloud
     folder: Path
@@ -29,7 +29,7 @@ class Scripts:
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def start(self, script: str, *arguments: str, **settings: str) -> subprocess.Popen[str]:
-        """A script, in a process group of its own."""
+        """Start a script in its own process group."""
         process = subprocess.Popen(
             ["bash", str(INFRA / f"{script}.sh"), *arguments],
             stdin=subprocess.DEVNULL,
@@ -43,7 +43,7 @@ class Scripts:
         return process
 
     def run(self, script: str, *arguments: str, stdin: str = "", **settings: str) -> Done:
-        """A script to its end."""
+        """Run a script until it exits."""
         done = subprocess.run(
             ["bash", str(INFRA / f"{script}.sh"), *arguments],
             input=stdin,
@@ -56,7 +56,7 @@ class Scripts:
         return Done(done.returncode, done.stdout, done.stderr)
 
     def end(self) -> None:
-        """Kill what is still there."""
+        """Kill the scripts that are still running."""
         for process in self.started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -64,11 +64,11 @@ class Scripts:
 
 
 def settings(cloud: Cloud, folder: Path) -> dict[str, str]:
-    """The variables of a user with a project and a bucket, whose watcher does not wait."""
-    kept = ("PATH", "HOME", "LANG", "PYENV_ROOT", "JOB_CACHE", "SSL_CERT_FILE")
+    """Return variables for a user with a project and a bucket, and for a watcher that does not wait."""
+    names = ("PATH", "HOME", "LANG", "PYENV_ROOT", "JOB_CACHE", "SSL_CERT_FILE")
     inherited: Mapping[str, str] = os.environ
     return {
-        **{name: inherited[name] for name in kept if name in inherited},
+        **{name: inherited[name] for name in names if name in inherited},
         **cloud.environment(folder),
         "TMPDIR": str(folder),
         "INFRA_CONFIG": str(folder / "config.env"),
@@ -94,7 +94,7 @@ def cloud() -> Iterator[Cloud]:
 def scripts(cloud: Cloud, tmp_path: Path) -> Iterator[Scripts]:
     if shutil.which("gcloud") is None:
         pytest.skip("gcloud is not installed")
-    (tmp_path / "config.env").write_text("# nothing set here\n")
-    found = Scripts(cloud, tmp_path, settings(cloud, tmp_path))
-    yield found
-    found.end()
+    (tmp_path / "config.env").write_text("# no settings\n")
+    runner = Scripts(cloud, tmp_path, settings(cloud, tmp_path))
+    yield runner
+    runner.end()

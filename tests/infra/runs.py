@@ -1,4 +1,4 @@
-"""The state of a run as submit.sh leaves it, written and read from the test's side."""
+"""Run states as submit.sh writes them, and checks of the final state."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ from tests.services.cloud import BUCKET, Cloud
 
 
 def machine_of(run: str) -> str:
-    """The name of a run's machine."""
+    """Return the name of a run's machine."""
     return f"job-{run}-" + hashlib.sha256(f"gs://{BUCKET}/infra/{run}".encode()).hexdigest()[:8]
 
 
@@ -56,20 +56,20 @@ _STATE = {
 
 
 def submitted(cloud: Cloud, run: str = RUN, **values: str) -> None:
-    """A run that was submitted, and that nobody watches."""
+    """Store the state of a submitted run that has no watcher."""
     state = {**_STATE, "run": run, **values}
     lines = "".join(f"{key}={state[key]}\n" for key in sorted(state))
     cloud.put(BUCKET, f"infra/{run}/state", lines.encode())
 
 
 def state_of(cloud: Cloud, run: str = RUN) -> dict[str, str]:
-    """What the bucket has of a run."""
+    """Read the state of a run from the bucket."""
     text = cloud.objects[BUCKET, f"infra/{run}/state"].data.decode()
     return dict(line.split("=", 1) for line in text.splitlines())
 
 
 def check_clean(cloud: Cloud, run: str = RUN) -> None:
-    """Nothing is left, and the run never had two machines at once."""
+    """Check that no machine is left and that the run never had two at once."""
     assert cloud.machines.alive == {}
     assert cloud.machines.most_alive[machine_of(run)] <= 1
     assert state_of(cloud, run)["phase"] == "ended"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A stand-in for `docker` on PATH, for tests of startup.sh and push_image.sh: one image, one container, which is the
-# script $DOCKER_FOLDER/job. It writes each call to $DOCKER_FOLDER/calls, and what was on standard
-# input where that matters.
+# A stand-in for `docker` on PATH, for the tests of startup.sh and push_image.sh. It has one image and
+# one container, which runs the script $DOCKER_FOLDER/job. It records each call in
+# $DOCKER_FOLDER/calls, and the standard input and Docker configuration of a login.
 set -euo pipefail
 folder=$DOCKER_FOLDER
 printf '%s\n' "$*" >>"$folder/calls"
@@ -15,6 +15,7 @@ case "$1 ${2:-}" in
   "login -u")
     cat >"$folder/login"
     df --output=fstype "$DOCKER_CONFIG" | tail -n 1 >"$folder/login-file-system"
+    printf '%s' "$DOCKER_CONFIG" >"$folder/login-config"
     ;;
   "build "* | "push -q") ;;
   "pull -q")
@@ -25,7 +26,7 @@ case "$1 ${2:-}" in
     while [[ $1 != --entrypoint ]]; do shift; done
     shell=$2
     shift 3 # and the image
-    "$shell" "$@" <&0 & # else a background command has no input
+    "$shell" "$@" <&0 & # without <&0, a background command has no input
     echo $! >"$folder/pid"
     code=0
     wait $! || code=$?
@@ -48,7 +49,7 @@ case "$1 ${2:-}" in
     ;;
   "rm "*) rm -f "$folder/pid" "$folder/code" ;;
   *)
-    echo "stand-in docker: $* is not served" >&2
+    echo "stand-in docker: unknown command: $*" >&2
     exit 64
     ;;
 esac

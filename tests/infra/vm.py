@@ -1,4 +1,4 @@
-"""VMs of the local cloud: a metadata server, and the startup script as a VM would run it."""
+"""VMs of the local cloud: a metadata server, and the startup script run as on a real VM."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from tests.services.metadata import Metadata
 
 
 class Vm:
-    """One VM: it runs the startup script that its order has in the metadata."""
+    """A VM that runs the startup script from its metadata."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Vm:
         self.started: list[subprocess.Popen[bytes]] = []
 
     def boot(self) -> subprocess.Popen[bytes]:
-        """Run the startup script, as at every boot."""
+        """Start the startup script, as at every boot."""
         with (self.folder / "serial").open("ab") as serial:
             process = subprocess.Popen(
                 ["bash", str(self._script)],
@@ -63,11 +63,11 @@ class Vm:
 
     @property
     def serial(self) -> str:
-        """What the script has said."""
+        """The script's output."""
         return (self.folder / "serial").read_text()
 
     def destroy(self, number: signal.Signals = signal.SIGKILL) -> None:
-        """The machine is taken away: its script and its container stop at once."""
+        """Kill the script and its container, as if the machine were gone."""
         for process in self.started:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
@@ -82,6 +82,6 @@ class Vm:
 
 
 def of_machine(cloud: Cloud, machine: Machine, folder: Path, environment: Mapping[str, str]) -> Vm:
-    """The VM of a machine that the cloud has granted."""
+    """Create the VM of a machine that the cloud has granted."""
     name = f"{machine.name}-{machine.metadata['job-attempt']}"
     return Vm(cloud, machine.metadata, folder / name, name, environment)
