@@ -64,7 +64,7 @@ class Scripts:
 
 
 def settings(cloud: Cloud, folder: Path) -> dict[str, str]:
-    """Return variables for a user with a project and a bucket, and for a watcher that does not wait."""
+    """Return variables for a user with a project and a bucket. The watcher does not wait."""
     names = ("PATH", "HOME", "LANG", "PYENV_ROOT", "JOB_CACHE", "SSL_CERT_FILE")
     inherited: Mapping[str, str] = os.environ
     return {

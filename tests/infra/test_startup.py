@@ -1,4 +1,4 @@
-"""What runs on a VM: startup.sh with a metadata server, a local cloud and a stand-in for Docker."""
+"""startup.sh with a metadata server, a local cloud and a stand-in for Docker."""
 
 import os
 import signal
@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from tests.infra.conftest import INFRA
-from tests.infra.vm import Vm
+from tests.infra.vm import Vm, command_lines
 from tests.services.cloud import BUCKET, TOKEN, Cloud
 
 SECRET = "hf_very_secret_value_for_this_test"
 STAND_IN = Path(__file__).with_name("stand-in-docker.sh")
 MARKS = "infra/r1/marks/exit-2-0-"
 
-# A job that says what it was given, and ends with the next of the codes it finds.
+# A job that records its arguments and secret, and exits with the next code in the file `codes`.
 JOB = """#!/bin/sh
 printf '%s\\n' "$*" >>"$DOCKER_FOLDER/arguments"
 printenv HF_TOKEN >"$DOCKER_FOLDER/secret"
-echo '{"severity": "INFO", "message": "at work", "time": "2026-01-01T00:00:00Z"}'
+echo '{"severity": "INFO", "message": "working", "time": "2026-01-01T00:00:00Z"}'
 echo 'plain words'
 trap 'echo stopping; exit 75' TERM
 code=$(head -n 1 "$DOCKER_FOLDER/codes")
@@ -65,9 +65,9 @@ def vm(cloud: Cloud, tmp_path: Path) -> Iterator[Vm]:
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "DOCKER_FOLDER": str(docker),
     }
-    found = Vm(cloud, attributes, tmp_path, "job", environment)
-    yield found
-    found.destroy()
+    machine = Vm(cloud, attributes, tmp_path, "job", environment)
+    yield machine
+    machine.destroy()
 
 
 def docker(vm: Vm, name: str) -> str:
@@ -79,15 +79,13 @@ def marks(cloud: Cloud) -> list[str]:
 
 
 def wait_for(vm: Vm, name: str) -> None:
-    until = time.monotonic() + 20
-    while not (vm.folder / "docker" / name).exists() and time.monotonic() < until:
+    deadline = time.monotonic() + 60
+    while not (vm.folder / "docker" / name).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
-def test_the_job_gets_its_secrets_and_leaves_its_log_and_its_exit_code(
-    cloud: Cloud, vm: Vm
-) -> None:
-    assert vm.boot().wait(30) == 0, vm.serial
+def test_job_gets_secrets_and_writes_log_and_exit_code(cloud: Cloud, vm: Vm) -> None:
+    assert vm.boot().wait(120) == 0, vm.serial
     assert docker(vm, "arguments") == (
         f"run gs://{BUCKET}/infra/r1/spec.yaml --output gs://{BUCKET}/runs --run-id r1\n"
     )
@@ -95,15 +93,15 @@ def test_the_job_gets_its_secrets_and_leaves_its_log_and_its_exit_code(
     assert marks(cloud) == [f"{MARKS}0"]
     log = cloud.objects[BUCKET, "infra/r1/logs/2-0.log"].data.decode()
     assert "plain words" in log
-    worded, plain = cloud.admin.log_entries
-    assert worded["severity"] == "INFO"
-    assert worded["timestamp"] == "2026-01-01T00:00:00Z"
-    assert worded["jsonPayload"] == {"message": "at work"}
+    structured, plain = cloud.admin.log_entries
+    assert structured["severity"] == "INFO"
+    assert structured["timestamp"] == "2026-01-01T00:00:00Z"
+    assert structured["jsonPayload"] == {"message": "working"}
     assert plain == {"textPayload": "plain words"}
     assert len(cloud.requested("DELETE /v2/projects/p/locations/us-west4-a/queuedResources")) == 1
 
-    # A boot after the end: nothing runs again, and the deletion is asked for once more.
-    assert vm.boot().wait(30) == 0
+    # A boot after the end runs no job and requests the deletion again.
+    assert vm.boot().wait(120) == 0
     assert docker(vm, "arguments").count("run ") == 1
     assert len(cloud.requested("DELETE /v2/")) == 2
 
@@ -111,9 +109,10 @@ def test_the_job_gets_its_secrets_and_leaves_its_log_and_its_exit_code(
 def test_secrets_are_in_no_argument_file_request_or_log(cloud: Cloud, vm: Vm) -> None:
     (vm.folder / "docker" / "image").unlink()
     (vm.folder / "docker" / "codes").write_text("wait\n")
-    vm.boot()
+    script = vm.boot()
     wait_for(vm, "secret")
-    arguments = b"".join(path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline"))
+    arguments = command_lines(script)
+    assert b"startup-script" in arguments
     for secret in (SECRET, TOKEN):
         assert secret.encode() not in arguments
         assert secret not in vm.serial + docker(vm, "calls")
@@ -123,15 +122,15 @@ def test_secrets_are_in_no_argument_file_request_or_log(cloud: Cloud, vm: Vm) ->
     written = [path for path in (vm.folder / "job").rglob("*") if path.is_file()]
     assert written
     assert not [path for path in written if SECRET in path.read_text()]
-    # The registry's token went over standard input, and its file was in memory and is gone.
+    # The registry's token came through standard input. Its file was in memory and is deleted.
     assert docker(vm, "login") == TOKEN + "\n"
     assert docker(vm, "login-file-system").strip() == "tmpfs"
-    assert not list(Path("/dev/shm").glob("docker.*"))
+    assert not Path(docker(vm, "login-config")).exists()
 
 
-def test_a_job_that_stopped_early_goes_on_on_the_same_vm(cloud: Cloud, vm: Vm) -> None:
+def test_a_job_that_stopped_early_resumes_on_the_same_vm(cloud: Cloud, vm: Vm) -> None:
     (vm.folder / "docker" / "codes").write_text("75\n75\n0\n")
-    assert vm.boot().wait(60) == 0
+    assert vm.boot().wait(120) == 0
     assert docker(vm, "arguments").count("run ") == 3
     assert marks(cloud) == [f"{MARKS}0"]
 
@@ -140,42 +139,42 @@ def test_a_script_started_twice_runs_one_job(cloud: Cloud, vm: Vm) -> None:
     (vm.folder / "docker" / "codes").write_text("wait\n")
     first = vm.boot()
     wait_for(vm, "arguments")
-    assert vm.boot().wait(20) == 0
+    assert vm.boot().wait(120) == 0
     assert "already running" in vm.serial
     assert first.poll() is None
     assert docker(vm, "arguments").count("run ") == 1
 
 
-def test_a_vm_that_is_shut_down_gives_the_job_its_time(cloud: Cloud, vm: Vm) -> None:
+def test_a_vm_shutdown_gives_the_job_time_to_stop(cloud: Cloud, vm: Vm) -> None:
     (vm.folder / "docker" / "codes").write_text("wait\n")
     process = vm.boot()
     wait_for(vm, "secret")
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(120) == 0
     assert docker(vm, "code").strip() == "75"
     assert "stopping" in cloud.objects[BUCKET, "infra/r1/logs/2-0.log"].data.decode()
     assert marks(cloud) == []
 
 
-def test_a_job_over_its_time_is_stopped_and_the_vm_deleted(cloud: Cloud, vm: Vm) -> None:
+def test_a_job_past_its_maximum_time_is_stopped(cloud: Cloud, vm: Vm) -> None:
     (vm.folder / "docker" / "codes").write_text("wait\n")
     vm.metadata.attributes["job-max-seconds"] = "1"
-    assert vm.boot().wait(30) == 0
+    assert vm.boot().wait(120) == 0
     assert marks(cloud) == [f"{MARKS}124"]
     assert cloud.requested("DELETE /v2/")
 
 
-def test_an_image_that_cannot_be_pulled_is_said_and_the_vm_deleted(cloud: Cloud, vm: Vm) -> None:
+def test_a_failed_pull_is_reported_and_the_vm_deleted(cloud: Cloud, vm: Vm) -> None:
     (vm.folder / "docker" / "image").unlink()
     (vm.folder / "docker" / "unreachable").touch()
-    assert vm.boot().wait(90) == 0
+    assert vm.boot().wait(120) == 0
     assert marks(cloud) == [f"{MARKS}125"]
-    assert b"could not be pulled" in cloud.objects[BUCKET, f"{MARKS}125"].data
+    assert b"cannot pull the image" in cloud.objects[BUCKET, f"{MARKS}125"].data
     assert cloud.requested("DELETE /v2/")
 
 
-def test_other_hosts_of_a_slice_leave_the_deletion_to_the_first(cloud: Cloud, vm: Vm) -> None:
+def test_only_the_first_host_of_a_slice_deletes_it(cloud: Cloud, vm: Vm) -> None:
     vm.metadata.attributes["agent-worker-number"] = "1"
-    assert vm.boot().wait(30) == 0
+    assert vm.boot().wait(120) == 0
     assert marks(cloud) == ["infra/r1/marks/exit-2-1-0"]
     assert not cloud.requested("DELETE /v2/")

@@ -1,4 +1,4 @@
-"""A run's machine from its order to its end: preempted, refused, unanswered, over its time."""
+"""The life of a run's machine: preemption, refusals, lost responses, the maximum run time."""
 
 import pytest
 
@@ -11,12 +11,12 @@ DONE = (*UP, "exit 0")
 
 
 def zones(cloud: Cloud) -> list[str]:
-    """The zones of the machines that were granted, in order."""
+    """Return the zones of the granted machines, in order."""
     return [machine.zone for machine in cloud.machines.history]
 
 
 @pytest.mark.slow
-def test_a_submitted_job_is_ordered_watched_and_deleted(cloud: Cloud, scripts: Scripts) -> None:
+def test_submit_creates_watches_and_deletes_the_machine(cloud: Cloud, scripts: Scripts) -> None:
     cloud.machines.lives = [DONE]
     cloud.machines.delete_looks = 1
     done = scripts.run("submit", "smoke", "--run-id", RUN, "--set", "train.epochs=1", "--wait")
@@ -41,15 +41,13 @@ def test_a_submitted_job_is_ordered_watched_and_deleted(cloud: Cloud, scripts: S
     spec = cloud.objects[bucket, name].data.decode()
     assert "epochs: 1\n" in spec
     assert f"output: gs://{BUCKET}/runs\n" in spec
-    assert "USD an hour" in done.err
+    assert "USD per hour" in done.err
     assert f"gs://{BUCKET}/runs/{RUN}" in done.err
     assert state_of(cloud)["outcome"] == "done"
 
 
 @pytest.mark.slow
-def test_a_machine_lost_in_any_state_is_replaced_in_the_next_zone(
-    cloud: Cloud, scripts: Scripts
-) -> None:
+def test_a_lost_machine_is_replaced_in_the_next_zone(cloud: Cloud, scripts: Scripts) -> None:
     submitted(cloud)
     cloud.machines.lives = [
         ("PROVISIONING", "SUSPENDED"),
@@ -66,9 +64,7 @@ def test_a_machine_lost_in_any_state_is_replaced_in_the_next_zone(
 
 
 @pytest.mark.slow
-def test_capacity_that_is_refused_is_asked_for_in_the_next_zone(
-    cloud: Cloud, scripts: Scripts
-) -> None:
+def test_no_capacity_moves_to_the_next_zone(cloud: Cloud, scripts: Scripts) -> None:
     submitted(cloud)
     cloud.machines.refusals = {"us-west4-a": ["capacity"], "us-central1-a": ["rate"]}
     cloud.machines.lives = [
@@ -84,19 +80,19 @@ def test_capacity_that_is_refused_is_asked_for_in_the_next_zone(
 
 
 @pytest.mark.slow
-def test_a_refused_quota_ends_the_run_with_one_clear_line(cloud: Cloud, scripts: Scripts) -> None:
+def test_a_refused_quota_ends_the_run_with_one_error(cloud: Cloud, scripts: Scripts) -> None:
     cloud.machines.refusals = {"us-west4-a": ["quota"] * 5}
     done = scripts.run("submit", "smoke", "--no-plan", "--run-id", RUN)
     assert done.code == 3
     [error] = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    for words in ("no quota in us-west4-a", "Limit: 0", f"ask for more of {SERVING_QUOTA}"):
+    for words in ("no quota in us-west4-a", "Limit: 0", f"request more of {SERVING_QUOTA}"):
         assert words in error
     assert len(cloud.requested("POST /v2/")) == 1
     check_clean(cloud)
 
 
 @pytest.mark.slow
-def test_a_quota_found_missing_later_ends_the_run_too(cloud: Cloud, scripts: Scripts) -> None:
+def test_a_quota_error_after_the_request_ends_the_run(cloud: Cloud, scripts: Scripts) -> None:
     submitted(cloud)
     cloud.machines.lives = [("ACCEPTED", "FAILED: Quota limit 'TPUS' has been exceeded")]
     done = scripts.run("supervise", RUN)
@@ -107,25 +103,25 @@ def test_a_quota_found_missing_later_ends_the_run_too(cloud: Cloud, scripts: Scr
 
 
 @pytest.mark.slow
-def test_lost_answers_and_failing_deletions_change_nothing(cloud: Cloud, scripts: Scripts) -> None:
+def test_lost_responses_and_failed_deletions_are_retried(cloud: Cloud, scripts: Scripts) -> None:
     submitted(cloud)
     cloud.machines.lives = [DONE]
-    cloud.faults.add("POST /v2/projects", spoil="stall")  # it took effect, and no answer comes
+    cloud.faults.add("POST /v2/projects", spoil="stall")  # it took effect, but no response comes
     cloud.faults.add("POST /upload/storage", cut_after=0, skip=1)
     body = b'{"error": {"code": 400, "status": "FAILED_PRECONDITION", "message": "not now"}}'
     cloud.faults.add("DELETE /v2/", status=400, times=2, body=body)
     done = scripts.run("supervise", RUN, GCLOUD_TIMEOUT="15")
     assert done.code == 0, done.err
-    assert "gave no answer within 15 s" in done.err
+    assert "did not respond within 15 s" in done.err
     assert cloud.faults.pending == []
     assert len(cloud.machines.history) == 1
-    assert done.err.count("could not be deleted yet") == 2
+    assert done.err.count("cannot delete the machine in us-west4-a yet") == 2
     assert len(cloud.requested("DELETE /v2/")) == 3
     check_clean(cloud)
 
 
 @pytest.mark.slow
-def test_a_job_that_failed_is_not_run_again(cloud: Cloud, scripts: Scripts) -> None:
+def test_a_failed_job_is_not_run_again(cloud: Cloud, scripts: Scripts) -> None:
     submitted(cloud)
     cloud.machines.lives = [(*UP, "exit 4")]
     done = scripts.run("supervise", RUN)
@@ -136,21 +132,21 @@ def test_a_job_that_failed_is_not_run_again(cloud: Cloud, scripts: Scripts) -> N
 
 
 @pytest.mark.slow
-def test_a_machine_over_its_time_is_deleted(cloud: Cloud, scripts: Scripts) -> None:
+def test_a_machine_past_its_maximum_time_is_deleted(cloud: Cloud, scripts: Scripts) -> None:
     submitted(cloud, max_run_seconds="1")
     cloud.machines.lives = [UP]
     done = scripts.run("supervise", RUN)
     assert done.code == 75
-    assert "over its maximum run time of 1 s" in done.err
+    assert "reached the maximum run time of 1 s" in done.err
     check_clean(cloud)
 
 
 @pytest.mark.slow
-def test_machines_that_never_work_are_given_up(cloud: Cloud, scripts: Scripts) -> None:
+def test_a_run_gives_up_after_its_maximum_attempts(cloud: Cloud, scripts: Scripts) -> None:
     submitted(cloud, max_attempts="2")
     cloud.machines.lives = [(*UP, "exit 125")] * 3
     done = scripts.run("supervise", RUN)
     assert done.code == 4
-    assert "given up after 2 machines" in done.err
+    assert "gave up after 2 machines" in done.err
     assert len(cloud.machines.history) == 2
     check_clean(cloud)

@@ -1,4 +1,4 @@
-"""Many watchers, watchers that are killed, and what deletes machines that nobody watches."""
+"""Many watchers, killed watchers, and machines without a watcher."""
 
 import os
 import signal
@@ -15,18 +15,18 @@ pytestmark = pytest.mark.slow
 
 
 def wait_for_requests(cloud: Cloud, number: int) -> None:
-    until = time.monotonic() + 60
-    while len(cloud.requests) < number and time.monotonic() < until:
+    deadline = time.monotonic() + 120
+    while len(cloud.requests) < number and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
-def test_a_watcher_killed_anywhere_is_followed_by_the_next(cloud: Cloud, scripts: Scripts) -> None:
+def test_a_new_watcher_resumes_after_a_kill_anywhere(cloud: Cloud, scripts: Scripts) -> None:
     submitted(cloud)
     cloud.machines.lives = [(*UP, "SUSPENDED"), DONE, DONE]
     kills = 0
     while state_of(cloud)["phase"] != "ended":
         watcher = scripts.start("supervise", RUN, LEASE_SECONDS="2")
-        # Taking over is six requests; each watcher gets a little further than the last one.
+        # Taking over takes six requests. Each watcher gets a little further than the one before.
         wait_for_requests(cloud, len(cloud.requests) + 8 + kills)
         if watcher.poll() is None:
             os.killpg(watcher.pid, signal.SIGKILL)
@@ -37,38 +37,38 @@ def test_a_watcher_killed_anywhere_is_followed_by_the_next(cloud: Cloud, scripts
     check_clean(cloud)
 
 
-def test_two_watchers_at_once_order_one_machine(cloud: Cloud, scripts: Scripts) -> None:
+def test_two_watchers_create_one_machine(cloud: Cloud, scripts: Scripts) -> None:
     submitted(cloud)
     cloud.machines.lives = [DONE]
     both = [scripts.start("supervise", RUN, POLL_SECONDS="1") for _ in range(2)]
-    said = [watcher.communicate(timeout=300)[1] for watcher in both]
-    assert [watcher.returncode for watcher in both] == [0, 0], said
-    assert sum("standing by" in text for text in said) == 1
+    errors = [watcher.communicate(timeout=300)[1] for watcher in both]
+    assert [watcher.returncode for watcher in both] == [0, 0], errors
+    assert sum("standing by" in text for text in errors) == 1
     assert len(cloud.machines.history) == 1
     check_clean(cloud)
 
 
-def test_a_stopped_watcher_hands_over_at_once(cloud: Cloud, scripts: Scripts) -> None:
+def test_a_stopped_watcher_releases_its_lease(cloud: Cloud, scripts: Scripts) -> None:
     submitted(cloud)
     watcher = scripts.start("supervise", RUN)
     wait_for_requests(cloud, 12)
     watcher.send_signal(signal.SIGTERM)
-    assert watcher.wait(60) == 130
+    assert watcher.wait(120) == 130
     assert int(state_of(cloud)["expires"]) <= time.time()
 
 
-def test_a_run_is_cancelled_under_the_eyes_of_its_watcher(cloud: Cloud, scripts: Scripts) -> None:
+def test_a_watched_run_can_be_cancelled(cloud: Cloud, scripts: Scripts) -> None:
     submitted(cloud)
     watcher = scripts.start("supervise", RUN, POLL_SECONDS="1")
     wait_for_requests(cloud, 12)
     cancelled = scripts.run("cancel", RUN)
     assert cancelled.code == 0, cancelled.err
-    assert watcher.wait(60) == 75
+    assert watcher.wait(300) == 75
     assert state_of(cloud)["outcome"] == "cancelled"
     check_clean(cloud)
 
 
-def test_what_is_left_over_is_found_by_its_label(cloud: Cloud, scripts: Scripts) -> None:
+def test_reap_deletes_leftover_machines_only(cloud: Cloud, scripts: Scripts) -> None:
     def machine(run: str, zone: str, bucket: str = BUCKET) -> None:
         labels = {"managed-by": "job-infra", "job-run": run}
         node = {"labels": labels, "metadata": {"job-control": f"gs://{bucket}/infra/{run}"}}
@@ -91,10 +91,10 @@ def test_what_is_left_over_is_found_by_its_label(cloud: Cloud, scripts: Scripts)
     assert done.code == 0, done.err
     for why in (
         "has ended (done)",
-        "over its maximum run time",
+        "past the maximum run time",
         "is unknown",
-        "is at work",
-        "left alone",
+        "is in use",
+        "not deleted",
     ):
         assert why in done.err
     deleted = [str(request) for request in cloud.requested("DELETE /v2/")]
@@ -102,7 +102,7 @@ def test_what_is_left_over_is_found_by_its_label(cloud: Cloud, scripts: Scripts)
     assert not [line for line in deleted if "job-work" in line or "of-others" in line]
 
 
-def test_compute_engine_is_watched_in_the_same_way(cloud: Cloud, scripts: Scripts) -> None:
+def test_compute_engine_machines_are_watched_too(cloud: Cloud, scripts: Scripts) -> None:
     cloud.machines.refusals = {"us-west4-a": ["capacity"]}
     cloud.machines.lives = [
         ("STAGING", "RUNNING", "gone"),

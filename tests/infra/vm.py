@@ -6,10 +6,21 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tests.services.cloud import PROJECT, TOKEN, Cloud
 from tests.services.cloud_machines import Machine
 from tests.services.metadata import Metadata
+
+
+def command_lines(process: subprocess.Popen[Any]) -> bytes:
+    """Return the command lines of all processes in the session that `process` leads."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # the process has exited
+            if os.getsid(int(path.parent.name)) == process.pid:
+                lines.append(path.read_bytes())
+    return b"".join(lines)
 
 
 class Vm:
@@ -81,7 +92,9 @@ class Vm:
         self.metadata.stop()
 
 
-def of_machine(cloud: Cloud, machine: Machine, folder: Path, environment: Mapping[str, str]) -> Vm:
+def vm_of_machine(
+    cloud: Cloud, machine: Machine, folder: Path, environment: Mapping[str, str]
+) -> Vm:
     """Create the VM of a machine that the cloud has granted."""
     name = f"{machine.name}-{machine.metadata['job-attempt']}"
     return Vm(cloud, machine.metadata, folder / name, name, environment)

@@ -1,9 +1,9 @@
-"""A stand-in for Google Cloud, which the real `gcloud` is pointed at.
+"""A stand-in for Google Cloud that the real `gcloud` talks to.
 
-One service on one port: Cloud Storage (the bucket stand-in), TPU queued resources and Compute
+One service on one port has Cloud Storage (the bucket stand-in), TPU queued resources and Compute
 Engine (`cloud_machines`), and the project with its accounts, roles, secrets, images and quotas
-(`cloud_admin`). `environment` holds what makes gcloud use it and nothing else. Bodies of
-requests are kept, so that a test can look for what must not be in any of them.
+(`cloud_admin`). `environment` returns the variables that point gcloud at it. Request bodies are
+recorded, so a test can check that no request has a secret.
 """
 
 import re
@@ -14,8 +14,8 @@ from urllib.parse import unquote
 
 from tests.services.base import Reply, Request, json_reply
 from tests.services.bucket import Bucket
-from tests.services.cloud_admin import Admin, parsed
-from tests.services.cloud_machines import Machine, Machines, Refused
+from tests.services.cloud_admin import Admin, parse_json
+from tests.services.cloud_machines import ApiError, Machine, Machines
 
 PROJECT = "test-project"
 BUCKET = "test-bucket"
@@ -26,20 +26,20 @@ _BUCKET = re.compile(r"/storage/v1/b/(?P<bucket>[^/]+)")
 
 
 class Cloud(Bucket):
-    """A project; empty but for a bucket."""
+    """A project with one empty bucket."""
 
     def __init__(self) -> None:
         super().__init__(BUCKET)
         self.admin = Admin(PROJECT)
         self.machines = Machines(lambda: self.url)
         self.machines.on_exit = self.write_exit
-        self.buckets_as_made: dict[str, dict[str, Any]] = {}
+        self.created_buckets: dict[str, dict[str, Any]] = {}
         self.bodies: list[tuple[str, bytes]] = []
-        """Each request's "METHOD path" and its body."""
+        """The "METHOD path" and the body of each request."""
         self._cloud_lock = threading.Lock()
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """Variables for gcloud; its configuration and its token lie in `folder`."""
+        """Return variables for gcloud, with its configuration and token in `folder`."""
         token = folder / "token"
         token.write_text(TOKEN)
         services = (
@@ -60,37 +60,37 @@ class Cloud(Bucket):
         }
 
     def respond(self, request: Request, body: bytes) -> Reply:
-        """Serve one call; calls take turns."""
+        """Serve one call at a time."""
         with self._cloud_lock:
             self.bodies.append((str(request), body))
             try:
-                return self._answer(request, body)
-            except Refused as refused:
-                return refused.reply
+                return self._respond(request, body)
+            except ApiError as error:
+                return error.reply
 
-    def _answer(self, request: Request, body: bytes) -> Reply:
-        given = parsed(body)
+    def _respond(self, request: Request, body: bytes) -> Reply:
+        document = parse_json(body)
         if request.route.startswith(_STORAGE) and not request.route.endswith("/iam"):
-            return self._storage(request, body, given)
+            return self._storage(request, body, document)
         for part in (self.machines, self.admin):
-            reply = part.respond(request, given)
+            reply = part.respond(request, document)
             if reply is not None:
                 return reply
-        raise Refused(404, "NOT_FOUND", f"the stand-in does not serve {request}")
+        raise ApiError(404, "NOT_FOUND", f"the stand-in does not serve {request}")
 
-    def _storage(self, request: Request, body: bytes, given: Any) -> Reply:
-        found = _BUCKET.fullmatch(request.route)
+    def _storage(self, request: Request, body: bytes, document: Any) -> Reply:
+        match = _BUCKET.fullmatch(request.route)
         if request.method == "POST" and request.route == "/storage/v1/b":
-            self.buckets_as_made[given["name"]] = given
-        if found and request.method == "PATCH":
-            self._store.require_bucket(unquote(found["bucket"]))
-            made = self.buckets_as_made.setdefault(found["bucket"], {})
-            made.update(given)
-            return json_reply({"name": found["bucket"]} | made)
+            self.created_buckets[document["name"]] = document
+        if match and request.method == "PATCH":
+            self._store.require_bucket(unquote(match["bucket"]))
+            bucket = self.created_buckets.setdefault(match["bucket"], {})
+            bucket.update(document)
+            return json_reply({"name": match["bucket"]} | bucket)
         return super().respond(request, body)
 
     def write_exit(self, machine: Machine, code: int, reason: str = "") -> None:
-        """What a VM leaves in the bucket when its job ends."""
+        """Write the exit mark that a VM writes when its job ends."""
         bucket, _, prefix = machine.metadata["job-control"].removeprefix("gs://").partition("/")
         name = f"{prefix}/marks/exit-{machine.metadata['job-attempt']}-0-{code}"
         self.put(bucket, name, reason.encode())

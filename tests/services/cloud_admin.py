@@ -1,8 +1,8 @@
-"""What a Google Cloud project consists of besides machines and objects, for the stand-in.
+"""The project behind the Google Cloud stand-in: everything except machines and objects.
 
-Projects, services, service accounts, roles, IAM policies, secrets, Artifact Registry, quotas and
-log entries: each kept as the API's JSON in a dictionary, created once, read back. Nothing is
-enforced: that the scripts ask for the right roles is read off the policies.
+Services, service accounts, roles, IAM policies, secrets, Artifact Registry, quotas and log entries
+are stored in dictionaries, as the API's JSON. Policies are not enforced; tests read them to check
+the roles that the scripts grant.
 """
 
 import base64
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.services.base import Reply, Request, json_reply
-from tests.services.cloud_machines import Refused
+from tests.services.cloud_machines import ApiError
 
 _PROJECT = re.compile(r"/v1/projects/(?P<project>[^/:]+)")
 _POLICY = re.compile(r"(?P<resource>/.+?)(?::(?P<verb>getIamPolicy|setIamPolicy)|/iam)")
@@ -35,7 +35,7 @@ _LOGS = "/v2/entries:write"
 
 
 class Admin:
-    """The project; `policies` and the other dictionaries are read by tests."""
+    """The project's resources, which tests read."""
 
     def __init__(self, project: str) -> None:
         self.project = project
@@ -44,16 +44,16 @@ class Admin:
         self.roles: dict[str, Any] = {}
         self.policies: dict[str, dict[str, Any]] = {}
         self.secrets: dict[str, list[str]] = {}
-        """Values of a secret's versions, oldest first."""
+        """Values of each secret's versions, oldest first."""
         self.repositories: dict[str, Any] = {}
         self.tags: dict[str, str] = {}
-        """Digest by image name with its tag."""
+        """Image digests by tag."""
         self.quotas: dict[str, dict[str, int]] = {}
-        """Chips by zone, and under "" where no zone is named, of each quota."""
+        """Chips by zone for each quota; the zone "" holds the default."""
         self.log_entries: list[dict[str, Any]] = []
 
     def respond(self, request: Request, body: Any) -> Reply | None:
-        """The answer, or None where the call is none of these."""
+        """Return the reply, or None if the call is not about these resources."""
         handlers: list[tuple[re.Pattern[str], Callable[[Request, Any, dict[str, str]], Any]]] = [
             (_POLICY, self._policy),
             (_SERVICES, self._services),
@@ -72,24 +72,23 @@ class Admin:
         if request.route == "/v1/permissions:queryTestablePermissions":
             return json_reply({})
         for pattern, handler in handlers:
-            if found := pattern.fullmatch(request.route):
-                return json_reply(handler(request, body, found.groupdict(default="")))
+            if match := pattern.fullmatch(request.route):
+                return json_reply(handler(request, body, match.groupdict(default="")))
         return None
 
     def _project(self, request: Request, body: Any, part: dict[str, str]) -> Any:
         if part["project"] != self.project:
-            raise Refused(403, "PERMISSION_DENIED", "The caller does not have permission")
+            raise ApiError(403, "PERMISSION_DENIED", "The caller does not have permission")
         return {"projectId": self.project, "projectNumber": "1", "lifecycleState": "ACTIVE"}
 
     def _policy(self, request: Request, body: Any, part: dict[str, str]) -> Any:
         policy = self.policies.setdefault(part["resource"], {"etag": "BwE="})
         if part["verb"] == "setIamPolicy" or request.method == "PUT":
-            given = body.get("policy", body)
-            policy["bindings"] = given.get("bindings", [])
+            policy["bindings"] = body.get("policy", body).get("bindings", [])
         return policy
 
     def grants(self, member: str) -> set[tuple[str, str]]:
-        """The last part of each resource and the role that a member has there."""
+        """Return (last part of the resource name, role) for each role of a member."""
         return {
             (resource.rpartition("/")[2], binding["role"])
             for resource, policy in self.policies.items()
@@ -129,56 +128,56 @@ class Admin:
         return self._get(self.roles, part["name"])
 
     def _secrets(self, request: Request, body: Any, part: dict[str, str]) -> Any:
-        name, where = part["name"], f"{part['parent']}/secrets"
+        name, parent = part["name"], f"{part['parent']}/secrets"
         if request.method == "POST" and not name:
             name = request.query["secretId"]
             self._add(self.secrets, name, [])
-            return {"name": f"{where}/{name}"}
+            return {"name": f"{parent}/{name}"}
         if not name:
-            return {"secrets": [{"name": f"{where}/{one}"} for one in sorted(self.secrets)]}
+            return {"secrets": [{"name": f"{parent}/{secret}"} for secret in sorted(self.secrets)]}
         versions = self._get(self.secrets, name)
         if part["verb"] == "addVersion":
             versions.append(base64.b64decode(body["payload"]["data"]).decode())
             return {
-                "name": f"{where}/{name}/versions/{len(versions)}",
+                "name": f"{parent}/{name}/versions/{len(versions)}",
                 "state": "ENABLED",
                 "clientSpecifiedPayloadChecksum": True,
             }
         if part["verb"] == "access":
             if not versions:
-                raise Refused(404, "NOT_FOUND", f"Secret [{where}/{name}] has no version")
+                raise ApiError(404, "NOT_FOUND", f"Secret [{parent}/{name}] has no version")
             data = base64.b64encode(versions[-1].encode()).decode()
-            return {"name": f"{where}/{name}/versions/latest", "payload": {"data": data}}
+            return {"name": f"{parent}/{name}/versions/latest", "payload": {"data": data}}
         if part["versions"]:
             return {
                 "versions": [
-                    {"name": f"{where}/{name}/versions/{n + 1}", "state": "ENABLED"}
+                    {"name": f"{parent}/{name}/versions/{n + 1}", "state": "ENABLED"}
                     for n in range(len(versions))
                 ]
             }
-        return {"name": f"{where}/{name}"}
+        return {"name": f"{parent}/{name}"}
 
     def _repositories(self, request: Request, body: Any, part: dict[str, str]) -> Any:
         where = f"projects/{self.project}/locations/{part['region']}"
         if request.method == "POST":
-            made = self.add_repository(request.query["repositoryId"], where)
-            return {"name": f"{where}/operations/make", "done": True, "response": made}
+            repository = self.add_repository(request.query["repositoryId"], where)
+            return {"name": f"{where}/operations/create", "done": True, "response": repository}
         return self._get(self.repositories, part["name"])
 
     def add_repository(self, name: str, where: str) -> Any:
-        """A repository of Docker images."""
-        made = {"name": f"{where}/repositories/{name}", "format": "DOCKER"}
-        return self._add(self.repositories, name, made)
+        """Add a Docker repository."""
+        repository = {"name": f"{where}/repositories/{name}", "format": "DOCKER"}
+        return self._add(self.repositories, name, repository)
 
     def _tags(self, request: Request, body: Any, part: dict[str, str]) -> Any:
-        shown = {
+        tags = {
             tag: {
                 "name": f"{part['package']}/tags/{tag}",
                 "version": f"{part['package']}/versions/{digest}",
             }
             for tag, digest in self.tags.items()
         }
-        return self._get(shown, part["tag"]) if part["tag"] else {"tags": list(shown.values())}
+        return self._get(tags, part["tag"]) if part["tag"] else {"tags": list(tags.values())}
 
     def _images(self, request: Request, body: Any, part: dict[str, str]) -> Any:
         return {"name": request.route.removeprefix("/v1/")}
@@ -195,21 +194,21 @@ class Admin:
         }
 
     @staticmethod
-    def _add(kept: dict[str, Any], name: str, value: Any) -> Any:
-        if name in kept:
-            raise Refused(409, "ALREADY_EXISTS", f"{name} already exists")
-        kept[name] = value
+    def _add(resources: dict[str, Any], name: str, value: Any) -> Any:
+        if name in resources:
+            raise ApiError(409, "ALREADY_EXISTS", f"{name} already exists")
+        resources[name] = value
         return value
 
     @staticmethod
-    def _get(kept: dict[str, Any], name: str) -> Any:
-        if name not in kept:
-            raise Refused(404, "NOT_FOUND", f"{name} was not found")
-        return kept[name]
+    def _get(resources: dict[str, Any], name: str) -> Any:
+        if name not in resources:
+            raise ApiError(404, "NOT_FOUND", f"{name} was not found")
+        return resources[name]
 
 
-def parsed(body: bytes) -> Any:
-    """A body as JSON, None where it is none."""
+def parse_json(body: bytes) -> Any:
+    """Return a body parsed as JSON, or None if it is not JSON."""
     try:
         return json.loads(body)
     except ValueError:

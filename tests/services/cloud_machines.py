@@ -1,12 +1,12 @@
 """The machines behind the Google Cloud stand-in: TPU queued resources and Compute Engine VMs.
 
-A machine's life is a script of states; it moves on by one each time somebody looks, so that a
-test decides what a watcher sees without a clock. Besides the API's own states a life may hold
-`exit N` (the job on it ends with that code: its marker appears in the bucket, as the VM would
-write it) and `gone` (the machine is no more). What is refused, by zone, comes from `refusals`.
-Every machine that exists counts as alive, suspended ones and those being deleted included.
+A machine's life is a list of states. Each read moves it one state forward, so a test decides what
+a watcher sees, without a clock. Besides the API's states, a life may have `exit N` (the job exits
+with that code, and its exit mark appears in the bucket) and `gone` (the machine disappears).
+`refusals` holds the errors for create requests, by zone. Every existing machine counts as alive,
+including suspended machines and machines being deleted.
 
-Left out: nodes apart from their queued resource, reservations, networks, disks, and SSH.
+Not included: nodes without a queued resource, reservations, networks, disks and SSH.
 """
 
 import re
@@ -33,7 +33,7 @@ _MACHINE_TYPE = re.compile(_GCE_ZONE + r"/machineTypes/(?P<name>[^/]+)")
 _ZONE = re.compile(_GCE_ZONE)
 _OPERATION = re.compile(_GCE_ZONE + r"/operations/(?P<name>[^/]+)(?:/wait)?")
 
-_REFUSALS = {
+_ERRORS = {
     "capacity": (429, "RESOURCE_EXHAUSTED", "There is no more capacity in the zone {zone}"),
     "quota": (
         429,
@@ -53,24 +53,24 @@ _REFUSALS = {
 
 @dataclass
 class Machine:
-    """One machine, as it was ordered and as it is now."""
+    """A machine: its create request and its current state."""
 
     kind: str
     zone: str
     name: str
     order: dict[str, Any]
-    """The body of the request."""
+    """The body of the create request."""
     life: list[str]
     state: str = ""
     problem: str = ""
     deleting: int | None = None
-    """Looks until it is gone."""
+    """Reads until the machine is gone."""
     created: float = field(default_factory=time.time)
     booted: bool = False
 
     @property
     def node(self) -> dict[str, Any]:
-        """The part of the order that has labels and metadata."""
+        """The part of the create request that has labels and metadata."""
         if self.kind == "gce":
             return self.order
         node: dict[str, Any] = self.order["tpu"]["nodeSpec"][0]["node"]
@@ -82,10 +82,10 @@ class Machine:
 
     @property
     def metadata(self) -> dict[str, str]:
-        found = self.node.get("metadata", {})
+        metadata = self.node.get("metadata", {})
         if self.kind == "gce":
-            return {item["key"]: item["value"] for item in found["items"]}
-        return dict(found)
+            return {item["key"]: item["value"] for item in metadata["items"]}
+        return dict(metadata)
 
     @property
     def spot(self) -> bool:
@@ -94,8 +94,8 @@ class Machine:
         return "spot" in self.order
 
 
-class Refused(Exception):
-    """The API's error for a call."""
+class ApiError(Exception):
+    """An error response of the API."""
 
     def __init__(self, code: int, status: str, message: str) -> None:
         super().__init__(message)
@@ -109,50 +109,50 @@ class Refused(Exception):
 
 
 class Machines:
-    """All machines of the project; the caller sees to it that calls do not overlap."""
+    """All machines of the project. The caller serializes the calls."""
 
     def __init__(self, url: Callable[[], str]) -> None:
         self._url = url
         self.alive: dict[tuple[str, str, str], Machine] = {}
         self.history: list[Machine] = []
         self.most_alive: Counter[str] = Counter()
-        """The most machines that a run ever had at once, by its label."""
+        """The largest number of machines that each run had at once, by run label."""
         self.lives: list[tuple[str, ...]] = []
-        """Lives of the machines to come; then the default ones."""
+        """Lives of the next machines; machines after them get the default life."""
         self.refusals: dict[str, list[str]] = {}
-        """What to answer to creations in a zone, in turn: capacity, quota, denied, ..."""
+        """Errors for the next create requests in a zone: capacity, quota, denied, ..."""
         self.offered: dict[str, set[str]] = {}
-        """Accelerator and machine types that a zone has; a zone that is not listed has all."""
+        """Accelerator and machine types by zone; an unlisted zone offers all."""
         self.delete_looks = 0
         self.on_boot: Callable[[Machine], None] = lambda machine: None
         self.on_exit: Callable[[Machine, int], None] = lambda machine, code: None
         self.on_gone: Callable[[Machine], None] = lambda machine: None
 
     def respond(self, request: Request, body: Any) -> Reply | None:
-        """The answer, or None where the call is none about machines."""
+        """Return the reply, or None if the call is not about machines."""
         route = request.route
-        if found := _QUEUED.fullmatch(route):
-            return self._calls("queued", request, body, found["zone"], found["name"])
-        if found := _GCE.fullmatch(route):
-            return self._calls("gce", request, body, found["zone"], found["name"])
+        if match := _QUEUED.fullmatch(route):
+            return self._calls("queued", request, body, match["zone"], match["name"])
+        if match := _GCE.fullmatch(route):
+            return self._calls("gce", request, body, match["zone"], match["name"])
         if _GCE_ALL.fullmatch(route):
             return self._all_instances()
         if _NODES.fullmatch(route):
             return json_reply({"nodes": []})
-        if found := _TYPES.fullmatch(route):
-            offered = sorted(self._offered(found["zone"]))
-            where = f"projects/p/locations/{found['zone']}/acceleratorTypes"
+        if match := _TYPES.fullmatch(route):
+            offered = sorted(self._offered(match["zone"]))
+            where = f"projects/p/locations/{match['zone']}/acceleratorTypes"
             return json_reply(
                 {"acceleratorTypes": [{"name": f"{where}/{n}", "type": n} for n in offered]}
             )
-        if found := _MACHINE_TYPE.fullmatch(route):
-            if found["name"] not in self._offered(found["zone"]):
-                raise Refused(404, "NOT_FOUND", f"The resource '{route}' was not found")
-            return json_reply({"name": found["name"], "zone": found["zone"]})
-        if found := _OPERATION.fullmatch(route):
-            return json_reply(self._operation(route, found["name"]))
-        if found := _ZONE.fullmatch(route):
-            return json_reply({"name": found["zone"], "status": "UP"})
+        if match := _MACHINE_TYPE.fullmatch(route):
+            if match["name"] not in self._offered(match["zone"]):
+                raise ApiError(404, "NOT_FOUND", f"The resource '{route}' was not found")
+            return json_reply({"name": match["name"], "zone": match["zone"]})
+        if match := _OPERATION.fullmatch(route):
+            return json_reply(self._operation(route, match["name"]))
+        if match := _ZONE.fullmatch(route):
+            return json_reply({"name": match["zone"], "status": "UP"})
         return None
 
     def _offered(self, zone: str) -> set[str]:
@@ -164,43 +164,42 @@ class Machines:
                 name = request.query.get("queuedResourceId") or body["name"]
                 return self._create(kind, zone, str(name), body)
             case ("GET", None):
-                found = [m for m in list(self.alive.values()) if m.kind == kind]
-                shown = [m for m in found if zone in ("-", m.zone) and self._look(m)]
-                return json_reply({"queuedResources": [self._resource(m) for m in shown]})
+                machines = [m for m in list(self.alive.values()) if m.kind == kind]
+                listed = [m for m in machines if zone in ("-", m.zone) and self._advance(m)]
+                return json_reply({"queuedResources": [self._resource(m) for m in listed]})
             case ("GET", str()):
                 machine = self._find(kind, zone, name)
-                if not self._look(machine):
-                    raise Refused(404, "NOT_FOUND", f"Resource '{name}' was not found")
+                if not self._advance(machine):
+                    raise ApiError(404, "NOT_FOUND", f"Resource '{name}' was not found")
                 return json_reply(self._resource(machine))
             case ("DELETE", str()):
                 machine = self._find(kind, zone, name)
                 if machine.deleting is None:
                     machine.deleting = self.delete_looks
                     machine.state = "STOPPING" if kind == "gce" else "DELETING"
-                return json_reply(self._started(kind, zone, f"delete-{name}"))
-        raise Refused(400, "INVALID_ARGUMENT", f"the stand-in does not serve {request}")
+                return json_reply(self._start_operation(kind, zone, f"delete-{name}"))
+        raise ApiError(400, "INVALID_ARGUMENT", f"the stand-in does not serve {request}")
 
     def _find(self, kind: str, zone: str, name: str) -> Machine:
-        found = self.alive.get((kind, zone, name))
-        if found is None:
-            raise Refused(404, "NOT_FOUND", f"Resource '{zone}/{name}' was not found")
-        return found
+        machine = self.alive.get((kind, zone, name))
+        if machine is None:
+            raise ApiError(404, "NOT_FOUND", f"Resource '{zone}/{name}' was not found")
+        return machine
 
     def _create(self, kind: str, zone: str, name: str, order: dict[str, Any]) -> Reply:
         if (kind, zone, name) in self.alive:
-            raise Refused(409, "ALREADY_EXISTS", f"Resource '{name}' already exists")
-        waiting = self.refusals.get(zone, [])
-        if waiting:
-            refusal = waiting.pop(0)
-            code, status, message = _REFUSALS[refusal]
+            raise ApiError(409, "ALREADY_EXISTS", f"Resource '{name}' already exists")
+        if refusals := self.refusals.get(zone):
+            refusal = refusals.pop(0)
+            code, status, message = _ERRORS[refusal]
             if kind == "gce" and refusal == "capacity":
-                return json_reply(self._failed(zone, f"create-{name}"))
-            raise Refused(code, status, message.format(zone=zone))
+                return json_reply(self._failed_operation(zone, f"create-{name}"))
+            raise ApiError(code, status, message.format(zone=zone))
         self.order(kind, zone, name, order)
-        return json_reply(self._started(kind, zone, f"create-{name}"))
+        return json_reply(self._start_operation(kind, zone, f"create-{name}"))
 
     def order(self, kind: str, zone: str, name: str, order: dict[str, Any]) -> None:
-        """A machine comes into being."""
+        """Create a machine."""
         life = self.lives.pop(0) if self.lives else (QUEUED_LIFE if kind == "queued" else GCE_LIFE)
         machine = Machine(kind, zone, name, order, list(life))
         machine.state = machine.life.pop(0)
@@ -210,8 +209,8 @@ class Machines:
         alive = sum(m.labels.get("job-run") == run for m in self.alive.values())
         self.most_alive[run] = max(self.most_alive[run], alive)
 
-    def _look(self, machine: Machine) -> bool:
-        """Move a machine's life on by one step; whether it still is there."""
+    def _advance(self, machine: Machine) -> bool:
+        """Move a machine one state forward and return whether it still exists."""
         if machine.deleting is not None:
             machine.deleting -= 1
             if machine.deleting < 0:
@@ -235,7 +234,7 @@ class Machines:
             machine.state, _, machine.problem = step.partition(": ")
 
     def remove(self, machine: Machine) -> None:
-        """The machine is no more."""
+        """Remove a machine."""
         if self.alive.pop((machine.kind, machine.zone, machine.name), None):
             self.on_gone(machine)
 
@@ -252,19 +251,19 @@ class Machines:
     def _all_instances(self) -> Reply:
         zones: dict[str, Any] = {}
         for machine in list(self.alive.values()):
-            if machine.kind == "gce" and self._look(machine):
+            if machine.kind == "gce" and self._advance(machine):
                 inside = zones.setdefault(f"zones/{machine.zone}", {"instances": []})
                 inside["instances"].append(self._resource(machine))
         return json_reply({"items": zones})
 
-    def _started(self, kind: str, zone: str, what: str) -> dict[str, Any]:
+    def _start_operation(self, kind: str, zone: str, what: str) -> dict[str, Any]:
         if kind == "queued":
             return {"name": f"projects/p/locations/{zone}/operations/{what}", "done": False}
         return self._operation(f"/compute/v1/projects/p/zones/{zone}/operations/{what}", what)
 
-    def _failed(self, zone: str, what: str) -> dict[str, Any]:
-        """An operation of Compute Engine that found no capacity, as it says so."""
-        operation = self._started("gce", zone, what)
+    def _failed_operation(self, zone: str, what: str) -> dict[str, Any]:
+        """Return a Compute Engine operation that failed for lack of capacity."""
+        operation = self._start_operation("gce", zone, what)
         problem = {
             "code": "ZONE_RESOURCE_POOL_EXHAUSTED",
             "message": f"The zone '{zone}' does not have enough resources available.",
@@ -274,7 +273,7 @@ class Machines:
         return operation
 
     def _operation(self, route: str, name: str) -> dict[str, Any]:
-        """An operation of Compute Engine, done at once."""
+        """Return a finished Compute Engine operation."""
         route = route.removesuffix("/wait")
         zone = route.split("/zones/")[1].split("/")[0]
         zone_url = f"{self._url()}/compute/v1/projects/p/zones/{zone}"
