@@ -102,7 +102,7 @@ def test_a_wrong_environment_exits_3_and_names_the_way_out(
     assert done.returncode == 3
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    for words in (*expected, "found 1 cpu device (cpu)"):
+    for words in (*expected, "JAX has 1 cpu device (cpu)"):
         assert words in done.stderr
     assert "Traceback" not in done.stdout
     last = json.loads(done.stdout.splitlines()[-1])

@@ -159,7 +159,7 @@ class _Models:
 
 def _load(run: TrainedRun, wanted: GenerateOptions) -> _Models:
     """The tuned model, and the base where it is wanted, on the devices of this machine."""
-    devices.start_freely()
+    devices.start_on_any_device()
     import jax
 
     from job.adapters.keras_format import load_adapter

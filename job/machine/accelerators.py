@@ -1,12 +1,12 @@
-"""One registry of accelerators: chips, memory, peaks, topologies, cloud names, quotas, prices.
+"""The registry of accelerators: chips, memory, peaks, topologies, cloud names, quotas, prices.
 
-Training, `job plan` and the scripts that start machines all read this table. A machine is named
-as gcloud names it, without its `litepod`: `v5e-8` has 8 chips, while the number of v4 and v5p
-counts TensorCores, of which a chip has two (`v5p-8` has 4 chips). GPUs are counted one by one.
+Training, `job plan` and the scripts that start machines read this table. Names of machines are
+gcloud's without `litepod`: `v5e-8` has 8 chips, but v4 and v5p count TensorCores, two per chip
+(`v5p-8` has 4 chips). GPUs are counted one by one.
 
-Peaks, memory and links are those of https://cloud.google.com/tpu/docs/system-architecture and of
-NVIDIA's data sheets (dense, without sparsity); `hbm_bytes` of a TPU is what its compiler hands to
-programs. Prices are public list prices of the cheapest region of the United States, in USD.
+Peaks, memory and links are from https://cloud.google.com/tpu/docs/system-architecture and NVIDIA's
+data sheets (dense, without sparsity); `hbm_bytes` of a TPU is what its compiler gives to programs.
+Prices are public list prices of the cheapest region of the United States, in USD.
 """
 
 import difflib
@@ -23,7 +23,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Price:
-    """USD an hour of one chip, and when the list was read; None where it has no such price."""
+    """List prices of one chip in USD per hour, and their date; None: no such price."""
 
     on_demand: float | None
     spot: float | None
@@ -32,7 +32,7 @@ class Price:
 
 @dataclass(frozen=True)
 class Quota:
-    """The quotas that a machine counts against, on demand and spot."""
+    """Names of the quotas a machine counts against, on demand and spot."""
 
     on_demand: str
     spot: str
@@ -40,60 +40,60 @@ class Quota:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One kind of chip, and the machines it comes in."""
+    """One kind of chip, and the machines that have it."""
 
     name: str
     platform: Literal["tpu", "gpu", "cpu"]
     device_kinds: tuple[str, ...]
-    """What JAX calls one: `device.device_kind`."""
+    """JAX's names for a chip (`device.device_kind`)."""
     hbm_bytes: int | None
     """Memory of a chip that a program may use."""
     peak_flops: float | None
     """Dense bfloat16 FLOP/s of a chip."""
     hbm_bandwidth: float | None
-    """Bytes a second between a chip and its memory."""
+    """Bytes per second between a chip and its memory."""
     interconnect_bandwidth: float | None
-    """Bytes a second that a chip can send to its neighbours over all its links together."""
+    """Bytes per second a chip can send to its neighbors, over all its links together."""
     machines: Mapping[int, str] = field(default_factory=dict)
-    """Compute Engine machine types by the chips of a host; a larger slice takes several of 4."""
+    """Compute Engine machine types by chips per host; larger slices use hosts of 4 chips."""
     topologies: Mapping[int, str] = field(default_factory=dict)
-    """The shape of a slice by its chips; only these sizes can be had."""
+    """Topology of a slice by its number of chips; only these sizes exist."""
     cores: int = 1
-    """By which gcloud multiplies the chips in a name."""
+    """Cores per chip, which gcloud counts in names."""
     gcloud: str = ""
-    """What stands before the number in gcloud's accelerator type."""
+    """Prefix of gcloud's accelerator type."""
     runtime_version: str = ""
-    """The TPU software version of a TPU VM."""
+    """TPU software version of a TPU VM."""
     image_family: str = ""
-    """Of images for Compute Engine, in `IMAGE_PROJECT`; without one there is no such VM."""
+    """Compute Engine image family in `IMAGE_PROJECT`; empty: no Compute Engine VM."""
     quota: Quota | None = None
     serving_quota: Quota | None = None
-    """Of slices on one host, where they count separately."""
+    """Quota of slices on one host, if they count separately."""
     price: Price | None = None
 
 
 @dataclass(frozen=True)
 class Machine:
-    """So many chips of a kind, as one job has them."""
+    """The chips of one job."""
 
     accelerator: Accelerator
     chips: int
 
     @property
     def name(self) -> str:
-        """The name that `parse_machine` reads."""
+        """Return the name that `parse_machine` reads."""
         if self.accelerator.platform == "cpu" and self.chips == 1:
             return self.accelerator.name
         return f"{self.accelerator.name}-{self.chips * self.accelerator.cores}"
 
     @property
     def hosts(self) -> int:
-        """Machines, each with a process of the job."""
+        """Return the number of hosts, which run one process each."""
         return math.ceil(self.chips / self.chips_per_host)
 
     @property
     def chips_per_host(self) -> int:
-        """Chips of each machine; a slice over several TPU hosts has 4 on each."""
+        """Return the chips per host; a multi-host TPU slice has 4 on each."""
         sizes = self.accelerator.machines or {self.chips: ""}
         if self.chips in sizes:
             return self.chips
@@ -101,35 +101,35 @@ class Machine:
 
     @property
     def machine_type(self) -> str | None:
-        """Compute Engine's machine type of each host."""
+        """Return the Compute Engine machine type of each host."""
         return self.accelerator.machines.get(self.chips_per_host)
 
     @property
     def accelerator_type(self) -> str | None:
-        """gcloud's --accelerator-type of a TPU VM."""
+        """Return gcloud's --accelerator-type of a TPU VM."""
         if self.accelerator.platform != "tpu":
             return None
         return f"{self.accelerator.gcloud}-{self.chips * self.accelerator.cores}"
 
     @property
     def topology(self) -> str | None:
-        """The shape of the slice, like 2x4."""
+        """Return the topology of the slice, like 2x4."""
         return self.accelerator.topologies.get(self.chips)
 
     @property
     def topology_name(self) -> str | None:
-        """What the TPU compiler calls the slice, like v5e:2x4."""
+        """Return the TPU compiler's name of the slice, like v5e:2x4."""
         return f"{self.accelerator.name}:{self.topology}" if self.topology else None
 
     @property
     def quota(self) -> Quota | None:
-        """What it counts against."""
+        """Return the quota the machine counts against."""
         if self.hosts == 1 and self.accelerator.serving_quota is not None:
             return self.accelerator.serving_quota
         return self.accelerator.quota
 
     def cost(self, seconds: float, *, spot: bool = False) -> float | None:
-        """USD of all its chips for so long; None where there is no price."""
+        """Return the USD for all chips over `seconds`; None if the price is not known."""
         price = self.accelerator.price
         hourly = None if price is None else price.spot if spot else price.on_demand
         return None if hourly is None else hourly * self.chips * seconds / 3600
@@ -289,7 +289,7 @@ ACCELERATORS = (
 
 
 def find_accelerator(device_kind: str) -> Accelerator | None:
-    """The accelerator that JAX calls `device_kind`; None where the registry does not know it."""
+    """Return the accelerator that JAX calls `device_kind`; None if it is not in the registry."""
     for accelerator in ACCELERATORS:
         if device_kind in accelerator.device_kinds:
             return accelerator
@@ -297,9 +297,9 @@ def find_accelerator(device_kind: str) -> Accelerator | None:
 
 
 def parse_machine(name: str) -> Machine:
-    """The machine of a name like v5e-8, v5p-8 (4 chips of 2 cores), h100-1 or cpu.
+    """Return the machine of a name like v5e-8, v5p-8 (4 chips of 2 cores), h100-1 or cpu.
 
-    Without a number it is the smallest of its kind. gcloud's v5litepod-8 is read too.
+    Without a number it is the smallest of its kind. gcloud's v5litepod-8 is accepted too.
 
     Raises:
         UsageError: there is no such kind, or it does not come in this size.
@@ -312,7 +312,7 @@ def parse_machine(name: str) -> Machine:
         near = difflib.get_close_matches(name.lower().partition("-")[0], known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(
-            f"{name!r} is no accelerator this job knows: write one of {', '.join(known)} and a "
+            f"{name!r} is not a known accelerator: write one of {', '.join(known)} and a "
             f"number, like v5e-8{hint}"
         )
     sizes = sorted(kind.topologies)
@@ -321,7 +321,7 @@ def parse_machine(name: str) -> Machine:
     if chips < 1 or rest or (sizes and chips not in sizes):
         offered = ", ".join(f"{kind.name}-{size * kind.cores}" for size in sizes)
         raise UsageError(
-            f"{name!r}: {kind.name} does not come in this size; write one of {offered}"
+            f"{name!r}: {kind.name} does not have this size; write one of {offered}"
             if sizes
             else f"{name!r}: the number of devices must be at least 1"
         )
@@ -329,14 +329,14 @@ def parse_machine(name: str) -> Machine:
 
 
 def machine_sizes(kind: Accelerator, most: int = 256) -> list[Machine]:
-    """Every size that a kind comes in, up to so many chips."""
+    """Return every size of an accelerator, up to `most` chips."""
     sizes = sorted(kind.topologies) or [1 << power for power in range(9)]
     return [Machine(kind, chips) for chips in sizes if chips <= most]
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a script needs to order a machine: cloud names, quotas, and USD an hour of it all."""
+    """Cloud names, quotas and USD per hour of a machine, for the scripts that start it."""
 
     machine: str
     platform: str
@@ -355,23 +355,23 @@ class Order:
     prices_of: str | None
 
 
-def machine_order(wanted: Machine) -> Order:
-    """The order of a machine."""
-    kind, quota = wanted.accelerator, wanted.quota
+def machine_order(machine: Machine) -> Order:
+    """Return the order of a machine."""
+    kind, quota = machine.accelerator, machine.quota
     return Order(
-        machine=wanted.name,
+        machine=machine.name,
         platform=kind.platform,
-        chips=wanted.chips,
-        hosts=wanted.hosts,
-        accelerator_type=wanted.accelerator_type,
+        chips=machine.chips,
+        hosts=machine.hosts,
+        accelerator_type=machine.accelerator_type,
         runtime_version=kind.runtime_version or None,
-        machine_type=wanted.machine_type,
+        machine_type=machine.machine_type,
         image_family=kind.image_family or None,
         image_project=IMAGE_PROJECT if kind.image_family else None,
-        topology=wanted.topology,
+        topology=machine.topology,
         quota=quota.on_demand if quota else None,
         spot_quota=quota.spot if quota else None,
-        usd_per_hour=wanted.cost(3600),
-        spot_usd_per_hour=wanted.cost(3600, spot=True),
+        usd_per_hour=machine.cost(3600),
+        spot_usd_per_hour=machine.cost(3600, spot=True),
         prices_of=kind.price.date if kind.price else None,
     )

@@ -1,8 +1,7 @@
-"""The machine: backend, platform and devices, set up before Keras is imported and checked.
+"""JAX's backend, platform and devices: set up before Keras is imported, and checked.
 
-This is the one module that touches process-wide state (environment variables and JAX's
-configuration). A machine that is not what the spec asks for ends the job here, before any
-file is written.
+This module sets environment variables and JAX's configuration. An environment that does not match
+the spec ends the job here, before any file is written.
 """
 
 import contextlib
@@ -33,8 +32,8 @@ if TYPE_CHECKING:
 PACKAGES = ("job", "jax", "jaxlib", "keras", "keras-hub", "pyarrow", "numpy", "libtpu")
 
 
-_WAY_OUT = {
-    "tpu": "on a TPU VM install the `tpu` extra and give the container --privileged --net=host",
+_HINTS = {
+    "tpu": "on a TPU VM install the `tpu` extra and run the container with --privileged --net=host",
     "gpu": "install the `cuda` extra and a driver that matches it",
     "cpu": "set JAX_PLATFORMS=cpu",
 }
@@ -44,13 +43,13 @@ _DEV = Path("/dev")
 
 
 class CompileClock:
-    """Seconds this process spent in the compiler, by JAX's own events."""
+    """Seconds this process spent compiling, from JAX's own events."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def listen(self) -> None:
-        """Count from now on."""
+        """Start counting."""
         import jax
 
         def on_event(event: str, duration_secs: float, **_: str | int) -> None:
@@ -64,14 +63,14 @@ COMPILE_CLOCK = CompileClock()
 
 
 def set_environment() -> None:
-    """Choose the JAX backend for Keras; must come before anything imports Keras.
+    """Select the JAX backend of Keras; call this before anything imports Keras.
 
     Raises:
-        EnvironmentProblem: Keras is in use with another backend already.
+        SetupError: Keras is already imported with another backend.
     """
     os.environ["KERAS_BACKEND"] = "jax"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # gives back what it frees
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # returns freed memory to the OS
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -81,25 +80,25 @@ def set_environment() -> None:
 
 
 def use_cpu() -> None:
-    """Keep this process off the accelerators: for work on files, which need not fit on one."""
+    """Keep this process off the accelerators, for work on files that may not fit on one."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     set_environment()
 
 
-def _check_backend(found: str) -> None:
-    if found != "jax":
+def _check_backend(backend: str) -> None:
+    if backend != "jax":
         raise SetupError(
-            f"Keras runs on the {found} backend, and this job needs jax: unset KERAS_BACKEND "
+            f"Keras runs on the {backend} backend, and this job needs jax: unset KERAS_BACKEND "
             "and remove `backend` from ~/.keras/keras.json"
         )
 
 
 def start(spec: Spec) -> EnvironmentInfo:
-    """Bring up JAX, check the machine against the spec, and say what it is.
+    """Start JAX, check the environment against the spec, and describe it.
 
     Raises:
-        EnvironmentProblem: another platform or device count than the spec asks for, or a
-            batch that these devices cannot share.
+        SetupError: the platform or the number of devices is not the spec's, or the batch cannot be
+            divided over these devices.
     """
     set_environment()
     try:
@@ -107,18 +106,19 @@ def start(spec: Spec) -> EnvironmentInfo:
 
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:
-        wanted = os.environ.get("JAX_PLATFORMS", "")
+        platforms = os.environ.get("JAX_PLATFORMS", "")
         reason = str(error).partition("\n")[0] or "there is no such platform"
         raise SetupError(
-            f"JAX found no usable device (JAX_PLATFORMS={wanted!r}): {reason}{_looked_for(wanted)}"
+            f"JAX has no usable device (JAX_PLATFORMS={platforms!r}): {reason}"
+            f"{_tpu_details(platforms)}"
         ) from error
-    found = _platform(devices[0].platform)
-    check_devices(spec.runtime, found, len(devices), devices[0].device_kind)
+    platform = _platform(devices[0].platform)
+    check_devices(spec.runtime, platform, len(devices), devices[0].device_kind)
     check_batch(spec, data_parallel(spec.runtime, len(devices)))
-    _configure_cache(spec.runtime)
+    configure_cache(spec.runtime)
     COMPILE_CLOCK.listen()
     return EnvironmentInfo(
-        platform=found,
+        platform=platform,
         device_kind=devices[0].device_kind,
         devices=len(devices),
         processes=jax.process_count(),
@@ -129,8 +129,8 @@ def start(spec: Spec) -> EnvironmentInfo:
     )
 
 
-def _looked_for(platforms: str) -> str:
-    """Where the chips of a TPU were looked for, and what to do where there are none."""
+def _tpu_details(platforms: str) -> str:
+    """Describe the TPU chips and device files of this host, and what to do without any."""
     if not platforms.startswith("tpu"):
         return ""
     from jax._src.hardware_utils import num_available_tpu_chips_and_device_id
@@ -138,57 +138,65 @@ def _looked_for(platforms: str) -> str:
     chips = num_available_tpu_chips_and_device_id()[0]  # type: ignore[no-untyped-call]
     files = sorted(str(path) for path in (*_DEV.glob("accel*"), *_DEV.glob("vfio/[0-9]*")))
     return (
-        f"; looked for TPU chips in /sys/bus/pci/devices ({chips} found) and for /dev/accel* and "
-        f"/dev/vfio/* ({', '.join(files) or 'none'} found); {_WAY_OUT['tpu']}, "
-        "or set JAX_PLATFORMS=cpu"
+        f"; TPU chips in /sys/bus/pci/devices: {chips}; files /dev/accel* and /dev/vfio/*: "
+        f"{', '.join(files) or 'none'}; {_HINTS['tpu']}, or set JAX_PLATFORMS=cpu"
     )
 
 
-def start_freely() -> None:
-    """Bring up JAX on whatever devices there are: for work that asks for no certain machine."""
+def start_on_any_device() -> None:
+    """Start JAX on whatever devices there are."""
     set_environment()
-    _configure_cache(Runtime())
+    configure_cache(Runtime())
 
 
 def _platform(name: str) -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def check_devices(wanted: Runtime, platform: str, devices: int, kind: str) -> None:
-    """Raise unless the platform and the number of devices are what the spec asks for."""
-    found = f"found {devices} {platform} device{'s' if devices != 1 else ''} ({kind})"
-    if wanted.platform not in ("any", platform):
+def check_devices(runtime: Runtime, platform: str, devices: int, kind: str) -> None:
+    """Check the platform and the number of devices against the spec.
+
+    Raises:
+        SetupError: they do not match.
+    """
+    actual = f"has {devices} {platform} device{'s' if devices != 1 else ''} ({kind})"
+    if runtime.platform not in ("any", platform):
         raise SetupError(
-            f"runtime.platform is {wanted.platform}, but JAX {found}; {_WAY_OUT[wanted.platform]}, "
+            f"runtime.platform is {runtime.platform}, but JAX {actual}; "
+            f"{_HINTS[runtime.platform]}, "
             "or run with --set runtime.platform=any --set runtime.devices=null"
         )
-    if wanted.devices is not None and wanted.devices != devices:
+    if runtime.devices is not None and runtime.devices != devices:
         raise SetupError(
-            f"runtime.devices is {wanted.devices}, but JAX {found}; use a machine with "
-            f"{wanted.devices}, or run with --set runtime.devices={devices}"
+            f"runtime.devices is {runtime.devices}, but JAX {actual}; use a machine with "
+            f"{runtime.devices}, or run with --set runtime.devices={devices}"
         )
-    mesh = wanted.mesh
+    mesh = runtime.mesh
     if devices % mesh.model and mesh.data == "auto":
         raise SetupError(
-            f"runtime.mesh.model is {mesh.model}, but JAX {found}, which it does not divide; "
+            f"runtime.mesh.model is {mesh.model}, which does not divide them: JAX {actual}; "
             "set runtime.mesh.data too, or another runtime.mesh.model"
         )
-    if data_parallel(wanted, devices) * mesh.model > devices:
-        beside = f" times runtime.mesh.model {mesh.model}" if mesh.model > 1 else ""
+    if data_parallel(runtime, devices) * mesh.model > devices:
+        model = f" times runtime.mesh.model {mesh.model}" if mesh.model > 1 else ""
         raise SetupError(
-            f"runtime.mesh.data is {mesh.data}{beside}, but JAX {found}; "
+            f"runtime.mesh.data is {mesh.data}{model}, but JAX {actual}; "
             f"run with --set runtime.mesh.data={max(1, devices // mesh.model)}"
         )
 
 
-def data_parallel(wanted: Runtime, devices: int) -> int:
-    """Parts that the batch is split into."""
-    mesh = wanted.mesh
+def data_parallel(runtime: Runtime, devices: int) -> int:
+    """Return the data-parallel size of the mesh, the parts a batch is split into."""
+    mesh = runtime.mesh
     return max(1, devices // mesh.model) if mesh.data == "auto" else mesh.data
 
 
 def check_batch(spec: Spec, devices: int) -> None:
-    """Raise unless a step's rows can be shared out evenly."""
+    """Check that the rows of a step can be divided evenly over the devices.
+
+    Raises:
+        SetupError: they cannot.
+    """
     batch, micro = spec.train.batch_size, spec.train.micro_batch
     unit = devices * (1 if micro == "auto" else micro)
     if batch % unit:
@@ -196,18 +204,18 @@ def check_batch(spec: Spec, devices: int) -> None:
         if micro != "auto":
             detail += f" times train.micro_batch {micro}"
         raise SetupError(
-            f"train.batch_size {batch} cannot be shared by {detail}: use a multiple of {unit}, "
+            f"train.batch_size {batch} cannot be divided over {detail}: use a multiple of {unit}, "
             "or fewer devices with runtime.mesh.data"
         )
 
 
-def make_mesh(wanted: Runtime, devices: "Sequence[Device] | None" = None) -> "Mesh":
-    """The devices (JAX's, where none are given) as a mesh with the axes `data` and `model`."""
+def make_mesh(runtime: Runtime, devices: "Sequence[Device] | None" = None) -> "Mesh":
+    """Return a mesh with the axes `data` and `model`, of all of JAX's devices by default."""
     import jax
     from jax.sharding import AxisType
 
     devices = devices or jax.devices()
-    shape = (data_parallel(wanted, len(devices)), wanted.mesh.model)
+    shape = (data_parallel(runtime, len(devices)), runtime.mesh.model)
     return jax.make_mesh(
         shape,
         ("data", "model"),
@@ -216,37 +224,37 @@ def make_mesh(wanted: Runtime, devices: "Sequence[Device] | None" = None) -> "Me
     )
 
 
-def start_compiler(wanted: Machine) -> None:
-    """Prepare this process to compile for a TPU that is not there; before JAX is imported."""
+def _set_compiler_environment(machine: Machine) -> None:
+    """Prepare this process to compile for a TPU it does not have, before JAX is imported."""
     set_environment()
-    os.environ["JAX_PLATFORMS"] = "cpu"  # everything but the compiler runs here
+    os.environ["JAX_PLATFORMS"] = "cpu"  # only the compiler needs the TPU's platform
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its lock is for devices, and none is used
-    os.environ["TPU_ACCELERATOR_TYPE"] = wanted.accelerator_type or ""
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its lock protects devices; none is used
+    os.environ["TPU_ACCELERATOR_TYPE"] = machine.accelerator_type or ""
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 
 
 @contextlib.contextmanager
-def compiling_for(wanted: Machine) -> "Iterator[list[Device]]":
-    """The devices of a TPU slice, which programs can be compiled for but not run on.
+def compiling_for(machine: Machine) -> "Iterator[list[Device]]":
+    """Yield the devices of a TPU slice, for which programs can be compiled but not run.
 
-    Within this block `jax.devices` gives them too, so that what is traced is what a process on
-    such a machine would trace: KerasHub and Keras ask for the platform while tracing.
+    Within this block `jax.devices` returns them too, so that programs are traced as on such a
+    machine: Keras and KerasHub read the platform while tracing.
 
     Raises:
-        EnvironmentProblem: the TPU compiler is not installed.
+        SetupError: the TPU compiler is not installed.
     """
-    start_compiler(wanted)
+    _set_compiler_environment(machine)
     import jax
     from jax.experimental import topologies
 
-    # Without it the two cores of a v4 chip count as devices of their own.
-    options = {"chip_config_name": "megacore"} if wanted.accelerator.name == "v4" else {}
+    # Without it the two cores of a v4 chip count as separate devices.
+    options = {"chip_config_name": "megacore"} if machine.accelerator.name == "v4" else {}
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=wanted.topology_name or "", **options
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=machine.topology_name or "", **options
         )
     except (RuntimeError, ValueError, NotImplementedError) as error:
         first = str(error).partition("\n")[0]
@@ -254,49 +262,48 @@ def compiling_for(wanted: Machine) -> "Iterator[list[Device]]":
             "--compile needs the TPU compiler: run `uv run --extra tpu job plan ...`, or install "
             f"job[tpu] ({first})"
         ) from error
-    devices, ordinary = list(found.devices), jax.devices
-    jax.devices = lambda *given: ordinary(*given) if given else devices
+    devices, original = list(topology.devices), jax.devices
+    jax.devices = lambda *backend: original(*backend) if backend else devices
     try:
         yield devices
     finally:
-        jax.devices = ordinary
+        jax.devices = original
 
 
 def import_keras() -> None:
-    """Import Keras and check that it really runs on JAX."""
+    """Import Keras and check that it runs on JAX."""
     set_environment()
     import keras
 
     _check_backend(keras.config.backend())
 
 
-def _configure_cache(wanted: Runtime) -> None:
+def configure_cache(runtime: Runtime) -> None:
+    """Turn on JAX's persistent compilation cache; call this before anything is compiled."""
     import jax
 
-    if wanted.compilation_cache is None:
+    if runtime.compilation_cache is None:
         return
-    folder = wanted.compilation_cache
+    folder = runtime.compilation_cache
     if folder == "auto":
         folder = str(cache_folder("xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # type: ignore[no-untyped-call]
     if folder.startswith("gs://"):
-        use_store_cache(open_store(folder))
+        _use_store_cache(open_store(folder))
     else:
         jax.config.update("jax_compilation_cache_dir", folder)  # type: ignore[no-untyped-call]
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def _git_commit() -> str | None:
-    """The commit of the code: the image's label, or that of the checkout it is run from."""
+    """Return the commit of the code, from the image's label or the git checkout."""
     if commit := os.environ.get("JOB_GIT_COMMIT"):
         return commit
     root = Path(__file__).parents[2]
@@ -315,14 +322,14 @@ def _git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def use_store_cache(store: "Store") -> None:
-    """Keep compiled programs in the store; must come before anything is compiled."""
+def _use_store_cache(store: "Store") -> None:
+    """Make the store JAX's persistent compilation cache."""
     import jax
     from jax._src import compilation_cache
     from jax._src.compilation_cache_interface import CacheInterface
 
     class StoreCache(CacheInterface):
-        """Entries by JAX's own keys, which hold versions, devices and options."""
+        """Compiled programs by JAX's keys, which cover versions, devices and options."""
 
         _path = Path(store.uri)
 
@@ -330,7 +337,7 @@ def use_store_cache(store: "Store") -> None:
             try:
                 return store.read(key)
             except JobError as error:
-                logs.get().warning("the compilation cache cannot be read", error=str(error))
+                logs.get().warning("cannot read compilation cache", error=str(error))
                 return None
 
         def put(self, key: str, value: bytes) -> None:
@@ -338,7 +345,7 @@ def use_store_cache(store: "Store") -> None:
                 if store.size(key) is None:
                     store.write(key, value)
             except JobError as error:
-                logs.get().warning("the compilation cache cannot be written", error=str(error))
+                logs.get().warning("cannot write compilation cache", error=str(error))
 
     compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", store.uri)  # type: ignore[no-untyped-call]

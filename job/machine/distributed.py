@@ -1,16 +1,15 @@
-"""Several processes as one job: they begin, decide and leave together.
+"""The processes of a multi-host job: they start, decide and exit together.
 
-On a multi-host slice every machine runs the same command. The first process leads: it alone
-writes, and what it decides reaches the others through the key-value store of JAX's
-coordination service. When one leaves for any reason but success, all do: the others are told
-why, and one that vanished without a word is missed by its heartbeat.
+On a multi-host slice every host runs the same command. Only the primary process writes; it
+broadcasts its decisions through the key-value store of JAX's coordination service. When a process
+exits early, it tells the others why and all exit. A process that dies silently is detected by its
+missing heartbeat.
 """
 
 import contextlib
 import json
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,56 +28,57 @@ _ADDRESS, _COUNT, _INDEX = (
 )
 
 
-_LEFT, _BEAT = "job/left/", "job/beat/"
+_EXITS, _HEARTBEATS = "job/left/", "job/beat/"
 
 
 _JOIN_SECONDS = 300
 
 
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 
 
-_MISSED_SECONDS = 30.0
-"""Silence after which a process counts as gone."""
+_HEARTBEAT_TIMEOUT = 30.0
+"""Seconds without a heartbeat after which a process counts as dead."""
 
 
-_GRACE_SECONDS = {EXIT_RESUMABLE: 20.0}
-"""Time to leave in good order after another has left with this code; others: `_GRACE`."""
+_STOP_GRACE = 20.0
+"""Seconds to stop cleanly after another process has stopped early."""
 
 
-_GRACE = 2.0
+_FAILURE_GRACE = 2.0
+"""Seconds to exit after another process has failed."""
 
 
 _CLOSE_SECONDS = 5.0
-"""Time to keep the log and to give the run back, for a process that is ended."""
+"""Seconds for `before_exit`, in a process that is ended."""
 
 
 class ProcessGroup:
-    """This process among those of the job; alone unless `join_processes` found others."""
+    """This process among those of the job; the only one unless `join_processes` connects others."""
 
     def __init__(self, index: int = 0, count: int = 1, client: Any = None) -> None:
         self.index = index
         self.count = count
         self.before_exit: Callable[[], None] = lambda: None
-        """Called before this process is ended because another one has left."""
+        """Called before this process is ended because another one has exited."""
         self._client = client
-        self._shared = 0
-        self._leaving = threading.Event()
+        self._broadcasts = 0
+        self._exiting = threading.Event()
 
     @property
     def is_primary(self) -> bool:
-        """Whether this is the process that writes."""
+        """Return whether this is the process that writes."""
         return self.index == 0
 
     def broadcast(self, make: Callable[[], str], check: Callable[[], None] = lambda: None) -> str:
-        """What `make` gives on the leader, on every process.
+        """Return the primary's result of `make`, on every process.
 
-        All processes must share in the same order. Those that wait call `check` each second.
+        All processes must broadcast in the same order. Those that wait call `check` every second.
         """
         if self.count == 1:
             return make()
-        self._shared += 1
-        key = f"job/shared/{self._shared}"
+        self._broadcasts += 1
+        key = f"job/shared/{self._broadcasts}"
         if self.is_primary:
             value = make()
             self._client.key_value_set(key, value)
@@ -86,12 +86,12 @@ class ProcessGroup:
         while True:
             check()
             WATCHDOG.beat()
-            found = _timed(lambda: self._client.blocking_key_value_get(key, 1000))
-            if found is not None:
-                return str(found)
+            received = _or_timeout(lambda: self._client.blocking_key_value_get(key, 1000))
+            if received is not None:
+                return str(received)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process; all must ask at the same point."""
+        """Return whether the flag is set on any process; all must call this at the same point."""
         if self.count == 1:
             return flag
         import numpy as np
@@ -100,8 +100,8 @@ class ProcessGroup:
         return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Within this block, leave when another process does, and tell them when this one does."""
+    def exit_together(self) -> Iterator[None]:
+        """Within this block, exit when another process does, and tell them when this one does."""
         if self.count == 1:
             yield
             return
@@ -110,86 +110,85 @@ class ProcessGroup:
         try:
             yield
         except BaseException as error:
-            self._leaving.set()
-            self._tell(getattr(error, "exit_code", EXIT_STAGE), str(error))
+            self._exiting.set()
+            self._announce(getattr(error, "exit_code", EXIT_STAGE), str(error))
             raise
-        self._leaving.set()
+        self._exiting.set()
         watcher.join()
 
-    def _tell(self, code: int, message: str) -> None:
-        """Say why this process leaves; the leader, who keeps the store, waits for the others."""
+    def _announce(self, code: int, message: str) -> None:
+        """Publish why this process exits; the primary, which hosts the store, waits for all."""
         with contextlib.suppress(Exception):
             reason = json.dumps({"code": code, "message": message})
-            self._client.key_value_set(f"{_LEFT}{self.index}", reason, allow_overwrite=True)
-            until = time.monotonic() + 2 * _GRACE
+            self._client.key_value_set(f"{_EXITS}{self.index}", reason, allow_overwrite=True)
+            until = time.monotonic() + 2 * _FAILURE_GRACE
             while self.is_primary and time.monotonic() < until:
-                if len(self._client.key_value_dir_get(_LEFT)) == self.count:
+                if len(self._client.key_value_dir_get(_EXITS)) == self.count:
                     break
-                time.sleep(_LOOK_SECONDS / 5)
+                time.sleep(_POLL_SECONDS / 5)
 
-    def lost(self, error: Exception) -> StageError | RunStoppedError | None:
-        """What an error of the devices means among several: another process has left."""
+    def peer_error(self, error: Exception) -> StageError | RunStoppedError | None:
+        """Return the exit of another process that caused a device error here, if one did."""
         from jax.errors import JaxRuntimeError
 
         if self.count == 1 or not isinstance(error, JaxRuntimeError):
             return None
-        until = time.monotonic() + 2 * _GRACE
+        until = time.monotonic() + 2 * _FAILURE_GRACE
         while time.monotonic() < until:
             with contextlib.suppress(JaxRuntimeError):
-                for key, value in self._entries(_LEFT):
-                    reason = json.loads(value)
-                    message = f"process {_number(key)} has left: {reason['message']}"
-                    if reason["code"] == EXIT_RESUMABLE:
-                        return RunStoppedError(message)
-                    return StageError(message)
-            time.sleep(_LOOK_SECONDS)
+                if peer := self._peer_exit():
+                    code, message = peer
+                    resumable = code == EXIT_RESUMABLE
+                    return RunStoppedError(message) if resumable else StageError(message)
+            time.sleep(_POLL_SECONDS)
         return RunStoppedError(
             "lost the connection to another process; run the same command to resume"
         )
 
-    def _own(self, folder: str) -> str:
-        return f"{folder}{self.index}"
-
-    def _entries(self, folder: str) -> list[tuple[str, str]]:
-        return [(key, value) for key, value in self._client.key_value_dir_get(folder)]
+    def _peer_exit(self) -> tuple[int, str] | None:
+        """Return the exit code and message of the first process that has exited."""
+        for key, value in self._client.key_value_dir_get(_EXITS):
+            reason = json.loads(value)
+            return int(reason["code"]), f"process {_index(key)} has exited: {reason['message']}"
+        return None
 
     def _watch(self) -> None:
-        heard: dict[str, tuple[str, float]] = {}
+        last: dict[str, tuple[str, float]] = {}
         beat = 0
-        while not self._leaving.wait(_LOOK_SECONDS):
+        while not self._exiting.wait(_POLL_SECONDS):
             beat += 1
             try:
-                self._client.key_value_set(self._own(_BEAT), str(beat), allow_overwrite=True)
-                left, beats = self._entries(_LEFT), self._entries(_BEAT)
+                key = f"{_HEARTBEATS}{self.index}"
+                self._client.key_value_set(key, str(beat), allow_overwrite=True)
+                peer, beats = self._peer_exit(), self._client.key_value_dir_get(_HEARTBEATS)
             except Exception:
-                self._exit(EXIT_RESUMABLE, "lost the connection to process 0", _GRACE)
+                message = "lost the connection to process 0"
+                self._exit_after(_FAILURE_GRACE, EXIT_RESUMABLE, message)
                 return
-            for key, value in left:
-                reason = json.loads(value)
-                message = f"process {_number(key)} has left: {reason['message']}"
-                grace = _GRACE_SECONDS.get(reason["code"], _GRACE)
-                self._exit(reason["code"], message, grace)
+            if peer:
+                grace = _STOP_GRACE if peer[0] == EXIT_RESUMABLE else _FAILURE_GRACE
+                self._exit_after(grace, *peer)
                 return
             now = time.monotonic()
             for key, value in beats:
-                if heard.get(key, ("", 0))[0] != value:
-                    heard[key] = (value, now)
-                elif now - heard[key][1] > _MISSED_SECONDS:
-                    self._exit(EXIT_RESUMABLE, f"process {_number(key)} is gone", 0)
+                if last.get(key, ("", 0))[0] != value:
+                    last[key] = (value, now)
+                elif now - last[key][1] > _HEARTBEAT_TIMEOUT:
+                    self._exit_after(0, EXIT_RESUMABLE, f"process {_index(key)} has died")
                     return
 
-    def _exit(self, code: int, message: str, grace: float) -> None:
-        """End this process, unless it ends by itself within the time of grace."""
-        if not self._leaving.wait(grace):
+    def _exit_after(self, grace: float, code: int, message: str) -> None:
+        """End this process unless it exits by itself within `grace` seconds."""
+        if not self._exiting.wait(grace):
             self.leave(code, f"{message}; run the same command to resume")
 
     def leave(self, code: int, message: str) -> None:
-        """End this process now, whatever its main thread is in; the others are told why."""
+        """End this process now, whatever its main thread is doing, and tell the others why."""
         level = logging.WARNING if code == EXIT_RESUMABLE else logging.ERROR
         logs.get().log(level, message, stage=WATCHDOG.stage)
         with contextlib.suppress(Exception):
             reason = json.dumps({"code": code, "message": message})
-            self._client.key_value_set(self._own(_LEFT), reason)
+            self._client.key_value_set(f"{_EXITS}{self.index}", reason)
         closing = threading.Thread(target=self.before_exit, daemon=True)
         closing.start()
         closing.join(_CLOSE_SECONDS)
@@ -205,11 +204,11 @@ class CoordinatedStop:
 
     @property
     def requested(self) -> bool:
-        """Whether this process was asked to stop."""
+        """Return whether this process has a stop request."""
         return self.signal.requested is not None
 
     def check(self) -> None:
-        """Raise if any process was asked to stop; all processes must call this together.
+        """Raise if any process has a stop request; all processes must call this together.
 
         Raises:
             RunStoppedError: the job stops here.
@@ -219,12 +218,12 @@ class CoordinatedStop:
             raise RunStoppedError("stopped with another process; run the same command to resume")
 
 
-def _number(key: str) -> str:
+def _index(key: str) -> str:
     return key.rpartition("/")[2]
 
 
-def _timed(get: Callable[[], Any]) -> Any:
-    """The answer of a blocking call, or None if its time was up."""
+def _or_timeout(get: Callable[[], Any]) -> Any:
+    """Return the result of a blocking call, or None if it timed out."""
     from jax.errors import JaxRuntimeError
 
     try:
@@ -237,23 +236,16 @@ def _timed(get: Callable[[], Any]) -> Any:
         ) from error
 
 
-def is_joined() -> bool:
-    """Whether this process is one of several."""
-    distributed = sys.modules.get("jax._src.distributed")
-    return distributed is not None and distributed.global_state.num_processes > 1
+def join_processes(runtime: Runtime) -> ProcessGroup:
+    """Connect to the other processes of the job, and wait for all of them.
 
-
-def join_processes(wanted: Runtime) -> ProcessGroup:
-    """Find the other processes of the job, and wait until all have come.
-
-    Must come before anything asks JAX for its devices.
+    Call this before anything asks JAX for its devices.
 
     Raises:
-        EnvironmentProblem: what the spec or the environment says is incomplete, or the others
-            did not come in time.
+        SetupError: the spec or the environment is incomplete, or not all processes connect in time.
     """
-    place = _place(wanted)
-    if place is None:
+    arguments = _initialize_arguments(runtime)
+    if arguments is None:
         return ProcessGroup()
     import jax
     from jax._src.distributed import global_state
@@ -261,43 +253,46 @@ def join_processes(wanted: Runtime) -> ProcessGroup:
     try:
         for name, value in (
             ("jax_cpu_collectives_implementation", "gloo"),
-            ("jax_enable_preemption_service", False),  # it would take SIGTERM for itself
+            ("jax_enable_preemption_service", False),  # it would handle SIGTERM itself
         ):
             jax.config.update(name, value)  # type: ignore[no-untyped-call]
         jax.distributed.initialize(
-            **place,
+            **arguments,
             initialization_timeout=_JOIN_SECONDS,
-            # Longer than ours: JAX's own watcher ends the process without a word.
-            heartbeat_timeout_seconds=int(4 * _MISSED_SECONDS),
+            # Longer than ours, because JAX's own watcher ends the process without a message.
+            heartbeat_timeout_seconds=int(4 * _HEARTBEAT_TIMEOUT),
             shutdown_timeout_seconds=10,
         )
     except ValueError as error:
-        if not place:  # nothing says that this machine is one of several
+        if not arguments:  # the platform reports no other hosts
             return ProcessGroup()
         raise SetupError(f"runtime.distributed: {error}") from error
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise SetupError(
-            f"runtime.distributed: not all processes came within {_JOIN_SECONDS} s: {reason}"
+            f"runtime.distributed: not all processes connected within {_JOIN_SECONDS} s: {reason}"
         ) from error
     return ProcessGroup(jax.process_index(), jax.process_count(), global_state.client)
 
 
-def _place(wanted: Runtime) -> dict[str, Any] | None:
-    """Arguments of `jax.distributed.initialize`; {} to ask the platform, None to be alone."""
-    said = wanted.distributed
-    if said == "off":
+def _initialize_arguments(runtime: Runtime) -> dict[str, Any] | None:
+    """Return the arguments of `jax.distributed.initialize`.
+
+    {} lets JAX detect them on the platform; None: this is the only process.
+    """
+    distributed = runtime.distributed
+    if distributed == "off":
         return None
     address, count = os.environ.get(_ADDRESS), os.environ.get(_COUNT)
     index: str | int | None = os.environ.get(_INDEX)
-    if isinstance(said, Distributed):
-        address, count = said.address, str(said.processes)
-        index = said.index if said.index is not None else index
+    if isinstance(distributed, Distributed):
+        address, count = distributed.address, str(distributed.processes)
+        index = distributed.index if distributed.index is not None else index
     elif address is None:
-        named = os.environ.get("JAX_PLATFORMS", "").startswith("tpu")
-        return {} if named or wanted.platform == "tpu" else None
+        on_tpu = os.environ.get("JAX_PLATFORMS", "").startswith("tpu")
+        return {} if on_tpu or runtime.platform == "tpu" else None
     try:
-        place = {
+        arguments = {
             "coordinator_address": address,
             "num_processes": int(count or ""),
             "process_id": int("" if index is None else index),
@@ -307,8 +302,8 @@ def _place(wanted: Runtime) -> dict[str, Any] | None:
             f"runtime.distributed: {_COUNT} and {_INDEX} must be numbers; "
             f"they are {count!r} and {index!r}"
         ) from None
-    if not 0 <= place["process_id"] < place["num_processes"]:  # type: ignore[operator]
+    if not 0 <= arguments["process_id"] < arguments["num_processes"]:  # type: ignore[operator]
         raise SetupError(
-            f"runtime.distributed: process {index} is not one of {count}; they count from 0"
+            f"runtime.distributed: process {index} is not one of {count}; indices start at 0"
         )
-    return place
+    return arguments

@@ -96,7 +96,7 @@ class _Command:
         context = contextvars.copy_context()  # log lines of other threads name the run
         STOP.leave = lambda code, why: context.run(processes.leave, code, why)
         store = self._open_store(processes)
-        with processes.together():
+        with processes.exit_together():
             status = RunStatus.model_validate_json(
                 processes.broadcast(lambda: self._status(store).model_dump_json())
             )
@@ -242,7 +242,7 @@ def _write_results(run: Run) -> None:
 
 def _explain(error: Exception, run: Run) -> StageError | RunStoppedError:
     """Return what to raise for an error that no one expected."""
-    if gone := run.processes.lost(error):
+    if gone := run.processes.peer_error(error):
         logs.get().error(str(gone), error=repr(error))
         return gone
     logs.get().error("stage failed", error=repr(error), traceback=traceback.format_exc())

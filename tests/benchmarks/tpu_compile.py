@@ -106,8 +106,8 @@ def compiler(preset: str, on: Machine, *changes: str) -> Any:
     from job.spec.load import load_spec
 
     spec = load_spec(SPEC, [f"model.preset={preset}", "runtime.devices=null", *changes]).spec
-    with devices.compiling_for(on) as devices:
-        mesh = devices.make_mesh(spec.runtime, devices)
+    with devices.compiling_for(on) as chips:
+        mesh = devices.make_mesh(spec.runtime, chips)
         return Compiler(spec, find_config(spec.model), workload(spec), on, mesh)
 
 

@@ -74,8 +74,8 @@ def test_a_bucket_that_cannot_be_read_counts_as_empty_and_that_is_said() -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("smoke", "--on", "v5e-9"), "v5e does not come in this size"),
-        (("smoke", "--on", "tpu"), "is no accelerator this job knows"),
+        (("smoke", "--on", "v5e-9"), "v5e does not have this size"),
+        (("smoke", "--on", "tpu"), "is not a known accelerator"),
         (("smoke", "--on", "h100-1", "--compile"), "h100-1 is not a TPU"),
         (("smoke", "--table", "--compile"), "leave one of them out"),
         (("smoke", "--mfu", "40"), "--mfu 40.0: write a share of peak FLOP/s"),

@@ -56,21 +56,21 @@ def test_names_are_read_in_the_ways_people_write_them(written: str, name: str) -
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "expected"),
     [
         ("v5x-8", ["'v5x-8'", "v5e, v5p, v6e, v4, h100", "like v5e-8", "did you mean v5"]),
         ("v5e-7", ["'v5e-7'", "v5e-1, v5e-4, v5e-8"]),
         ("v5e-0", ["v5e-1, v5e-4"]),
-        ("v5p-4", ["v5p does not come in this size", "v5p-8, v5p-16"]),
+        ("v5p-4", ["v5p does not have this size", "v5p-8, v5p-16"]),
         ("h100-0", ["at least 1"]),
-        ("v5e-8-8", ["no accelerator"]),
-        ("", ["no accelerator"]),
+        ("v5e-8-8", ["not a known accelerator"]),
+        ("", ["not a known accelerator"]),
     ],
 )
-def test_a_name_that_is_none_says_what_to_write(name: str, said: list[str]) -> None:
+def test_a_name_that_is_none_says_what_to_write(name: str, expected: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         parse_machine(name)
-    for words in said:
+    for words in expected:
         assert words in str(caught.value)
 
 

@@ -11,9 +11,9 @@ from tests.services.bucket import Bucket
 
 PROGRAM = """
 import os, sys, jax
-from job import runtime
-from job.spec import Runtime
-runtime._configure_cache(Runtime(compilation_cache="gs://runs/cache"))
+from job.machine.devices import configure_cache
+from job.spec.schema import Runtime
+configure_cache(Runtime(compilation_cache="gs://runs/cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))

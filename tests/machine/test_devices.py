@@ -20,7 +20,7 @@ def spec(**train: object) -> Spec:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "platform", "devices"),
+    ("runtime", "platform", "devices"),
     [
         (Runtime(), "cpu", 1),
         (Runtime(platform="tpu", devices=8), "tpu", 8),
@@ -28,22 +28,22 @@ def spec(**train: object) -> Spec:
         (Runtime(mesh=Mesh(data=4)), "tpu", 8),
     ],
 )
-def test_machine_that_fits_is_taken(wanted: Runtime, platform: str, devices: int) -> None:
-    check_devices(wanted, platform, devices, "kind")
+def test_machine_that_fits_is_taken(runtime: Runtime, platform: str, devices: int) -> None:
+    check_devices(runtime, platform, devices, "kind")
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"),
+    ("runtime", "message"),
     [
-        (Runtime(platform="tpu"), r"platform is tpu, but JAX found 2 cpu devices .*tpu. extra"),
-        (Runtime(platform="gpu"), r"platform is gpu, but JAX found 2 cpu devices .*cuda. extra"),
-        (Runtime(devices=8), r"devices is 8, but JAX found 2 .*--set runtime.devices=2"),
+        (Runtime(platform="tpu"), r"platform is tpu, but JAX has 2 cpu devices .*tpu. extra"),
+        (Runtime(platform="gpu"), r"platform is gpu, but JAX has 2 cpu devices .*cuda. extra"),
+        (Runtime(devices=8), r"devices is 8, but JAX has 2 .*--set runtime.devices=2"),
         (Runtime(mesh=Mesh(data=3)), r"mesh.data is 3, .*--set runtime.mesh.data=2"),
     ],
 )
-def test_machine_that_does_not_fit_is_refused(wanted: Runtime, message: str) -> None:
+def test_machine_that_does_not_fit_is_refused(runtime: Runtime, message: str) -> None:
     with pytest.raises(SetupError, match=message) as caught:
-        check_devices(wanted, "cpu", 2, "kind")
+        check_devices(runtime, "cpu", 2, "kind")
     assert caught.value.exit_code == 3
 
 

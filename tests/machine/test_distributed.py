@@ -178,7 +178,7 @@ def test_one_fails_and_the_other_says_why(tmp_path: Path) -> None:
     broken = (*SHORT, "--set", "data.prompt='{nothing}'")
     assert ended(begin(output, broken), 120) == [2, 2]
     assert "no column 'nothing'" in log_of(output, 0)
-    assert "process 0 has left: data: none of" in log_of(output, 1)
+    assert "process 0 has exited: data: none of" in log_of(output, 1)
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ def test_a_shipped_spec_fits_its_accelerator_as_the_plan_says(name: str) -> None
     on = default_machine(spec)
     config, work = find_config(spec.model), workload(spec)
     planned = estimate(model_shape(config, name), spec, work, on)
-    with devices.compiling_for(on) as devices:
-        mesh = devices.make_mesh(spec.runtime, devices)
+    with devices.compiling_for(on) as chips:
+        mesh = devices.make_mesh(spec.runtime, chips)
         compiler = Compiler(spec, config, work, on, mesh)
         step = compiler.train_step(planned.layout.micro)
     assert step.fits
@@ -78,10 +78,10 @@ def test_a_validation_is_that_of_the_rows_that_fit(monkeypatch: pytest.MonkeyPat
     on = parse_machine("v5e-8")
 
     def compiler() -> Compiler:
-        mesh = devices.make_mesh(spec.runtime, devices)
+        mesh = devices.make_mesh(spec.runtime, chips)
         return Compiler(spec, find_config(spec.model), workload(spec), on, mesh)
 
-    with devices.compiling_for(on) as devices:
+    with devices.compiling_for(on) as chips:
         alone = compiler()
         small, large = alone.train_step(1), compiler().train_step(2)
         expected = alone.validation(1)
