@@ -75,6 +75,11 @@ class ReplyLog:
         self._unwritten: list[LoggedReply] = []
         self._written = 0.0
 
+    @property
+    def cost_usd(self) -> float:
+        """Dollars that all replies cost."""
+        return sum(reply.cost_usd for reply in self.replies)
+
     def settled(self, name: str) -> dict[str, LoggedReply]:
         """Return an evaluation's settled replies by question id."""
         return {

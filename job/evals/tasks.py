@@ -1,16 +1,22 @@
-"""Multiple-choice questions from any dataset: a question, its options, the right one."""
+"""Tasks: a set of questions and how to ask and score them, as in lm-evaluation-harness.
+
+A `Task` is loaded from rows of any dataset by one `evals.multiple_choice` entry of the spec. Its
+prompts are conversations, or plain text for `prompt: lm-eval`. The prompts shown side by side
+are here too.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from job.chat.conversation import Conversation, Message
-from job.data.examples import RowDroppedError, field_text, fill
+from job.data.examples import Example, RowDroppedError, field_text, fill
 from job.data.sources import Row, open_source
 from job.errors import UsageError
 from job.runtime import logs
+from job.spec.evals import SideBySideEval
 from job.spec.fields import LETTERS, LM_EVAL
 from job.spec.pinning import NONE, Revisions
 from job.spec.schema import MultipleChoiceEval
@@ -18,14 +24,15 @@ from job.spec.schema import MultipleChoiceEval
 
 @dataclass(frozen=True)
 class Question:
-    """One question; the first option is A."""
+    """A multiple-choice question; the first option is A."""
 
     id: str
     text: str
     options: tuple[str, ...]
     gold: str
+    """Letter of the right option."""
     group: str | None = None
-    """What accuracy is reported by, such as the subject."""
+    """Group to report accuracy by, such as the subject."""
 
     @property
     def letters(self) -> str:
@@ -35,38 +42,39 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """The questions of one entry of the spec, and where they are from."""
+    """The questions of one entry of the spec, with the entry that says how to score them."""
 
     entry: MultipleChoiceEval
     revision: str | None
+    """Commit of the dataset, where it has one."""
     questions: list[Question]
-    shots: list[Question] = field(default_factory=list)
-    """Solved questions that stand before each."""
+    few_shot: list[Question] = field(default_factory=list)
+    """Solved examples before each question."""
 
 
-def shots_source(entry: MultipleChoiceEval) -> MultipleChoiceEval | None:
-    """Where the solved questions of an entry are from; None where it wants none."""
+def few_shot_source(entry: MultipleChoiceEval) -> MultipleChoiceEval | None:
+    """Return the source of an entry's few-shot examples; None for zero-shot."""
     if entry.few_shot is None:
         return None
-    given = entry.few_shot.model_dump(include={"split", "data_files"}, exclude_none=True)
-    return entry.model_copy(update=given)
+    source = entry.few_shot.model_dump(include={"split", "data_files"}, exclude_none=True)
+    return entry.model_copy(update=source)
 
 
 def load_task(entry: MultipleChoiceEval, revisions: Revisions = NONE) -> Task:
-    """The first `limit` usable questions of the entry's dataset.
+    """Load the first `limit` usable questions of the entry's dataset, and few-shot examples.
 
     Raises:
-        UsageError: none is usable.
+        UsageError: no question is usable, they differ in their number of options, or there are
+            too few examples.
     """
     rows = open_source(entry, "questions", revisions)
-    reading = _Reading(entry)
-    questions = list(islice(reading.questions(rows), entry.limit))
-    dropped = reading.dropped
+    reader = _QuestionReader(entry)
+    questions = list(islice(reader.read(rows), entry.limit))
     if not questions:
-        reasons = ", ".join(f"{reason} ({n})" for reason, n in dropped.most_common(3)) or "no rows"
+        reasons = ", ".join(f"{reason} ({n})" for reason, n in reader.dropped.most_common(3))
         raise UsageError(
             f"evals.multiple_choice '{entry.name}': no usable question in {entry.dataset}: "
-            f"{reasons}; the columns are {', '.join(reading.columns)}"
+            f"{reasons or 'no rows'}; the columns are {', '.join(reader.columns)}"
         )
     if entry.limit is not None and len(questions) < entry.limit:
         logs.get().warning(
@@ -75,45 +83,45 @@ def load_task(entry: MultipleChoiceEval, revisions: Revisions = NONE) -> Task:
             questions=len(questions),
             limit=entry.limit,
         )
-    if dropped:
-        logs.get().warning("questions left out", eval=entry.name, reasons=dict(dropped))
+    if reader.dropped:
+        logs.get().warning("questions dropped", eval=entry.name, reasons=dict(reader.dropped))
     if len({len(question.options) for question in questions}) > 1:
         raise UsageError(
             f"evals.multiple_choice '{entry.name}': the questions have different numbers of options"
         )
-    return Task(entry, rows.revision, questions, _shots(entry, questions, revisions))
+    return Task(entry, rows.revision, questions, _few_shot_examples(entry, questions, revisions))
 
 
-def _shots(
+def _few_shot_examples(
     entry: MultipleChoiceEval, questions: Sequence[Question], revisions: Revisions
 ) -> list[Question]:
-    """The solved questions of an entry, none of which is asked."""
-    source = shots_source(entry)
+    """Return the first usable questions that are not scored themselves."""
+    source = few_shot_source(entry)
     if source is None or entry.few_shot is None:
         return []
-    asked = {(question.text, question.options) for question in questions}
+    scored = {(question.text, question.options) for question in questions}
     rows = open_source(source, "questions", revisions)
-    others = (q for q in _Reading(source).questions(rows) if (q.text, q.options) not in asked)
-    shots = list(islice(others, entry.few_shot.examples))
-    if len(shots) < entry.few_shot.examples:
+    others = (q for q in _QuestionReader(source).read(rows) if (q.text, q.options) not in scored)
+    examples = list(islice(others, entry.few_shot.examples))
+    if len(examples) < entry.few_shot.examples:
         raise UsageError(
             f"evals.multiple_choice '{entry.name}': few_shot.examples is "
-            f"{entry.few_shot.examples}, but only {len(shots)} usable questions of split "
-            f"'{source.split}' are not asked themselves; name another split, or set limit"
+            f"{entry.few_shot.examples}, but split '{source.split}' has only {len(examples)} "
+            "usable questions that are not scored themselves; name another split, or set limit"
         )
-    return shots
+    return examples
 
 
-class _Reading:
-    """One pass over rows for questions, and what became of those that are none."""
+class _QuestionReader:
+    """Reads questions from rows and counts the rows it drops, by reason."""
 
     def __init__(self, entry: MultipleChoiceEval) -> None:
         self._entry = entry
         self.dropped: Counter[str] = Counter()
         self.columns: list[str] = []
 
-    def questions(self, rows: Iterable[Row]) -> Iterator[Question]:
-        """The usable questions in order; an id is used once."""
+    def read(self, rows: Iterable[Row]) -> Iterator[Question]:
+        """Yield the usable questions in order, one per id."""
         seen: set[str] = set()
         for number, row in enumerate(rows):
             self.columns = self.columns or sorted(row)
@@ -131,13 +139,13 @@ class _Reading:
 def _question(entry: MultipleChoiceEval, row: Row, number: int) -> Question:
     text = fill(entry.question, row)
     options = _options(entry, row)
-    if entry.prompt != LM_EVAL:  # which takes texts as they are
+    if entry.prompt != LM_EVAL:  # lm-evaluation-harness does not strip
         text, options = text.strip(), tuple(option.strip() for option in options)
     if not text.strip():
         raise RowDroppedError("empty question")
     if not all(option.strip() for option in options):
         raise RowDroppedError("empty option")
-    gold = _gold(row, entry, options)
+    gold = _gold(entry, row, options)
     identity = field_text(row, entry.id) if entry.id else str(number)
     group = None if entry.group is None else _group(row.get(entry.group))
     return Question(identity, text, options, gold, group)
@@ -158,11 +166,11 @@ def _options(entry: MultipleChoiceEval, row: Row) -> tuple[str, ...]:
     return tuple(str(option) for option in value)
 
 
-def _gold(row: Row, entry: MultipleChoiceEval, options: tuple[str, ...]) -> str:
-    """The letter of the right option, given as the entry says.
+def _gold(entry: MultipleChoiceEval, row: Row, options: tuple[str, ...]) -> str:
+    """Return the letter of the right option, in the form that `answer_is` names.
 
-    `auto` takes a number for a 0-based index and text for a letter or an option's text, and
-    refuses what could be both.
+    `auto` reads a number as a 0-based index and text as a letter or an option's text; a value
+    that could mean two different options is refused.
     """
     value: Any = row.get(entry.answer)
     letters = LETTERS[: len(options)]
@@ -172,75 +180,106 @@ def _gold(row: Row, entry: MultipleChoiceEval, options: tuple[str, ...]) -> str:
         number = value
     elif text.isascii() and text.isdecimal():
         number = int(text)
-    found: dict[str, str | None] = {
-        "index": _at(letters, number),
-        "number": _at(letters, None if number is None else number - 1),
+    by_form: dict[str, str | None] = {
+        "index": _letter_at(letters, number),
+        "number": _letter_at(letters, None if number is None else number - 1),
         "letter": text.upper() if len(text) == 1 and text.upper() in letters else None,
         "text": letters[options.index(text)] if options.count(text) == 1 else None,
     }
     if entry.answer_is != "auto":
-        chosen = found[entry.answer_is]
+        gold = by_form[entry.answer_is]
     else:
-        meanings = {found[kind] for kind in ("index", "letter", "text")} - {None}
-        if len(meanings) > 1:
+        candidates = {by_form[form] for form in ("index", "letter", "text")} - {None}
+        if len(candidates) > 1:
             raise RowDroppedError(f"ambiguous '{entry.answer}': set answer_is to index or text")
-        chosen = next(iter(meanings), None)
-    if chosen is None:
+        gold = next(iter(candidates), None)
+    if gold is None:
         raise RowDroppedError(f"no right option in '{entry.answer}'")
-    return chosen
+    return gold
 
 
-def _at(letters: str, place: int | None) -> str | None:
-    return letters[place] if place is not None and 0 <= place < len(letters) else None
+def _letter_at(letters: str, index: int | None) -> str | None:
+    return letters[index] if index is not None and 0 <= index < len(letters) else None
 
 
-_END = "Answer:"
+# Prompts
 
 
-class BeforeLetter(NamedTuple):
-    """What stands before the letter that answers."""
-
-    text: str
-    space: str
+_LM_EVAL_END = "Answer:"
 
 
-def lettered(question: Question) -> str:
-    """The options of a question, a line each."""
-    pairs = zip(question.letters, question.options, strict=True)
-    return "\n".join(f"{letter}. {option}" for letter, option in pairs)
+def format_options(options: Sequence[str]) -> str:
+    """Return options one per line, each after its letter."""
+    return "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False))
 
 
-def user_turn(entry: MultipleChoiceEval, question: Question) -> str:
-    """What the user says: the entry's prompt with the question and its lettered options."""
+def doc_to_text(entry: MultipleChoiceEval, question: Question) -> str:
+    """Return the user message that asks a question; for `prompt: lm-eval` the harness's text.
+
+    The latter equals the prompt of lm-evaluation-harness's task `medmcqa`.
+    """
+    options = format_options(question.options)
     if entry.prompt == LM_EVAL:
-        return _harness(question)
-    return entry.prompt.format(question=question.text, options=lettered(question))
+        return f"Question: {question.text}\nChoices:\n{options}\n{_LM_EVAL_END}"
+    return entry.prompt.format(question=question.text, options=options)
 
 
 def question_messages(task: Task) -> list[list[Message]]:
-    """Return the conversation that asks each question: solved ones first, with their letters."""
-    solved: list[Message] = []
-    for shot in task.shots:
-        solved.append(Message("user", user_turn(task.entry, shot)))
-        solved.append(Message("assistant", shot.gold))
+    """Return the conversation for each question; few-shot examples are earlier turns."""
+    examples: list[Message] = []
+    for example in task.few_shot:
+        examples.append(Message("user", doc_to_text(task.entry, example)))
+        examples.append(Message("assistant", example.gold))
     return [
-        [*solved, Message("user", user_turn(task.entry, question))] for question in task.questions
+        [*examples, Message("user", doc_to_text(task.entry, question))]
+        for question in task.questions
     ]
 
 
 def question_prompts(task: Task) -> Sequence[Conversation | str]:
-    """Return what a local model is given to answer each question."""
+    """Return the prompt of a local model for each question."""
     if task.entry.prompt == LM_EVAL:
-        solved = "".join(f"{_harness(shot)} {shot.gold}\n\n" for shot in task.shots)
-        return [solved + _harness(question) for question in task.questions]
+        examples = "".join(
+            f"{doc_to_text(task.entry, example)} {example.gold}\n\n" for example in task.few_shot
+        )
+        return [examples + doc_to_text(task.entry, question) for question in task.questions]
     return question_messages(task)
 
 
-def before_letter(entry: MultipleChoiceEval) -> BeforeLetter:
-    """What the letters are scored after."""
-    return BeforeLetter(_END, " ") if entry.prompt == LM_EVAL else BeforeLetter("", "")
+def letter_context(entry: MultipleChoiceEval) -> tuple[str, str]:
+    """Return the end of the prompt and the delimiter, which letters are tokenized after."""
+    return (_LM_EVAL_END, " ") if entry.prompt == LM_EVAL else ("", "")
 
 
-def _harness(question: Question) -> str:
-    """The prompt of lm-evaluation-harness's task `medmcqa`."""
-    return f"Question: {question.text}\nChoices:\n{lettered(question)}\n{_END}"
+@dataclass(frozen=True)
+class SideBySidePrompt:
+    """A prompt that every model answers, with the expected answer if there is one."""
+
+    id: str
+    messages: tuple[Message, ...]
+    expected: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The last message of the user."""
+        return self.messages[-1].content
+
+
+def side_by_side_prompts(
+    examples: Iterable[Example], section: SideBySideEval
+) -> list[SideBySidePrompt]:
+    """Return the prompts of held-out examples, then the spec's own.
+
+    Args:
+        examples: the first `section.max_examples` held-out examples.
+        section: of the spec.
+    """
+    held_out = [
+        SideBySidePrompt(example.id, example.prompt_messages, example.response)
+        for example in examples
+    ]
+    own = [
+        SideBySidePrompt(f"prompt-{number}", (Message("user", prompt),))
+        for number, prompt in enumerate(section.prompts, 1)
+    ]
+    return held_out + own

@@ -1,4 +1,4 @@
-"""The report stage: from the files of the run to its results, and to pages that show them."""
+"""The report stage: assemble the results from the files of the run, and write the report pages."""
 
 import json
 from datetime import UTC, datetime
@@ -17,12 +17,15 @@ from job.evals.predictions import (
     SIDE_BY_SIDE,
     ChoiceLine,
     DialogueLine,
+    Line,
+    ModelName,
     SideLine,
     answered,
     read_predictions,
 )
 from job.evals.statistics import Bootstrap, apply_holm
-from job.machine import accelerators
+from job.evals.tasks import format_options
+from job.machine.accelerators import find_accelerator
 from job.pipeline.eval_stage import EvalOutcome
 from job.pipeline.reference_stage import ReferenceOutcome
 from job.pipeline.run import Preflight, Run
@@ -42,8 +45,8 @@ from job.results import (
     SideBySide,
     Training,
 )
-from job.spec.fields import LETTERS
 from job.spec.load import digest
+from job.spec.schema import MultipleChoiceEval
 from job.train.trainer import HISTORY
 
 HTML = "report.html"
@@ -53,21 +56,20 @@ MARKDOWN = "report.md"
 
 
 def run_stage(run: Run) -> Results:
-    """Put the results together from the predictions on file, and write the report."""
+    """Compute the results from the saved predictions, and write the report and the model card."""
     reference = run.outcome("reference", ReferenceOutcome).result
     evaluation = apply_holm(_evaluation(run, reference))
     trained = run.outcome("train", TrainOutcome)
-    preflight = run.outcome("preflight", Preflight)
     results = Results(
         verdict=decide(evaluation),
-        run=_run_info(run, preflight),
+        run=_run_info(run, run.outcome("preflight", Preflight)),
         environment=run.records["train"].environment,
         model=trained.model,
         data=run.outcome("data", DataInfo),
         training=trained.training,
         evaluation=evaluation,
         reference=reference,
-        artifacts=[item for marker in run.records.values() for item in marker.outputs],
+        artifacts=[artifact for record in run.records.values() for artifact in record.outputs],
         cost=_cost(run, trained.training, reference),
     )
     history = [json.loads(line) for line in (run.store.read(HISTORY) or b"").splitlines()]
@@ -80,7 +82,7 @@ def run_stage(run: Run) -> Results:
 
 def _run_info(run: Run, preflight: Preflight) -> RunInfo:
     spec = run.spec.model_dump(mode="json")
-    seconds = {name: marker.seconds for name, marker in run.records.items()}
+    seconds = {name: record.seconds for name, record in run.records.items()}
     return RunInfo(
         id=run.id,
         name=run.spec.name,
@@ -96,34 +98,43 @@ def _run_info(run: Run, preflight: Preflight) -> RunInfo:
 
 
 def _evaluation(run: Run, reference: ReferenceResult) -> Evaluation:
+    has_reference = reference.status != "skipped"
     return Evaluation(
         multiple_choice=[
-            _slice(run, number, reference) for number in range(len(run.spec.evals.multiple_choice))
+            _multiple_choice(run, entry, has_reference=has_reference)
+            for entry in run.spec.evals.multiple_choice
         ],
-        dialogue=_dialogue(run, reference),
-        side_by_side=_side_by_side(run, reference),
+        dialogue=_dialogue(run, has_reference=has_reference),
+        side_by_side=_side_by_side(run, has_reference=has_reference),
     )
 
 
-def _slice(run: Run, number: int, reference: ReferenceResult) -> MultipleChoiceResult:
-    entry = run.spec.evals.multiple_choice[number]
-    models = {
-        "baseline": read_predictions(run.store, "baseline", entry.name, ChoiceLine),
-        "finetuned": read_predictions(run.store, "finetuned", entry.name, ChoiceLine),
-    }
-    if reference.status != "skipped" and entry in run.spec.reference_slices:
-        models["reference"] = read_predictions(run.store, "reference", entry.name, ChoiceLine)
-    revision = run.outcome("baseline", EvalOutcome).slices[entry.name].revision
-    return summarize_choices(
-        entry, models, _bootstrap(run), revision, _in_training_text(run, entry.name)
-    )
+def _predictions[L: Line](
+    run: Run, name: str, kind: type[L], *, has_reference: bool
+) -> dict[str, list[L]]:
+    """Read the predictions of an evaluation by model."""
+    models: list[ModelName] = ["baseline", "finetuned"]
+    if has_reference:
+        models.append("reference")
+    return {model: read_predictions(run.store, model, name, kind) for model in models}
 
 
 def _bootstrap(run: Run) -> Bootstrap:
     return Bootstrap(run.spec.evals.bootstrap_samples, run.spec.seed)
 
 
-def _in_training_text(run: Run, name: str) -> int | None:
+def _multiple_choice(
+    run: Run, entry: MultipleChoiceEval, *, has_reference: bool
+) -> MultipleChoiceResult:
+    has_reference = has_reference and entry in run.spec.reference_slices
+    models = _predictions(run, entry.name, ChoiceLine, has_reference=has_reference)
+    revision = run.outcome("baseline", EvalOutcome).slices[entry.name].revision
+    overlaps = _overlapping_questions(run, entry.name)
+    return summarize_choices(entry, models, _bootstrap(run), revision, overlaps)
+
+
+def _overlapping_questions(run: Run, name: str) -> int | None:
+    """Return how many questions of a task overlap the training text, if that was checked."""
     content = run.store.read(contamination.KEY)
     if content is None:
         return None
@@ -131,25 +142,23 @@ def _in_training_text(run: Run, name: str) -> int | None:
     return overlap.found if overlap else None
 
 
-def _dialogue(run: Run, reference: ReferenceResult) -> Dialogue | None:
-    wanted = run.spec.evals.dialogue
-    if wanted is None:
+def _dialogue(run: Run, *, has_reference: bool) -> Dialogue | None:
+    section = run.spec.evals.dialogue
+    if section is None:
         return None
     bootstrap = _bootstrap(run)
-    before = read_predictions(run.store, "baseline", DIALOGUE, DialogueLine)
-    after = read_predictions(run.store, "finetuned", DIALOGUE, DialogueLine)
-    models = {"baseline": before, "finetuned": after}
-    remote = read_predictions(run.store, "reference", DIALOGUE, DialogueLine)
-    asked = run.spec.reference is not None and run.spec.reference.dialogue
-    if asked and reference.status != "skipped" and answered(remote):
-        models["reference"] = remote
+    has_reference = has_reference and run.spec.reference is not None and run.spec.reference.dialogue
+    models = _predictions(run, DIALOGUE, DialogueLine, has_reference=has_reference)
+    if has_reference and not answered(models["reference"]):
+        del models["reference"]
+    before, after = models["baseline"], models["finetuned"]
     comparison = compare_dialogues(("baseline", "finetuned"), before, after, bootstrap)
-    assert comparison is not None  # the job's own models answer everything
+    assert comparison is not None  # local models answer everything
     return Dialogue(
         examples=len(before),
-        max_new_tokens=wanted.max_new_tokens,
+        max_new_tokens=section.max_new_tokens,
         models={name: score_dialogues(lines, bootstrap) for name, lines in models.items()},
-        markers=summarize_style(wanted.markers, models, bootstrap),
+        markers=summarize_style(section.markers, models, bootstrap),
         nulls=trivial_baselines(before, bootstrap),
         comparison=comparison,
         reference_comparison=compare_dialogues(
@@ -158,65 +167,61 @@ def _dialogue(run: Run, reference: ReferenceResult) -> Dialogue | None:
     )
 
 
-def _side_by_side(run: Run, reference: ReferenceResult) -> list[SideBySide]:
-    sources = {
-        "baseline": read_predictions(run.store, "baseline", SIDE_BY_SIDE, SideLine),
-        "finetuned": read_predictions(run.store, "finetuned", SIDE_BY_SIDE, SideLine),
-    }
-    if reference.status != "skipped":
-        sources["reference"] = read_predictions(run.store, "reference", SIDE_BY_SIDE, SideLine)
+def _side_by_side(run: Run, *, has_reference: bool) -> list[SideBySide]:
+    models = _predictions(run, SIDE_BY_SIDE, SideLine, has_reference=has_reference)
     return [
         SideBySide(
             id=line.id,
             prompt=line.prompt,
             expected=line.expected,
-            answers={
-                name: lines[number].answer or f"[no answer: {lines[number].error}]"
-                if lines[number].error
-                else lines[number].answer or ""
-                for name, lines in sources.items()
-            },
+            answers={name: _shown_answer(lines[number]) for name, lines in models.items()},
         )
-        for number, line in enumerate(sources["baseline"])
+        for number, line in enumerate(models["baseline"])
     ]
 
 
+def _shown_answer(line: SideLine) -> str:
+    return line.answer or (f"[no answer: {line.error}]" if line.error else "")
+
+
 def _flips(run: Run) -> list[Flip]:
-    """The questions that one model got right and the other wrong."""
-    found = []
+    """Return the questions that exactly one of the baseline and the tuned model got right."""
+    flips = []
     for entry in run.spec.evals.multiple_choice:
         before = read_predictions(run.store, "baseline", entry.name, ChoiceLine)
         after = answered(read_predictions(run.store, "finetuned", entry.name, ChoiceLine))
-        found += [
-            Flip(entry.name, a.id, with_options(a), a.gold, a.choice, b.choice, gained=b.correct)
+        flips += [
+            Flip(
+                eval=entry.name,
+                id=a.id,
+                question=f"{a.question}\n{format_options(a.options)}",
+                gold=a.gold,
+                before=a.choice,
+                after=b.choice,
+                gained=b.correct,
+            )
             for a in before
             if (b := after.get(a.id)) and a.correct != b.correct
         ]
-    return found
-
-
-def with_options(line: ChoiceLine) -> str:
-    """A question and its lettered options, a line each."""
-    options = zip(LETTERS, line.options, strict=False)
-    return "\n".join([line.question, *(f"{letter}. {option}" for letter, option in options)])
+    return flips
 
 
 def _cost(run: Run, training: Training, reference: ReferenceResult) -> Cost:
-    """Chip hours of all stages, each on the machine it ran on, and dollars at list prices.
+    """Return the chip hours of all stages and their cost at on-demand list prices.
 
-    Training that was resumed took what its checkpoints add up to, not only its last part.
-    Dollars are those of chips on demand and of the reference; null where a price is not known.
+    A resumed training counts the time of all its parts, as its checkpoints add it up. Dollars
+    include the reference model; they are None if the price of an accelerator is not known.
     """
     hours, usd = 0.0, reference.cost_usd
-    known = True
-    for name, marker in run.records.items():
-        machine = marker.environment
+    has_prices = True
+    for name, record in run.records.items():
+        machine = record.environment
         if machine.platform == "cpu":
             continue
-        seconds = max(marker.seconds, training.seconds.total if name == "train" else 0.0)
-        spent = machine.devices * seconds / 3600
-        found = accelerators.find_accelerator(machine.device_kind)
-        price = found.price.on_demand if found is not None and found.price is not None else None
-        known = known and price is not None
-        hours, usd = hours + spent, usd + spent * (price or 0.0)
-    return Cost(chip_hours=round(hours, 4), usd=round(usd, 6) if known else None)
+        seconds = max(record.seconds, training.seconds.total if name == "train" else 0.0)
+        chip_hours = machine.devices * seconds / 3600
+        accelerator = find_accelerator(machine.device_kind)
+        price = accelerator.price.on_demand if accelerator and accelerator.price else None
+        has_prices = has_prices and price is not None
+        hours, usd = hours + chip_hours, usd + chip_hours * (price or 0.0)
+    return Cost(chip_hours=round(hours, 4), usd=round(usd, 6) if has_prices else None)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from job.evals.tasks import shots_source
+from job.evals.tasks import few_shot_source
 from job.pipeline.run import Run, StageRecord
 from job.spec.fields import SAMPLES
 from job.spec.load import digest
@@ -187,7 +187,7 @@ def _tasks(entries: Sequence[MultipleChoiceEval], revisions: Revisions) -> objec
     return [
         [
             entry.model_dump(mode="json"),
-            *(_source(source, revisions) for source in (entry, shots_source(entry)) if source),
+            *(_source(source, revisions) for source in (entry, few_shot_source(entry)) if source),
         ]
         for entry in entries
     ]

@@ -1,4 +1,4 @@
-"""Whatever a chat endpoint does, only an answer counts as one, and the key stays a secret."""
+"""Whatever a chat API does, only answers count as answers, and the key stays secret."""
 
 import io
 import itertools
@@ -23,13 +23,15 @@ Client = Callable[..., ChatClient]
 
 @pytest.fixture
 def service() -> Iterator[OpenRouter]:
-    with OpenRouter(answer=lambda chat: chat["messages"][-1]["content"].upper(), key=KEY) as found:
-        yield found
+    with OpenRouter(
+        answer=lambda chat: chat["messages"][-1]["content"].upper(), key=KEY
+    ) as running:
+        yield running
 
 
 @pytest.fixture
 def waits() -> list[float]:
-    """The seconds that the client slept, one number a wait."""
+    """The seconds of each wait of the client."""
     return []
 
 
@@ -52,8 +54,8 @@ def client_of(service: OpenRouter, waits: list[float], key: str = KEY) -> ChatCl
     return ChatClient(url, key, "org/model", 64, 5.0, ATTEMPTS, sleep=waits.append)
 
 
-def test_an_answer_comes_with_what_it_cost(client: ChatClient, service: OpenRouter) -> None:
-    assert client.ask(turns("two words")) == Reply(
+def test_an_answer_has_its_cost(client: ChatClient, service: OpenRouter) -> None:
+    assert client.complete(turns("two words")) == Reply(
         "TWO WORDS",
         provider="Stand-in",
         model="org/model",
@@ -67,14 +69,14 @@ def test_an_answer_comes_with_what_it_cost(client: ChatClient, service: OpenRout
     assert chat["messages"] == [{"role": "user", "content": "two words"}]
 
 
-def test_openrouter_is_told_of_reasoning_and_to_support_every_parameter(
+def test_openrouter_requests_require_every_parameter(
     service: OpenRouter, waits: list[float], log: io.StringIO
 ) -> None:
     client = client_of(service, waits)
     client.openrouter, client.reasoning = True, "none"
-    assert client.ask(turns("hello")).answer == "HELLO"
+    assert client.complete(turns("hello")).answer == "HELLO"
     client.reasoning = None
-    client.ask(turns("hello"), max_tokens=7)
+    client.complete(turns("hello"), max_tokens=7)
     first, second = service.chats
     assert first["provider"] == second["provider"] == {"require_parameters": True}
     assert (first["reasoning"], "reasoning" in second) == ({"effort": "none"}, False)
@@ -82,69 +84,65 @@ def test_openrouter_is_told_of_reasoning_and_to_support_every_parameter(
 
 
 @pytest.mark.parametrize(("effort", "sent"), [(None, None), ("none", None), ("high", "high")])
-def test_other_apis_are_sent_nothing_that_they_might_not_know(
+def test_other_apis_get_only_standard_parameters(
     effort: Effort | None, sent: str | None, client: ChatClient, service: OpenRouter
 ) -> None:
     client.reasoning = effort
-    client.ask(turns("hello"))
+    client.complete(turns("hello"))
     (chat,) = service.chats
     assert set(chat) - {"reasoning_effort"} == {"model", "messages", "temperature", "max_tokens"}
     assert chat.get("reasoning_effort") == sent
 
 
-def test_a_model_without_reasoning_is_told_of_once_with_the_way_out(
+def test_unsupported_reasoning_is_reported_once_with_a_hint(
     client: ChatClient, service: OpenRouter
 ) -> None:
     client.openrouter, client.reasoning = True, "none"
     service.supported = SUPPORTED - {"reasoning"}
-    reply = client.ask(turns("hello"))
+    reply = client.complete(turns("hello"))
     assert reply.error is not None
     assert "HTTP 404: No endpoints found" in reply.error
     assert "set reference.reasoning to null" in reply.error
-    assert not client.ask(turns("again")).sent
+    assert not client.complete(turns("again")).sent
     assert len(service.requests) == 1
 
 
 def test_failed_attempts_cost_too(client: ChatClient, service: OpenRouter) -> None:
     service.script.extend(["choice_error", "finish_error"])
-    reply = client.ask(turns("hello there"))
+    reply = client.complete(turns("hello there"))
     assert reply.answer == "HELLO THERE"
     assert (reply.prompt_tokens, reply.completion_tokens) == (6, 2)
     assert reply.cost_usd == pytest.approx(8 * PRICE) == pytest.approx(service.billed)
     service.misbehave = lambda chat: "no_choices"
-    assert client.ask(turns("hello there")).cost_usd == pytest.approx(2 * ATTEMPTS * PRICE)
+    assert client.complete(turns("hello there")).cost_usd == pytest.approx(2 * ATTEMPTS * PRICE)
 
 
 @pytest.mark.parametrize(("spoil", "lost"), [("cut", 1), ("stall", 1), (None, 0)])
-def test_a_reply_that_was_lost_may_have_been_billed_and_is_counted(
+def test_a_lost_reply_is_counted_as_possibly_billed(
     spoil: Spoil | None, lost: int, client: ChatClient, service: OpenRouter
 ) -> None:
     client.timeout_seconds = 0.5
     if spoil is not None:
         service.faults.add("POST", spoil=spoil)
-    reply = client.ask(turns("hello"))
+    reply = client.complete(turns("hello"))
     assert (reply.answer, reply.lost) == ("HELLO", lost)
     assert service.billed - reply.cost_usd == pytest.approx(lost * reply.cost_usd)
 
 
-def test_a_host_that_is_not_there_bills_nothing(log: io.StringIO, waits: list[float]) -> None:
+def test_an_unreachable_host_bills_nothing(log: io.StringIO, waits: list[float]) -> None:
     with OpenRouter(key=KEY) as gone:
         client = client_of(gone, waits)
-    assert client.ask(turns("hello")).lost == 0
+    assert client.complete(turns("hello")).lost == 0
 
 
-def test_text_that_no_file_can_hold_is_made_legible(
-    client: ChatClient, service: OpenRouter
-) -> None:
+def test_text_that_utf8_cannot_encode_is_replaced(client: ChatClient, service: OpenRouter) -> None:
     service.answer = lambda chat: "a \ud800 b \u0000"
-    assert client.ask(turns("hello")).answer == "a ? b \u0000"
+    assert client.complete(turns("hello")).answer == "a ? b \u0000"
 
 
-def test_an_instruction_is_sent_before_the_question(
-    client: ChatClient, service: OpenRouter
-) -> None:
-    client.ask(turns("a", system="Be brief."))
-    client.ask(turns("a"))
+def test_the_system_message_is_sent_first(client: ChatClient, service: OpenRouter) -> None:
+    client.complete(turns("a", system="Be brief."))
+    client.complete(turns("a"))
     assert [[message["role"] for message in chat["messages"]] for chat in service.chats] == [
         ["system", "user"],
         ["user"],
@@ -154,11 +152,11 @@ def test_an_instruction_is_sent_before_the_question(
 @pytest.mark.parametrize(
     "name", ["error", "choice_error", "finish_error", "no_choices", "429", "502", "cut"]
 )
-def test_a_failure_is_tried_again_and_then_answered(
+def test_a_failure_is_retried_until_answered(
     name: Misbehaviour, client: ChatClient, service: OpenRouter, waits: list[float]
 ) -> None:
     service.script.extend([name] * (ATTEMPTS - 1))
-    assert client.ask(turns("hello")).answer == "HELLO"
+    assert client.complete(turns("hello")).answer == "HELLO"
     assert len(service.chats) == ATTEMPTS
     assert len(waits) == ATTEMPTS - 1
 
@@ -175,11 +173,11 @@ def test_a_failure_is_tried_again_and_then_answered(
         ("cut", "ChunkedEncodingError"),
     ],
 )
-def test_a_failure_that_stays_is_no_answer_and_tried_a_bounded_number_of_times(
+def test_a_lasting_failure_is_retried_a_limited_number_of_times(
     name: Misbehaviour, reason: str, client: ChatClient, service: OpenRouter, waits: list[float]
 ) -> None:
     service.misbehave = lambda chat: name
-    reply = client.ask(turns("hello"))
+    reply = client.complete(turns("hello"))
     assert reply.answer is None
     assert reply.error is not None
     assert reply.error.startswith(reason)
@@ -188,11 +186,11 @@ def test_a_failure_that_stays_is_no_answer_and_tried_a_bounded_number_of_times(
     assert len(waits) == ATTEMPTS - 1
 
 
-def test_an_answer_used_up_by_reasoning_is_none_and_not_paid_for_twice(
+def test_an_answer_used_up_by_reasoning_is_not_retried(
     client: ChatClient, service: OpenRouter
 ) -> None:
     service.script.append("length")
-    reply = client.ask(turns("hello there"))
+    reply = client.complete(turns("hello there"))
     assert reply.answer is None
     assert reply.error == "empty answer, finish_reason 'length'; raise reference.max_tokens"
     assert (reply.prompt_tokens, reply.completion_tokens, reply.reasoning_tokens) == (2, 64, 64)
@@ -203,7 +201,7 @@ def test_an_answer_used_up_by_reasoning_is_none_and_not_paid_for_twice(
 @pytest.mark.parametrize("answer", ["", "  \n\t"])
 def test_an_empty_answer_is_none(answer: str, client: ChatClient, service: OpenRouter) -> None:
     service.answer = lambda chat: answer
-    assert client.ask(turns("hello")).answer is None
+    assert client.complete(turns("hello")).answer is None
 
 
 @pytest.mark.parametrize(
@@ -234,38 +232,38 @@ def test_a_200_of_another_shape_is_no_answer(
     body: bytes, client: ChatClient, service: OpenRouter
 ) -> None:
     service.faults.add("POST", status=200, body=body, times=ATTEMPTS)
-    reply = client.ask(turns("hello"))
+    reply = client.complete(turns("hello"))
     assert reply.answer is None
     assert reply.error
     assert 1 <= len(service.requests) <= ATTEMPTS
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 413, 422])
-def test_a_request_that_will_never_work_is_not_repeated(
+def test_an_invalid_request_is_not_retried(
     status: int, client: ChatClient, service: OpenRouter
 ) -> None:
     body = json.dumps({"error": {"message": "No such model"}}).encode()
     service.faults.add("POST", status=status, body=body)
-    reply = client.ask(turns("hello"))
+    reply = client.complete(turns("hello"))
     assert reply == Reply(None, error=f"HTTP {status}: No such model", final=True)
     assert len(service.requests) == 1
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_an_outage_is_waited_out(status: int, client: ChatClient, service: OpenRouter) -> None:
+def test_an_outage_is_retried(status: int, client: ChatClient, service: OpenRouter) -> None:
     service.faults.add("POST", status=status)
-    assert client.ask(turns("hello")).answer == "HELLO"
+    assert client.complete(turns("hello")).answer == "HELLO"
 
 
-def test_a_host_that_is_not_there_is_no_answer(log: io.StringIO, waits: list[float]) -> None:
+def test_an_unreachable_host_is_no_answer(log: io.StringIO, waits: list[float]) -> None:
     with OpenRouter(key=KEY) as gone:
         client = client_of(gone, waits)
-    reply = client.ask(turns("hello"))
+    reply = client.complete(turns("hello"))
     assert (reply.answer, reply.error) == (None, f"ConnectionError (tried {ATTEMPTS} times)")
 
 
 @pytest.mark.parametrize(
-    ("asked", "low", "high"),
+    ("header", "low", "high"),
     [
         ("7", 7, 7),
         ("2.5", 2.5, 2.5),
@@ -275,27 +273,27 @@ def test_a_host_that_is_not_there_is_no_answer(log: io.StringIO, waits: list[flo
         ("soon", 0.5, 1),
     ],
 )
-def test_the_wait_that_a_server_asks_for_is_kept_within_a_minute(
-    asked: str,
+def test_the_wait_a_server_requests_is_at_most_a_minute(
+    header: str,
     low: float,
     high: float,
     client: ChatClient,
     service: OpenRouter,
     waits: list[float],
 ) -> None:
-    service.retry_after = asked
+    service.retry_after = header
     service.script.append("429")
-    assert client.ask(turns("hello")).answer == "HELLO"
+    assert client.complete(turns("hello")).answer == "HELLO"
     assert len(waits) == 1
     assert low <= waits[0] <= high
 
 
-def test_the_waits_grow_and_end_at_a_minute(
+def test_waits_grow_up_to_a_minute(
     service: OpenRouter, waits: list[float], log: io.StringIO
 ) -> None:
     service.misbehave = lambda chat: "502"
     client = ChatClient(service.url + "/api/v1", KEY, "m", 64, 5.0, 12, sleep=waits.append)
-    assert client.ask(turns("hello")).answer is None
+    assert client.complete(turns("hello")).answer is None
     assert len(waits) == len(set(waits)) == 11
     for number, seconds in enumerate(waits):
         assert min(60, 2**number) * 0.5 <= seconds <= min(60, 2**number)
@@ -304,7 +302,7 @@ def test_the_waits_grow_and_end_at_a_minute(
 
 def test_after_a_refused_key_nothing_more_is_sent(service: OpenRouter, waits: list[float]) -> None:
     client = client_of(service, waits, key="sk-or-v1-stranger-0123456789")
-    first, second = client.ask(turns("hello")), client.ask(turns("again"))
+    first, second = client.complete(turns("hello")), client.complete(turns("again"))
     assert first == Reply(None, error="HTTP 401: the key is refused")
     assert second == Reply(None, error="HTTP 401: the key is refused", sent=False)
     assert (len(service.requests), waits) == (1, [])
@@ -314,16 +312,16 @@ def test_without_credit_nothing_more_is_sent(
     client: ChatClient, service: OpenRouter, waits: list[float]
 ) -> None:
     service.script.append("402")
-    assert client.ask(turns("hello")).error == "HTTP 402: the account has no credit left"
-    assert not client.ask(turns("again")).sent
+    assert client.complete(turns("hello")).error == "HTTP 402: the account has no credit left"
+    assert not client.complete(turns("again")).sent
     assert (len(service.chats), waits) == (1, [])
 
 
-def test_an_error_page_in_another_form_is_told_once(
+def test_an_error_page_that_is_not_json_is_reported(
     client: ChatClient, service: OpenRouter, waits: list[float]
 ) -> None:
     service.faults.add("POST", status=404, body=b"<html>not here</html>")
-    reply = client.ask(turns("hello"))
+    reply = client.complete(turns("hello"))
     assert (reply.error, reply.final) == ("HTTP 404: <html>not here</html>", True)
     assert waits == []
 
@@ -331,20 +329,20 @@ def test_an_error_page_in_another_form_is_told_once(
 def test_the_key_is_in_the_header_and_nowhere_else(
     client: ChatClient, service: OpenRouter, log: io.StringIO
 ) -> None:
-    said = [repr(client)]
+    texts = [repr(client)]
     service.script.extend(["error", "cut", "429", "choice_error", "finish_error", "no_choices"])
-    said += [repr(client.ask(turns("hello"))) for _ in range(2)]
+    texts += [repr(client.complete(turns("hello"))) for _ in range(2)]
     service.script.extend(["502"] * ATTEMPTS)
-    said.append(repr(client.ask(turns("hello"))))
+    texts.append(repr(client.complete(turns("hello"))))
     for status in (403, 400, 401):
         body = json.dumps({"error": {"message": f"the key {KEY} is refused"}}).encode()
         service.faults.add("POST", status=status, body=body)
-        said.append(repr(client.ask(turns("hello"))))
+        texts.append(repr(client.complete(turns("hello"))))
     assert service.requests[0].bearer == KEY
-    assert KEY not in "".join(said)
+    assert KEY not in "".join(texts)
     assert KEY not in json.dumps(service.chats)
     assert KEY not in "".join(str(request) for request in service.requests)
-    assert log.getvalue().count("asking again") >= 6
+    assert log.getvalue().count("retrying request") >= 6
     assert KEY not in log.getvalue()
 
 
@@ -353,17 +351,17 @@ def test_a_key_that_an_endpoint_repeats_is_not_logged(
 ) -> None:
     body = json.dumps({"error": {"message": f"who is {KEY}?"}}).encode()
     service.faults.add("POST", status=200, body=body)
-    assert client.ask(turns("hello")).answer == "HELLO"
+    assert client.complete(turns("hello")).answer == "HELLO"
     assert "who is [redacted]?" in log.getvalue()
 
 
-def test_the_address_is_the_base_with_or_without_a_slash(service: OpenRouter) -> None:
+def test_the_base_url_may_end_with_a_slash(service: OpenRouter) -> None:
     for url in (service.url + "/api/v1", service.url + "/api/v1/"):
-        ChatClient(url, KEY, "m", 64, 5.0, 1).ask(turns("hello"))
+        ChatClient(url, KEY, "m", 64, 5.0, 1).complete(turns("hello"))
     assert [request.route for request in service.requests] == [ROUTE, ROUTE]
 
 
-def test_a_key_that_an_endpoint_repeats_is_not_kept_with_the_answer(
+def test_a_key_that_an_endpoint_repeats_is_redacted_in_replies(
     client: ChatClient, service: OpenRouter
 ) -> None:
     body = ('{"error": {"message": "bad key ' + KEY + '"}}').encode()
@@ -371,8 +369,8 @@ def test_a_key_that_an_endpoint_repeats_is_not_kept_with_the_answer(
     service.faults.add("POST", status=400, body=body)
     service.answer = lambda chat: f"your key is {KEY}"
     for _ in range(2):
-        error = client.ask(turns("hello")).error
+        error = client.complete(turns("hello")).error
         assert error is not None
         assert "[redacted]" in error
         assert KEY not in error
-    assert client.ask(turns("hello")).answer == "your key is [redacted]"
+    assert client.complete(turns("hello")).answer == "your key is [redacted]"

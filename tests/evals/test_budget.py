@@ -1,4 +1,4 @@
-"""A budget is not passed, whatever requests cost and however many are under way."""
+"""A budget is not exceeded, whatever requests cost and however many are in flight."""
 
 import threading
 import time
@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.evals.api_client import MARGIN, Budget
+from job.evals.budget import COST_MARGIN, Budget
 
 
-def test_without_a_cap_everything_goes() -> None:
+def test_without_a_limit_every_request_is_sent() -> None:
     budget = Budget(None)
     assert [budget.reserve() for _ in range(100)] == [None] * 100
     budget.settle(1e9)
     assert budget.reserve() is None
-    assert not budget.refused
+    assert not budget.exhausted
 
 
-def test_the_first_request_goes_alone_to_learn_its_cost() -> None:
+def test_the_first_request_runs_alone() -> None:
     budget = Budget(1.0)
     assert budget.reserve() is None
     entered = threading.Event()
@@ -37,15 +37,15 @@ def test_the_first_request_goes_alone_to_learn_its_cost() -> None:
         assert waiting.result(5) is None
 
 
-def test_what_does_not_fit_is_refused_and_says_the_way_out() -> None:
-    budget = Budget(0.5, spent=0.4, most=0.1)
+def test_a_request_that_does_not_fit_is_refused() -> None:
+    budget = Budget(0.5, spent=0.4, max_cost=0.1)
     assert budget.reserve() == "the budget of 0.5 USD is used up; raise reference.max_usd"
-    assert budget.refused
+    assert budget.exhausted
     assert Budget(0.5, spent=0.5).reserve() is not None
-    assert Budget(0.5, spent=0.3, most=0.1).reserve() is None
+    assert Budget(0.5, spent=0.3, max_cost=0.1).reserve() is None
 
 
-def test_a_lost_reply_counts_as_the_dearest() -> None:
+def test_a_lost_reply_counts_as_the_most_expensive() -> None:
     budget = Budget(1.0)
     budget.reserve()
     budget.settle(0.3)
@@ -54,17 +54,17 @@ def test_a_lost_reply_counts_as_the_dearest() -> None:
     assert budget.reserve() is not None
 
 
-def test_an_endpoint_that_names_no_price_is_asked_once() -> None:
+def test_an_endpoint_without_prices_gets_one_request() -> None:
     budget = Budget(1.0)
     budget.reserve()
     budget.settle(None, answered=True)
     reason = budget.reserve()
     assert reason is not None
-    assert "does not say what a request cost" in reason
-    assert budget.refused
+    assert "does not report the cost of requests" in reason
+    assert budget.exhausted
 
 
-def test_a_free_model_is_asked_everything() -> None:
+def test_a_free_model_has_no_limit() -> None:
     budget = Budget(0.01)
     for _ in range(50):
         assert budget.reserve() is None
@@ -73,16 +73,16 @@ def test_a_free_model_is_asked_everything() -> None:
 
 @given(
     st.floats(0.5, 100),
-    st.lists(st.floats(0.01, 0.01 * MARGIN), min_size=30, max_size=60),
+    st.lists(st.floats(0.01, 0.01 * COST_MARGIN), min_size=30, max_size=60),
     st.integers(1, 8),
 )
 @settings(deadline=None, max_examples=30)
-def test_the_cap_is_not_passed_where_no_request_costs_over_twice_the_dearest_before(
+def test_the_limit_holds_if_costs_vary_within_the_margin(
     hundredths: float, costs: list[float], workers: int
 ) -> None:
     cap = hundredths / 100
     budget = Budget(cap)
-    spent, most_left = 0.0, iter(costs)
+    spent, left = 0.0, iter(costs)
     lock = threading.Lock()
 
     def work() -> None:
@@ -96,12 +96,11 @@ def test_the_cap_is_not_passed_where_no_request_costs_over_twice_the_dearest_bef
 
     def next_cost() -> float | None:
         with lock:
-            return next(most_left, None)
+            return next(left, None)
 
     with ThreadPoolExecutor(workers) as pool:
         for done in [pool.submit(work) for _ in range(workers)]:
             done.result(10)
-    first_alone = max(costs)
-    assert spent <= max(cap, first_alone) + 1e-9
-    if sum(costs) + workers * MARGIN * max(costs) <= cap:
+    assert spent <= max(cap, max(costs)) + 1e-9
+    if sum(costs) + workers * COST_MARGIN * max(costs) <= cap:
         assert spent == pytest.approx(sum(costs))

@@ -1,4 +1,4 @@
-"""An evaluation that was stopped goes on behind its last whole batch, with the same answers."""
+"""A stopped evaluation resumes after its last finished batch, with the same answers."""
 
 import json
 from pathlib import Path
@@ -34,41 +34,41 @@ def prompts_of(model: LanguageModel) -> list[list[int]]:
     return model.codec.encode_prompts([f"{'word ' * n}?" for n in range(1, 8)])
 
 
-def test_generation_goes_on_where_it_stopped(tiny: LanguageModel, tmp_path: Path) -> None:
+def test_generation_resumes_where_it_stopped(tiny: LanguageModel, tmp_path: Path) -> None:
     prompts = prompts_of(tiny)
-    whole = Engine(tiny, 2, 512).generate(tiny.weights, prompts, 4, "t")
+    expected = Engine(tiny, 2, 512).generate(tiny.weights, prompts, 4, "t")
 
     with pytest.raises(RunStoppedError), caches(tmp_path) as progress:
         engine = Engine(tiny, 2, 512, stopped_after(2))
         engine.generate(tiny.weights, prompts, 4, "t", progress.open("first"))
     assert len(json.loads((tmp_path / KEY).read_text())["batches"]) == 2
 
-    asked: list[int] = []
+    checks: list[int] = []
     with caches(tmp_path) as progress:
-        engine = Engine(tiny, 2, 512, lambda: asked.append(1))
+        engine = Engine(tiny, 2, 512, lambda: checks.append(1))
         resumed = engine.generate(tiny.weights, prompts, 4, "t", progress.open("first"))
-    assert resumed == whole
-    assert len(asked) == 2
+    assert resumed == expected
+    assert len(checks) == 2
     assert not (tmp_path / KEY).exists()
 
 
-def test_letter_scores_come_back_to_the_bit(tiny: LanguageModel, tmp_path: Path) -> None:
+def test_cached_loglikelihoods_are_bit_identical(tiny: LanguageModel, tmp_path: Path) -> None:
     prompts, letters = prompts_of(tiny), tiny.codec.letter_tokens("ABCD")
-    whole = Engine(tiny, 2, 512).loglikelihood(tiny.weights, prompts, letters, "t")
+    expected = Engine(tiny, 2, 512).loglikelihood(tiny.weights, prompts, letters, "t")
     with pytest.raises(ZeroDivisionError), caches(tmp_path) as progress:
         Engine(tiny, 2, 512).loglikelihood(
             tiny.weights, prompts, letters, "t", progress.open("first")
         )
         raise ZeroDivisionError
     with caches(tmp_path) as progress:
-        engine = Engine(tiny, 2, 512, stopped_after(0))  # nothing is left to ask
+        engine = Engine(tiny, 2, 512, stopped_after(0))  # nothing is left to run
         again = engine.loglikelihood(tiny.weights, prompts, letters, "t", progress.open("first"))
-    assert again.tobytes() == whole.tobytes()
+    assert again.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b'{"inputs": "other", "batches": {"0": []}}']
 )
-def test_what_is_damaged_or_of_other_inputs_is_not_read(content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_cache_or_one_of_other_inputs_is_ignored(content: bytes, tmp_path: Path) -> None:
     LocalStore(tmp_path).write(KEY, content)
     assert caches(tmp_path).open("first").get(0) is None

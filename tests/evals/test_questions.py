@@ -1,4 +1,4 @@
-"""Questions of any dataset come out with the right option, or are left out and counted."""
+"""Rows of any dataset become questions with a right option, or are dropped and counted."""
 
 import io
 import json
@@ -10,7 +10,7 @@ import pytest
 import structlog
 
 from job.errors import UsageError
-from job.evals.tasks import Question, Task, load_task, user_turn
+from job.evals.tasks import Question, Task, doc_to_text, load_task
 from job.runtime import logs
 from job.spec.schema import MultipleChoiceEval
 
@@ -35,15 +35,15 @@ def load(folder: Path, rows: list[Row], **entry: Any) -> Task:
     return load_task(MultipleChoiceEval(name="first", dataset=str(path), **fields))
 
 
-def ids(found: Task) -> list[str]:
-    return [question.id for question in found.questions]
+def ids(task: Task) -> list[str]:
+    return [question.id for question in task.questions]
 
 
 def test_a_row_becomes_a_question(tmp_path: Path) -> None:
-    found = load(tmp_path, [ROW | {"cop": 1, "id": "q-7"}], id="id")
+    task = load(tmp_path, [ROW | {"cop": 1, "id": "q-7"}], id="id")
     expected = Question("q-7", "Which one?", ("Red", "Green", "Blue", "12"), "B")
-    assert (found.questions, found.revision) == ([expected], None)
-    assert found.questions[0].letters == "ABCD"
+    assert (task.questions, task.revision) == ([expected], None)
+    assert task.questions[0].letters == "ABCD"
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_row_becomes_a_question(tmp_path: Path) -> None:
         *(("Green", "B"), (" Blue ", "C"), ("12", "D")),
     ],
 )
-def test_the_right_option_is_given_as_index_letter_digits_or_text(
+def test_the_right_option_is_an_index_letter_number_or_text(
     given: object, gold: str, tmp_path: Path
 ) -> None:
     assert load(tmp_path, [ROW | {"cop": given}]).questions[0].gold == gold
@@ -64,7 +64,7 @@ def test_the_right_option_is_given_as_index_letter_digits_or_text(
 @pytest.mark.parametrize(
     "given", [-1, 4, "4", "-1", "E", "", "Grey", "green", True, None, ["A"], 1.5, "AB"]
 )
-def test_a_row_without_a_right_option_is_left_out_and_counted(
+def test_a_row_without_a_right_option_is_dropped(
     given: object, tmp_path: Path, log: io.StringIO
 ) -> None:
     rows = [ROW | {"cop": given}, ROW | {"cop": 0}]
@@ -72,7 +72,7 @@ def test_a_row_without_a_right_option_is_left_out_and_counted(
     assert json.loads(log.getvalue())["reasons"] == {"no right option in 'cop'": 1}
 
 
-def test_a_text_that_two_options_have_is_no_right_option(tmp_path: Path) -> None:
+def test_a_text_of_two_options_is_no_right_option(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no right option in 'cop'"):
         load(tmp_path, [ROW | {"opb": "Red", "cop": "Red"}])
 
@@ -89,12 +89,12 @@ def test_a_text_that_two_options_have_is_no_right_option(tmp_path: Path) -> None
         ({"key": None}, "null in 'key'"),
     ],
 )
-def test_a_row_that_cannot_be_asked_is_left_out_and_counted(
+def test_an_unusable_row_is_dropped_and_counted(
     change: Row, reason: str, tmp_path: Path, log: io.StringIO
 ) -> None:
-    whole = ROW | {"cop": 0}
-    found = load(tmp_path, [whole | {"key": "a"}, whole | {"key": "b"} | change], id="key")
-    assert ids(found) == ["a"]
+    row = ROW | {"cop": 0}
+    task = load(tmp_path, [row | {"key": "a"}, row | {"key": "b"} | change], id="key")
+    assert ids(task) == ["a"]
     assert json.loads(log.getvalue())["reasons"] == {reason: 1}
 
 
@@ -107,11 +107,11 @@ def test_options_may_be_one_column_with_a_list(tmp_path: Path) -> None:
         {"question": "Q", "choices": ["x", "", "z"], "cop": 0},
         {"question": "Q", "cop": 0},
     ]
-    found = load(tmp_path, rows, options="choices")
-    assert [(q.options, q.gold) for q in found.questions] == [(("x", "y", "3"), "B")]
+    task = load(tmp_path, rows, options="choices")
+    assert [(q.options, q.gold) for q in task.questions] == [(("x", "y", "3"), "B")]
 
 
-def test_questions_with_different_numbers_of_options_are_refused(tmp_path: Path) -> None:
+def test_different_numbers_of_options_are_refused(tmp_path: Path) -> None:
     rows = [{"question": "Q", "choices": list("xyz"[:n]), "cop": 0} for n in (3, 2)]
     with pytest.raises(UsageError, match="'first': the questions have different numbers"):
         load(tmp_path, rows, options="choices")
@@ -131,25 +131,23 @@ def test_rows_after_the_limit_are_not_read(tmp_path: Path) -> None:
     assert ids(load_task(entry)) == ["0"]
 
 
-def test_fewer_questions_than_the_limit_are_taken_with_a_warning(
-    tmp_path: Path, log: io.StringIO
-) -> None:
+def test_fewer_questions_than_the_limit_give_a_warning(tmp_path: Path, log: io.StringIO) -> None:
     assert len(load(tmp_path, [ROW | {"cop": 0}], limit=5).questions) == 1
     line = json.loads(log.getvalue())
     assert (line["severity"], line["questions"], line["limit"]) == ("WARNING", 1, 5)
 
 
-def test_a_repeated_id_is_asked_once(tmp_path: Path, log: io.StringIO) -> None:
+def test_a_repeated_id_is_dropped(tmp_path: Path, log: io.StringIO) -> None:
     rows = [ROW | {"cop": n, "id": identity} for n, identity in enumerate(["a", "b", "a"])]
-    found = load(tmp_path, rows, id="id")
-    assert [(question.id, question.gold) for question in found.questions] == [
+    task = load(tmp_path, rows, id="id")
+    assert [(question.id, question.gold) for question in task.questions] == [
         ("a", "A"),
         ("b", "B"),
     ]
     assert json.loads(log.getvalue())["reasons"] == {"repeated id": 1}
 
 
-def test_a_slice_without_a_usable_question_names_the_reasons_and_the_columns(
+def test_an_error_without_questions_names_reasons_and_columns(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(UsageError) as refused:
@@ -162,10 +160,10 @@ def test_a_slice_without_a_usable_question_names_the_reasons_and_the_columns(
         load(tmp_path, [])
 
 
-def test_the_users_turn_lists_the_options_by_letter(tmp_path: Path) -> None:
+def test_the_user_message_lists_the_options_by_letter(tmp_path: Path) -> None:
     row = ROW | {"question": "A {b} or {0}?", "opa": "{question}", "cop": 0}
-    found = load(tmp_path, [row], prompt="{options}\n--\n{question}")
-    assert user_turn(found.entry, found.questions[0]) == (
+    task = load(tmp_path, [row], prompt="{options}\n--\n{question}")
+    assert doc_to_text(task.entry, task.questions[0]) == (
         "A. {question}\nB. Green\nC. Blue\nD. 12\n--\nA {b} or {0}?"
     )
 

@@ -1,9 +1,8 @@
-"""lm-evaluation-harness on MedMCQA-like questions: harness.py MODEL QUESTIONS SHOTS NUMBER OUT.
+"""lm-evaluation-harness on MedMCQA-like questions: harness.py MODEL QUESTIONS EXAMPLES NUMBER OUT.
 
-MODEL is a transformers folder with a `tokenizer.model`; QUESTIONS and SHOTS are JSON lines in
-MedMCQA's columns; the first NUMBER of SHOTS stand solved before each question. OUT becomes a
-JSON list of the log-likelihoods of A to D. The task is the harness's own `medmcqa`, with its rows
-read from a file.
+MODEL is a transformers folder with a `tokenizer.model`. QUESTIONS and EXAMPLES are JSON lines in
+MedMCQA's columns; the first NUMBER of EXAMPLES are the few-shot examples. OUT receives a JSON list
+of the loglikelihoods of A to D. The task is the harness's own `medmcqa` with rows from a file.
 """
 
 import json
@@ -22,14 +21,14 @@ include: {package}/tasks/medmcqa/medmcqa.yaml
 task: medmcqa_file
 dataset_path: json
 dataset_kwargs:
-  data_files: {{validation: {questions}, train: {shots}}}
+  data_files: {{validation: {questions}, train: {examples}}}
 test_split: null
 fewshot_split: train
 fewshot_config: {{sampler: first_n}}
 """
 
 
-def main(model: Path, questions: str, shots: str, number: int, out: Path) -> None:
+def main(model: Path, questions: str, examples: str, number: int, out: Path) -> None:
     causal = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, attn_implementation="eager"
     )
@@ -39,9 +38,9 @@ def main(model: Path, questions: str, shots: str, number: int, out: Path) -> Non
     )
     with tempfile.TemporaryDirectory() as folder:
         package = Path(lm_eval.__file__).parent
-        text = TASK.format(package=package, questions=questions, shots=shots)
+        text = TASK.format(package=package, questions=questions, examples=examples)
         (Path(folder) / "task.yaml").write_text(text)
-        found = lm_eval.simple_evaluate(
+        results = lm_eval.simple_evaluate(
             model=harness,
             tasks=["medmcqa_file"],
             num_fewshot=number,
@@ -49,7 +48,7 @@ def main(model: Path, questions: str, shots: str, number: int, out: Path) -> Non
             log_samples=True,
             bootstrap_iters=0,
         )
-    samples = sorted(found["samples"]["medmcqa_file"], key=lambda sample: sample["doc_id"])
+    samples = sorted(results["samples"]["medmcqa_file"], key=lambda sample: sample["doc_id"])
     scores = [[float(score) for score, _ in sample["filtered_resps"]] for sample in samples]
     out.write_text(json.dumps(scores))
 

@@ -1,4 +1,4 @@
-"""The reference stage alone: in this process, or in one of its own that a test can kill.
+"""The reference stage alone, in this process or in one that a test can kill.
 
 python -m tests.pipeline.reference_runs RUN_URI BASE_URL    (the key is in OPENROUTER_API_KEY)
 """
@@ -24,7 +24,7 @@ ALL = QUESTIONS + DIALOGUES + SHOWN
 
 
 def spec_of(base_url: str, output: str = "runs", **reference: Any) -> Spec:
-    """A spec whose reference model is asked 20 questions, 4 dialogues and 2 more prompts."""
+    """Return a spec with 20 questions, 4 dialogues and 2 more prompts for the reference."""
     return Spec.model_validate({
         "name": "t",
         "output": output,
@@ -50,19 +50,19 @@ def spec_of(base_url: str, output: str = "runs", **reference: Any) -> Spec:
 
 
 def run_of(store: Store, spec: Spec, work: Path) -> Run:
-    """A run, as a process that has just been started has it."""
+    """Return a run as a new process has it."""
     run = Run("r", spec, store, work, StopSignal(), MACHINE)
     run.digests = stage_digests(spec)
     return run
 
 
-def stage(store: Store, output: str) -> None:
-    """Leave what the data stage leaves."""
+def run_data_stage(store: Store, output: str) -> None:
+    """Run the data stage."""
     with tempfile.TemporaryDirectory() as work:
         stage_data(run_of(store, spec_of("http://localhost", output), Path(work)))
 
 
-def ask(store: Store, spec: Spec, run: Run | None = None) -> ReferenceOutcome:
+def run_reference_stage(store: Store, spec: Spec, run: Run | None = None) -> ReferenceOutcome:
     """Run the reference stage as a new process would."""
     with tempfile.TemporaryDirectory() as work:
         return run_stage(run or run_of(store, spec, Path(work)))
@@ -71,4 +71,4 @@ def ask(store: Store, spec: Spec, run: Run | None = None) -> ReferenceOutcome:
 if __name__ == "__main__":
     logs.configure(logs.RunLog())
     uri, url = sys.argv[1:]
-    ask(open_store(uri), spec_of(url))
+    run_reference_stage(open_store(uri), spec_of(url))

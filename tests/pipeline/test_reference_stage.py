@@ -1,4 +1,4 @@
-"""The reference stage: nothing is counted wrong, paid for twice, or told of the key."""
+"""The reference stage counts nothing as wrong, pays for nothing twice, and keeps the key secret."""
 
 import os
 import shutil
@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from job.errors import RunStoppedError
-from job.evals import metrics as dialogues
-from job.evals.api_client import KEY
-from job.evals.metrics import score_choices
+from job.evals.api_client import API_KEY_VARIABLE
+from job.evals.metrics import compare_dialogues, rouge_scores, score_choices, score_dialogues
 from job.evals.predictions import ChoiceLine, DialogueLine, Line, SideLine
 from job.evals.reply_log import PARTIAL_FOLDER, REPLIES_KEY
 from job.evals.statistics import Bootstrap
@@ -22,7 +21,15 @@ from job.pipeline.stages import reference_has_more_to_do
 from job.storage.base import Store
 from job.storage.local import LocalStore
 from job.storage.locations import open_store
-from tests.pipeline.reference_runs import ALL, DIALOGUES, QUESTIONS, ask, run_of, spec_of, stage
+from tests.pipeline.reference_runs import (
+    ALL,
+    DIALOGUES,
+    QUESTIONS,
+    run_data_stage,
+    run_of,
+    run_reference_stage,
+    spec_of,
+)
 from tests.services.bucket import Bucket
 from tests.services.openrouter import PRICE, Chat, Misbehaviour, OpenRouter
 
@@ -31,15 +38,15 @@ SECRET = "sk-or-v1-" + "0123456789abcdef" * 4
 
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose data are staged."""
+    """A run after its data stage."""
     folder = tmp_path_factory.mktemp("staged")
-    stage(LocalStore(folder / "runs/r"), str(folder / "runs"))
+    run_data_stage(LocalStore(folder / "runs/r"), str(folder / "runs"))
     return folder / "runs/r"
 
 
 @pytest.fixture
 def store(staged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
-    monkeypatch.setenv(KEY, SECRET)
+    monkeypatch.setenv(API_KEY_VARIABLE, SECRET)
     shutil.copytree(staged, tmp_path / "r")
     return LocalStore(tmp_path / "r")
 
@@ -60,7 +67,7 @@ def any_store(
 
 
 def right(chat: Chat) -> str:
-    """The right letter to every question of the samples, and words to other prompts."""
+    """Return the right letter for every sample question, and words for other prompts."""
     text = chat["messages"][-1]["content"]
     return GOLD[text.split("\n")[0]] if "Answer with the letter" in text else "Drink water."
 
@@ -77,8 +84,8 @@ GOLD = _gold()
 
 @pytest.fixture
 def service() -> Iterator[OpenRouter]:
-    with OpenRouter(answer=right, key=SECRET) as found:
-        yield found
+    with OpenRouter(answer=right, key=SECRET) as running:
+        yield running
 
 
 def url(service: OpenRouter) -> str:
@@ -96,38 +103,38 @@ FAILURES: list[Misbehaviour] = [
 ]  # fmt: skip
 
 
-def test_every_question_is_answered_by_whom_it_says_and_costs_what_was_billed(
+def test_every_answer_has_its_provider_and_the_billed_cost(
     store: LocalStore, service: OpenRouter
 ) -> None:
-    found = ask(store, spec_of(url(service)))
+    outcome = run_reference_stage(store, spec_of(url(service)))
     questions = lines(store, "questions", ChoiceLine)
     assert score_choices(questions).correct == len(questions) == QUESTIONS
     assert {(line.provider, line.model) for line in questions} == {("Stand-in", "org/model")}
-    result = found.result
+    result = outcome.result
     assert (result.status, result.requests, result.failed, result.lost) == ("complete", ALL, 0, 0)
     assert result.cost_usd == pytest.approx(service.billed, abs=1e-6)
     assert result.cost_usd > ALL * PRICE
-    assert not found.open
+    assert not outcome.open
     assert store.list(PARTIAL_FOLDER) == []
     assert all(chat["provider"] == {"require_parameters": True} for chat in service.chats)
     assert all(chat["reasoning"] == {"effort": "none"} for chat in service.chats)
 
 
 @pytest.mark.parametrize("name", [*FAILURES, "cut", "402"])
-def test_a_failure_is_missing_and_never_wrong(
+def test_a_failure_is_missing_and_not_wrong(
     name: Misbehaviour, store: LocalStore, service: OpenRouter
 ) -> None:
     service.misbehave = lambda chat: name if len(service.chats) % 3 == 2 else "ok"
-    found = ask(store, spec_of(url(service)))
+    outcome = run_reference_stage(store, spec_of(url(service)))
     questions = lines(store, "questions", ChoiceLine)
     scored = score_choices(questions)
     assert scored.correct == QUESTIONS - scored.missing
     assert (scored.accuracy, scored.unparsed) == (1.0, 0)
     assert 0 < scored.missing == sum(line.error is not None for line in questions)
     held_out = lines(store, "dialogue", DialogueLine)
-    rouge = dialogues.score_dialogues(held_out, Bootstrap(100, 0)) if name != "402" else None
+    rouge = score_dialogues(held_out, Bootstrap(100, 0)) if name != "402" else None
     assert rouge is None or rouge.missing == sum(line.error is not None for line in held_out)
-    result = found.result
+    result = outcome.result
     failed = sum(line.error is not None for line in [*questions, *held_out])
     failed += sum(line.error is not None for line in lines(store, "side_by_side", SideLine))
     assert (result.failed, result.status) == (failed, "partial")
@@ -137,26 +144,28 @@ def test_a_failure_is_missing_and_never_wrong(
     else:
         assert result.lost == 0
         assert result.cost_usd == pytest.approx(service.billed, abs=1e-6)
-    assert found.open == (name != "length")
+    assert outcome.open == (name != "length")
 
 
-def test_the_next_start_asks_only_what_is_missing(any_store: Store, service: OpenRouter) -> None:
+def test_the_next_start_requests_only_missing_answers(
+    any_store: Store, service: OpenRouter
+) -> None:
     service.script.extend(["ok", "502", "no_choices", "ok", "length", "error"])
-    first = ask(any_store, spec_of(url(service)))
+    first = run_reference_stage(any_store, spec_of(url(service)))
     assert (first.result.requests, first.result.failed, len(service.chats)) == (ALL, 4, ALL)
-    second = ask(any_store, spec_of(url(service)))
+    second = run_reference_stage(any_store, spec_of(url(service)))
     assert len(service.chats) == ALL + 3
     result = second.result
     assert (result.requests, result.failed, result.status) == (ALL + 3, 1, "partial")
     assert not second.open
     assert result.cost_usd == pytest.approx(service.billed, abs=1e-6)
-    assert ask(any_store, spec_of(url(service))).result == result
+    assert run_reference_stage(any_store, spec_of(url(service))).result == result
     assert len(service.chats) == ALL + 3
-    ask(any_store, spec_of(url(service), model="org/other"))
+    run_reference_stage(any_store, spec_of(url(service), model="org/other"))
     assert len(service.chats) == 2 * ALL + 3
 
 
-def test_a_stop_keeps_what_was_answered(any_store: Store, service: OpenRouter) -> None:
+def test_a_stop_saves_the_answers(any_store: Store, service: OpenRouter) -> None:
     spec = spec_of(url(service))
     with tempfile.TemporaryDirectory() as work:
         run = run_of(any_store, spec, Path(work))
@@ -168,76 +177,76 @@ def test_a_stop_keeps_what_was_answered(any_store: Store, service: OpenRouter) -
 
         service.answer = stop_at_the_tenth
         with pytest.raises(RunStoppedError):
-            ask(any_store, spec, run)
-    asked = len(service.chats)
-    assert 10 <= asked < ALL
+            run_reference_stage(any_store, spec, run)
+    sent = len(service.chats)
+    assert 10 <= sent < ALL
     assert any_store.read("evals/reference/questions/predictions.jsonl") is None
     service.answer = right
-    found = ask(any_store, spec)
+    outcome = run_reference_stage(any_store, spec)
     assert len(service.chats) == ALL
-    assert (found.result.requests, found.result.status) == (ALL, "complete")
+    assert (outcome.result.requests, outcome.result.status) == (ALL, "complete")
     assert any_store.list(PARTIAL_FOLDER) == []
 
 
 def kill_while_it_waits(store: LocalStore, service: OpenRouter, answers: int) -> str:
-    """Start the stage, let it have so many answers, and kill it; what it printed."""
+    """Start the stage, kill it after some answers, and return its output and arguments."""
     service.faults.add("POST", spoil="stall", skip=answers, times=99)
     before = len(service.requests)
     with subprocess.Popen(
         [sys.executable, "-m", "tests.pipeline.reference_runs", store.uri, url(service)],
-        env={**os.environ, KEY: SECRET},
+        env={**os.environ, API_KEY_VARIABLE: SECRET},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
         until = time.monotonic() + 60
-        while kept(store) < answers or len(service.requests) < before + answers + 2:
+        while saved_replies(store) < answers or len(service.requests) < before + answers + 2:
             assert time.monotonic() < until
             assert process.poll() is None
             time.sleep(0.05)
         arguments = Path(f"/proc/{process.pid}/cmdline").read_text()
         process.kill()
-        said, _ = process.communicate(timeout=20)
+        output, _ = process.communicate(timeout=20)
     service.faults.clear()
-    return said + arguments
+    return output + arguments
 
 
-def kept(store: LocalStore) -> int:
+def saved_replies(store: LocalStore) -> int:
     return sum((store.read(key) or b"").count(b"\n") for key in store.list(PARTIAL_FOLDER))
 
 
 @pytest.mark.slow
-def test_killed_twice_it_asks_only_what_is_missing_and_the_key_is_nowhere(
+def test_after_kills_only_missing_answers_are_requested(
     store: LocalStore, service: OpenRouter
 ) -> None:
-    said = kill_while_it_waits(store, service, 9)
+    output = kill_while_it_waits(store, service, 9)
     under_way = len(service.chats) - 9
     assert store.read(REPLIES_KEY) is None
     service.script.extend(["502"] * 5)
-    first = ask(store, spec_of(url(service)))
+    first = run_reference_stage(store, spec_of(url(service)))
     assert len(service.chats) == ALL + under_way
     assert (first.result.requests, first.result.failed) == (ALL, 5)
 
-    said += kill_while_it_waits(store, service, 2)
+    output += kill_while_it_waits(store, service, 2)
     again = len(service.chats)
-    found = ask(store, spec_of(url(service)))
+    outcome = run_reference_stage(store, spec_of(url(service)))
     assert len(service.chats) - again == 3
-    assert (found.result.requests, found.result.status) == (ALL + 5, "complete")
+    assert (outcome.result.requests, outcome.result.status) == (ALL + 5, "complete")
     assert score_choices(lines(store, "questions", ChoiceLine)).correct == QUESTIONS
 
-    assert SECRET not in said
+    assert SECRET not in output
     for key in store.list():
         assert SECRET.encode() not in (store.read(key) or b"")
     assert SECRET not in repr(service.chats)
 
 
-def test_asking_stops_before_the_budget_is_passed_and_goes_on_with_a_larger_one(
+def test_the_budget_stops_requests_and_a_larger_one_resumes(
     store: LocalStore, service: OpenRouter
 ) -> None:
     service.misbehave = lambda chat: "dear"
     spec = spec_of(url(service), max_usd=0.5)
-    found = ask(store, spec)
-    result = found.result
+    outcome = run_reference_stage(store, spec)
+    result = outcome.result
     assert 0.25 < result.cost_usd <= 0.5
     assert result.cost_usd == pytest.approx(service.billed, abs=1e-6)
     assert result.status == "partial"
@@ -245,43 +254,45 @@ def test_asking_stops_before_the_budget_is_passed_and_goes_on_with_a_larger_one(
     assert result.requests == len(service.chats) < ALL
     assert score_choices(lines(store, "questions", ChoiceLine)).accuracy == 1.0
 
-    outcome = found.model_dump(mode="json")
+    outcome = outcome.model_dump(mode="json")
     assert spec.reference is not None
     assert not reference_has_more_to_do(outcome, spec.reference)
     for larger in (100.0, None):
         more = spec_of(url(service), max_usd=larger)
         assert more.reference is not None
         assert reference_has_more_to_do(outcome, more.reference)
-    rest = ask(store, spec_of(url(service), max_usd=100.0))
+    rest = run_reference_stage(store, spec_of(url(service), max_usd=100.0))
     assert len(service.chats) == ALL
     assert (rest.result.requests, rest.result.status) == (ALL, "complete")
 
 
-def test_without_prices_a_budget_ends_the_asking(store: LocalStore, service: OpenRouter) -> None:
-    service.misbehave = lambda chat: "no_cost"
-    result = ask(store, spec_of(url(service), max_usd=1.0)).result
-    assert (len(service.chats), result.failed) == (1, ALL - 1)
-    assert "remove it" in (result.reason or "")
-    assert ask(store, spec_of(url(service))).result.status == "complete"
-
-
-def test_dialogues_are_answered_within_the_limit_of_the_other_models(
+def test_a_budget_without_prices_stops_after_one_request(
     store: LocalStore, service: OpenRouter
 ) -> None:
-    ask(store, spec_of(url(service)))
+    service.misbehave = lambda chat: "no_cost"
+    result = run_reference_stage(store, spec_of(url(service), max_usd=1.0)).result
+    assert (len(service.chats), result.failed) == (1, ALL - 1)
+    assert "remove it" in (result.reason or "")
+    assert run_reference_stage(store, spec_of(url(service))).result.status == "complete"
+
+
+def test_dialogues_have_the_limit_of_the_other_models(
+    store: LocalStore, service: OpenRouter
+) -> None:
+    run_reference_stage(store, spec_of(url(service)))
     held_out = lines(store, "dialogue", DialogueLine)
     assert len(held_out) == DIALOGUES
     assert {(line.answer, line.tokens, line.finish) for line in held_out} == {
         ("Drink water.", 2, "stop")
     }
     assert [line.rougeL for line in held_out] == [
-        dialogues.rouge_scores(line.expected, line.answer)["rougeL"] for line in held_out
+        rouge_scores(line.expected, line.answer)["rougeL"] for line in held_out
     ]
     limits = [chat["max_tokens"] for chat in service.chats]
     assert (limits.count(48), limits.count(1024)) == (DIALOGUES, ALL - DIALOGUES)
     failed = held_out[0].model_copy(update={"error": "HTTP 502", "rougeL": 0.0})
     answers = [failed, *held_out[1:]]
-    found = dialogues.compare_dialogues(("a", "b"), held_out, answers, Bootstrap(100, 0))
-    assert found is not None
-    assert (found.examples, found.difference) == (DIALOGUES - 1, 0.0)
-    assert dialogues.compare_dialogues(("a", "b"), held_out, [], Bootstrap(100, 0)) is None
+    comparison = compare_dialogues(("a", "b"), held_out, answers, Bootstrap(100, 0))
+    assert comparison is not None
+    assert (comparison.examples, comparison.difference) == (DIALOGUES - 1, 0.0)
+    assert compare_dialogues(("a", "b"), held_out, [], Bootstrap(100, 0)) is None

@@ -1,0 +1,100 @@
+"""Evaluation of a local model: prompts through the engine, answers to prediction lines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from job.chat.tokenizer import ChatTokenizer
+from job.data.examples import Example
+from job.evals.answer_parsing import parse_choice
+from job.evals.engine import Engine
+from job.evals.metrics import rouge_scores
+from job.evals.prediction_cache import PredictionCaches
+from job.evals.predictions import (
+    DIALOGUE,
+    SIDE_BY_SIDE,
+    ChoiceLine,
+    DialogueLine,
+    SideLine,
+    choice_line,
+)
+from job.evals.tasks import (
+    Question,
+    SideBySidePrompt,
+    Task,
+    letter_context,
+    question_prompts,
+)
+from job.model.lora import Weights
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model with certain weights, whose finished batches are cached."""
+
+    engine: Engine
+    codec: ChatTokenizer
+    weights: Weights
+    caches: PredictionCaches
+
+    def answer_questions(self, task: Task) -> tuple[list[ChoiceLine], int]:
+        """Return predictions for a task, and the number of truncated prompts."""
+        entry, questions = task.entry, task.questions
+        prompts, truncated = self.engine.encode(question_prompts(task))
+        cache = self.caches.open(entry.name)
+        if entry.scoring == "letters":
+            letters = questions[0].letters
+            tokens = self.codec.letter_tokens(letters, *letter_context(entry))
+            scores = self.engine.loglikelihood(self.weights, prompts, tokens, entry.name, cache)
+            lines = [_scored_line(q, row) for q, row in zip(questions, scores, strict=True)]
+        else:
+            answers = self.engine.generate(
+                self.weights, prompts, entry.max_new_tokens, entry.name, cache
+            )
+            lines = [
+                choice_line(q, parse_choice(answer.text, q.options), answer=answer.text)
+                for q, answer in zip(questions, answers, strict=True)
+            ]
+        return lines, truncated
+
+    def answer_examples(
+        self, examples: Sequence[Example], max_new_tokens: int
+    ) -> tuple[list[DialogueLine], int]:
+        """Return predictions for held-out examples, and the number of truncated prompts."""
+        prompts, truncated = self.engine.encode([example.prompt_messages for example in examples])
+        answers = self.engine.generate(
+            self.weights, prompts, max_new_tokens, DIALOGUE, self.caches.open(DIALOGUE)
+        )
+        lines = [
+            DialogueLine(
+                id=example.id,
+                prompt=example.prompt,
+                expected=example.response,
+                answer=answer.text,
+                tokens=answer.tokens,
+                finish=answer.finish,
+                **rouge_scores(example.response, answer.text),
+            )
+            for example, answer in zip(examples, answers, strict=True)
+        ]
+        return lines, truncated
+
+    def answer_side_by_side(
+        self, prompts: Sequence[SideBySidePrompt], max_new_tokens: int
+    ) -> list[SideLine]:
+        """Return answers to the prompts shown side by side."""
+        encoded, _ = self.engine.encode([prompt.messages for prompt in prompts])
+        cache = self.caches.open(SIDE_BY_SIDE)
+        answers = self.engine.generate(self.weights, encoded, max_new_tokens, "side by side", cache)
+        return [
+            SideLine(id=p.id, prompt=p.text, expected=p.expected, answer=answer.text)
+            for p, answer in zip(prompts, answers, strict=True)
+        ]
+
+
+def _scored_line(question: Question, scores: np.ndarray) -> ChoiceLine:
+    """Return the line of the letter with the highest loglikelihood."""
+    letters = question.letters
+    by_letter = {letter: round(float(s), 6) for letter, s in zip(letters, scores, strict=True)}
+    return choice_line(question, letters[int(scores.argmax())], log_probabilities=by_letter)

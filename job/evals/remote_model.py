@@ -1,0 +1,153 @@
+"""Evaluation of a remote model: concurrent requests, saved replies, replies to prediction lines."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+
+from job.chat.conversation import Conversation
+from job.data.examples import Example
+from job.evals.answer_parsing import parse_choice
+from job.evals.api_client import ChatClient, Reply
+from job.evals.metrics import rouge_scores
+from job.evals.predictions import (
+    DIALOGUE,
+    SIDE_BY_SIDE,
+    ChoiceLine,
+    DialogueLine,
+    SideLine,
+    choice_line,
+)
+from job.evals.reply_log import WRITE_EVERY_SECONDS, LoggedReply, ReplyLog
+from job.evals.tasks import SideBySidePrompt, Task, question_messages
+from job.runtime import logs
+from job.runtime.threads import Threads
+from job.runtime.watchdog import progress
+
+_STOP_SECONDS = 10.0
+"""Wait for requests in flight when the job is stopped."""
+
+AnyReply = Reply | LoggedReply
+
+
+class RemoteModel:
+    """A model behind a chat API; replies that the log has are not requested again."""
+
+    def __init__(
+        self, client: ChatClient, log: ReplyLog, concurrency: int, check: Callable[[], None]
+    ) -> None:
+        """Args: concurrency: requests at the same time; check: raises when the job must stop."""
+        self._client = client
+        self._log = log
+        self._concurrency = concurrency
+        self._check = check
+        self._stopping = threading.Event()
+        client.sleep = self._stopping.wait
+
+    def answer_questions(self, task: Task) -> list[ChoiceLine]:
+        """Return predictions for a task."""
+        ids = [question.id for question in task.questions]
+        replies = self._complete(
+            task.entry.name, dict(zip(ids, question_messages(task), strict=True))
+        )
+        lines = []
+        for question in task.questions:
+            reply = replies[question.id]
+            choice = parse_choice(reply.answer, question.options) if reply.answer else None
+            lines.append(choice_line(question, choice, answer=reply.answer, **_reply_fields(reply)))
+        return lines
+
+    def answer_examples(
+        self, examples: Sequence[Example], max_tokens: int | None
+    ) -> list[DialogueLine]:
+        """Return predictions for held-out examples.
+
+        Args:
+            examples: the held-out examples.
+            max_tokens: limit of an answer; None takes the client's.
+        """
+        prompts = {example.id: example.prompt_messages for example in examples}
+        replies = self._complete(DIALOGUE, prompts, max_tokens)
+        lines = []
+        for example in examples:
+            reply = replies[example.id]
+            answer = reply.answer or ""
+            fields = {
+                "id": example.id,
+                "prompt": example.prompt,
+                "expected": example.response,
+                "answer": answer,
+                "tokens": reply.completion_tokens,
+                "finish": reply.finish or "none",
+            }
+            scores = rouge_scores(example.response, answer)
+            lines.append(DialogueLine.model_validate(fields | scores | _reply_fields(reply)))
+        return lines
+
+    def answer_side_by_side(self, prompts: Sequence[SideBySidePrompt]) -> list[SideLine]:
+        """Return answers to the prompts shown side by side."""
+        replies = self._complete(SIDE_BY_SIDE, {prompt.id: prompt.messages for prompt in prompts})
+        lines = []
+        for prompt in prompts:
+            reply = replies[prompt.id]
+            fields = {
+                "id": prompt.id,
+                "prompt": prompt.text,
+                "expected": prompt.expected,
+                "answer": reply.answer,
+            }
+            lines.append(SideLine.model_validate(fields | _reply_fields(reply)))
+        return lines
+
+    def _complete(
+        self, name: str, prompts: Mapping[str, Conversation], max_tokens: int | None = None
+    ) -> Mapping[str, AnyReply]:
+        """Return the replies to all prompts by id: saved ones and new ones."""
+        replies: dict[str, AnyReply] = {}
+        replies |= self._log.settled(name)
+        missing = [identity for identity in prompts if identity not in replies]
+        saved = len(prompts) - len(missing)
+        if saved:
+            logs.get().info("replies loaded", eval=name, saved=saved, missing=len(missing))
+        pool = Threads(self._concurrency)
+        pending: dict[Future[Reply], str] = {
+            pool.submit(self._client.complete, prompts[identity], max_tokens): identity
+            for identity in missing
+        }
+
+        def collect(seconds: float) -> int:
+            """Take the replies that arrive within some seconds; return their number."""
+            done, _ = wait(pending, seconds, FIRST_COMPLETED)
+            for future in done:
+                identity, reply = pending.pop(future), future.result()
+                replies[identity] = self._log.add(name, identity, reply) if reply.sent else reply
+            return len(done)
+
+        try:
+            with progress(name, len(prompts), saved) as advance:
+                while pending:
+                    advance(collect(WRITE_EVERY_SECONDS), cost_usd=self._log.cost_usd)
+                    self._log.write()
+                    self._check()
+        except BaseException:  # requests in flight are paid for: save their replies
+            self._log.write(force=True)
+            self._client.closed = "the job was stopped"
+            self._stopping.set()
+            for future in [future for future in pending if future.cancel()]:
+                del pending[future]
+            wait(pending, _STOP_SECONDS)
+            collect(0)
+            raise
+        finally:
+            self._log.write(force=True)
+            pool.shutdown(wait=False)
+        return replies
+
+
+def _reply_fields(reply: AnyReply) -> dict[str, object]:
+    """Return the fields of a line that come from any reply."""
+    return {
+        "error": reply.error,
+        "final": reply.final,
+        "provider": reply.provider,
+        "model": reply.model,
+    }
