@@ -1,9 +1,9 @@
-"""Where each weight of a backbone is in a transformers checkpoint, and how it lies there.
+"""Where each weight of a backbone is in a transformers checkpoint, and in which axis order.
 
-No table says so here. KerasHub's converter of the family, the very code that loads such a
-checkpoint, is run with a loader that only takes notes: which variable is made of which tensor,
-by which function. The layout follows from the layer's einsum and is then tried on that function,
-so a family that stacks or permutes its weights is refused rather than exported wrongly.
+There is no table of names here. KerasHub's converter of the family, the code that loads such a
+checkpoint, is run with a loader that only records which variable is made of which tensor, and by
+which function. The axis order follows from the layer's einsum and is then verified against that
+function, so a family that stacks or permutes its weights is refused rather than exported wrongly.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,46 +12,46 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from job.adapters.low_rank import Matrix
+from job.adapters.low_rank import LinearMatrix
 from job.errors import UsageError
 from job.model.lora import LoraLayout, weighted_layers
 
 Hook = Callable[[np.ndarray, list[int]], np.ndarray]
 
 
-PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
+_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 """What checkpoints put before a text model's names, the longest first."""
 
 
-class Port(NamedTuple):
-    """A tensor of a checkpoint that a variable is made of."""
+class CheckpointTensor(NamedTuple):
+    """A tensor of a transformers checkpoint, and the KerasHub variable made of it."""
 
     variable: Any
     name: str
     """The tensor's name in a transformers causal LM."""
     hook: Hook | None
-    """Makes the variable's value of the tensor."""
+    """KerasHub's function from the tensor and the variable's shape to the variable's value."""
 
 
-class _Notes:
-    """Stands in for KerasHub's loader of safetensors files."""
+class _RecordingLoader:
+    """A stand-in for KerasHub's loader of safetensors files that records what is loaded."""
 
     preset = None
 
     def __init__(self) -> None:
-        self.taken: list[tuple[Any, str, Hook | None]] = []
+        self.loaded: list[tuple[Any, str, Hook | None]] = []
 
     def get_tensor(self, key: str) -> np.ndarray:
-        raise KeyError(key)  # no file is looked into: converters go on with their default names
+        raise KeyError(key)  # no file is read: converters fall back to their default names
 
     def port_weight(
         self, keras_variable: Any, hf_weight_key: str, hook_fn: Hook | None = None
     ) -> None:
-        self.taken.append((keras_variable, hf_weight_key, hook_fn))
+        self.loaded.append((keras_variable, hf_weight_key, hook_fn))
 
 
-def checkpoint_ports(backbone: Any) -> list[Port]:
-    """The tensors of the family's transformers checkpoint, as KerasHub's converter reads them.
+def checkpoint_tensors(backbone: Any) -> list[CheckpointTensor]:
+    """List the tensors of the family's transformers checkpoint that KerasHub's converter loads.
 
     Raises:
         UsageError: KerasHub has no converter for this family.
@@ -69,47 +69,48 @@ def checkpoint_ports(backbone: Any) -> list[Port]:
             f"KerasHub has no converter between transformers and {kind.__name__}: adapters of "
             "this family load in KerasHub only"
         )
-    notes = _Notes()
-    converters[0].convert_weights(backbone, notes, _config(backbone))
-    text_only = not _sees_or_hears(backbone)
-    full = _name_of_text_model if text_only else _name_beside_encoders
-    return [Port(variable, full(name), hook) for variable, name, hook in notes.taken]
+    loader = _RecordingLoader()
+    converters[0].convert_weights(backbone, loader, _config(backbone))
+    full_name = _multimodal_name if _is_multimodal(backbone) else _text_model_name
+    return [
+        CheckpointTensor(variable, full_name(name), hook) for variable, name, hook in loader.loaded
+    ]
 
 
-def _sees_or_hears(backbone: Any) -> bool:
+def _is_multimodal(backbone: Any) -> bool:
     encoders = ("vision_encoder", "audio_encoder")
     return any(getattr(backbone, name, None) is not None for name in encoders)
 
 
 def _config(backbone: Any) -> dict[str, Any]:
-    """As much of the checkpoint's configuration as converters of weights look at."""
+    """Return the part of the checkpoint's configuration that converters of weights read."""
     family = type(backbone).__name__.removesuffix("Backbone").lower()
     if family == "gemma":
         return {"model_type": "gemma2" if backbone.use_post_ffw_norm else "gemma"}
-    text_only = family in ("gemma3", "gemma4") and not _sees_or_hears(backbone)
+    text_only = family in ("gemma3", "gemma4") and not _is_multimodal(backbone)
     return {"model_type": f"{family}_text" if text_only else family}
 
 
-def _name_of_text_model(name: str) -> str:
-    """The name in the causal LM; some converters leave the prefix to the loader."""
+def _text_model_name(name: str) -> str:
+    """Return the name in the causal LM; some converters leave the prefix to the loader."""
     bare = bare_name(name)
     return bare if bare.startswith("lm_head.") else f"model.{bare}"
 
 
-def _name_beside_encoders(name: str) -> str:
-    """The name in a model that sees or hears too, whose checkpoints have older names."""
+def _multimodal_name(name: str) -> str:
+    """Return the name in a multimodal model, whose checkpoints have older names."""
     return f"model.language_model.{bare_name(name)}" if "language_model." in name else name
 
 
 def bare_name(name: str) -> str:
-    """A tensor's or layer's name without what checkpoints put before it."""
-    return next(name.removeprefix(p) for p in PREFIXES if name.startswith(p))
+    """Strip what checkpoints put before a tensor's or layer's name."""
+    return next(name.removeprefix(p) for p in _PREFIXES if name.startswith(p))
 
 
 def linear_axes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Axes of a layer's kernel that make up the rows and the columns of its matrix `[out, in]`.
+    """Return the axes of a kernel that make up the rows and the columns of a matrix `[out, in]`.
 
-    None where the layer is no linear layer in that sense.
+    None if the layer is not a linear layer in that sense.
     """
     if isinstance(layer, keras.layers.Dense):
         return (1,), (0,)
@@ -124,77 +125,74 @@ def linear_axes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     return rows, columns
 
 
-def target_matrices(backbone: Any, layout: LoraLayout) -> tuple[Matrix, ...]:
-    """What each adapted kernel is in the transformers model.
+def target_matrices(backbone: Any, layout: LoraLayout) -> tuple[LinearMatrix, ...]:
+    """Find the transformers matrix of each adapted kernel, in the layout's order.
 
     Raises:
-        UsageError: some kernel has no counterpart there that an adapter could be of.
+        UsageError: a kernel has no counterpart there that a PEFT adapter could adapt.
     """
-    ports = {id(port.variable): port for port in checkpoint_ports(backbone)}
+    tensors = {id(tensor.variable): tensor for tensor in checkpoint_tensors(backbone)}
     layers = weighted_layers(backbone)
-    tried: dict[object, bool] = {}
+    verified: dict[object, bool] = {}
     matrices = []
     for target in layout.targets:
         layer = layers[target.layer_index]
-        port, axes = ports.get(id(layer._kernel)), linear_axes(layer)
-        if port is None or axes is None or not port.name.endswith(".weight"):
+        tensor, axes = tensors.get(id(layer._kernel)), linear_axes(layer)
+        if tensor is None or axes is None or not tensor.name.endswith(".weight"):
             raise UsageError(f"{target.path} has no layer of its own in the transformers model")
-        matrix = Matrix(port.name.removesuffix(".weight"), target.kernel_shape, *axes)
+        matrix = LinearMatrix(tensor.name.removesuffix(".weight"), target.kernel_shape, *axes)
         if len(target.kernel_shape) - 1 not in matrix.out_axes:
-            raise UsageError(f"{target.path}: its adapter is not one of a linear layer")
+            raise UsageError(f"{target.path}: its adapter is not that of a linear layer")
         kind = (layer.name, target.kernel_shape)
-        if kind not in tried:
-            tried[kind] = port.hook is not None and _makes(port.hook, matrix)
-        if not tried[kind]:
+        if kind not in verified:
+            verified[kind] = tensor.hook is not None and _inverts(matrix.from_kernel, tensor)
+        if not verified[kind]:
             raise UsageError(
-                f"{target.path} does not lie in the transformers model as its equation says"
+                f"{target.path} has another axis order in the transformers model than its "
+                "equation says"
             )
         matrices.append(matrix)
     names = [matrix.module for matrix in matrices]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UsageError(f"several adapted kernels are made of {', '.join(sorted(twice))}")
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise UsageError(f"several adapted kernels are made of {', '.join(sorted(repeated))}")
     return tuple(matrices)
 
 
-def _makes(hook: Hook, matrix: Matrix) -> bool:
-    """Whether a converter's hook makes the kernel of the matrix."""
-    kernel = _probe(matrix.kernel_shape)
-    return _same(hook, matrix.of_kernel(kernel), kernel)
+def _inverts(function: Callable[[np.ndarray], np.ndarray], tensor: CheckpointTensor) -> bool:
+    """Tell whether a function from a variable's value to a tensor inverts the tensor's hook."""
+    assert tensor.hook is not None
+    value = _probe(tensor.variable.shape)
+    try:
+        converted = tensor.hook(function(value), list(value.shape))
+    except (ValueError, IndexError):
+        return False
+    return converted.shape == value.shape and bool(np.array_equal(converted, value))
 
 
 def _probe(shape: Sequence[int]) -> np.ndarray:
-    # Small whole numbers, which hooks that cast to 16 bits keep.
-    numbers = np.random.default_rng(0).integers(-1000, 1000, tuple(shape))
+    # Small integers, which hooks that cast to 16 bits preserve.
+    numbers = np.random.default_rng(0).integers(-1000, 1000, tuple(int(size) for size in shape))
     return numbers.astype(np.float32)
 
 
-def _same(hook: Hook, tensor: np.ndarray, value: np.ndarray) -> bool:
-    try:
-        made = hook(tensor, list(value.shape))
-    except (ValueError, IndexError):
-        return False
-    return made.shape == value.shape and bool(np.array_equal(made, value))
-
-
-def inverted(port: Port, layer: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """The function that makes a checkpoint's tensor of a variable's value.
+def inverse_hook(tensor: CheckpointTensor, layer: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the function from a variable's value to the checkpoint's tensor.
 
     Args:
-        layer: the layer that the variable is the kernel of, or None.
+        layer: the layer whose kernel the variable is, or None.
 
     Raises:
-        UsageError: the tensor is not just the variable in another order.
+        UsageError: the tensor is not just the variable in another axis order.
     """
-    if port.hook is None:
+    if tensor.hook is None:
         return lambda value: value
-    shape = tuple(int(size) for size in port.variable.shape)
-    ways: list[Callable[[np.ndarray], np.ndarray]] = []
+    candidates: list[Callable[[np.ndarray], np.ndarray]] = []
     axes = None if layer is None else linear_axes(layer)
     if axes is not None:
-        ways.append(Matrix(port.name, shape, *axes).of_kernel)
-    ways += [lambda value: value, np.transpose, lambda value: value.reshape(-1)]
-    probe = _probe(shape)
-    for way in ways:
-        if _same(port.hook, way(probe), probe):
-            return way
-    raise UsageError(f"{port.name} cannot be made of {port.variable.path}")
+        shape = tuple(int(size) for size in tensor.variable.shape)
+        candidates.append(LinearMatrix(tensor.name, shape, *axes).from_kernel)
+    candidates += [lambda value: value, np.transpose, lambda value: value.reshape(-1)]
+    for candidate in candidates:
+        if _inverts(candidate, tensor):
+            return candidate
+    raise UsageError(f"{tensor.name} cannot be made of {tensor.variable.path}")

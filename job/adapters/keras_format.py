@@ -1,24 +1,28 @@
-"""Adapters on file, in KerasHub's own format: `backbone.load_lora_weights` reads them.
+"""Adapters in KerasHub's format, which `backbone.load_lora_weights` reads.
 
-The format has a rank but no alpha, and KerasHub then takes alpha = rank. The factor
-alpha / rank is therefore multiplied into B on writing, so that the file means the same
-model to every reader; read back here, it has alpha = rank too. It names layers by number
-only, so a description goes beside it: whose adapter it is, and of which layers.
+The format stores a rank but no alpha, and KerasHub takes alpha = rank. So the factor alpha / rank
+is multiplied into B when an adapter is saved, and the file means the same model to every reader;
+loaded here, it has alpha = rank too. The format names layers by number only, so `adapter.json`
+next to it describes the model and the layers.
+
+Importing this module imports neither JAX nor Keras: commands read descriptions before they choose
+a platform.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import h5py
-import jax.numpy as jnp
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from job.errors import StageError, UsageError
-from job.model.lora import LoraLayout, LoraWeights
+
+if TYPE_CHECKING:
+    from job.model.lora import LoraLayout, LoraWeights
 
 H5 = "adapter.lora.h5"
 
@@ -33,28 +37,28 @@ class AdapterLayer(BaseModel):
     """Its number in the h5 file."""
     path: str
     kernel: list[int]
-    """Shape of its kernel."""
+    """The shape of its kernel."""
 
 
 class AdapterInfo(BaseModel):
-    """`adapter.json`: what `adapter.lora.h5` is an adapter of."""
+    """`adapter.json`: the description of `adapter.lora.h5`."""
 
     format: Literal[1] = 1
     preset: str
-    """The model, as the spec names it."""
+    """The base model, as the spec names it."""
     revision: str | None
-    """Its commit, where it is of the Hub."""
+    """The base model's commit, if it is from the Hub."""
     family: str
-    """Class of the KerasHub backbone."""
+    """Class name of the KerasHub backbone."""
     rank: int
     alpha: float
-    """As trained. In the h5 file the factor is multiplied into B: there alpha is the rank."""
+    """As trained. In the h5 file the factor is multiplied into B: there alpha equals the rank."""
     rslora: bool
     targets: list[str]
-    """Names of the layers, for `backbone.enable_lora(rank, targets)` before loading."""
+    """Layer names, for `backbone.enable_lora(rank, targets)` before loading."""
     layers: list[AdapterLayer]
     files: dict[str, str]
-    """SHA-256 of the adapter's files, by their paths beside this one."""
+    """SHA-256 of the adapter's files, by path relative to this one."""
 
 
 def read_info(path: Path) -> AdapterInfo:
@@ -70,10 +74,10 @@ def read_info(path: Path) -> AdapterInfo:
 
 
 def check_model(info: AdapterInfo, preset: str, family: str, where: str) -> None:
-    """Raise UsageError unless the adapter is of this model; folders are compared by name."""
+    """Raise UsageError if the adapter's base model differs; folders are compared by name."""
     if info.family != family or _base_name(info.preset) != _base_name(preset):
         raise UsageError(
-            f"{where}: the adapter is of {info.preset} ({info.family}), and the model is "
+            f"{where}: the adapter was trained on {info.preset} ({info.family}), but the model is "
             f"{preset} ({family}); use the adapter's model, or an adapter of this one"
         )
 
@@ -83,9 +87,9 @@ def _base_name(preset: str) -> str:
 
 
 def describe(
-    layout: LoraLayout, family: str, preset: str, revision: str | None, files: Mapping[str, str]
+    layout: "LoraLayout", family: str, preset: str, revision: str | None, files: Mapping[str, str]
 ) -> AdapterInfo:
-    """The description of an adapter."""
+    """Describe an adapter; arguments as in `AdapterInfo`."""
     return AdapterInfo(
         preset=preset,
         revision=revision,
@@ -102,7 +106,7 @@ def describe(
     )
 
 
-def save_adapter(path: Path, layout: LoraLayout, lora: LoraWeights) -> None:
+def save_adapter(path: Path, layout: "LoraLayout", lora: "LoraWeights") -> None:
     """Write an adapter; the same weights give the same bytes."""
     with h5py.File(path, "w") as file:
         group = file.create_group("lora")
@@ -115,7 +119,7 @@ def save_adapter(path: Path, layout: LoraLayout, lora: LoraWeights) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
+def _open(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r") as file:
             yield file
@@ -128,19 +132,21 @@ def _pair(file: h5py.File, index: int) -> tuple[np.ndarray, np.ndarray]:
     return inner["lora_kernel_a"][()], inner["lora_kernel_b"][()]
 
 
-def load_adapter(path: Path, layout: LoraLayout) -> tuple[LoraLayout, LoraWeights]:
-    """Read an adapter for the same targets.
+def load_adapter(path: Path, layout: "LoraLayout") -> "tuple[LoraLayout, LoraWeights]":
+    """Load an adapter with the rank and the targets of a layout.
 
     Returns:
-        The layout that the file's weights belong to (alpha = rank), and the weights.
+        The layout that fits the file's weights (alpha = rank), and the weights.
 
     Raises:
-        StageError: the file is not a LoRA file, or is of another rank or of other layers.
+        StageError: the file is not a LoRA file, or has another rank or other layers.
     """
-    with _opened(path) as file:
+    import jax.numpy as jnp
+
+    with _open(path) as file:
         rank = int(file["lora/vars/rank"][()])
         if rank != layout.rank:
-            raise StageError(f"{path.name} is of rank {rank}, and the spec says {layout.rank}")
+            raise StageError(f"{path.name} has rank {rank}, but the spec says {layout.rank}")
         pairs = []
         for target in layout.targets:
             a, b = _pair(file, target.layer_index)
@@ -150,26 +156,26 @@ def load_adapter(path: Path, layout: LoraLayout) -> tuple[LoraLayout, LoraWeight
 
 
 def load_layers(path: Path, info: AdapterInfo) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """A and B of the layers of a description, by their numbers; B has the factor in it.
+    """Load A and B of the described layers by number; B includes the factor.
 
     Raises:
-        StageError: the file is not the one that was described.
+        StageError: the file does not match its description.
     """
-    found = {}
-    with _opened(path) as file:
+    pairs = {}
+    with _open(path) as file:
         for layer in info.layers:
             a, b = _pair(file, layer.index)
             *front, last = layer.kernel
             _check_shapes(path, layer.path, a, b, ((*front, info.rank), (info.rank, last)))
-            found[layer.index] = a, b
-    return found
+            pairs[layer.index] = a, b
+    return pairs
 
 
 def _check_shapes(
-    path: Path, layer: str, a: np.ndarray, b: np.ndarray, wanted: tuple[object, object]
+    path: Path, layer: str, a: np.ndarray, b: np.ndarray, expected: tuple[object, object]
 ) -> None:
-    if (a.shape, b.shape) != wanted:
+    if (a.shape, b.shape) != expected:
         raise StageError(
             f"{path.name}: the adapter of {layer} has shapes {a.shape} and {b.shape}, "
-            f"the model needs {wanted}"
+            f"the model needs {expected}"
         )

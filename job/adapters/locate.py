@@ -1,13 +1,14 @@
-"""Where an adapter may be: in a run, in a folder of ours or of PEFT's, in a bucket, on the Hub.
+"""Finding an adapter: in a run, in a folder in KerasHub's or PEFT's format, on the Hub.
 
-Light on purpose: what a stage depends on is found out before anything heavy is imported.
+Importing this module imports neither JAX nor Keras: the inputs of a stage are known before
+anything heavy is loaded.
 """
 
 import hashlib
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from job.adapters.keras_format import DESCRIPTION, read_info
+from job.adapters.keras_format import DESCRIPTION, H5, read_info
 from job.errors import StageError, UsageError
 from job.spec.load import parse_spec
 from job.spec.pinning import Revisions, model_key, resolve_commit, revision_key
@@ -17,7 +18,7 @@ from job.storage.cache_folder import cache_folder
 from job.storage.hub import Repository
 from job.storage.locations import child_uri, open_store
 
-_OURS = ("adapter.json", "adapter.lora.h5")
+_KERAS = (DESCRIPTION, H5)
 
 
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
@@ -26,28 +27,31 @@ _PEFT = ("adapter_config.json", "adapter_model.safetensors")
 _HUB = "hf://"
 
 
-class AdapterFiles(NamedTuple):
-    """An adapter that was found: its format, and its two files in a store."""
+AdapterFormat = Literal["keras", "peft"]
 
-    kind: Literal["ours", "peft"]
+
+class AdapterFiles(NamedTuple):
+    """An adapter's format and its two files in a store."""
+
+    kind: AdapterFormat
     store: Store
     folder: str
-    """Their place in the store: empty, or with a slash at its end."""
+    """Prefix of the files in the store: empty, or ending with a slash."""
 
     @property
     def names(self) -> tuple[str, str]:
-        return _OURS if self.kind == "ours" else _PEFT
+        return _KERAS if self.kind == "keras" else _PEFT
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of each file."""
+        """Compute the SHA-256 of each file, by name."""
         contents = {name: self.store.read(self.folder + name) for name in self.names}
         return {name: hashlib.sha256(c or b"").hexdigest() for name, c in contents.items()}
 
     def fetch(self, folder: Path) -> Path:
-        """The folder with local copies of the files.
+        """Download the files into a local folder and return it.
 
         Raises:
-            StageError: one of them is missing.
+            StageError: a file is missing.
         """
         for name in self.names:
             if not self.store.download(self.folder + name, folder / name):
@@ -56,60 +60,70 @@ class AdapterFiles(NamedTuple):
 
 
 def find_adapter(uri: str, where: str) -> AdapterFiles:
-    """The adapter at a local folder or gs:// URI: that of a run, or the folder itself.
+    """Find the adapter at a local folder or gs:// URI: a run's, or the folder itself.
 
     Raises:
-        UsageError: there is none; `where` begins the message.
+        UsageError: there is no adapter; `where` begins the message.
     """
     store = open_store(uri)
-    kinds: tuple[tuple[Literal["ours", "peft"], str], ...] = (
-        ("ours", _OURS[0]),
-        ("peft", _PEFT[0]),
-    )
+    kinds: tuple[tuple[AdapterFormat, str], ...] = (("keras", _KERAS[0]), ("peft", _PEFT[0]))
     for folder in ("adapter/", ""):
         for kind, name in kinds:
             if store.size(folder + name) is not None:
                 return AdapterFiles(kind, store, folder)
     raise UsageError(
-        f"{where}: {uri} has no adapter: it is neither a run that was trained "
-        f"(adapter/{_OURS[0]}) nor a folder with {_OURS[0]} or PEFT's {_PEFT[0]}"
+        f"{where}: {uri} has no adapter: it is neither a trained run (adapter/{_KERAS[0]}) nor a "
+        f"folder with {_KERAS[0]} or PEFT's {_PEFT[0]}"
     )
 
 
-def fetch_adapter(uri: str, where: str, revisions: Revisions, folder: Path) -> tuple[str, Path]:
-    """Local copies of an adapter's files.
+def fetch_adapter(
+    uri: str, where: str, revisions: Revisions, folder: Path
+) -> tuple[AdapterFormat, Path]:
+    """Download an adapter's files.
+
+    Args:
+        uri: a local folder, a gs:// URI or hf://owner/name.
+        where: begins error messages.
+        revisions: pinned commits of Hub repositories.
+        folder: where to put the files.
 
     Returns:
-        `ours` or `peft`, and the folder they are in.
+        The adapter's format, and the folder.
 
     Raises:
-        UsageError, EnvironmentProblem, StageError: there is none, or it cannot be read.
+        UsageError, SetupError, StageError: there is no adapter, or it cannot be read.
     """
     if uri.startswith(_HUB):
         name = uri.removeprefix(_HUB)
         key = revision_key("model", name, None)
         commit = revisions.get(key) or resolve_commit("model", name, None)
         repository = Repository("model", name, None)
-        files = [file for file in repository.files(commit) if file.path in (*_OURS, *_PEFT)]
-        here = cache_folder("adapters", name.replace("/", "--"), commit)
-        repository.fetch(commit, files, here)
-        uri = str(here)
-    found = find_adapter(uri, where)
-    return found.kind, found.fetch(folder)
+        files = [file for file in repository.files(commit) if file.path in (*_KERAS, *_PEFT)]
+        cached = cache_folder("adapters", name.replace("/", "--"), commit)
+        repository.fetch(commit, files, cached)
+        uri = str(cached)
+    adapter = find_adapter(uri, where)
+    return adapter.kind, adapter.fetch(folder)
 
 
 class TrainedRun:
-    """The run: its spec, its adapter's description, checked copies of its files."""
+    """A trained run: its spec, its adapter's description, verified copies of its files."""
 
     def __init__(self, uri: str, work: Path, where: str) -> None:
-        """Args: work: a scratch folder for the copies; where: begins messages.
+        """Open a run.
+
+        Args:
+            uri: the run.
+            work: a scratch folder for copies.
+            where: begins error messages.
 
         Raises:
-            UsageError: there is no such run, or it has no adapter.
+            UsageError: the run does not exist, or it has no adapter.
             StageError: its description is damaged.
         """
-        found = find_adapter(uri, where)
-        if found.kind != "ours" or found.folder != "adapter/":
+        adapter = find_adapter(uri, where)
+        if adapter.kind != "keras" or adapter.folder != "adapter/":
             raise UsageError(f"{uri} is not a run; a run is <output>/<run-id>")
         self.store: Store = open_store(uri)
         self._work = work
@@ -125,31 +139,40 @@ class TrainedRun:
 
     @property
     def revisions(self) -> Revisions:
-        """The commit of the model that the adapter is of."""
+        """The commit of the adapter's base model."""
         key = model_key(self.spec)
         return {key: self.info.revision} if key and self.info.revision else {}
 
     def file(self, name: str) -> Path:
-        """A copy of a file of the adapter, with the right checksum."""
+        """Download a file of the adapter and verify its checksum.
+
+        Raises:
+            StageError: it is missing or damaged.
+        """
         path = self._work / name
         if not self.store.download(f"adapter/{name}", path):
             raise StageError(f"{self.store.uri}: the file adapter/{name} is missing")
         if file_sha256(path) != self.info.files.get(name):
             raise StageError(
                 f"{self.store.uri}: adapter/{name} does not have the checksum in adapter.json: "
-                "it is cut off or changed"
+                "it is truncated or was changed"
             )
         return path
 
     def peft(self) -> Path:
-        """The folder with the adapter in PEFT's format."""
+        """Download the adapter in PEFT's format and return its folder.
+
+        Raises:
+            UsageError: the run has no such adapter.
+            StageError: its files are missing or damaged.
+        """
         from job.adapters.peft_format import CONFIG, MODEL
 
         if f"peft/{MODEL}" not in self.info.files:
             raise UsageError(
-                f"this run has no adapter for transformers: {self.info.family} has no counterpart "
-                "there that KerasHub knows; its log says what is missing. Use --to merged-keras, "
-                "or adapter/adapter.lora.h5"
+                f"this run has no PEFT adapter: KerasHub knows no transformers counterpart of "
+                f"{self.info.family} (the run's log says why). Use --to merged-keras, or "
+                "adapter/adapter.lora.h5"
             )
         self.file(f"peft/{CONFIG}")
         return self.file(f"peft/{MODEL}").parent

@@ -1,9 +1,8 @@
-"""The model with its adapter merged in, on disk: for transformers, and as a KerasHub preset.
+"""A merged model on disk: a transformers checkpoint, or a KerasHub preset.
 
-A transformers checkpoint is copied file by file with the adapted matrices changed on the way,
-one in memory at a time, in the checkpoint's own type; everything else stays to the byte. Only
-where the model came as a KerasHub preset is it loaded, once, and its kernels are changed in
-place before they are written.
+A transformers checkpoint is copied file by file with the adapted matrices changed on the way, one
+in memory at a time, in the checkpoint's own dtype; all other bytes stay the same. Only a model
+from a KerasHub preset is loaded; its kernels are changed in place before it is saved.
 """
 
 import json
@@ -14,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from job.adapters.hf_weight_map import bare_name, checkpoint_ports, inverted
-from job.adapters.low_rank import Factors
+from job.adapters.hf_weight_map import bare_name, checkpoint_tensors, inverse_hook
+from job.adapters.low_rank import LowRankUpdate
 from job.adapters.peft_format import PeftAdapter
 from job.adapters.safetensors_io import TensorFile, save_tensors
 from job.errors import StageError, UsageError
@@ -25,28 +24,28 @@ from job.runtime import logs
 _INDEX = "model.safetensors.index.json"
 
 
-_WHOLE = "model.safetensors"
+_SINGLE = "model.safetensors"
 
 
-_LEFT_OUT = (".safetensors", ".bin", ".gguf", ".pth", ".pt", ".h5", ".msgpack", ".onnx")
-"""Endings of files of weights, which are written anew or would be the base model's."""
+_WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".pth", ".pt", ".h5", ".msgpack", ".onnx")
+"""Suffixes of weight files, which are not copied: they are rewritten, or are the base model's."""
 
 
 SHARD_BYTES = 2_000_000_000
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a preset's folder is a transformers checkpoint in safetensors files."""
+    """Tell whether a preset's folder is a transformers checkpoint in safetensors files."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
         return False
-    return "model_type" in config and any((folder / name).is_file() for name in (_INDEX, _WHOLE))
+    return "model_type" in config and any((folder / name).is_file() for name in (_INDEX, _SINGLE))
 
 
 def _shards(folder: Path) -> list[str]:
     if not (folder / _INDEX).is_file():
-        return [_WHOLE]
+        return [_SINGLE]
     index = json.loads((folder / _INDEX).read_bytes())
     return sorted(set(index["weight_map"].values()))
 
@@ -55,12 +54,12 @@ def merge_checkpoint(source: Path, adapter: PeftAdapter, target: Path) -> None:
     """Copy a transformers checkpoint with an adapter merged in.
 
     Raises:
-        StageError: the checkpoint is damaged, or lacks a matrix that the adapter is of.
+        StageError: the checkpoint is damaged, or lacks a matrix that the adapter adapts.
     """
     shards = {name: TensorFile(source / name) for name in _shards(source)}
     changes = _changes(shards, adapter)
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and path.suffix not in _LEFT_OUT:
+        if path.is_file() and not path.name.startswith(".") and path.suffix not in _WEIGHT_FILES:
             shutil.copyfile(path, target / path.name)
     for number, (name, shard) in enumerate(shards.items(), 1):
         shard.rewrite(target / name, changes)
@@ -70,25 +69,26 @@ def merge_checkpoint(source: Path, adapter: PeftAdapter, target: Path) -> None:
 def _changes(
     shards: Mapping[str, TensorFile], adapter: PeftAdapter
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """What is to be done to which tensor."""
-    there = {bare_name(name): e for shard in shards.values() for name, e in shard.entries.items()}
+    """Return the function that changes each adapted tensor, by the tensor's name."""
+    entries = {bare_name(name): e for shard in shards.values() for name, e in shard.entries.items()}
     changes = {}
-    for module, factors in adapter.modules.items():
-        entry = there.get(f"{bare_name(module)}.weight")
-        shape = (factors.b.shape[0], factors.a.shape[1])
-        if entry is None or entry.shape != shape:
-            found = "no such matrix" if entry is None else f"one of shape {entry.shape}"
-            raise StageError(f"the adapter is of {module} {shape}, and the model has {found}")
-        changes[entry.name] = _adding(factors)
+    for module, update in adapter.modules.items():
+        entry = entries.get(f"{bare_name(module)}.weight")
+        if entry is None or entry.shape != update.shape:
+            actual = "no such matrix" if entry is None else f"one of shape {entry.shape}"
+            raise StageError(
+                f"the adapter adapts {module} of shape {update.shape}, but the model has {actual}"
+            )
+        changes[entry.name] = _adder(update)
     return changes
 
 
-def _adding(factors: Factors) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda matrix: matrix + factors.delta()
+def _adder(update: LowRankUpdate) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda matrix: matrix + update.delta()
 
 
 def merge_in_place(backbone: Any, layout: LoraLayout, lora: LoraWeights) -> None:
-    """Add an adapter to the kernels of a backbone, one after the other."""
+    """Add an adapter to the kernels of a backbone, one at a time."""
     variables = backbone.variables
     for target, (a, b) in zip(layout.targets, lora, strict=True):
         variable = variables[target.weight_index]
@@ -98,17 +98,17 @@ def merge_in_place(backbone: Any, layout: LoraLayout, lora: LoraWeights) -> None
 
 
 def write_preset(task: Any, tokenizer: Any, target: Path) -> None:
-    """Write a KerasHub preset: `keras_hub.models.CausalLM.from_preset` reads the folder."""
+    """Write a KerasHub preset, which `keras_hub.models.CausalLM.from_preset` reads."""
     task.save_to_preset(str(target))
     tokenizer.save_to_preset(str(target))
 
 
 def write_checkpoint(backbone: Any, tokenizer: Any, target: Path) -> None:
-    """Write a loaded model as a transformers checkpoint, a shard in memory at a time.
+    """Write a loaded model as a transformers checkpoint, one shard in memory at a time.
 
     Raises:
-        UsageError: KerasHub cannot write this family's configuration or tokenizer, or its
-            weights are not those of a checkpoint in another order.
+        UsageError: KerasHub cannot write this family's configuration or tokenizer, or a weight is
+            not a checkpoint's tensor in another axis order.
     """
     from keras_hub.src.utils.transformers.export import hf_exporter
 
@@ -132,38 +132,36 @@ def write_checkpoint(backbone: Any, tokenizer: Any, target: Path) -> None:
 
 
 def _write_weights(backbone: Any, target: Path) -> None:
-    ports = checkpoint_ports(backbone)
+    tensors = checkpoint_tensors(backbone)
     kernels = {
-        id(layer._kernel): layer for layer in weighted_layers(backbone) if _has_kernel(layer)
+        id(kernel): layer
+        for layer in weighted_layers(backbone)
+        if (kernel := getattr(layer, "_kernel", None)) is not None
     }
     groups: list[list[int]] = [[]]
     size = 0
-    for number, port in enumerate(ports):
-        if size and size + port.variable.value.nbytes > SHARD_BYTES:
+    for index, tensor in enumerate(tensors):
+        if size and size + tensor.variable.value.nbytes > SHARD_BYTES:
             groups.append([])
             size = 0
-        groups[-1].append(number)
-        size += port.variable.value.nbytes
+        groups[-1].append(index)
+        size += tensor.variable.value.nbytes
     names = [
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else _WHOLE
+        f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else _SINGLE
         for number in range(1, len(groups) + 1)
     ]
 
-    def tensors(group: list[int]) -> Iterator[tuple[str, np.ndarray]]:
-        for number in group:
-            port = ports[number]
-            way = inverted(port, kernels.get(id(port.variable)))
-            yield port.name, way(np.asarray(port.variable.value))
+    def values(group: list[int]) -> Iterator[tuple[str, np.ndarray]]:
+        for index in group:
+            tensor = tensors[index]
+            to_tensor = inverse_hook(tensor, kernels.get(id(tensor.variable)))
+            yield tensor.name, to_tensor(np.asarray(tensor.variable.value))
 
     for name, group in zip(names, groups, strict=True):
-        save_tensors(target / name, tensors(group))
+        save_tensors(target / name, values(group))
         logs.get().info("merged", file=name)
     if len(groups) > 1:
-        places = {ports[n].name: name for name, g in zip(names, groups, strict=True) for n in g}
-        total = sum(port.variable.value.nbytes for port in ports)
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (target / _INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-def _has_kernel(layer: Any) -> bool:
-    return getattr(layer, "_kernel", None) is not None
+        files = {tensors[n].name: name for name, g in zip(names, groups, strict=True) for n in g}
+        total = sum(tensor.variable.value.nbytes for tensor in tensors)
+        content = {"metadata": {"total_size": total}, "weight_map": files}
+        (target / _INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -1,15 +1,15 @@
 """Adapters in PEFT's format: a folder with `adapter_model.safetensors` and `adapter_config.json`.
 
-Ranks may differ between layers (`rank_pattern`), since an adapter of Keras becomes one of heads
-times its rank where heads share B. The factor of `B @ A` is the same everywhere, so readers that
-know one rank and one alpha only, as vLLM did for long, compute the same. Only numpy is needed.
+Ranks may differ between layers (`rank_pattern`), since an adapter whose heads share B in Keras has
+heads times its rank here. The factor of `B @ A` is the same for all layers, so readers that know
+only one rank and one alpha compute the same model. This module needs numpy only.
 """
 
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from job.adapters.low_rank import Factors, compressed, padded
+from job.adapters.low_rank import LowRankUpdate, pad_rank, truncate_rank
 from job.adapters.safetensors_io import TensorFile
 from job.errors import StageError, UsageError
 
@@ -33,20 +33,25 @@ _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """An adapter by the names of the transformers model's layers."""
+    """An adapter by the names of the transformers model's layers.
+
+    Attributes:
+        base: name or path of the base model.
+        revision: the base model's commit.
+        rank: the rank it was trained at.
+        dropout: the dropout it was trained with.
+        modules: the update of each layer's matrix, by the layer's name.
+    """
 
     base: str
-    """Name or path of the model it is of."""
     revision: str | None
-    """Commit of that model."""
     rank: int
-    """The rank it was trained at."""
     dropout: float
-    modules: Mapping[str, Factors]
+    modules: Mapping[str, LowRankUpdate]
 
 
 class _Config(BaseModel):
-    """What an `adapter_config.json` says that matters here."""
+    """The fields of an `adapter_config.json` that matter here."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -67,12 +72,12 @@ class _Config(BaseModel):
     alpha_pattern: dict[str, float] | None = None
 
     def scale(self, module: str, rank: int) -> float:
-        """The factor of `B @ A` of a layer."""
+        """Return the factor of `B @ A` of a layer."""
         alpha = _by_pattern(self.alpha_pattern or {}, module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def unknown(self) -> str | None:
-        """What it has that is more than A and B of linear layers."""
+    def unsupported(self) -> str | None:
+        """Name something in it that is more than A and B of linear layers, or return None."""
         extras = {
             f"peft_type {self.peft_type}": self.peft_type != "LORA",
             "DoRA": self.use_dora,
@@ -81,11 +86,11 @@ class _Config(BaseModel):
             "layer_replication": bool(self.layer_replication),
             "fan_in_fan_out": self.fan_in_fan_out,
         }
-        return next((name for name, there in extras.items() if there), None)
+        return next((name for name, present in extras.items() if present), None)
 
 
 def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """PEFT's rule: a key is a pattern for the end of a layer's name; the first that fits counts."""
+    """Apply PEFT's rule: a key matches the end of a layer's name, and the first match counts."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
@@ -93,11 +98,11 @@ def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> fl
 
 
 def peft_files(adapter: PeftAdapter) -> dict[str, bytes]:
-    """The two files of an adapter; the same adapter gives the same bytes."""
+    """Return the contents of an adapter's two files; the same adapter gives the same bytes."""
     tensors = {}
-    for module, factors in sorted(adapter.modules.items()):
-        tensors[f"base_model.model.{module}.lora_A.weight"] = factors.a
-        tensors[f"base_model.model.{module}.lora_B.weight"] = factors.b
+    for module, update in sorted(adapter.modules.items()):
+        tensors[f"base_model.model.{module}.lora_A.weight"] = update.a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = update.b
     text = json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n"
     return {
         MODEL: safetensors.numpy.save(tensors, metadata={"format": "pt"}),
@@ -107,10 +112,10 @@ def peft_files(adapter: PeftAdapter) -> dict[str, bytes]:
 
 def _config(adapter: PeftAdapter) -> dict[str, Any]:
     scale = next(iter(adapter.modules.values())).scale
-    assert all(math.isclose(f.scale, scale) for f in adapter.modules.values())
-    ranks = {module: factors.rank for module, factors in adapter.modules.items()}
-    given = set(ranks.values())
-    rank = given.pop() if len(given) == 1 else adapter.rank
+    assert all(math.isclose(update.scale, scale) for update in adapter.modules.values())
+    ranks = {module: update.rank for module, update in adapter.modules.items()}
+    distinct = set(ranks.values())
+    rank = distinct.pop() if len(distinct) == 1 else adapter.rank
     other = _patterns({module: r for module, r in ranks.items() if r != rank}, ranks)
     return {
         "peft_type": "LORA",
@@ -144,21 +149,21 @@ def _leaf(module: str) -> str:
 
 
 def _patterns(other: Mapping[str, int], ranks: Mapping[str, int]) -> dict[str, int]:
-    """`rank_pattern` by the last part of names where its layers are alike, by names elsewhere."""
-    alike = Counter((_leaf(module), rank) for module, rank in ranks.items())
-    every = Counter(_leaf(module) for module in ranks)
-    short = {_leaf(m) for m, rank in other.items() if alike[_leaf(m), rank] == every[_leaf(m)]}
+    """Return `rank_pattern`, by the last part of names if those layers share a rank."""
+    same = Counter((_leaf(module), rank) for module, rank in ranks.items())
+    total = Counter(_leaf(module) for module in ranks)
+    short = {_leaf(m) for m, rank in other.items() if same[_leaf(m), rank] == total[_leaf(m)]}
     return {(_leaf(m) if _leaf(m) in short else m): rank for m, rank in sorted(other.items())}
 
 
 def _targets(modules: list[str]) -> list[str]:
-    """`target_modules`: the usual short names where they mean these layers and no others."""
+    """Return `target_modules`: the usual short names if they mean exactly these layers."""
     blocks = {match[1] for m in modules if (match := re.match(r"model\.layers\.(\d+)\.", m))}
-    every = Counter(_leaf(module) for module in modules)
+    total = Counter(_leaf(module) for module in modules)
     text_only = all(module.startswith("model.layers.") for module in modules)
-    whole = {str(number) for number in range(len(blocks))} == blocks
-    if text_only and whole and set(every.values()) == {len(blocks)}:
-        return sorted(every)
+    all_blocks = {str(number) for number in range(len(blocks))} == blocks
+    if text_only and all_blocks and set(total.values()) == {len(blocks)}:
+        return sorted(total)
     return sorted(modules)
 
 
@@ -166,7 +171,7 @@ def read_peft(folder: Path) -> PeftAdapter:
     """Read an adapter.
 
     Raises:
-        UsageError: it is more than A and B of linear layers (DoRA, biases, whole modules, ...).
+        UsageError: it has more than A and B of linear layers (DoRA, biases, full modules, ...).
         StageError: its files are missing or damaged.
     """
     try:
@@ -176,27 +181,27 @@ def read_peft(folder: Path) -> PeftAdapter:
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, item["loc"])) or "JSON" for item in error.errors())
         raise StageError(f"{folder / CONFIG} is not PEFT's: see {fields}") from error
-    if (unknown := config.unknown()) is not None:
+    if (unsupported := config.unsupported()) is not None:
         raise UsageError(
-            f"{folder}: an adapter with {unknown} cannot be taken over, only plain LoRA"
+            f"{folder}: an adapter with {unsupported} cannot be loaded, only plain LoRA"
         )
     file = TensorFile(folder / MODEL)
-    found: dict[str, dict[str, np.ndarray]] = {}
+    pairs: dict[str, dict[str, np.ndarray]] = {}
     for name in file.entries:
         match = _KEY.fullmatch(name)
         if match is None:
             raise UsageError(
-                f"{folder / MODEL}: {name} is not A or B of a linear layer: it cannot be taken over"
+                f"{folder / MODEL}: {name} is not A or B of a linear layer, and cannot be loaded"
             )
-        found.setdefault(match[1], {})[match[2]] = file.floats(name)
+        pairs.setdefault(match[1], {})[match[2]] = file.floats(name)
     modules = {}
-    for module, pair in found.items():
+    for module, pair in pairs.items():
         a, b = pair.get("A"), pair.get("B")
         if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise StageError(f"{folder / MODEL}: A and B of {module} do not fit together")
-        modules[module] = Factors(a, b, config.scale(module, a.shape[0]))
+            raise StageError(f"{folder / MODEL}: A and B of {module} do not match")
+        modules[module] = LowRankUpdate(a, b, config.scale(module, a.shape[0]))
     if not modules:
-        raise StageError(f"{folder / MODEL} holds no adapter")
+        raise StageError(f"{folder / MODEL} has no adapter")
     return PeftAdapter(
         base=config.base_model_name_or_path or "",
         revision=config.revision,
@@ -206,35 +211,35 @@ def read_peft(folder: Path) -> PeftAdapter:
     )
 
 
-def _each(adapter: PeftAdapter, change: Callable[[Factors], Factors]) -> PeftAdapter:
-    modules = {module: change(factors) for module, factors in adapter.modules.items()}
+def uniform_rank(adapter: PeftAdapter) -> PeftAdapter:
+    """Pad all layers with zeros to the highest rank; the model stays exactly the same."""
+    rank = max(update.rank for update in adapter.modules.values())
+    modules = {module: pad_rank(update, rank) for module, update in adapter.modules.items()}
     return replace(adapter, modules=modules)
 
 
-def uniform(adapter: PeftAdapter) -> PeftAdapter:
-    """The same adapter, exactly, at one rank: the smaller ones are filled up with zeros."""
-    rank = max(factors.rank for factors in adapter.modules.values())
-    return _each(adapter, lambda factors: padded(factors, rank))
-
-
 @dataclass(frozen=True)
-class Loss:
-    """What compression loses, as shares of the update's Frobenius norm."""
+class CompressionLoss:
+    """The part of an update that compression loses, as a share of its Frobenius norm.
 
-    whole: float
-    """Over all layers."""
+    Attributes:
+        total: over all layers.
+        worst: of the layer that loses the largest share.
+        worst_module: the name of that layer.
+    """
+
+    total: float
     worst: float
-    module: str
-    """The layer that loses the largest share."""
+    worst_module: str
 
 
-def compress(adapter: PeftAdapter, rank: int) -> tuple[PeftAdapter, Loss]:
-    """The nearest adapter of one rank for all layers, and what that loses."""
+def compress(adapter: PeftAdapter, rank: int) -> tuple[PeftAdapter, CompressionLoss]:
+    """Find the nearest adapter with one rank for all layers, and what that loses."""
     modules, lost, norms = {}, {}, {}
-    for module, factors in adapter.modules.items():
-        modules[module], lost[module], norms[module] = compressed(factors, rank)
+    for module, update in adapter.modules.items():
+        modules[module], lost[module], norms[module] = truncate_rank(update, rank)
     shares = {module: lost[module] / norms[module] if norms[module] else 0.0 for module in lost}
     worst = max(shares, key=lambda module: shares[module])
-    total = math.hypot(*norms.values())
-    whole = math.hypot(*lost.values()) / total if total else 0.0
-    return replace(adapter, modules=modules), Loss(whole, shares[worst], worst)
+    norm = math.hypot(*norms.values())
+    total = math.hypot(*lost.values()) / norm if norm else 0.0
+    return replace(adapter, modules=modules), CompressionLoss(total, shares[worst], worst)

@@ -1,7 +1,7 @@
-"""Safetensors files, tensor by tensor: read without loading the file, rewritten with few changed.
+"""Safetensors files, one tensor in memory at a time.
 
-The format is a JSON header after its length (8 bytes, little-endian), then the tensors' bytes.
-The library's numpy interface does not know bfloat16, which most checkpoints are in.
+The format is the header's length (8 bytes, little-endian), a JSON header, then the tensors' bytes.
+The safetensors library's numpy interface does not support bfloat16, which most checkpoints use.
 """
 
 import json
@@ -26,7 +26,7 @@ _CHUNK = 1 << 24
 
 
 class Entry(NamedTuple):
-    """Where a tensor is in its file."""
+    """The position of a tensor in its file."""
 
     name: str
     dtype: str
@@ -36,10 +36,10 @@ class Entry(NamedTuple):
 
 
 class TensorFile:
-    """The header of a safetensors file.
+    """A safetensors file, whose header is read at once and whose tensors are read on demand.
 
     Raises:
-        StageError: it is not one, or is cut off.
+        StageError: it is not a safetensors file, or is truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,7 +49,7 @@ class TensorFile:
                 length = int.from_bytes(file.read(8), "little")
                 total = path.stat().st_size
                 if not 0 < length <= total - 8:
-                    raise ValueError("its header is cut off")
+                    raise ValueError("its header is truncated")
                 header = json.loads(file.read(length))
             self.data = 8 + length
             tensors = {name: value for name, value in header.items() if name != "__metadata__"}
@@ -62,15 +62,15 @@ class TensorFile:
                 self.data + max((e.start + e.size for e in self.entries.values()), default=0)
                 > total
             ):
-                raise ValueError("its tensors are cut off")
+                raise ValueError("its tensors are truncated")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StageError(f"{path} is not a whole safetensors file: {error}") from error
+            raise StageError(f"{path} is not a valid safetensors file: {error}") from error
 
     def floats(self, name: str) -> np.ndarray:
-        """A tensor as float32.
+        """Read a tensor as float32.
 
         Raises:
-            StageError: it is not of floating-point numbers.
+            StageError: its dtype is not a floating-point type.
         """
         entry = self.entries[name]
         with self.path.open("rb") as file:
@@ -79,34 +79,35 @@ class TensorFile:
 
     def _decode(self, entry: Entry, content: bytes) -> np.ndarray:
         if entry.dtype not in _FLOATS:
-            raise StageError(f"{self.path}: {entry.name} is of type {entry.dtype}, not a float's")
+            raise StageError(f"{self.path}: {entry.name} has dtype {entry.dtype}, not a float")
         return np.frombuffer(content, np.dtype(_FLOATS[entry.dtype])).reshape(entry.shape)
 
     def rewrite(
         self, target: Path, changes: Mapping[str, Callable[[np.ndarray], np.ndarray]]
     ) -> None:
-        """Copy the file with some tensors changed, one in memory at a time.
+        """Copy the file with some tensors changed.
 
         Args:
-            changes: by name, a function of the float32 tensor; shape and type on file stay.
+            target: the file to write.
+            changes: functions of float32 tensors by name; shape and dtype in the file stay.
         """
         with self.path.open("rb") as source, target.open("wb") as file:
             file.write(source.read(self.data))
-            place = 0
+            position = 0
             for entry in sorted(self.entries.values(), key=lambda entry: entry.start):
-                _copy(source, file, entry.start - place)
+                _copy(source, file, entry.start - position)
                 if entry.name in changes:
                     before = self._decode(entry, source.read(entry.size))
                     after = changes[entry.name](before.astype(np.float32))
                     file.write(np.ascontiguousarray(after.astype(before.dtype)).tobytes())
                 else:
                     _copy(source, file, entry.size)
-                place = entry.start + entry.size
+                position = entry.start + entry.size
             _copy(source, file, None)
 
 
 def _copy(source: BinaryIO, target: BinaryIO, size: int | None) -> None:
-    """Copy the next `size` bytes, or all that are left."""
+    """Copy the next `size` bytes, or all that remain."""
     while size is None or size > 0:
         part = source.read(_CHUNK if size is None else min(_CHUNK, size))
         if not part:
@@ -116,21 +117,21 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int | None) -> None:
 
 
 def save_tensors(target: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    """Write a safetensors file; the tensors are taken in order and held until it is whole."""
+    """Write a safetensors file; all tensors are in memory until it is written."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     names = {np.dtype(kind): name for name, kind in _FLOATS.items()}
-    held, place = [], 0
+    arrays, position = [], 0
     for name, tensor in tensors:
         header[name] = {
             "dtype": names[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [place, place + tensor.nbytes],
+            "data_offsets": [position, position + tensor.nbytes],
         }
-        held.append(tensor)
-        place += tensor.nbytes
+        arrays.append(tensor)
+        position += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with target.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        while held:
-            file.write(np.ascontiguousarray(held.pop(0)).tobytes())
+        while arrays:
+            file.write(np.ascontiguousarray(arrays.pop(0)).tobytes())

@@ -1,7 +1,7 @@
-"""The weights training starts from: fresh ones, or those of an earlier adapter.
+"""The adapter that training starts from: fresh weights, or an earlier adapter's.
 
-An earlier adapter may be ours or PEFT's, of a lower rank, of fewer layers and of another alpha:
-it is taken over exactly, or refused with what would have to change.
+An earlier adapter may be in KerasHub's or PEFT's format, with a lower rank, fewer layers and
+another alpha. It is loaded exactly, or refused with what would have to change.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,6 @@ import numpy as np
 from job.adapters.hf_weight_map import bare_name, target_matrices
 from job.adapters.keras_format import DESCRIPTION, H5, check_model, load_layers, read_info
 from job.adapters.locate import fetch_adapter
-from job.adapters.low_rank import Matrix
 from job.adapters.peft_format import PeftAdapter, read_peft
 from job.errors import UsageError
 from job.model.language_model import LanguageModel
@@ -25,8 +24,8 @@ from job.spec.schema import Spec
 _WHERE = "train.init_adapter"
 
 
-Found = Mapping[int, tuple[np.ndarray, np.ndarray, float]]
-"""A, B and their factor, by the number of the layer."""
+KernelFactors = Mapping[int, tuple[np.ndarray, np.ndarray, float]]
+"""A `[..., rank]`, B `[rank, last]` and the factor of `A @ B`, by layer index."""
 
 
 def starting_lora(
@@ -44,26 +43,26 @@ def starting_lora(
         UsageError: the earlier adapter does not fit this model, its targets or its ranks.
         StageError: its files are damaged.
     """
-    layout, start = model.lora, model.lora.start(spec.seed)
+    layout, start = model.lora, model.lora.init(spec.seed)
     uri = spec.train.init_adapter
     if uri is None:
         return start
     kind, folder = fetch_adapter(uri, _WHERE, revisions, work)
-    if kind == "ours":
-        factors = _ours(folder, spec, model)
+    if kind == "keras":
+        factors = _from_keras(folder, spec, model)
     else:
-        factors = from_peft(read_peft(folder), layout, target_matrices(model.backbone, model.lora))
+        factors = _from_peft(read_peft(folder), model)
     logs.get().info("adapter loaded to start from", adapter=uri, format=kind, layers=len(factors))
-    return fitted(layout, start, factors)
+    return _fit(layout, start, factors)
 
 
-def _ours(folder: Path, spec: Spec, model: LanguageModel) -> Found:
+def _from_keras(folder: Path, spec: Spec, model: LanguageModel) -> KernelFactors:
     """Return the factors of an adapter in KerasHub's format."""
     layout, info = model.lora, read_info(folder / DESCRIPTION)
     check_model(info, spec.model.preset, model.family, _WHERE)
     if info.revision != model.preset.revision:
         logs.get().warning(
-            "the adapter was trained on another commit of the model",
+            "adapter from another commit of the model",
             adapter=info.revision,
             model=model.preset.revision,
         )
@@ -73,8 +72,8 @@ def _ours(folder: Path, spec: Spec, model: LanguageModel) -> Found:
     for index, layer in adapted.items():
         if layer.kernel != shapes[index]:
             raise UsageError(
-                f"{_WHERE}: the kernel of {layer.path} has shape {tuple(layer.kernel)} there "
-                f"and {tuple(shapes[index])} in {spec.model.preset}"
+                f"{_WHERE}: the kernel of {layer.path} has shape {tuple(layer.kernel)} in the "
+                f"adapter and {tuple(shapes[index])} in {spec.model.preset}"
             )
     pairs = load_layers(folder / H5, info)
     return {index: (a, b, 1.0) for index, (a, b) in pairs.items()}
@@ -82,59 +81,61 @@ def _ours(folder: Path, spec: Spec, model: LanguageModel) -> Found:
 
 def _check_targets(unknown: Sequence[str], layout: LoraLayout) -> None:
     if unknown:
-        ours = sorted({target.path.rpartition("/")[2] for target in layout.targets})
+        targets = sorted({target.path.rpartition("/")[2] for target in layout.targets})
         raise UsageError(
             f"{_WHERE}: it adapts {', '.join(unknown[:4])}{', ...' if len(unknown) > 4 else ''}, "
-            f"which model.lora.targets ({', '.join(ours)}) leaves out; add them"
+            f"which model.lora.targets ({', '.join(targets)}) leaves out; add them"
         )
 
 
-def from_peft(adapter: PeftAdapter, layout: LoraLayout, matrices: Sequence[Matrix]) -> Found:
-    """A PEFT adapter as factors of kernels.
+def _from_peft(adapter: PeftAdapter, model: LanguageModel) -> KernelFactors:
+    """Return the kernels' factors for an adapter in PEFT's format.
 
     Raises:
         UsageError: it adapts other layers, or layers of other shapes.
     """
-    places = {bare_name(matrix.module): place for place, matrix in enumerate(matrices)}
-    _check_targets([name for name in adapter.modules if bare_name(name) not in places], layout)
-    found = {}
-    for name, factors in adapter.modules.items():
-        place = places[bare_name(name)]
-        shape = (factors.b.shape[0], factors.a.shape[1])
-        if shape != matrices[place].shape:
-            raise UsageError(
-                f"{_WHERE}: {name} is of a layer {shape}, and the model's is "
-                f"{matrices[place].shape}: the adapter is of another model ({adapter.base})"
-            )
-        found[layout.targets[place].layer_index] = (
-            *matrices[place].to_kernel(factors),
-            factors.scale,
+    layout = model.lora
+    matrices = {
+        bare_name(matrix.module): (target.layer_index, matrix)
+        for target, matrix in zip(
+            layout.targets, target_matrices(model.backbone, layout), strict=True
         )
-    return found
+    }
+    _check_targets([name for name in adapter.modules if bare_name(name) not in matrices], layout)
+    factors = {}
+    for name, update in adapter.modules.items():
+        layer_index, matrix = matrices[bare_name(name)]
+        if update.shape != matrix.shape:
+            raise UsageError(
+                f"{_WHERE}: {name} has shape {update.shape} in the adapter and {matrix.shape} in "
+                f"the model: the adapter belongs to another model ({adapter.base})"
+            )
+        factors[layer_index] = (*matrix.kernel_factors(update), update.scale)
+    return factors
 
 
-def fitted(layout: LoraLayout, start: LoraWeights, found: Found) -> LoraWeights:
-    """An adapter at the layout's rank and alpha; layers it does not have start afresh.
+def _fit(layout: LoraLayout, start: LoraWeights, factors: KernelFactors) -> LoraWeights:
+    """Bring factors to the layout's rank and alpha; layers without factors keep fresh weights.
 
     Raises:
-        UsageError: it needs a higher rank.
+        UsageError: the adapter needs a higher rank.
     """
-    needed = max(a.shape[-1] for a, _, _ in found.values())
+    needed = max(a.shape[-1] for a, _, _ in factors.values())
     if needed > layout.rank:
         raise UsageError(
-            f"{_WHERE}: the adapter is of rank {needed} here, and model.lora.rank is "
+            f"{_WHERE}: the adapter needs rank {needed} here, and model.lora.rank is "
             f"{layout.rank}; raise it to {needed}"
         )
     pairs = []
     for target, (fresh_a, fresh_b) in zip(layout.targets, start, strict=True):
-        if target.layer_index not in found:
+        if target.layer_index not in factors:
             pairs.append((fresh_a, fresh_b))
             continue
-        a, b, scale = found[target.layer_index]
+        a, b, scale = factors[target.layer_index]
         b = b if scale == layout.scale else b * np.float32(scale / layout.scale)
-        # More rank than it has starts as fresh weights do: B zero, A not.
+        # Extra rank starts as fresh weights do: B zero, A not.
         rank = a.shape[-1]
-        whole_a = np.concatenate([a, np.asarray(fresh_a)[..., rank:]], axis=-1)
-        whole_b = np.pad(b, ((0, layout.rank - rank), (0, 0)))
-        pairs.append((jnp.asarray(whole_a), jnp.asarray(whole_b)))
+        padded_a = np.concatenate([a, np.asarray(fresh_a)[..., rank:]], axis=-1)
+        padded_b = np.pad(b, ((0, layout.rank - rank), (0, 0)))
+        pairs.append((jnp.asarray(padded_a), jnp.asarray(padded_b)))
     return tuple(pairs)

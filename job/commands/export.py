@@ -76,7 +76,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _export_peft(source: TrainedRun, target: Path, rank: str) -> None:
-    from job.adapters.peft_format import compress, peft_files, read_peft, uniform
+    from job.adapters.peft_format import compress, peft_files, read_peft, uniform_rank
 
     folder = source.peft()
     adapter = read_peft(folder)
@@ -87,7 +87,7 @@ def _export_peft(source: TrainedRun, target: Path, rank: str) -> None:
         logs.get().info("exact; vLLM needs --max-lora-rank of the highest", ranks=ranks)
         return
     if rank == "uniform":
-        adapter = uniform(adapter)
+        adapter = uniform_rank(adapter)
         highest = max(factors.rank for factors in adapter.modules.values())
         logs.get().info("one rank for all layers, exactly", rank=highest)
     else:
@@ -95,8 +95,8 @@ def _export_peft(source: TrainedRun, target: Path, rank: str) -> None:
         logs.get().info(
             "one rank for all layers, the nearest adapter",
             rank=int(rank),
-            relative_error=round(loss.whole, 6),
-            worst_layer=loss.module,
+            relative_error=round(loss.total, 6),
+            worst_layer=loss.worst_module,
             its_relative_error=round(loss.worst, 6),
         )
     for name, content in peft_files(adapter).items():

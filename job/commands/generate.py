@@ -172,7 +172,7 @@ def _load(run: TrainedRun, wanted: GenerateOptions) -> _Models:
     path = run.file(H5)
     model = load_model(run.spec.model, run.spec.seed, mesh, run.revisions)
     check_model(run.info, run.spec.model.preset, model.family, "job generate")
-    weights = {"tuned": model.adapted(*load_adapter(path, model.lora))}
+    weights = {"tuned": model.merged_weights(*load_adapter(path, model.lora))}
     if wanted.base:
         weights = {"base": model.weights} | weights
     return _Models(Engine(model, 1, run.spec.evals.max_prompt_tokens), weights)

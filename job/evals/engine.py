@@ -26,7 +26,7 @@ from job.evals.batching import (
     round_length,
 )
 from job.model.generation import SamplerState, Sampling
-from job.model.language_model import LanguageModel
+from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.lora import Weights
 from job.runtime.watchdog import progress
 
@@ -131,7 +131,11 @@ class Engine:
             groups, width = ends.shape
             positions = jnp.maximum(ends[:, :, None] - jnp.arange(shared_length, -1, -1), 0)
             flat = positions.reshape(groups, -1)
-            states = model.states_at(weights, tokens, segment_ids, flat, max_length)
+            states = model.hidden_states(
+                weights,
+                {"token_ids": tokens, "segment_ids": segment_ids, "positions": flat},
+                ForwardConfig(model.can_pack, "none", max_length),
+            )
             scores = jax.nn.log_softmax(model.logits(weights, states))
             scores = scores.reshape(groups, width, shared_length + 1, -1)
             shared_ids = jnp.take_along_axis(tokens.reshape(groups, -1), flat, axis=1)
@@ -199,7 +203,7 @@ class Engine:
         model = self._model
 
         def generate(weights: Weights, tokens: Any, lengths: Any, limit: int) -> Any:
-            return model.answers(weights, tokens, lengths, limit, model.codec.stop_ids)
+            return model.generate(weights, tokens, lengths, limit, model.codec.stop_ids)
 
         return jax.jit(generate, static_argnames="limit", out_shardings=model.replicated)
 
@@ -214,7 +218,7 @@ class Engine:
                 weights: Weights, tokens: Any, lengths: Any, state: Any, limit: int
             ) -> Any:
                 sampler_state = SamplerState(sampler, state)
-                return model.answers(
+                return model.generate(
                     weights, tokens, lengths, limit, model.codec.stop_ids, sampler_state
                 )
 

@@ -1,60 +1,41 @@
-"""Attention that stays inside each example of a packed row.
+"""Attention inside packed and padded rows, by replacing the masks that KerasHub's layers build.
 
-KerasHub's decoder blocks make their attention mask from the padding mask in one method.
-While a function is traced inside `segment_attention`, that method also looks at segment ids,
-which ride in the padding mask: 0 is padding, and tokens see only tokens of their own
-segment. Positions need no reset where they are rotary, since those are relative.
+KerasHub's decoder blocks build their attention mask from the padding mask in one method. Within
+`segment_attention` that method also looks at segment ids, which travel in place of the padding
+mask: 0 is padding, and tokens attend only to tokens of their own segment. Positions need no
+reset, since rotary embeddings are relative.
 """
 
-import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-_METHODS = ("_compute_attention_mask", "_compute_self_attention_mask")
+from job.model.patching import Patch, patched
+
+_MASK_METHODS = ("_compute_attention_mask", "_compute_self_attention_mask")
 
 
-PACKABLE = (
-    "Gemma3Backbone",
-    "GemmaBackbone",
-    "LlamaBackbone",
-    "Llama3Backbone",
-    "MistralBackbone",
-    "Qwen3Backbone",
-)
-"""Backbones for which a test shows that packed and unpacked hidden states agree."""
-
-
-def can_pack(backbone: Any) -> bool:
-    """Whether rows of several examples are sound for this backbone."""
-    return type(backbone).__name__ in PACKABLE and len(list(mask_makers(backbone))) > 0
-
-
-def mask_makers(backbone: Any) -> Iterator[tuple[Any, str]]:
-    """The layers that make attention masks, each with the name of the method that does."""
+def _mask_methods(backbone: Any) -> Iterator[tuple[Any, str]]:
+    """Yield the layers that build attention masks, each with its method's name."""
     for layer in backbone._flatten_layers(include_self=False):
-        for name in _METHODS:
+        for name in _MASK_METHODS:
             if hasattr(type(layer), name):
                 yield layer, name
 
 
-@contextlib.contextmanager
-def segment_attention(backbone: Any) -> Iterator[None]:
-    """Within this block the backbone reads its padding mask as segment ids."""
-    patched = list(mask_makers(backbone))
-    for layer, name in patched:
-        # Straight into the instance's dictionary: Keras tracks ordinary attributes.
-        layer.__dict__[name] = _by_segment(getattr(layer, name))
-    try:
-        yield
-    finally:
-        for layer, name in patched:
-            del layer.__dict__[name]
+def segment_attention(backbone: Any) -> AbstractContextManager[None]:
+    """Make the backbone read its padding mask as segment ids, int32 `[batch, length]`."""
+    return patched([
+        Patch(layer, name, _within_segments(getattr(layer, name)))
+        for layer, name in _mask_methods(backbone)
+    ])  # fmt: skip
 
 
-def _by_segment(make_mask: Callable[..., Any]) -> Callable[..., Any]:
+def _within_segments(make_mask: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(make_mask)
     key = next(name for name in signature.parameters if name.endswith("padding_mask"))
 
@@ -71,20 +52,40 @@ def _by_segment(make_mask: Callable[..., Any]) -> Callable[..., Any]:
     return with_segments
 
 
+def left_padded_attention(backbone: Any, starts: jax.Array) -> AbstractContextManager[None]:
+    """Hide the keys before each row's first token, whose index is in `starts`, int32 `[batch]`."""
+
+    def hidden_before_start(make_mask: Callable[..., Any]) -> Callable[..., Any]:
+        def masked(*args: Any, **kwargs: Any) -> Any:
+            mask = jnp.asarray(make_mask(*args, **kwargs), bool)
+            return mask & (jnp.arange(mask.shape[-1]) >= starts[:, None, None])
+
+        return masked
+
+    return patched([
+        Patch(layer, name, hidden_before_start(getattr(layer, name)))
+        for layer, name in _mask_methods(backbone)
+    ])  # fmt: skip
+
+
 class Chunking(NamedTuple):
-    """How rows are cut."""
+    """How rows are cut into chunks of queries that share their keys."""
 
     queries: int
-    """Of a chunk: they share their keys."""
+    """Queries in a chunk."""
     gain: float
-    """How many times fewer keys there must be for it to be worth it."""
+    """Chunk only if that leaves at most 1 / gain of a row's keys for each query."""
 
-    def before(self, reach: int) -> int:
-        """Keys in front of a chunk that its queries can see, a whole number of chunks."""
-        return -(-(reach - 1) // self.queries) * self.queries
+    def before(self, longest: int) -> int:
+        """Count the keys in front of a chunk that its queries can see, in full chunks.
+
+        Args:
+            longest: tokens, its own included, that a query can see at most.
+        """
+        return -(-(longest - 1) // self.queries) * self.queries
 
     def fits(self, before: int, length: int) -> bool:
-        """Whether chunks with so many keys before them are worth it in rows of `length`."""
+        """Tell whether chunks with `before` keys in front pay off in rows of `length` tokens."""
         return self.gain * (before + self.queries) <= length
 
 
@@ -93,66 +94,57 @@ ACCELERATOR = Chunking(128, 2.0)
 
 
 CPU = Chunking(32, 1.0)
-"""What is not computed is saved; smaller chunks make products that are too small."""
+"""Every key that is skipped saves time; smaller chunks make products that are too small."""
 
 
-def can_chunk(backbone: Any) -> bool:
-    """Whether a test shows that this family's attention may be cut into chunks."""
-    return type(backbone).__name__ in PACKABLE
-
-
-@contextlib.contextmanager
-def chunked_attention(backbone: Any, segment_ids: Any, reach: int, cut: Chunking) -> Iterator[None]:
-    """Within this block attention runs chunk by chunk, where that leaves enough out.
+def chunked_attention(
+    backbone: Any, segment_ids: jax.Array, longest: int, chunking: Chunking
+) -> AbstractContextManager[None]:
+    """Make attention skip, chunk by chunk, keys that no query of the chunk can see.
 
     Args:
         segment_ids: int32 `[batch, length]`; 0 is padding, and tokens attend only to earlier tokens
-            of the same number.
-        reach: tokens, its own included, that a token can see at most.
-        cut: how the rows are cut.
+            of their own segment.
+        longest: tokens of the longest segment, or more.
+        chunking: how the rows are cut.
     """
-    layers = [
-        layer
+    return patched([
+        Patch(layer, "_compute_attention", _by_chunk(layer, segment_ids, longest, chunking))
         for layer in backbone._flatten_layers(include_self=False)
         if hasattr(type(layer), "_compute_attention")
-    ]
-    for layer in layers:
-        # Straight into the instance's dictionary: Keras tracks ordinary attributes.
-        layer.__dict__["_compute_attention"] = _by_chunk(layer, segment_ids, reach, cut)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.__dict__["_compute_attention"]
+    ])  # fmt: skip
 
 
-def _by_chunk(layer: Any, segment_ids: Any, reach: int, cut: Chunking) -> Callable[..., Any]:
+def _by_chunk(
+    layer: Any, segment_ids: jax.Array, longest: int, chunking: Chunking
+) -> Callable[..., Any]:
     attend = layer._compute_attention
-    # Some families lay the window over the mask they are given, others over all masks before.
-    placed = "cache_update_index" in inspect.signature(attend).parameters
+    # Some families apply the window to the mask they are given, others earlier, to all masks.
+    applies_window = "cache_update_index" in inspect.signature(attend).parameters
     window = getattr(layer, "_sliding_window", None)
     if getattr(layer, "use_sliding_window_attention", False):
         window = layer.sliding_window_size
-    reach = min(reach, window or reach)
-    before, queries = cut.before(reach), cut.queries
+    before, queries = chunking.before(min(longest, window or longest)), chunking.queries
 
-    def by_chunk(query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
+    def by_chunk(query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
         batch, length = query.shape[:2]
-        if not cut.fits(before, length):
-            return attend(query, key, value, mask, **settings)
-        if placed:
-            settings["cache_update_index"] = before
+        if not chunking.fits(before, length):
+            return attend(query, key, value, mask, **options)
+        if applies_window:
+            options["cache_update_index"] = before
         count = -(-length // queries)
         after = count * queries - length
 
         def chunks(array: Any) -> Any:
+            """`[batch * count, queries, ...]`."""
             return _pad(array, 0, after).reshape(batch * count, queries, *array.shape[2:])
 
         def windows(array: Any) -> Any:
+            """`[batch * count, before + queries, ...]`."""
             padded = _pad(array, before, after)
-            whole = padded.reshape(batch, -1, queries, *array.shape[2:])
-            # Slices side by side and no gather, whose gradient would be a scatter.
-            parts = [whole[:, first : first + count] for first in range(before // queries + 1)]
+            rows = padded.reshape(batch, -1, queries, *array.shape[2:])
+            # Slices next to each other instead of a gather, whose gradient would be a scatter.
+            parts = [rows[:, first : first + count] for first in range(before // queries + 1)]
             joined = jnp.concatenate(parts, axis=2)
             return joined.reshape(batch * count, before + queries, *array.shape[2:])
 
@@ -160,18 +152,21 @@ def _by_chunk(layer: Any, segment_ids: Any, reach: int, cut: Chunking) -> Callab
             chunks(query),
             windows(key),
             windows(value),
-            _mask(chunks(segment_ids), windows(segment_ids), window),
-            **settings,
+            _chunk_mask(chunks(segment_ids), windows(segment_ids), window),
+            **options,
         )
         return parts.reshape(batch, count * queries, *parts.shape[2:])[:, :length]
 
     return by_chunk
 
 
-def _mask(queries: Any, keys: Any, window: int | None) -> Any:
-    """Which keys each query sees, bool `[chunks, queries, keys]`, from the segment_ids of both.
+def _chunk_mask(queries: Any, keys: Any, window: int | None) -> Any:
+    """Return which keys each query sees, bool `[chunks, queries, keys]`.
 
-    The queries are the last of the keys.
+    Args:
+        queries, keys: segment ids, int32 `[chunks, queries]` and `[chunks, keys]`; the queries are
+            the last of the keys.
+        window: tokens of a sliding window, if the layer has one.
     """
     distance = (
         jnp.arange(queries.shape[1])[:, None]
@@ -184,5 +179,5 @@ def _mask(queries: Any, keys: Any, window: int | None) -> Any:
 
 
 def _pad(array: Any, before: int, after: int) -> Any:
-    """Zeros along the second axis."""
+    """Add zeros along the second axis."""
     return jnp.pad(array, ((0, 0), (before, after)) + ((0, 0),) * (array.ndim - 2))

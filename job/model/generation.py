@@ -1,15 +1,14 @@
-"""Answers to many prompts at once: each prompt ends at the same place, so that one turn of
-the loop is one new token of every row.
+"""Batched decoding over KerasHub's key-value cache.
 
-Prompts stand right-aligned, and tokens see no key before the start of their own; positions need
-no shift where they are rotary, since those are relative. KerasHub's own loop begins at the end of
-the shortest prompt and runs to the end of the buffer; this one takes as many turns as there are
-new tokens, and reads prompts without the room for answers.
+Prompts are left-padded, so that all of them end at the same index and one turn of the loop makes
+one token of every row. Tokens see no key before the start of their own prompt, and positions need
+no shift, since rotary embeddings are relative. KerasHub's own loop begins at the end of the
+shortest prompt and runs to the end of the buffer; this one takes as many turns as there are new
+tokens, and its prefill does not cover the room for them.
 """
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,72 +18,50 @@ import keras
 import numpy as np
 from keras_hub import samplers
 
-from job.model.attention import mask_makers
+from job.model.attention import left_padded_attention
+from job.model.patching import Patch, patched
 
 
-def left_padded(token_ids: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Prompts moved to the end of their rows.
+def left_pad(token_ids: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Move prompts to the end of their rows.
 
     Args:
         token_ids: int32 `[batch, length]`, prompts at the beginning.
-        lengths: int32 `[batch]`, tokens of each.
+        lengths: int32 `[batch]`, tokens of each prompt.
     """
     size = token_ids.shape[1]
-    places = (jnp.arange(size) - (size - lengths)[:, None]) % size
-    return jnp.take_along_axis(token_ids, places, axis=1)
-
-
-@contextlib.contextmanager
-def seen_from(backbone: Any, starts: jax.Array) -> Iterator[None]:
-    """Within this block no token sees a key before the start of its row, int32 `[batch]`."""
-    patched = list(mask_makers(backbone))
-    for layer, name in patched:
-        # Straight into the instance's dictionary: Keras tracks ordinary attributes.
-        layer.__dict__[name] = _from(getattr(layer, name), starts)
-    try:
-        yield
-    finally:
-        for layer, name in patched:
-            del layer.__dict__[name]
-
-
-def _from(make_mask: Callable[..., Any], starts: jax.Array) -> Callable[..., Any]:
-    def masked(*args: Any, **kwargs: Any) -> Any:
-        mask = jnp.asarray(make_mask(*args, **kwargs), bool)
-        return mask & (jnp.arange(mask.shape[-1]) >= starts[:, None, None])
-
-    return masked
+    sources = (jnp.arange(size) - (size - lengths)[:, None]) % size
+    return jnp.take_along_axis(token_ids, sources, axis=1)
 
 
 def empty_cache(task: Any, batch: int, length: int) -> Any:
-    """A KerasHub task's cache of keys and values with room for `length` tokens a row."""
+    """Make a KerasHub task's key-value cache with room for `length` tokens per row."""
 
-    def untouched(token_ids: Any, cache: Any, *_: Any, **__: Any) -> tuple[None, None, Any]:
+    def return_cache(token_ids: Any, cache: Any, *_: Any, **__: Any) -> tuple[None, None, Any]:
         return None, None, cache
 
     names = inspect.signature(task._build_cache).parameters
-    given = dict.fromkeys(names) | {"token_ids": jnp.zeros((batch, length), jnp.int32)}
-    task.__dict__["call_with_cache"] = untouched
-    try:
-        return task._build_cache(**given)[1]
-    finally:
-        del task.__dict__["call_with_cache"]
+    arguments = dict.fromkeys(names) | {"token_ids": jnp.zeros((batch, length), jnp.int32)}
+    with patched([Patch(task, "call_with_cache", return_cache)]):
+        return task._build_cache(**arguments)[1]
 
 
-def prefill(task: Any, token_ids: jax.Array, starts: jax.Array, room: int) -> tuple[jax.Array, Any]:
-    """Read right-aligned prompts.
+def prefill(
+    task: Any, token_ids: jax.Array, starts: jax.Array, max_new_tokens: int
+) -> tuple[jax.Array, Any]:
+    """Run left-padded prompts through the model.
 
     Args:
         token_ids: int32 `[batch, length]`.
-        starts: int32 `[batch]`, where each prompt begins.
-        room: new tokens that the cache has place for.
+        starts: int32 `[batch]`, index of each prompt's first token.
+        max_new_tokens: tokens that the cache has room for after the prompts.
 
     Returns:
-        The last hidden states `[batch, hidden]`, and the cache.
+        The last hidden states `[batch, hidden]` in the compute dtype, and the cache.
     """
     batch, length = token_ids.shape
-    cache = empty_cache(task, batch, length + room)
-    with seen_from(task.backbone, starts):
+    cache = empty_cache(task, batch, length + max_new_tokens)
+    with left_padded_attention(task.backbone, starts):
         _, hidden, cache = task.call_with_cache(
             token_ids=token_ids, cache=cache, cache_update_index=0
         )
@@ -92,75 +69,74 @@ def prefill(task: Any, token_ids: jax.Array, starts: jax.Array, room: int) -> tu
 
 
 def decode_step(
-    task: Any, tokens: jax.Array, cache: Any, place: Any, starts: jax.Array
+    task: Any, tokens: jax.Array, cache: Any, index: Any, starts: jax.Array
 ) -> tuple[jax.Array, Any]:
-    """Float32 logits `[batch, vocabulary]` after one more token a row, int32 `[batch]`."""
-    with seen_from(task.backbone, starts):
+    """Run one more token per row, int32 `[batch]`, at `index` of the rows.
+
+    Returns:
+        Logits, float32 `[batch, vocabulary]`, and the new cache.
+    """
+    with left_padded_attention(task.backbone, starts):
         logits, _, cache = task.call_with_cache(
-            token_ids=tokens[:, None], cache=cache, cache_update_index=place
+            token_ids=tokens[:, None], cache=cache, cache_update_index=index
         )
     return jnp.asarray(logits[:, 0], jnp.float32), cache
 
 
-def greedy(logits: jax.Array, _turn: Any) -> jax.Array:
-    """The likeliest token of each row: greedy decoding."""
+def greedy(logits: jax.Array, _step: Any) -> jax.Array:
+    """Return the most likely token of each row, int32 `[batch]`."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def decode(
-    first: jax.Array,
-    follow: Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]],
-    cache: Any,
-    limit: int,
+    prefilled: tuple[jax.Array, Any],
+    next_logits: Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]],
+    max_new_tokens: int,
     stop_ids: Sequence[int],
     choose: Callable[[jax.Array, Any], jax.Array] = greedy,
 ) -> jax.Array:
-    """The loop of decoding.
+    """Decode until every row has a stop token; traceable.
 
     Args:
-        first: float32 `[batch, vocabulary]`, logits after the prompts.
-        follow: gives logits and cache after a token a row, the cache, and the turn, from 0.
-        limit: the most new tokens a row.
-        stop_ids: decoding ends once every row has had one of these.
-        choose: gives the next token of each row, int32 `[batch]`, from logits and their number.
+        prefilled: logits after the prompts, float32 `[batch, vocabulary]`, and the cache.
+        next_logits: maps (tokens int32 `[batch]`, cache, step from 0) to (logits, cache).
+        max_new_tokens: the most new tokens per row.
+        stop_ids: token ids that end a row.
+        choose: maps (logits, step) to the next token of each row, int32 `[batch]`.
 
     Returns:
-        int32 `[batch, limit]`; what follows a row's first stop token is meaningless.
+        int32 `[batch, max_new_tokens]`; what follows a row's first stop token is meaningless.
     """
+    logits, cache = prefilled
     stops = jnp.array(stop_ids, jnp.int32)
+    tokens = choose(logits, 0)
+    output = jnp.zeros((len(tokens), max_new_tokens), jnp.int32).at[:, 0].set(tokens)
 
-    def ended(done: jax.Array, tokens: jax.Array) -> jax.Array:
-        return done | jnp.isin(tokens, stops)
+    def unfinished(state: Any) -> Any:
+        step, _, done, _, _ = state
+        return (step < max_new_tokens - 1) & ~done.all()
 
-    tokens = choose(first, 0)
-    answers = jnp.zeros((len(tokens), limit), jnp.int32).at[:, 0].set(tokens)
+    def step_once(state: Any) -> Any:
+        step, tokens, done, output, cache = state
+        logits, cache = next_logits(tokens, cache, step)
+        tokens = choose(logits, step + 1)
+        output = jax.lax.dynamic_update_slice(output, tokens[:, None], (0, step + 1))
+        return step + 1, tokens, done | jnp.isin(tokens, stops), output, cache
 
-    def going(state: Any) -> Any:
-        turn, _, done, _, _ = state
-        return (turn < limit - 1) & ~done.all()
-
-    def again(state: Any) -> Any:
-        turn, tokens, done, answers, cache = state
-        logits, cache = follow(tokens, cache, turn)
-        tokens = choose(logits, turn + 1)
-        answers = jax.lax.dynamic_update_slice(answers, tokens[:, None], (0, turn + 1))
-        return turn + 1, tokens, ended(done, tokens), answers, cache
-
-    done = ended(jnp.zeros(len(tokens), bool), tokens)
-    state = jax.lax.while_loop(going, again, (jnp.int32(0), tokens, done, answers, cache))
-    found: jax.Array = state[3]
-    return found
+    state = (jnp.int32(0), tokens, jnp.isin(tokens, stops), output, cache)
+    final: tuple[Any, Any, Any, jax.Array, Any] = jax.lax.while_loop(unfinished, step_once, state)
+    return final[3]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """How the next token is sampled.
 
     Attributes:
         temperature: above 0; logits are divided by it.
-        top_p: draw among the likeliest tokens that together have this probability (nucleus
+        top_p: sample among the most likely tokens that together have this probability (nucleus
             sampling, Holtzman et al. 2020).
-        top_k: draw among so many of the likeliest tokens.
+        top_k: sample among this many of the most likely tokens.
         seed: the same seed gives the same text for the same prompt, on the same machine.
     """
 
@@ -170,7 +146,7 @@ class Sampling:
     seed: int = 0
 
     def sampler(self, vocabulary: int) -> Any:
-        """KerasHub's sampler for this; to be made outside of traced functions."""
+        """Make KerasHub's sampler; call outside of traced functions."""
         k = None if self.top_k is None else min(self.top_k, vocabulary)
         if self.top_p < 1:
             return samplers.TopPSampler(self.top_p, k, temperature=self.temperature)
@@ -178,27 +154,27 @@ class Sampling:
             return samplers.TopKSampler(k, temperature=self.temperature)
         return samplers.RandomSampler(temperature=self.temperature)
 
-    def state(self, number: int) -> np.ndarray:
-        """The state that the sampler's generator begins batch `number` with: uint32 `[2]`."""
-        return np.random.SeedSequence([self.seed, number]).generate_state(2)
+    def state(self, batch_index: int) -> np.ndarray:
+        """Return the random state at the start of a batch, uint32 `[2]`."""
+        return np.random.SeedSequence([self.seed, batch_index]).generate_state(2)
 
 
 @dataclass(frozen=True)
 class SamplerState:
-    """A sampler inside a traced function, with the state of its generator there."""
+    """A KerasHub sampler with its random state as an argument of a traced function."""
 
     sampler: Any
     state: jax.Array
-    """uint32 `[2]`: a seed, and how many draws there were."""
+    """uint32 `[2]`: a seed, and the number of draws."""
 
     def mapping(self, draws: Any = 0) -> list[tuple[Any, jax.Array]]:
-        """The sampler's variable and its value after so many draws, for a `StatelessScope`."""
+        """Map the sampler's variable to its value after some draws, for a `StatelessScope`."""
         (variable,) = self.sampler.variables
-        passed = jnp.array([0, 1], jnp.uint32) * jnp.asarray(draws, jnp.uint32)
-        return [(variable, jnp.asarray(self.state, jnp.uint32) + passed)]
+        advance = jnp.array([0, 1], jnp.uint32) * jnp.asarray(draws, jnp.uint32)
+        return [(variable, jnp.asarray(self.state, jnp.uint32) + advance)]
 
-    def choose(self, logits: jax.Array, turn: Any) -> jax.Array:
-        """The next token of each row, int32 `[batch]`, from its logits and their number."""
-        with keras.StatelessScope(state_mapping=self.mapping(turn)):
-            chosen = self.sampler.get_next_token(self.sampler.compute_probabilities(logits))
-        return jnp.asarray(chosen, jnp.int32)
+    def choose(self, logits: jax.Array, step: Any) -> jax.Array:
+        """Sample the next token of each row, int32 `[batch]`, at a step of the decoding loop."""
+        with keras.StatelessScope(state_mapping=self.mapping(step)):
+            tokens = self.sampler.get_next_token(self.sampler.compute_probabilities(logits))
+        return jnp.asarray(tokens, jnp.int32)

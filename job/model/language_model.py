@@ -19,105 +19,99 @@ from keras_hub.samplers import GreedySampler
 
 from job.chat.tokenizer import ChatTokenizer
 from job.model import generation
-from job.model.attention import (
-    ACCELERATOR,
-    CPU,
-    can_chunk,
-    can_pack,
-    chunked_attention,
-    segment_attention,
-)
+from job.model.attention import ACCELERATOR, CPU, Chunking, chunked_attention, segment_attention
+from job.model.families import family_of
 from job.model.generation import SamplerState
-from job.model.lora import LoraLayout, LoraWeights, Weights, make_lora_layout
-from job.model.patching import (
+from job.model.lora import (
     Dropout,
-    Remat,
-    can_narrow,
-    fast_rotary,
-    gather,
+    LoraLayout,
+    LoraWeights,
+    Weights,
     lora_branches,
-    narrow_last_block,
-    remat_blocks,
+    make_lora_layout,
 )
-from job.model.sharding import check_split, put, weight_sharding
+from job.model.narrowing import can_narrow, gather_positions, narrow_last_block
+from job.model.remat import Remat, remat_blocks
+from job.model.rotary import fast_rotary
+from job.model.sharding import check_shardable, device_put, weight_sharding
 from job.spec.schema import Model
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What KerasHub's `from_preset` is given, and the commit it is of (None if unversioned)."""
+    """What KerasHub's `from_preset` is given, and its commit (None if unversioned)."""
 
     handle: str
     revision: str | None
 
 
 class ForwardConfig(NamedTuple):
-    """How rows go through the backbone in training."""
+    """How rows go through the backbone."""
 
     packed: bool
-    """Rows hold several examples; else segment_ids are an ordinary padding mask."""
+    """Rows may hold several examples; else `segment_ids` are an ordinary padding mask."""
     remat: Remat = "matmuls"
-    reach: int | None = None
-    """Tokens of the longest example, beyond which attention need not look; None: unknown."""
+    longest: int | None = None
+    """Tokens of the longest example, beyond which attention need not look; None if unknown."""
 
 
 class LanguageModel:
-    """The structure, the frozen weights on their devices, the tokenizer, the LoRA layout."""
+    """A KerasHub task, its frozen weights on their devices, its tokenizer and its LoRA layout."""
 
     def __init__(
         self, task: Any, codec: ChatTokenizer, model: Model, preset: Preset, mesh: Mesh
     ) -> None:
-        self._task = task
-        self._backbone = task.backbone
+        self.task = task
+        self.backbone = task.backbone
         self.codec = codec
         self.preset = preset
         self.mesh = mesh
-        self.lora: LoraLayout = make_lora_layout(self._backbone, model.lora)
-        self.parameters: int = self._backbone.count_params()
-        check_split(self._backbone.variables, mesh)
-        self.weights: Weights = self._place(self._backbone.variables)
+        self.lora: LoraLayout = make_lora_layout(self.backbone, model.lora)
+        self.parameters: int = self.backbone.count_params()
+        self.chunking: Chunking = CPU if self.platform == "cpu" else ACCELERATOR
+        check_shardable(self.backbone.variables, mesh)
+        self.weights: Weights = self._place(self.backbone.variables)
 
     def _place(self, variables: Sequence[Any]) -> Weights:
-        return tuple(put(v.value, weight_sharding(v.shape, self.mesh)) for v in variables)
+        return tuple(device_put(v.value, weight_sharding(v.shape, self.mesh)) for v in variables)
 
-    @property
-    def backbone(self) -> Any:
-        """KerasHub's layers."""
-        return self._backbone
-
-    @property
-    def can_pack(self) -> bool:
-        """Whether several examples may share a row."""
-        return can_pack(self._backbone)
+    # What the model is.
 
     @property
     def family(self) -> str:
         """The class name of the backbone."""
-        return type(self._backbone).__name__
+        return type(self.backbone).__name__
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether several examples may share a row."""
+        return family_of(self.backbone).packable
 
     @property
     def vocabulary(self) -> int:
-        """Width of the head."""
-        return int(self._backbone.token_embedding.embeddings.shape[0])
+        """The width of the head."""
+        return int(self.backbone.token_embedding.embeddings.shape[0])
 
     @property
     def head_parameters(self) -> int:
-        """Weights of the head, which is the embedding as well where they are tied."""
-        return math.prod(self._backbone.token_embedding.embeddings.shape)
+        """The number of weights of the head, tied to the embedding or not."""
+        return math.prod(self.backbone.token_embedding.embeddings.shape)
+
+    # Where it runs.
 
     @property
     def platform(self) -> str:
-        """Where it runs: cpu, gpu, cuda, tpu, ... as JAX names it."""
+        """The platform as JAX names it: cpu, gpu, tpu, ..."""
         return str(self.mesh.devices.flat[0].platform)
 
     @property
     def devices(self) -> int:
-        """Devices that a batch is split over."""
+        """The number of data-parallel devices, over which a batch is split."""
         return int(self.mesh.shape["data"])
 
     @property
     def replicated(self) -> NamedSharding:
-        """The sharding of an array that every device has whole."""
+        """The sharding of an array that every device holds in full."""
         return self._sharding()
 
     @property
@@ -126,215 +120,184 @@ class LanguageModel:
         return self._sharding("data")
 
     def replicate(self, tree: Any) -> Any:
-        """Arrays, whole on every device of the mesh."""
-        return jax.tree.map(lambda array: put(array, self.replicated), tree)
+        """Copy a tree of arrays to every device of the mesh."""
+        return jax.tree.map(lambda array: device_put(array, self.replicated), tree)
 
     def shard_batch(self, tree: Any, axis: int = 0) -> Any:
-        """Host arrays whose axis `axis` is the batch, split over the data-parallel devices.
+        """Split host arrays over the data-parallel devices along `axis`.
 
         Each process copies only the rows of its own devices.
         """
         sharding = self._sharding(*([None] * axis), "data")
-        return jax.tree.map(lambda array: put(array, sharding), tree)
+        return jax.tree.map(lambda array: device_put(array, sharding), tree)
 
-    def on_each_device(self, value: int) -> jax.Array:
-        """int32 `[data, model]` on the mesh: each process's own value on its own devices."""
+    def process_local(self, value: int) -> jax.Array:
+        """Return int32 `[data, model]`: each process's own value on its own devices."""
         sharding = self._sharding(*self.mesh.axis_names)
-        one = np.full((1, 1), value, np.int32)
-        return jax.make_array_from_callback(self.mesh.devices.shape, sharding, lambda _: one)
+        local = np.full((1, 1), value, np.int32)
+        return jax.make_array_from_callback(self.mesh.devices.shape, sharding, lambda _: local)
 
     def _sharding(self, *axes: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, jax.P(*axes))  # type: ignore[no-untyped-call]
 
-    @contextmanager
-    def _scope(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Iterator[None]:
-        """Within this block the backbone has these weights."""
-        mapping = [*zip(self._backbone.variables, weights, strict=True), *more]
-        with keras.StatelessScope(state_mapping=mapping), fast_rotary(self._backbone):
-            yield
+    # Its forward passes, all traceable.
 
-    def inputs(self, token_ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-        """What the backbone is called with; some families want positions too."""
-        inputs = {"token_ids": jnp.asarray(token_ids), "padding_mask": jnp.asarray(mask)}
-        if "position_ids" in self._backbone.input:
+    def hidden_states(
+        self,
+        weights: Weights,
+        batch: Mapping[str, jax.Array],
+        config: ForwardConfig,
+        lora: LoraWeights | None = None,
+        dropout: Dropout | None = None,
+    ) -> jax.Array:
+        """Compute the last hidden states at some positions.
+
+        Args:
+            weights: the backbone's variables.
+            batch: int32 `token_ids` and `segment_ids` `[rows, length]`; 0 is padding, and tokens
+                attend only to earlier tokens of their own segment. `positions` `[groups, n]`, see
+                `gather_positions`.
+            config: whether rows are packed, and what is saved for the backward pass.
+            lora: an adapter for `self.lora`; the states are differentiable by it.
+            dropout: of the adapter's inputs.
+
+        Returns:
+            `[groups, n, hidden]` in the compute dtype.
+        """
+        segment_ids, positions = batch["segment_ids"], batch["positions"]
+        narrow = can_narrow(self.backbone)
+        with (
+            self._with_weights(self._merge_unbranched(weights, lora)),
+            segment_attention(self.backbone) if config.packed else nullcontext(),
+            self.chunked_attention(segment_ids, config.longest),
+            nullcontext()
+            if lora is None
+            else lora_branches(self.backbone, self.lora, lora, dropout),
+            narrow_last_block(self.backbone, positions) if narrow else nullcontext(),
+            remat_blocks(self.backbone, config.remat),
+        ):
+            outputs: jax.Array = self.backbone(self.inputs(batch["token_ids"], segment_ids))
+        return outputs if narrow else gather_positions(outputs, positions)
+
+    def logits(self, weights: Weights, hidden: jax.Array) -> jax.Array:
+        """Compute float32 logits `[..., vocabulary]` of hidden states `[..., hidden]`."""
+        with self._with_weights(weights):
+            logits = self.backbone.token_embedding(hidden, reverse=True)
+        return jnp.asarray(logits, jnp.float32)
+
+    def inputs(self, token_ids: jax.Array, padding_mask: jax.Array) -> dict[str, jax.Array]:
+        """Return the backbone's inputs; some families expect positions too."""
+        inputs = {"token_ids": jnp.asarray(token_ids), "padding_mask": jnp.asarray(padding_mask)}
+        if "position_ids" in self.backbone.input:
             inputs["position_ids"] = jnp.broadcast_to(
                 jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape
             )
         return inputs
 
-    def hidden(self, weights: Weights, token_ids: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        """The last hidden states.
+    def chunked_attention(
+        self, segment_ids: jax.Array, longest: int | None
+    ) -> AbstractContextManager[None]:
+        """Make attention look no further than `longest` tokens, where that pays off."""
+        if longest is None or not family_of(self.backbone).chunked_attention:
+            return nullcontext()
+        return chunked_attention(self.backbone, segment_ids, longest, self.chunking)
 
-        Args:
-            weights: the backbone's variables.
-            token_ids: int32 `[batch, length]`.
-            segment_ids: int32 `[batch, length]`; 0 is padding, tokens attend only to earlier
-                tokens of the same number.
+    @contextmanager
+    def _with_weights(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Iterator[None]:
+        mapping = [*zip(self.backbone.variables, weights, strict=True), *more]
+        with keras.StatelessScope(state_mapping=mapping), fast_rotary(self.backbone):
+            yield
 
-        Returns:
-            `[batch, length, hidden]` in the compute type.
-        """
-        with self._scope(weights), segment_attention(self._backbone):
-            outputs: jax.Array = self._backbone(self.inputs(token_ids, segment_ids))
-        return outputs
-
-    def loss_states(
-        self,
-        weights: Weights,
-        lora: LoraWeights,
-        rows: Mapping[str, jax.Array],
-        settings: ForwardConfig,
-        dropout: Dropout | None = None,
-    ) -> jax.Array:
-        """The last hidden states that have a loss, of the model with an adapter.
-
-        Args:
-            weights: the frozen variables.
-            lora: the adapter; the states can be differentiated by it.
-            rows: `token_ids` and `segment_ids`, int32 `[batch, length]`, as for `hidden`, and
-                `positions`, int32 `[groups, losses]` into the tokens of each equal part of them.
-            settings: whether rows are packed, and what is kept for the backward pass.
-            dropout: of the adapters' inputs.
-
-        Returns:
-            `[groups, losses, hidden]` in the compute type.
-        """
-        inside = self.lora.inside()
+    def _merge_unbranched(self, weights: Weights, lora: LoraWeights | None) -> Weights:
+        """Merge the adapters that cannot run as branches."""
+        if lora is None:
+            return weights
         pairs = zip(self.lora.targets, lora, strict=True)
         merged = tuple(pair for target, pair in pairs if target.equations is None)
-        positions, narrow = rows["positions"], can_narrow(self._backbone)
-        with (
-            self._scope(inside.merge(weights, merged)),
-            segment_attention(self._backbone) if settings.packed else nullcontext(),
-            self.attention(rows["segment_ids"], settings.reach),
-            lora_branches(self._backbone, self.lora, lora, dropout),
-            narrow_last_block(self._backbone, positions) if narrow else nullcontext(),
-            remat_blocks(self._backbone, settings.remat),
-        ):
-            outputs: jax.Array = self._backbone(self.inputs(rows["token_ids"], rows["segment_ids"]))
-        return outputs if narrow else gather(outputs, positions)
+        return self.lora.merge_only().merge(weights, merged)
 
-    def attention(self, segment_ids: jax.Array, reach: int | None) -> AbstractContextManager[None]:
-        """Within this block attention looks no further than `reach` tokens, where that pays."""
-        if reach is None or not can_chunk(self._backbone):
-            return nullcontext()
-        cut = CPU if self.platform == "cpu" else ACCELERATOR
-        return chunked_attention(self._backbone, segment_ids, reach, cut)
+    # Decoding, traceable.
 
-    def states_at(
-        self,
-        weights: Weights,
-        token_ids: jax.Array,
-        segment_ids: jax.Array,
-        positions: jax.Array,
-        reach: int | None = None,
-    ) -> jax.Array:
-        """The last hidden states at some positions, and no more of the last block than they need.
-
-        Args:
-            weights: the backbone's variables.
-            token_ids, segment_ids: int32 `[batch, length]`, as for `hidden`; where the model cannot
-                be packed, segment_ids are 1 on the tokens.
-            positions: int32 `[groups, n]` into the tokens of each equal part of the rows.
-            reach: tokens of the longest prompt, if known.
-
-        Returns:
-            `[groups, n, hidden]` in the compute type.
-        """
-        narrow = can_narrow(self._backbone)
-        with (
-            self._scope(weights),
-            segment_attention(self._backbone) if self.can_pack else nullcontext(),
-            self.attention(segment_ids, reach),
-            narrow_last_block(self._backbone, positions) if narrow else nullcontext(),
-        ):
-            outputs: jax.Array = self._backbone(self.inputs(token_ids, segment_ids))
-        return outputs if narrow else gather(outputs, positions)
-
-    def plain_hidden(self, weights: Weights, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """The last hidden states `[batch, length, hidden]` with an ordinary padding mask."""
-        with self._scope(weights):
-            outputs: jax.Array = self._backbone(self.inputs(token_ids, mask))
-        return outputs
-
-    def logits(self, weights: Weights, hidden: jax.Array) -> jax.Array:
-        """Float32 logits `[..., vocabulary]` of hidden states `[..., hidden]`."""
-        with self._scope(weights):
-            logits = self._backbone.token_embedding(hidden, reverse=True)
-        return jnp.asarray(logits, jnp.float32)
-
-    def answers(
+    def generate(
         self,
         weights: Weights,
         token_ids: jax.Array,
         lengths: jax.Array,
-        limit: int,
+        max_new_tokens: int,
         stop_ids: Sequence[int],
-        drawn: SamplerState | None = None,
+        sampler: SamplerState | None = None,
     ) -> jax.Array:
-        """Decoding, traceable: greedy without `drawn`.
+        """Decode a batch of prompts, greedily without a sampler.
 
         Args:
             weights: the backbone's variables.
             token_ids: int32 `[batch, length]`, prompts at the beginning of their rows.
             lengths: int32 `[batch]`, tokens of each prompt.
-            limit: the most new tokens a row.
+            max_new_tokens: the most new tokens per row.
             stop_ids: decoding ends once every row has had one of these.
 
         Returns:
-            int32 `[batch, limit]`; what follows a row's first stop token is meaningless.
+            int32 `[batch, max_new_tokens]`; what follows a row's first stop token is meaningless.
         """
         if not self.can_pack:
-            return self._kerashub_answers(weights, token_ids, lengths, limit, stop_ids, drawn)
-        first, cache = self.prefill(weights, token_ids, lengths, limit)
+            return self.generate_with_kerashub(
+                weights, token_ids, lengths, max_new_tokens, stop_ids, sampler
+            )
         length = token_ids.shape[1]
 
-        def follow(tokens: Any, cache: Any, turn: Any) -> tuple[jax.Array, Any]:
-            return self.decode(weights, tokens, cache, length + turn, length - lengths)
+        def next_logits(tokens: Any, cache: Any, step: Any) -> tuple[jax.Array, Any]:
+            return self.decode_step(weights, tokens, cache, length + step, length - lengths)
 
-        choose = generation.greedy if drawn is None else drawn.choose
-        return generation.decode(first, follow, cache, limit, stop_ids, choose)
+        prefilled = self.prefill(weights, token_ids, lengths, max_new_tokens)
+        choose = generation.greedy if sampler is None else sampler.choose
+        return generation.decode(prefilled, next_logits, max_new_tokens, stop_ids, choose)
 
     def prefill(
-        self, weights: Weights, token_ids: jax.Array, lengths: jax.Array, room: int
+        self, weights: Weights, token_ids: jax.Array, lengths: jax.Array, max_new_tokens: int
     ) -> tuple[jax.Array, Any]:
-        """The logits after prompts, float32 `[batch, vocabulary]`, and the cache of their keys."""
-        aligned = generation.left_padded(token_ids, lengths)
+        """Run prompts; arguments as for `generate`.
+
+        Returns:
+            The logits after each prompt, float32 `[batch, vocabulary]`, and the key-value cache.
+        """
+        padded = generation.left_pad(token_ids, lengths)
         starts = token_ids.shape[1] - lengths
-        with self._scope(weights):
-            hidden, cache = generation.prefill(self._task, aligned, starts, room)
+        with self._with_weights(weights):
+            hidden, cache = generation.prefill(self.task, padded, starts, max_new_tokens)
         return self.logits(weights, hidden), cache
 
-    def decode(
-        self, weights: Weights, tokens: jax.Array, cache: Any, place: Any, starts: jax.Array
+    def decode_step(
+        self, weights: Weights, tokens: jax.Array, cache: Any, index: Any, starts: jax.Array
     ) -> tuple[jax.Array, Any]:
-        """Logits after one more token a row, and the new cache; see `generation.next_logits`."""
-        with self._scope(weights):
-            return generation.decode_step(self._task, tokens, cache, place, starts)
+        """Run one more token per row; see `generation.decode_step`."""
+        with self._with_weights(weights):
+            return generation.decode_step(self.task, tokens, cache, index, starts)
 
-    def _kerashub_answers(
+    def generate_with_kerashub(
         self,
         weights: Weights,
         token_ids: jax.Array,
         lengths: jax.Array,
-        limit: int,
+        max_new_tokens: int,
         stop_ids: Sequence[int],
-        drawn: SamplerState | None = None,
+        sampler: SamplerState | None,
     ) -> jax.Array:
-        """The same by KerasHub's own loop, for every family of models."""
-        room = jnp.pad(token_ids, ((0, 0), (0, limit)))
-        mask = jnp.arange(room.shape[1]) < lengths[:, None]
+        """Decode by KerasHub's own loop, which works for every family."""
+        padded = jnp.pad(token_ids, ((0, 0), (0, max_new_tokens)))
+        mask = jnp.arange(padded.shape[1]) < lengths[:, None]
         # Most families come with a sampler that draws at random.
-        self._task.sampler = GreedySampler() if drawn is None else drawn.sampler
-        with self._scope(weights, *([] if drawn is None else drawn.mapping())):
-            outputs = self._task.generate_step(
-                {"token_ids": room, "padding_mask": mask}, stop_token_ids=list(stop_ids)
+        self.task.sampler = GreedySampler() if sampler is None else sampler.sampler
+        with self._with_weights(weights, *([] if sampler is None else sampler.mapping())):
+            outputs = self.task.generate_step(
+                {"token_ids": padded, "padding_mask": mask}, stop_token_ids=list(stop_ids)
             )
-        new = lengths[:, None] + jnp.arange(limit)
+        new = lengths[:, None] + jnp.arange(max_new_tokens)
         return jnp.take_along_axis(outputs["token_ids"], new, axis=1)
 
-    def adapted(self, layout: LoraLayout, lora: LoraWeights) -> Weights:
-        """The frozen weights with an adapter merged in, on the devices."""
+    # A tuned model.
+
+    def merged_weights(self, layout: LoraLayout, lora: LoraWeights) -> Weights:
+        """Return the frozen weights with an adapter merged in, sharded as they are."""
         shardings = tuple(weight.sharding for weight in self.weights)
         merge = jax.jit(layout.merge, out_shardings=shardings)
         merged: Weights = merge(self.weights, self.replicate(lora))

@@ -1,4 +1,4 @@
-"""Where a model comes from: a pinned snapshot of the Hub, a folder, a KerasHub name, `tiny`."""
+"""Loading a model: from a pinned Hub snapshot, a folder, a KerasHub preset name, or `tiny`."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from job.chat.tokenizer import ChatTokenizer
 from job.errors import StageError, UsageError
 from job.machine import devices
 from job.model.language_model import LanguageModel, Preset
-from job.model.sharding import loading_to
+from job.model.sharding import loading_to_shards
 from job.runtime import logs
 from job.spec.pinning import NONE, Revisions, resolve_commit, revision_key
 from job.spec.schema import Model
@@ -19,14 +19,14 @@ from job.storage.hub import SCHEME, Repository
 
 
 def load_model(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE) -> LanguageModel:
-    """Load the model of the spec, of the commit in `revisions` if it has one.
+    """Load the spec's model, at the commit in `revisions` if that has one.
 
     Raises:
         UsageError: it cannot be loaded as a causal LM, or the spec does not fit it.
     """
     preset = resolve_preset(model, revisions)
     keras.utils.set_random_seed(seed)
-    with loading_to(mesh):
+    with loading_to_shards(mesh):
         task, tokenizer = load_keras_hub_task(preset, model.dtype)
     codec = ChatTokenizer(tokenizer, model.chat_template)
     loaded = LanguageModel(task, codec, model, preset, mesh)
@@ -43,14 +43,14 @@ def load_model(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE)
 
 
 def resolve_preset(model: Model, revisions: Revisions) -> Preset:
-    """Find the model of the spec and bring it to this machine where needed.
+    """Resolve the spec's model to something KerasHub can load, downloading it if needed.
 
-    KerasHub itself would fetch the files of a Hub repository one by one without a revision;
-    a snapshot at one commit is fetched here instead and handed over as a folder.
+    KerasHub itself would fetch the files of a Hub repository one by one and without a revision.
+    Here a snapshot at one commit is downloaded, and KerasHub gets the folder.
 
     Raises:
-        UsageError: there is no such model.
-        EnvironmentProblem: it is gated.
+        UsageError: the model does not exist.
+        EnvironmentProblem: access to it is gated.
         StageError: the Hub could not be reached.
     """
     devices.import_keras()
@@ -66,7 +66,7 @@ def resolve_preset(model: Model, revisions: Revisions) -> Preset:
 
 
 def _snapshot(model: Model, revisions: Revisions) -> Preset:
-    """The files of a commit in the cache, sizes and checksums compared."""
+    """Download the files of a commit into the cache and verify sizes and checksums."""
     name, revision = model.preset.removeprefix(SCHEME), model.revision
     key = revision_key("model", name, revision)
     commit = revisions.get(key) or resolve_commit("model", name, revision)
@@ -78,14 +78,14 @@ def _snapshot(model: Model, revisions: Revisions) -> Preset:
 
 
 def _is_needed(path: str) -> bool:
-    """Whether KerasHub reads such a file: weights in other forms than its own are left out."""
+    """Tell whether KerasHub may read a file; weights in other formats are skipped."""
     return not path.startswith(("original/", ".")) and not path.endswith(
         (".gguf", ".bin", ".pth", ".pt", ".onnx", ".msgpack", ".ot", ".tflite")
     )
 
 
 def load_keras_hub_task(preset: Preset, dtype: str) -> tuple[Any, Any]:
-    """The KerasHub causal LM (without a preprocessor) and its tokenizer.
+    """Load the KerasHub causal LM (without a preprocessor) and its tokenizer.
 
     Raises:
         UsageError: the preset is not a causal language model that KerasHub can read.
@@ -93,7 +93,7 @@ def load_keras_hub_task(preset: Preset, dtype: str) -> tuple[Any, Any]:
     """
     import keras_hub
 
-    logs.get().info("loading the model", preset=preset.handle, dtype=dtype)
+    logs.get().info("loading model", preset=preset.handle, dtype=dtype)
     try:
         task = task_class(preset.handle).from_preset(preset.handle, preprocessor=None, dtype=dtype)
         tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(preset.handle)
@@ -108,9 +108,10 @@ def load_keras_hub_task(preset: Preset, dtype: str) -> tuple[Any, Any]:
 
 
 def task_class(handle: str) -> Any:
-    """The class to load the causal LM of a preset by.
+    """Return the class that loads the causal LM of a preset.
 
-    KerasHub finds it by the backbone's, of which Gemma 4 has two: it takes one by chance.
+    KerasHub picks it by the backbone's class, and two classes share Gemma 4's: its pick is
+    arbitrary.
     """
     import keras_hub
     from keras_hub.src.utils.preset_utils import get_preset_loader

@@ -1,13 +1,13 @@
 """Frozen weights over the `model` axis of the mesh, each loaded straight to its shards.
 
-The rule knows no family of models. A vector is whole on every device. Of a kernel with three
-axes the heads are split where they divide (they are its shortest axis); of any other kernel,
-and where they do not, the longest axis that divides. The compiler moves what must be moved.
+The rule needs no table of model families. A vector is replicated. Of a kernel with three axes the
+heads are split if they divide (they are its shortest axis); of any other kernel, or if they do
+not, the longest axis that divides. XLA inserts the communication.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -15,9 +15,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from job.errors import UsageError
+from job.model.patching import Patch, patched
 from job.runtime import logs
 
-MODEL = "model"
+MODEL_AXIS = "model"
 
 
 _LARGE = 1 << 16
@@ -28,8 +29,8 @@ _NEGLIGIBLE = 0.01
 """Share of all parameters that kernels which cannot be split may have."""
 
 
-def split_axis(shape: Sequence[int], parts: int) -> int | None:
-    """The axis of a weight that is split into `parts`, or None where it stays whole."""
+def shard_axis(shape: Sequence[int], parts: int) -> int | None:
+    """Return the axis along which a weight is split into `parts`, or None if it is replicated."""
     if parts == 1 or len(shape) < 2:
         return None
     dividing = [axis for axis, size in enumerate(shape) if size >= parts and size % parts == 0]
@@ -42,16 +43,17 @@ def split_axis(shape: Sequence[int], parts: int) -> int | None:
 
 
 def weight_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """How a weight of this shape lies on the mesh."""
-    axis = split_axis(shape, mesh.shape[MODEL])
-    names = [None] * len(shape) if axis is None else [None] * axis + [MODEL]
+    """Return the sharding of a weight of this shape."""
+    axis = shard_axis(shape, mesh.shape[MODEL_AXIS])
+    names = [None] * len(shape) if axis is None else [None] * axis + [MODEL_AXIS]
     return NamedSharding(mesh, jax.P(*names))  # type: ignore[no-untyped-call]
 
 
-def put(array: Any, sharding: NamedSharding) -> jax.Array:
-    """A host array on the devices of a sharding; each process copies only its own part.
+def device_put(array: Any, sharding: NamedSharding) -> jax.Array:
+    """Put a host array on devices; each process copies only its own part.
 
-    An array that is on devices already is moved as JAX sees fit.
+    Unlike `jax.device_put` it works if some devices belong to other processes. An array that is
+    on devices already is moved as JAX sees fit.
     """
     if isinstance(array, jax.Array) or sharding.is_fully_addressable:
         placed: jax.Array = jax.device_put(array, sharding)
@@ -60,12 +62,11 @@ def put(array: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
-@contextlib.contextmanager
-def loading_to(mesh: Mesh) -> Iterator[None]:
-    """Within this block new Keras variables are made on their shards, and loaded into them.
+def loading_to_shards(mesh: Mesh) -> AbstractContextManager[None]:
+    """Make Keras create new variables on their shards, and load into them.
 
-    A value read from a file stays on the host until it is cut up: no device ever holds a
-    split weight whole. Large variables start as zeros, since loading overwrites them.
+    A value read from a file stays on the host until it is split: no device ever holds all of a
+    weight that is split. Large variables start as zeros, since loading overwrites them.
     """
     from keras.src.backend.jax.core import JaxVariable
 
@@ -83,47 +84,39 @@ def loading_to(mesh: Mesh) -> Iterator[None]:
         assign(variable, value)
 
     def assign(variable: Any, value: Any) -> None:
-        variable._value = put(value, weight_sharding(value.shape, mesh))
+        variable._value = device_put(value, weight_sharding(value.shape, mesh))
 
-    replaced = {
-        "_convert_to_tensor": convert,
-        "_initialize_with_initializer": initialize,
-        "_direct_assign": assign,
-    }
-    originals = {name: getattr(JaxVariable, name) for name in replaced}
-    for name, function in replaced.items():
-        setattr(JaxVariable, name, function)
-    try:
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(JaxVariable, name, function)
+    return patched([
+        Patch(JaxVariable, "_convert_to_tensor", convert),
+        Patch(JaxVariable, "_initialize_with_initializer", initialize),
+        Patch(JaxVariable, "_direct_assign", assign),
+    ])  # fmt: skip
 
 
-def check_split(variables: Sequence[Any], mesh: Mesh) -> None:
-    """Say what a device holds of the frozen weights.
+def check_shardable(variables: Sequence[Any], mesh: Mesh) -> None:
+    """Log which share of the frozen weights each device holds.
 
     Raises:
         UsageError: kernels that matter cannot be split over the `model` axis.
     """
-    parts = mesh.shape[MODEL]
+    parts = mesh.shape[MODEL_AXIS]
     if parts == 1:
         return
-    whole = [v for v in variables if split_axis(v.shape, parts) is None]
-    kernels = [v for v in whole if len(v.shape) > 1]
-    total, kept, stuck = (_elements(group) for group in (variables, whole, kernels))
-    if stuck > _NEGLIGIBLE * total:
+    replicated = [v for v in variables if shard_axis(v.shape, parts) is None]
+    kernels = [v for v in replicated if len(v.shape) > 1]
+    total, in_full, unsplit = (_elements(group) for group in (variables, replicated, kernels))
+    if unsplit > _NEGLIGIBLE * total:
         largest = max(kernels, key=lambda v: math.prod(v.shape))
         raise UsageError(
             f"runtime.mesh.model: no axis of {largest.path} {tuple(largest.shape)} divides by "
             f"{parts}; use a smaller power of two"
         )
     logs.get().info(
-        "frozen weights are split",
-        over=parts,
-        split=len(variables) - len(whole),
-        whole=len(whole),
-        share_of_a_device=round((kept + (total - kept) / parts) / total, 4),
+        "frozen weights sharded",
+        devices=parts,
+        sharded=len(variables) - len(replicated),
+        replicated=len(replicated),
+        share_per_device=round((in_full + (total - in_full) / parts) / total, 4),
     )
 
 

@@ -1,8 +1,7 @@
-"""The `tiny` preset: a small Gemma 3 with random weights, made the same way every time.
+"""The `tiny` preset: a small Gemma 3 with random weights, the same on every machine.
 
-It exists so that a job runs whole, in seconds and offline, through the very code a real
-model takes: it is saved as an ordinary KerasHub preset folder and loaded from there. Its
-answers mean nothing.
+With it a complete job runs in seconds and offline, through the code that loads a real model: it
+is saved as an ordinary KerasHub preset folder and loaded from there. Its answers mean nothing.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from job.errors import SetupError
 from job.storage.cache_folder import cache_folder
 
 VERSION = 1
-"""Raised when the preset is made in another way."""
+"""Increment when the preset is built differently."""
 
 
 VOCABULARY = 2048
@@ -47,7 +46,11 @@ SHAPE: dict[str, Any] = {
 
 
 def tiny_preset() -> Path:
-    """The preset's folder, made on first use and kept in the cache."""
+    """Return the preset's folder, built in the cache on first use.
+
+    Raises:
+        SetupError: the cache cannot be written.
+    """
     key = hashlib.sha256(
         repr((VERSION, VOCABULARY, SEED, SHAPE, version("keras"), version("keras-hub"))).encode()
         + _corpus().encode()
@@ -61,13 +64,13 @@ def tiny_preset() -> Path:
     except OSError as error:
         raise SetupError(
             f"cannot write to the cache {folder.parent}: {error.strerror}; set JOB_CACHE to a "
-            "folder that can be written"
+            "writable folder"
         ) from error
     try:
         _build(building)
         building.replace(folder)
     except OSError:
-        if not folder.is_dir():  # another process may have made it first
+        if not folder.is_dir():  # another process may have built it first
             raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -90,7 +93,7 @@ def _build(folder: Path) -> None:
         vocabulary_size=tokenizer.vocabulary_size(), dtype="float32", **SHAPE
     )
     shape = backbone.token_embedding.embeddings.shape
-    # Keras' initializer would leave the tied head with logits too small to learn anything by.
+    # Keras' initializer would give the tied head logits too small to learn from.
     embeddings = np.random.default_rng(SEED).normal(0, SHAPE["hidden_dim"] ** -0.5, shape)
     backbone.token_embedding.embeddings.assign(embeddings)
     keras_hub.models.Gemma3CausalLM(preprocessor=None, backbone=backbone).save_to_preset(
@@ -100,7 +103,7 @@ def _build(folder: Path) -> None:
 
 
 def train_tokenizer() -> bytes:
-    """A SentencePiece model of the samples, with Gemma's control tokens and settings."""
+    """Train a SentencePiece model on the samples, with Gemma's control tokens and settings."""
     import json
 
     import sentencepiece

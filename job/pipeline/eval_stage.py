@@ -46,7 +46,9 @@ class EvalOutcome(BaseModel):
 def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     """Evaluate one model on every evaluation of the spec, and write the predictions."""
     model = run.model()
-    weights = model.weights if name == "baseline" else model.adapted(*load_trained(run, model))
+    weights = (
+        model.weights if name == "baseline" else model.merged_weights(*load_trained(run, model))
+    )
     evals = run.spec.evals
     engine = Engine(model, evals.batch_size, evals.max_prompt_tokens, run.coordinated_stop.check)
     tasks = [load_task(entry, run.revisions) for entry in evals.multiple_choice]

@@ -19,7 +19,7 @@ from job.adapters.keras_format import (
     read_info,
     save_adapter,
 )
-from job.adapters.low_rank import Matrix
+from job.adapters.low_rank import LinearMatrix
 from job.adapters.peft_format import PeftAdapter, peft_files
 from job.adapters.warm_start import starting_lora
 from job.data.packing import PackedRows, TokenizedExamples, length_buckets, make_rows, tokenize
@@ -220,7 +220,7 @@ FOLDER = "adapter/"
 PEFT = "peft/"
 
 
-def exportable(model: LanguageModel) -> tuple[Matrix, ...] | None:
+def exportable(model: LanguageModel) -> tuple[LinearMatrix, ...] | None:
     """What the adapted kernels are in transformers; None, with a warning, where nothing."""
     try:
         return target_matrices(model.backbone, model.lora)
@@ -230,7 +230,7 @@ def exportable(model: LanguageModel) -> tuple[Matrix, ...] | None:
 
 
 def write_adapter(
-    run: Run, model: LanguageModel, lora: LoraWeights, matrices: Sequence[Matrix] | None
+    run: Run, model: LanguageModel, lora: LoraWeights, matrices: Sequence[LinearMatrix] | None
 ) -> None:
     """Put a trained adapter into the run, in each format that its model has."""
     path = run.work / H5
@@ -247,7 +247,7 @@ def write_adapter(
 
 
 def to_peft(
-    model: LanguageModel, spec: Model, lora: LoraWeights, matrices: Sequence[Matrix]
+    model: LanguageModel, spec: Model, lora: LoraWeights, matrices: Sequence[LinearMatrix]
 ) -> PeftAdapter:
     """The same adapter by the names of the transformers model, exactly."""
     layout = model.lora
@@ -257,7 +257,7 @@ def to_peft(
         rank=layout.rank,
         dropout=spec.lora.dropout,
         modules={
-            matrix.module: matrix.to_matrix(np.asarray(a), np.asarray(b), layout.scale)
+            matrix.module: matrix.matrix_update(np.asarray(a), np.asarray(b), layout.scale)
             for matrix, (a, b) in zip(matrices, lora, strict=True)
         },
     )

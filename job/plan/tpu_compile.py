@@ -125,7 +125,7 @@ class Compiler:
         """The training step, with `micro` of a device's rows at once."""
         model, train = self.model, self.spec.train
         logs.get().info("compiling", program="train", rows_at_once=micro)
-        start = model.lora.start(self.spec.seed)
+        start = model.lora.init(self.spec.seed)
         optimizer, _ = make_optimizer(train, self.work.steps, start)
         recipe = StepConfig(
             self._forward,
@@ -135,7 +135,7 @@ class Compiler:
             seed=self.spec.seed,
         )
         state = TrainState(
-            model.adapter(), model.replicate(tuple(v.value for v in optimizer.variables))
+            model.abstract_lora(), model.replicate(tuple(v.value for v in optimizer.variables))
         )
         step, _ = make_step(model, optimizer, recipe, train.compile)
         again, width = self.rows // micro, self._width(micro)
@@ -178,11 +178,11 @@ class Compiler:
         batch = self._batch(micro, 1, width)
         chained = micro in self._passes
         if chained:
-            found = self._joined(self._passes[micro], [model.weights, model.adapter(), batch])
+            found = self._joined(self._passes[micro], [model.weights, model.abstract_lora(), batch])
         else:
             logs.get().info("compiling", program="validate")
             sums = make_validation(model, self._forward)
-            found = compile_program(sums, model.adapter(), model.weights, batch)
+            found = compile_program(sums, model.abstract_lora(), model.weights, batch)
         if not found.fits:
             return found
         head = self._head(width, backward=chained)
@@ -216,10 +216,10 @@ class Compiler:
         logs.get().info("compiling", program="prefill and decode")
         model = self.model
         tokens, lengths = self._prompt_batch(round_length(asked.prompt_tokens))
-        prefill = partial(model.prefill, room=asked.new_tokens)
+        prefill = partial(model.prefill, max_new_tokens=asked.new_tokens)
         first = compile_program(jax.jit(prefill), model.weights, tokens, lengths)
         _, cache = jax.eval_shape(prefill, model.weights, tokens, lengths)
-        step = jax.jit(model.decode, donate_argnums=2)
+        step = jax.jit(model.decode_step, donate_argnums=2)
         place = jax.ShapeDtypeStruct((), jnp.int32)  # type: ignore[no-untyped-call]
         arguments = (model.weights, lengths, model.shard_batch(cache), place, lengths)
         return first, compile_program(step, *arguments)

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from job.model.blocks import BlockArrays, Blocks, separate
+from job.model.blocks import BlockArrays, BlockwiseModel, split_into_blocks
 from job.model.language_model import LanguageModel
-from job.model.lora import LoraWeights, Weights
-from job.model.patching import Dropout, gather
+from job.model.lora import Dropout, LoraWeights, Weights
+from job.model.narrowing import gather_positions
 from job.runtime import logs
 from job.runtime.threads import Threads
 from job.train.loss import LossSums
@@ -103,7 +103,7 @@ class _Passes:
     def __init__(
         self,
         model: LanguageModel,
-        blocks: Blocks,
+        blocks: BlockwiseModel,
         recipe: StepConfig,
         like: "_Passes | None" = None,
     ) -> None:
@@ -123,7 +123,7 @@ class _Passes:
             return
         options = _SMALLER_TILES if model.platform == "tpu" else None
         for kind in set(blocks.kinds):
-            kept = blocks.kept_shardings(kind)
+            kept = blocks.residual_shardings(kind)
             self.forward[kind] = _Program(self._forward_of(kind), (split, kept))
             # A gradient takes the memory of the one behind it.
             self.backward[kind] = _Program(self._backward_of(kind), (split, whole), 5, options)
@@ -133,7 +133,7 @@ class _Passes:
         rows = {name: array[part] for name, array in batch.items()}
         around = {name: rows.pop(name) for name in ("segment_ids", "part")}
         return (
-            self._blocks.begin(outside, rows.pop("token_ids"), around["segment_ids"]),
+            self._blocks.embed(outside, rows.pop("token_ids"), around["segment_ids"]),
             around,
             rows,
         )
@@ -169,7 +169,7 @@ class _Passes:
         """The gradient of what the last block gave, and the sums with this part's."""
 
         def loss(x: jax.Array) -> tuple[jax.Array, LossSums]:
-            states = gather(self._blocks.end(outside, x), lists["positions"])
+            states = gather_positions(self._blocks.final_norm(outside, x), lists["positions"])
             smoothing = self._recipe.label_smoothing
             sums = head_sums(self._model, self._blocks.logits, outside, states, lists, smoothing)
             return sums.loss, sums
@@ -182,7 +182,7 @@ class BlockwiseStep:
     """A step, and the validation that goes with it; called as what `make_train_step` gives is."""
 
     def __init__(
-        self, model: LanguageModel, blocks: Blocks, optimizer: Any, recipe: StepConfig
+        self, model: LanguageModel, blocks: BlockwiseModel, optimizer: Any, recipe: StepConfig
     ) -> None:
         self._blocks = blocks
         self._passes = _Passes(model, blocks, recipe)
@@ -206,7 +206,10 @@ class BlockwiseStep:
     ) -> tuple[TrainState, StepMetrics]:
         """One step; one whose loss or gradient is not finite changes nothing."""
         run, kinds = self._passes, self._blocks.kinds
-        outside, blocks = self._blocks.outside(weights), self._blocks.arrays(weights, state.lora)
+        outside, blocks = (
+            self._blocks.outer(weights),
+            self._blocks.arrays(weights, state.lora),
+        )
         sums, totals = self._sums, list(self._gradients)
         for part in range(len(batch["part"])):
             x, around, lists = run.begin.run(outside, _rows(batch), np.int32(part))
@@ -221,7 +224,7 @@ class BlockwiseStep:
                 gradient, totals[number] = run.backward[kinds[number]].run(
                     blocks[number], given.pop(), around, kept.pop(), totals[number], gradient
                 )
-        gradients = self._blocks.joined(totals)
+        gradients = self._blocks.join_lora(totals)
         done: tuple[TrainState, StepMetrics] = self._update(
             state, gradients, sums, batch["weights"], batch["stop"]
         )
@@ -230,7 +233,7 @@ class BlockwiseStep:
     def validate(self, lora: LoraWeights, weights: Weights, batch: Arrays) -> LossSums:
         """The sums over one part `[1, ...]` for an adapter."""
         run = self._plain
-        outside, blocks = self._blocks.outside(weights), self._blocks.arrays(weights, lora)
+        outside, blocks = self._blocks.outer(weights), self._blocks.arrays(weights, lora)
         x, around, lists = run.begin.run(outside, _rows(batch), np.int32(0))
         for kind, arrays in zip(self._blocks.kinds, blocks, strict=True):
             x, _ = run.forward[kind].run(arrays, x, around)
@@ -240,7 +243,10 @@ class BlockwiseStep:
     def links(self, state: TrainState, weights: Weights, batch: Arrays) -> Iterator[BlockProgram]:
         """The programs of a step, in their order, with arguments of which only shapes count."""
         run, kinds = self._passes, self._blocks.kinds
-        outside, blocks = self._blocks.outside(weights), self._blocks.arrays(weights, state.lora)
+        outside, blocks = (
+            self._blocks.outer(weights),
+            self._blocks.arrays(weights, state.lora),
+        )
         parts = len(batch["part"])
         first = (outside, _rows(batch), np.int32(0))
         yield BlockProgram("begin", run.begin.run, first, parts)
@@ -254,7 +260,7 @@ class BlockwiseStep:
             yield BlockProgram("backward", run.backward[kind].run, backward, times)
         last = (outside, x, lists, self._sums)
         yield BlockProgram("end", run.end.run, last, parts)
-        gradients = self._blocks.joined(self._gradients)
+        gradients = self._blocks.join_lora(self._gradients)
         update = (state, gradients, self._sums, batch["weights"], batch["stop"])
         yield BlockProgram("update", self._update, update, 1)
 
@@ -277,7 +283,7 @@ def make_step(
         one: what is one program; see `job.spec.Train.compile`.
     """
     if one == "blocks" or (one == "auto" and model.platform == "tpu"):
-        blocks = separate(model, recipe.forward)
+        blocks = split_into_blocks(model, recipe.forward)
         if blocks is not None:
             chain = BlockwiseStep(model, blocks, optimizer, recipe)
             return chain, chain.validate

@@ -15,8 +15,7 @@ import numpy as np
 
 from job.data.packing import Batch
 from job.model.language_model import ForwardConfig, LanguageModel
-from job.model.lora import LoraWeights, Weights, flatten_lora, unflatten_lora
-from job.model.patching import Dropout
+from job.model.lora import Dropout, LoraWeights, Weights, flatten_lora, unflatten_lora
 from job.train.loss import Head, LossSums, head_loss, slice_length
 
 
@@ -99,7 +98,7 @@ def shard_input(
     arrays |= {name: array.reshape(accumulation, model.devices, -1) for name, array in flat.items()}
     parts = np.arange(accumulation, dtype=np.int32) + step * accumulation
     placed: Arrays = model.shard_batch(arrays, axis=1)
-    return placed | {"part": model.replicate(parts), "stop": model.on_each_device(stop)}
+    return placed | {"part": model.replicate(parts), "stop": model.process_local(stop)}
 
 
 def padded_loss_count(most: int) -> int:
@@ -140,7 +139,7 @@ def _sums(
     model: LanguageModel, weights: Weights, lora: LoraWeights, rows: Arrays, recipe: StepConfig
 ) -> LossSums:
     dropout = dropout_for(recipe, rows["part"])
-    states = model.loss_states(weights, lora, rows, recipe.forward, dropout)
+    states = model.hidden_states(weights, rows, recipe.forward, lora, dropout)
     return head_sums(model, model.logits, weights, states, rows, recipe.label_smoothing)
 
 

@@ -18,6 +18,7 @@ from job.model.load import load_model
 from job.model.tiny import VOCABULARY, train_tokenizer
 from job.spec.schema import Lora, Model
 from tests.command import job
+from tests.model.forward import full_logits
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.slow
@@ -77,7 +78,7 @@ def test_adapter_of_a_run_is_the_same_model_everywhere(tmp_path: Path) -> None:
     spec = Model(preset=str(model), dtype="float32", lora=Lora.model_validate(LORA))
     ours = load_model(spec, 0, Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model")))
     adapter = load_adapter(runs / "second/adapter/adapter.lora.h5", ours.lora)
-    weights = ours.adapted(*adapter)
+    weights = ours.merged_weights(*adapter)
     requests = [
         {"model": str(base), "adapter": adapter and str(tmp_path / adapter), "merge": False,
          "prompts": PROMPTS, "out": str(tmp_path / f"{name}.npz")}
@@ -91,8 +92,7 @@ def test_adapter_of_a_run_is_the_same_model_everywhere(tmp_path: Path) -> None:
     answers = {name: np.load(tmp_path / f"{name}.npz") for name in ("peft", "merged", "base")}
     for number, prompt in enumerate(PROMPTS):
         tokens = np.array([prompt], np.int32)
-        hidden = ours.plain_hidden(weights, tokens, np.ones_like(tokens))
-        expected = np.asarray(ours.logits(weights, hidden))[0]
+        expected = full_logits(ours, weights, tokens)[0]
         there = {name: found[str(number)] for name, found in answers.items()}
         assert np.abs(there.pop("base") - expected).max() > 0.05
         for name, logits in there.items():

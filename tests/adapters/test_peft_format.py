@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.adapters.hf_weight_map import target_matrices
-from job.adapters.low_rank import Factors, Matrix, compressed, padded
+from job.adapters.low_rank import LinearMatrix, LowRankUpdate, pad_rank, truncate_rank
 from job.adapters.peft_format import (
     CONFIG,
     MODEL,
@@ -20,23 +20,23 @@ from job.adapters.peft_format import (
     compress,
     peft_files,
     read_peft,
-    uniform,
+    uniform_rank,
 )
 from job.adapters.safetensors_io import save_tensors
 from job.errors import StageError, UsageError
 from job.model.language_model import LanguageModel
 
-ATTENTION = Matrix("model.layers.0.self_attn.q_proj", (3, 8, 5), (0, 2), (1,))
+ATTENTION = LinearMatrix("model.layers.0.self_attn.q_proj", (3, 8, 5), (0, 2), (1,))
 LAYOUTS = [
     ATTENTION,
-    Matrix("q", (8, 3, 5), (1, 2), (0,)),  # Llama's: hidden first
-    Matrix("o", (3, 5, 8), (2,), (0, 1)),  # heads on the input's side
-    Matrix("turned", (3, 8, 5), (2, 0), (1,)),  # heads after their width
-    Matrix("mlp", (8, 6), (1,), (0,)),
+    LinearMatrix("q", (8, 3, 5), (1, 2), (0,)),  # Llama's: hidden first
+    LinearMatrix("o", (3, 5, 8), (2,), (0, 1)),  # heads on the input's side
+    LinearMatrix("turned", (3, 8, 5), (2, 0), (1,)),  # heads after their width
+    LinearMatrix("mlp", (8, 6), (1,), (0,)),
 ]
 
 
-def kernel_factors(matrix: Matrix, rank: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def kernel_factors(matrix: LinearMatrix, rank: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(seed)
     *front, last = matrix.kernel_shape
     a = generator.normal(size=(*front, rank)).astype(np.float32)
@@ -47,11 +47,11 @@ def adapter(rank: int = 2, scale: float = 1.5) -> PeftAdapter:
     """Two layers' attention and feed-forward."""
     modules = {}
     for layer in range(2):
-        query, up = ATTENTION, Matrix("", (8, 6), (1,), (0,))
-        modules[f"model.layers.{layer}.self_attn.q_proj"] = query.to_matrix(
+        query, up = ATTENTION, LinearMatrix("", (8, 6), (1,), (0,))
+        modules[f"model.layers.{layer}.self_attn.q_proj"] = query.matrix_update(
             *kernel_factors(query, rank, layer), scale
         )
-        modules[f"model.layers.{layer}.mlp.up_proj"] = up.to_matrix(
+        modules[f"model.layers.{layer}.mlp.up_proj"] = up.matrix_update(
             *kernel_factors(up, rank, layer + 7), scale
         )
     return PeftAdapter("google/gemma", "abc", rank, 0.1, modules)
@@ -73,48 +73,48 @@ def changed(folder: Path, **values: Any) -> Path:
 @pytest.mark.parametrize("matrix", LAYOUTS, ids=lambda matrix: matrix.module)
 @given(rank=st.integers(1, 4), seed=st.integers(0, 9))
 def test_update_of_a_kernel_is_that_of_its_matrix_and_comes_back_to_the_bit(
-    matrix: Matrix, rank: int, seed: int
+    matrix: LinearMatrix, rank: int, seed: int
 ) -> None:
     a, b = kernel_factors(matrix, rank, seed)
-    there = matrix.to_matrix(a, b, 0.5)
-    np.testing.assert_allclose(there.delta(), matrix.of_kernel(0.5 * (a @ b)), atol=1e-5)
-    for factors in (there, padded(there, there.rank + 3)):
-        back_a, back_b = matrix.to_kernel(factors)
+    there = matrix.matrix_update(a, b, 0.5)
+    np.testing.assert_allclose(there.delta(), matrix.from_kernel(0.5 * (a @ b)), atol=1e-5)
+    for factors in (there, pad_rank(there, there.rank + 3)):
+        back_a, back_b = matrix.kernel_factors(factors)
         np.testing.assert_array_equal(back_a, a)
         np.testing.assert_array_equal(back_b, b)
 
 
 @pytest.mark.parametrize("matrix", LAYOUTS, ids=lambda matrix: matrix.module)
-def test_factors_in_another_basis_come_back_at_the_least_rank(matrix: Matrix) -> None:
+def test_factors_in_another_basis_come_back_at_the_least_rank(matrix: LinearMatrix) -> None:
     a, b = kernel_factors(matrix, 2)
-    there = matrix.to_matrix(a, b, 1.0)
+    there = matrix.matrix_update(a, b, 1.0)
     turn = np.random.default_rng(1).normal(size=(there.rank, there.rank)).astype(np.float32)
-    mixed = Factors(np.linalg.inv(turn) @ there.a, there.b @ turn, 1.0)
-    back_a, back_b = matrix.to_kernel(mixed)
+    mixed = LowRankUpdate(np.linalg.inv(turn) @ there.a, there.b @ turn, 1.0)
+    back_a, back_b = matrix.kernel_factors(mixed)
     assert back_b.shape == b.shape
     np.testing.assert_allclose(back_a @ back_b, a @ b, atol=1e-4)
 
 
 def test_factors_that_heads_do_not_share_need_a_higher_rank_and_stay_exact() -> None:
     generator = np.random.default_rng(0)
-    free = Factors(
+    free = LowRankUpdate(
         generator.normal(size=(2, 8)).astype(np.float32),
         generator.normal(size=(15, 2)).astype(np.float32),
         1.0,
     )
-    a, b = ATTENTION.to_kernel(free)
+    a, b = ATTENTION.kernel_factors(free)
     assert b.shape == (5, 5)
-    np.testing.assert_allclose(ATTENTION.of_kernel(a @ b), free.delta(), atol=1e-5)
+    np.testing.assert_allclose(ATTENTION.from_kernel(a @ b), free.delta(), atol=1e-5)
 
 
 def test_compression_is_the_nearest_and_says_what_is_lost() -> None:
-    whole = ATTENTION.to_matrix(*kernel_factors(ATTENTION, 2), 1.5)
-    nearest, lost, norm = compressed(whole, 4)
+    whole = ATTENTION.matrix_update(*kernel_factors(ATTENTION, 2), 1.5)
+    nearest, lost, norm = truncate_rank(whole, 4)
     difference = np.linalg.norm(nearest.delta() - whole.delta())
     sizes = np.linalg.svd(whole.delta(), compute_uv=False)
     assert difference == pytest.approx(np.linalg.norm(sizes[4:]), rel=1e-4)
     assert (lost, norm) == pytest.approx((difference, np.linalg.norm(sizes)), rel=1e-4)
-    same, lost, _ = compressed(whole, 6)
+    same, lost, _ = truncate_rank(whole, 6)
     assert lost < 1e-6
     np.testing.assert_allclose(same.delta(), whole.delta(), atol=1e-5)
 
@@ -135,16 +135,16 @@ def test_layers_that_differ_are_named_in_full() -> None:
     partly = replace(made, modules={name: f for name, f in made.modules.items() if name != first})
     config = json.loads(peft_files(partly)[CONFIG])
     assert config["target_modules"] == sorted(partly.modules)
-    padded_first = {**made.modules, first: padded(made.modules[first], 8)}
+    padded_first = {**made.modules, first: pad_rank(made.modules[first], 8)}
     config = json.loads(peft_files(replace(made, modules=padded_first))[CONFIG])
     assert config["rank_pattern"] == {first: 8, "model.layers.1.self_attn.q_proj": 6}
 
 
 def test_one_rank_for_all_is_the_same_update() -> None:
     made = adapter()
-    config = json.loads(peft_files(uniform(made))[CONFIG])
+    config = json.loads(peft_files(uniform_rank(made))[CONFIG])
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (6, 9, {})
-    for name, factors in uniform(made).modules.items():
+    for name, factors in uniform_rank(made).modules.items():
         np.testing.assert_array_equal(factors.delta(), made.modules[name].delta())
 
 
@@ -152,8 +152,8 @@ def test_compressed_adapter_has_the_rank_asked_for(tmp_path: Path) -> None:
     small, loss = compress(adapter(), 3)
     back = read_peft(write(tmp_path / "a", peft_files(small)))
     assert {factors.rank for factors in back.modules.values()} == {3}
-    assert 0 < loss.whole < loss.worst < 1
-    assert loss.module.endswith("q_proj")
+    assert 0 < loss.total < loss.worst < 1
+    assert loss.worst_module.endswith("q_proj")
 
 
 def test_half_precision_and_rslora_of_others_are_read(tmp_path: Path) -> None:
@@ -192,9 +192,9 @@ def test_adapters_that_are_more_than_lora_are_refused(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (MODEL, b"", "not a whole safetensors file"),
-        (MODEL, peft_files(adapter())[MODEL][:-100], "its tensors are cut off"),
-        (MODEL, peft_files(adapter())[MODEL][:100], "its header is cut off"),
+        (MODEL, b"", "not a valid safetensors file"),
+        (MODEL, peft_files(adapter())[MODEL][:-100], "its tensors are truncated"),
+        (MODEL, peft_files(adapter())[MODEL][:100], "its header is truncated"),
         (CONFIG, b"{", "is not PEFT's"),
         (CONFIG, b'{"peft_type": "LORA", "r": 0, "lora_alpha": 1}', "is not PEFT's: see r"),
     ],

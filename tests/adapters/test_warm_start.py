@@ -10,7 +10,6 @@ import pytest
 
 from job.adapters.hf_weight_map import target_matrices
 from job.adapters.keras_format import load_adapter, save_adapter
-from job.adapters.low_rank import Factors
 from job.adapters.peft_format import peft_files, read_peft
 from job.adapters.warm_start import starting_lora
 from job.errors import StageError, UsageError
@@ -49,7 +48,7 @@ def trained(model: LanguageModel) -> LoraWeights:
     generator = np.random.default_rng(1)
     return tuple(
         (a, jnp.asarray(generator.normal(0, 0.1, b.shape), jnp.float32))
-        for a, b in model.lora.start(3)
+        for a, b in model.lora.init(3)
     )
 
 
@@ -131,10 +130,10 @@ def test_what_does_not_fit_is_refused_with_the_way_out(
             start_from(make_run(tmp_path / "later", made, init, preset=preset), made)
 
     for folder in (earlier, earlier / "adapter/peft"):
-        refused(folder, "is of rank 4 here, and model.lora.rank is 2; raise it to 4", rank=2)
+        refused(folder, "needs rank 4 here, and model.lora.rank is 2; raise it to 4", rank=2)
         refused(folder, r"adapts .*value|adapts .*v_proj.* add them", targets=("query",))
-    refused(earlier, r"is of tiny .* and the model is hf://a/b", preset="hf://a/b")
-    refused(tmp_path / "nowhere", r"nowhere has no adapter: it is neither a run")
+    refused(earlier, r"trained on tiny .* but the model is hf://a/b", preset="hf://a/b")
+    refused(tmp_path / "nowhere", r"nowhere has no adapter: it is neither a trained run")
 
 
 def test_peft_adapter_of_another_model_is_refused(
@@ -142,14 +141,15 @@ def test_peft_adapter_of_another_model_is_refused(
 ) -> None:
     adapter = read_peft(earlier / "adapter/peft")
     other = {
-        n: Factors(np.pad(f.a, ((0, 0), (0, 8))), f.b, f.scale) for n, f in adapter.modules.items()
+        name: update._replace(a=np.pad(update.a, ((0, 0), (0, 8))))
+        for name, update in adapter.modules.items()
     }
     folder = tmp_path / "other"
     folder.mkdir()
     for name, content in peft_files(replace(adapter, modules=other)).items():
         (folder / name).write_bytes(content)
     model = make_model(rank=4)
-    with pytest.raises(UsageError, match=r"is of a layer \(\d+, 72\).* of another model"):
+    with pytest.raises(UsageError, match=r"has shape \(\d+, 72\).*another model"):
         start_from(make_run(tmp_path / "later", model, folder), model)
 
 

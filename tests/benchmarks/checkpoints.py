@@ -56,7 +56,7 @@ def main() -> None:
         store = open_store(f"gs://checkpoints/{name}")
         config = TrainerConfig(settings, seed=0, packed=True, inputs=name)
         stop = CoordinatedStop(StopSignal(), ProcessGroup())
-        trainer = Trainer(model, rows, held_out, model.lora.start(0), config, store, stop)
+        trainer = Trainer(model, rows, held_out, model.lora.init(0), config, store, stop)
         progress = trainer.run().progress
         newest = store.stat(store.list(FOLDER)[-1])
         assert newest is not None

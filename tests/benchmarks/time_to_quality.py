@@ -106,7 +106,7 @@ def main() -> None:
     everything = make_examples(given.examples + HELD_OUT, model.codec)
     examples, held_out = everything[:-HELD_OUT], everything[-HELD_OUT:]
 
-    forward = ForwardConfig(packed=True, remat=train.remat, reach=LENGTH)
+    forward = ForwardConfig(packed=True, remat=train.remat, longest=LENGTH)
     validate = make_validation(model, forward)
     unseen = make_rows(held_out, train.row_length, packing=True).batch
     placed = shard_input(model, unseen, 1, padded_loss_count(int(unseen.losses(1).max())))
@@ -114,7 +114,7 @@ def main() -> None:
     def measure(lora: LoraWeights) -> float:
         return float(validate(lora, model.weights, placed).loss) / float(unseen.weights.sum())
 
-    start = model.lora.start(spec.seed)
+    start = model.lora.init(spec.seed)
     before = measure(start)
     theirs, their_seconds = published(model.preset.handle, examples)
     scale = 1 / model.lora.scale  # theirs is the layer's own, whose alpha is the rank

@@ -64,7 +64,7 @@ def published(preset: str, on: Machine) -> Step:
         import numpy as np
         from jax.sharding import SingleDeviceSharding
 
-        from job.model.abstract import array_shape, make_task
+        from job.model.abstract import abstract_array, make_task
         from job.plan.cost_analysis import compile_program
         from job.plan.model_shape import find_config
         from job.spec.schema import Model
@@ -73,7 +73,7 @@ def published(preset: str, on: Machine) -> Step:
         place = SingleDeviceSharding(devices[0])
 
         def shapes(variables: Any) -> list[Any]:
-            return [array_shape(v.shape, v.dtype, place) for v in variables]
+            return [abstract_array(v.shape, v.dtype, place) for v in variables]
 
         task = make_task(model, find_config(model), rank=16)
         tokens = np.zeros((1, LENGTH), np.int32)
@@ -90,7 +90,7 @@ def published(preset: str, on: Machine) -> Step:
             shapes(task.optimizer.variables),
             shapes(task.metrics_variables),
         )
-        abstract = jax.tree.map(lambda a: array_shape(a.shape, a.dtype, place), data)
+        abstract = jax.tree.map(lambda a: abstract_array(a.shape, a.dtype, place), data)
         step = jax.jit(task.train_step, donate_argnums=0)
         program = compile_program(step, state, abstract)
         count = task.backbone.count_params()

@@ -108,7 +108,7 @@ def ours(
     model = make_model(shape, dtype)
     rows = make_rows(examples, length, packing=True)
     plan = BatchSchedule(len(rows.batch), rows_a_step, 1, 0)
-    start = model.lora.start(0)
+    start = model.lora.init(0)
     train = Train(optimizer="sgd", learning_rate=1e-4, schedule="constant", warmup_ratio=0)
     optimizer, _ = make_optimizer(train, plan.steps, start)
     state = TrainState(*jax.tree.map(

@@ -25,6 +25,7 @@ from job.storage.local import LocalStore
 from job.storage.locations import open_store
 from tests.adapters.test_warm_start import make_run, trained
 from tests.conftest import MakeModel
+from tests.model.forward import full_logits
 from tests.services.bucket import Bucket
 from tests.services.hub import Hub
 
@@ -56,9 +57,8 @@ def tuned(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> np.
     """Logits of the adapter's file."""
     folder = tmp_path_factory.mktemp("tuned")
     leave(folder, model)
-    weights = model.adapted(*load_adapter(folder / "adapter/adapter.lora.h5", model.lora))
-    hidden = model.plain_hidden(weights, TOKENS, np.ones_like(TOKENS))
-    return np.asarray(model.logits(weights, hidden))
+    weights = model.merged_weights(*load_adapter(folder / "adapter/adapter.lora.h5", model.lora))
+    return full_logits(model, weights, TOKENS)
 
 
 def test_description_says_what_the_adapter_is_of(run: Path) -> None:
@@ -211,7 +211,7 @@ def test_truncated_file_leaves_nothing_and_ends_with_4(
 def test_adapter_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
     path = run / "adapter/adapter.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"preset": "gemma3_1b"}))
-    with pytest.raises(UsageError, match=r"is of gemma3_1b .* and the model is tiny"):
+    with pytest.raises(UsageError, match=r"trained on gemma3_1b .* but the model is tiny"):
         export_run(str(run), "merged-keras", str(tmp_path / "out"), "exact")
 
 

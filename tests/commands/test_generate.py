@@ -19,6 +19,7 @@ from job.pipeline.data_stage import VALIDATION
 from tests.commands.test_export import leave
 from tests.conftest import MakeModel
 from tests.conversations import turns
+from tests.model.forward import full_logits
 
 PROMPT = "I have a headache."
 LIMIT = 12
@@ -44,7 +45,7 @@ def run(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answer(run: Path, model: LanguageModel) -> Said:
     """What the engine says with the adapter's file, or without, after these turns."""
     engine = Engine(model, 1, 1024)
-    tuned = model.adapted(*load_adapter(run / "adapter/adapter.lora.h5", model.lora))
+    tuned = model.merged_weights(*load_adapter(run / "adapter/adapter.lora.h5", model.lora))
 
     def say(
         *texts: str,
@@ -222,8 +223,7 @@ def drawn(model: LanguageModel, **options: float) -> np.ndarray:
 def probabilities(model: LanguageModel, temperature: float = 1.0) -> np.ndarray:
     tokens, _ = Engine(model, 1, 1024).encode([PROMPT])
     ids = np.array(tokens, np.int32)
-    hidden = model.plain_hidden(model.weights, ids, np.ones_like(ids))
-    logits = np.asarray(model.logits(model.weights, hidden))[0, -1] / temperature
+    logits = full_logits(model, model.weights, ids)[0, -1] / temperature
     scores = np.exp(logits - logits.max())
     return scores / scores.sum()
 
@@ -254,7 +254,7 @@ def test_both_loops_draw_by_the_seed_alone(model: LanguageModel) -> None:
 
     (tokens,), _ = Engine(model, 1, 1024).encode([PROMPT])
     ids, lengths = np.array([tokens], np.int32), np.array([len(tokens)], np.int32)
-    for answers in (model.answers, model._kerashub_answers):
+    for answers in (model.generate, model.generate_with_kerashub):
 
         def said(sampling: Sampling | None, answers: Callable[..., object] = answers) -> list[int]:
             sampler = sampling and sampling.sampler(model.vocabulary)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from job.adapters.hf_weight_map import target_matrices
 from job.adapters.keras_format import load_adapter, save_adapter
 from job.adapters.merge import merge_checkpoint
-from job.adapters.peft_format import peft_files, read_peft, uniform
+from job.adapters.peft_format import peft_files, read_peft, uniform_rank
 from job.chat.tokenizer import ChatTokenizer
 from job.data.packing import make_rows
 from job.model.language_model import ForwardConfig, LanguageModel, Preset
@@ -29,6 +29,7 @@ from job.spec.schema import Lora, Model, Train
 from job.train.optimizer import make_optimizer
 from job.train.step import StepConfig, TrainState, make_train_step, padded_loss_count, shard_input
 from tests.conversations import token_example
+from tests.model.forward import full_logits
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.slow
@@ -49,11 +50,8 @@ def logits(model: LanguageModel, weights: Weights) -> list[np.ndarray]:
     tokens = np.array([[*row, *[0] * (longest - len(row))] for row in prompts()], np.int32)
     mask = np.array([[1] * n + [0] * (longest - n) for n in LENGTHS], np.int32)
 
-    def compute(weights: Weights) -> jax.Array:
-        return model.logits(weights, model.plain_hidden(weights, tokens, mask))
-
-    found = np.asarray(jax.jit(compute)(weights))
-    return [row[:length] for row, length in zip(found, LENGTHS, strict=True)]
+    rows = full_logits(model, weights, tokens, mask)
+    return [row[:length] for row, length in zip(rows, LENGTHS, strict=True)]
 
 
 def load_model(folder: Path, codec: ChatTokenizer) -> LanguageModel:
@@ -81,7 +79,7 @@ def train(model: LanguageModel) -> TrainState:
         for n in range(4)
     ]
     rows = make_rows(examples, 24, packing=False)
-    start = model.lora.start(0)
+    start = model.lora.init(0)
     optimizer, _ = make_optimizer(
         Train(optimizer="sgd", learning_rate=0.5, schedule="constant"), 3, start
     )
@@ -135,7 +133,7 @@ def exchange(tmp_path_factory: pytest.TempPathFactory, tiny: LanguageModel) -> E
         path = folder / f"{family}.lora.h5"
         save_adapter(path, model.lora, train(model).lora)
         layout, lora = load_adapter(path, model.lora)
-        tuned[family] = logits(model, model.adapted(layout, lora))
+        tuned[family] = logits(model, model.merged_weights(layout, lora))
         # From the file, whose alpha is its rank.
         unscaled = unflatten_lora([x / model.lora.scale if n % 2 else x for n, x in enumerate(
             array for pair in lora for array in pair)])  # fmt: skip
@@ -150,7 +148,7 @@ def exchange(tmp_path_factory: pytest.TempPathFactory, tiny: LanguageModel) -> E
         ask(f"{family}-unloaded", folder / family, peft, merge=True)
         ask(f"{family}-merged", merged)
         if family == "gemma3":
-            one = write(folder / "uniform", peft_files(uniform(read_peft(peft))))
+            one = write(folder / "uniform", peft_files(uniform_rank(read_peft(peft))))
             ask("gemma3-uniform", folder / family, one)
     (folder / "requests.json").write_text(json.dumps(requests))
     run_peer("logits.py", folder / "requests.json")

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import Mesh
 
 from job.chat.tokenizer import ChatTokenizer
-from job.model.attention import PACKABLE
-from job.model.generation import left_padded
+from job.model.families import FAMILIES
+from job.model.generation import left_pad
 from job.model.language_model import LanguageModel, Preset
 from job.model.tiny import train_tokenizer
 from job.spec.schema import Lora, Model
@@ -29,7 +29,7 @@ def small_model(family: str) -> LanguageModel:
     return LanguageModel(task, ChatTokenizer(tokenizer), spec, Preset("test", None), mesh)
 
 
-@pytest.mark.parametrize("family", PACKABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_answers_as_kerashub_does(family: str) -> None:
     model = small_model(family)
     generator = np.random.default_rng(0)
@@ -40,10 +40,10 @@ def test_every_family_answers_as_kerashub_does(family: str) -> None:
     lengths = np.array(LENGTHS, np.int32)
     stops = (1, 106)
 
-    answer = jax.jit(model.answers, static_argnums=(3, 4))
+    answer = jax.jit(model.generate, static_argnums=(3, 4))
     together = np.asarray(answer(model.weights, tokens, lengths, NEW, stops))
     for row, prompt in enumerate(prompts):
-        alone = model._kerashub_answers(
+        alone = model.generate_with_kerashub(
             model.weights, jnp.array(prompt[None], jnp.int32), lengths[row : row + 1], NEW, stops
         )
         expected = np.asarray(alone)[0].tolist()
@@ -56,9 +56,9 @@ def test_decoding_ends_when_every_row_has_stopped() -> None:
     model = small_model("GemmaBackbone")
     tokens = np.array([[5, 6, 7, 8], [9, 10, 0, 0]], np.int32)
     lengths = np.array([4, 2], np.int32)
-    free = np.asarray(model.answers(model.weights, tokens, lengths, 12, (1,)))
+    free = np.asarray(model.generate(model.weights, tokens, lengths, 12, (1,)))
     stops = (int(free[0, 2]), int(free[1, 3]))
-    ended = np.asarray(model.answers(model.weights, tokens, lengths, 12, stops))
+    ended = np.asarray(model.generate(model.weights, tokens, lengths, 12, stops))
     turns = max(row.tolist().index(next(t for t in row if t in stops)) for row in ended)
     assert turns <= 3
     assert not ended[:, turns + 1 :].any()
@@ -66,7 +66,7 @@ def test_decoding_ends_when_every_row_has_stopped() -> None:
 
 def test_prompts_are_moved_to_the_end_of_their_rows() -> None:
     tokens = jnp.array([[1, 2, 0, 0], [3, 4, 5, 6], [7, 0, 0, 0]])
-    aligned = np.asarray(left_padded(tokens, jnp.array([2, 4, 1])))
+    aligned = np.asarray(left_pad(tokens, jnp.array([2, 4, 1])))
     assert aligned[0, 2:].tolist() == [1, 2]
     assert aligned[1].tolist() == [3, 4, 5, 6]
     assert aligned[2, 3] == 7

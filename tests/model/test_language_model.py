@@ -7,11 +7,13 @@ import pytest
 
 from job.chat.tokenizer import OptionTokens
 from job.evals.engine import Engine
-from job.model.attention import PACKABLE, segment_attention
-from job.model.language_model import LanguageModel
+from job.model.attention import segment_attention
+from job.model.families import FAMILIES
+from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.tiny import train_tokenizer
 from tests.conversations import turns
 from tests.model.families import small_backbone
+from tests.model.forward import full_logits
 
 PROMPTS = [
     "I have had a headache for two weeks.",
@@ -48,13 +50,14 @@ def test_hidden_states_and_logits_are_those_of_kerashubs_model(tiny: LanguageMod
     width = max(len(row) for row in rows)
     tokens = np.array([row + [0] * (width - len(row)) for row in rows], np.int32)
     mask = np.array([[1] * len(row) + [0] * (width - len(row)) for row in rows], np.int32)
-    expected = np.asarray(tiny._task({"token_ids": tokens, "padding_mask": mask}))
-    ours = np.asarray(tiny.logits(tiny.weights, tiny.plain_hidden(tiny.weights, tokens, mask)))
-    packed = np.asarray(tiny.logits(tiny.weights, tiny.hidden(tiny.weights, tokens, mask)))
-    for row, tokens_of_row in enumerate(rows):
-        real = slice(0, len(tokens_of_row))
-        np.testing.assert_allclose(ours[row, real], expected[row, real], atol=1e-5)
-        np.testing.assert_allclose(packed[row, real], expected[row, real], atol=1e-5)
+    expected = np.asarray(tiny.task({"token_ids": tokens, "padding_mask": mask}))
+    everywhere = np.arange(tokens.size, dtype=np.int32)[None]
+    batch = {"token_ids": tokens, "segment_ids": mask, "positions": everywhere}
+    for packed in (False, True):
+        config = ForwardConfig(packed, "none")
+        hidden = tiny.hidden_states(tiny.weights, batch, config).reshape(*tokens.shape, -1)
+        ours = np.asarray(tiny.logits(tiny.weights, hidden))
+        np.testing.assert_allclose(ours[mask > 0], expected[mask > 0], atol=1e-5)
 
 
 def test_batched_generation_gives_the_text_of_kerashub_one_prompt_at_a_time(
@@ -64,7 +67,7 @@ def test_batched_generation_gives_the_text_of_kerashub_one_prompt_at_a_time(
     together = Engine(tiny, 4, 512).generate(tiny.weights, prompts, 12, "test")
     for tokens, answer in zip(prompts, together, strict=True):
         room = tokens + [0] * 12
-        alone = tiny._task.generate(
+        alone = tiny.task.generate(
             {
                 "token_ids": np.array([room], np.int32),
                 "padding_mask": np.array([[True] * len(tokens) + [False] * 12]),
@@ -98,10 +101,9 @@ def test_letter_scores_are_those_of_each_prompt_alone_without_any_packing(
     found = Engine(tiny, 8, 512).loglikelihood(tiny.weights, prompts, letters, "t")
     for prompt, scores in zip(prompts, found, strict=True):
         tokens = np.array([[*prompt, *letters.shared]], np.int32)
-        hidden = tiny.plain_hidden(tiny.weights, tokens, np.ones_like(tokens))
-        said = jax.nn.log_softmax(tiny.logits(tiny.weights, hidden)[0])
-        shared = sum(float(said[len(prompt) - 1 + n, t]) for n, t in enumerate(letters.shared))
-        expected = np.asarray(said)[-1, letters.ids] + shared
+        scored = np.asarray(jax.nn.log_softmax(full_logits(tiny, tiny.weights, tokens)[0]))
+        shared = sum(float(scored[len(prompt) - 1 + n, t]) for n, t in enumerate(letters.shared))
+        expected = scored[-1, letters.ids] + shared
         np.testing.assert_allclose(scores, expected, atol=2e-5)
 
 
@@ -115,7 +117,7 @@ def test_prompt_over_the_limit_loses_its_beginning_and_is_counted(tiny: Language
     assert kept[1:] == whole[-63:]
 
 
-@pytest.mark.parametrize("family", PACKABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_rows_have_the_hidden_states_of_unpacked_ones(family: str) -> None:
     backbone = small_backbone(family)
     lengths = (9, 4, 7)
@@ -152,8 +154,8 @@ def test_eight_devices_give_the_figures_of_one(make_model, tiny: LanguageModel) 
 
 
 def test_adapted_weights_change_only_the_targets(tiny: LanguageModel) -> None:
-    lora = tuple((a, jnp.ones_like(b)) for a, b in tiny.lora.start(0))
-    adapted = tiny.adapted(tiny.lora, lora)
+    lora = tuple((a, jnp.ones_like(b)) for a, b in tiny.lora.init(0))
+    adapted = tiny.merged_weights(tiny.lora, lora)
     changed = {
         i for i, (old, new) in enumerate(zip(tiny.weights, adapted, strict=True))
         if not np.array_equal(old, new)

@@ -13,40 +13,39 @@ from job.errors import StageError, UsageError
 from job.model.language_model import LanguageModel
 from job.model.lora import LoraLayout, LoraWeights, make_lora_layout
 from job.spec.schema import Lora
+from tests.model.forward import full_logits
 
 
 def random_lora(layout: LoraLayout) -> LoraWeights:
     generator = np.random.default_rng(1)
     return tuple(
-        (a, jnp.asarray(generator.normal(0, 0.1, b.shape), jnp.float32)) for a, b in layout.start(3)
+        (a, jnp.asarray(generator.normal(0, 0.1, b.shape), jnp.float32)) for a, b in layout.init(3)
     )
 
 
 def logits(model: LanguageModel, weights: tuple) -> np.ndarray:
-    tokens = np.arange(20, 36, dtype=np.int32)[None]
-    hidden = model.plain_hidden(weights, tokens, np.ones_like(tokens))
-    return np.asarray(model.logits(weights, hidden))
+    return full_logits(model, weights, np.arange(20, 36, dtype=np.int32)[None])
 
 
 def test_parameters_are_counted_as_kerashub_counts_them(make_model) -> None:
     model = make_model(rank=4)
-    twin = make_model(rank=4)._backbone
+    twin = make_model(rank=4).backbone
     twin.enable_lora(4)
     assert model.parameters == 550_848
     assert model.lora.parameters == sum(int(np.prod(v.shape)) for v in twin.trainable_variables)
 
 
 def test_adapter_starts_as_no_change(tiny: LanguageModel) -> None:
-    start = tiny.lora.start(0)
+    start = tiny.lora.init(0)
     assert all(not np.any(b) for _, b in start)
     assert all(np.any(a) for a, _ in start)
     np.testing.assert_array_equal(
-        logits(tiny, tiny.adapted(tiny.lora, start)), logits(tiny, tiny.weights)
+        logits(tiny, tiny.merged_weights(tiny.lora, start)), logits(tiny, tiny.weights)
     )
 
 
 def test_start_follows_from_the_seed(tiny: LanguageModel) -> None:
-    first, again, other = tiny.lora.start(0), tiny.lora.start(0), tiny.lora.start(1)
+    first, again, other = tiny.lora.init(0), tiny.lora.init(0), tiny.lora.init(1)
     np.testing.assert_array_equal(first[0][0], again[0][0])
     assert not np.array_equal(first[0][0], other[0][0])
     assert not np.array_equal(first[0][0], first[2][0])
@@ -60,7 +59,7 @@ def test_saved_adapter_loads_with_kerashub_and_gives_the_same_logits(
     lora = random_lora(model.lora)
     path = tmp_path / "adapter.lora.h5"
     save_adapter(path, model.lora, lora)
-    ours = logits(model, model.adapted(model.lora, lora))
+    ours = logits(model, model.merged_weights(model.lora, lora))
 
     task = keras_hub.models.CausalLM.from_preset(
         model.preset.handle, preprocessor=None, dtype="float32"
@@ -79,8 +78,8 @@ def test_adapter_read_back_is_the_same_model(make_model, tmp_path: Path) -> None
     layout, back = load_adapter(tmp_path / "a.lora.h5", model.lora)
     assert layout.scale == 1.0
     np.testing.assert_allclose(
-        logits(model, model.adapted(layout, back)),
-        logits(model, model.adapted(model.lora, lora)),
+        logits(model, model.merged_weights(layout, back)),
+        logits(model, model.merged_weights(model.lora, lora)),
         atol=1e-6,
     )
 
@@ -95,7 +94,7 @@ def test_same_weights_give_the_same_bytes(tiny: LanguageModel, tmp_path: Path) -
 def test_file_of_another_rank_or_cut_short_is_refused(tiny: LanguageModel, tmp_path: Path) -> None:
     path = tmp_path / "a.lora.h5"
     save_adapter(path, tiny.lora, random_lora(tiny.lora))
-    with pytest.raises(StageError, match="rank 4, and the spec says 8"):
+    with pytest.raises(StageError, match="rank 4, but the spec says 8"):
         load_adapter(path, replace(tiny.lora, rank=8))
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(StageError, match="not a LoRA file"):
@@ -104,7 +103,7 @@ def test_file_of_another_rank_or_cut_short_is_refused(tiny: LanguageModel, tmp_p
 
 def test_unknown_target_names_the_layers_there_are(tiny: LanguageModel) -> None:
     with pytest.raises(UsageError, match="no layer is named 'q_proj'.*ffw_gating.*query"):
-        make_lora_layout(tiny._backbone, Lora(targets=["q_proj"]))
+        make_lora_layout(tiny.backbone, Lora(targets=["q_proj"]))
 
 
 @pytest.mark.slow
@@ -129,7 +128,7 @@ def test_gemma_3_1b_has_the_published_parameter_counts() -> None:
 
 
 def test_all_linear_adapts_every_matrix_of_every_block_and_no_embedding(make_model) -> None:
-    layout = make_lora_layout(make_model()._backbone, Lora(rank=4, targets="all-linear"))
+    layout = make_lora_layout(make_model().backbone, Lora(rank=4, targets="all-linear"))
     names = [target.path.rsplit("/", 1)[-1] for target in layout.targets]
     assert sorted(set(names)) == [
         "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear", "key", "query", "value",
@@ -139,7 +138,7 @@ def test_all_linear_adapts_every_matrix_of_every_block_and_no_embedding(make_mod
 
 
 def test_rank_stabilized_scale_is_kept_by_the_file(make_model, tmp_path: Path) -> None:
-    layout = make_lora_layout(make_model()._backbone, Lora(rank=4, alpha=8, rslora=True))
+    layout = make_lora_layout(make_model().backbone, Lora(rank=4, alpha=8, rslora=True))
     assert layout.scale == 4.0
     lora = random_lora(layout)
     save_adapter(tmp_path / "a.lora.h5", layout, lora)

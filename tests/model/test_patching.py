@@ -1,76 +1,52 @@
-"""The last block run only where there is a loss gives the states of the whole one."""
+"""Patches last for their block and leave everything as it was."""
 
-import jax
-import jax.numpy as jnp
-import keras
-import numpy as np
 import pytest
 
-from job.model.attention import PACKABLE, segment_attention
-from job.model.patching import can_narrow, gather, narrow_last_block
+from job.model.attention import segment_attention
+from job.model.narrowing import narrow_last_block
+from job.model.patching import Patch, patched
 from tests.model.families import small_backbone
 
-POSITIONS = jnp.array([[3, 14, 0, 23], [5, 5, 12, 22]])
-POST_NORMS = {"use_post_ffw_norm": True, "use_post_attention_norm": True}
+
+class Layer:
+    """A layer with a method and an attribute of its own."""
+
+    def __init__(self) -> None:
+        self.width = 3
+
+    def call(self) -> str:
+        return "class"
 
 
-@pytest.mark.parametrize(
-    ("family", "arguments"),
-    [*((family, {}) for family in PACKABLE), ("Gemma3Backbone", POST_NORMS),
-     ("GemmaBackbone", POST_NORMS)],
-)  # fmt: skip
-def test_narrowed_states_and_gradients_are_those_of_the_whole(
-    family: str, arguments: dict[str, object]
-) -> None:
-    backbone = small_backbone(family, **arguments)
-    assert can_narrow(backbone)
-    generator = np.random.default_rng(0)
-    tokens = generator.integers(1, 64, size=(4, 12)).astype(np.int32)
-    segment_ids = np.repeat([[1, 1, 2, 2]], 3, axis=1).repeat(4, axis=0).astype(np.int32)
-    cotangent = jnp.asarray(generator.normal(size=(2, 4, 16)), jnp.float32)
-
-    def states(weights: list[jax.Array], *, narrow: bool) -> jax.Array:
-        scope = keras.StatelessScope(
-            state_mapping=list(zip(backbone.variables, weights, strict=True))
-        )
-        inputs = {"token_ids": tokens, "padding_mask": segment_ids}
-        with scope, segment_attention(backbone):
-            if not narrow:
-                return gather(backbone(inputs), POSITIONS)
-            with narrow_last_block(backbone, POSITIONS):
-                return backbone(inputs)
-
-    def both(narrow: bool) -> tuple[jax.Array, list[jax.Array]]:
-        weights = [variable.value for variable in backbone.variables]
-        found, pull = jax.vjp(lambda w: states(w, narrow=narrow), weights)
-        return found, pull(cotangent)[0]
-
-    (whole, gradients), (ours, our_gradients) = both(narrow=False), both(narrow=True)
-    np.testing.assert_allclose(ours, whole, atol=1e-5)
-    for mine, theirs in zip(our_gradients, gradients, strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=1e-5 * max(1.0, float(jnp.abs(theirs).max())))
+def test_methods_and_attributes_are_restored() -> None:
+    layer = Layer()
+    with patched([Patch(layer, "call", lambda: "patched"), Patch(layer, "width", 5)]):
+        assert (layer.call(), layer.width) == ("patched", 5)
+    assert (layer.call(), layer.width) == ("class", 3)
+    assert vars(layer) == {"width": 3}
 
 
-def test_the_layers_are_as_before_afterwards() -> None:
+def test_a_second_patch_gives_way_to_the_first() -> None:
+    layer = Layer()
+    with patched([Patch(layer, "call", lambda: "outer")]):
+        with patched([Patch(layer, "call", lambda: "inner")]):
+            assert layer.call() == "inner"
+        assert layer.call() == "outer"
+    assert layer.call() == "class"
+
+
+def test_a_class_is_patched_and_restored_after_an_error() -> None:
+    original = vars(Layer)["call"]
+    with pytest.raises(ValueError, match="tracing"), patched([Patch(Layer, "call", lambda _: "x")]):
+        assert Layer().call() == "x"
+        raise ValueError("tracing failed")
+    assert vars(Layer)["call"] is original
+
+
+def test_keras_layers_have_no_attributes_left() -> None:
     backbone = small_backbone("Gemma3Backbone")
     layers = backbone._flatten_layers()
-    before = [dict(layer.__dict__) for layer in layers]
-    with narrow_last_block(backbone, POSITIONS):
-        pass
-    assert all("call" not in layer.__dict__ for layer in layers)
-    assert [set(layer.__dict__) for layer in layers] == [set(names) for names in before]
-
-
-def test_float16_and_unknown_families_are_left_whole() -> None:
-    assert not can_narrow(small_backbone("Gemma3Backbone", dtype="float16"))
-    other = small_backbone("LlamaBackbone")
-    other.__class__ = type("OtherBackbone", (type(other),), {})
-    assert not can_narrow(other)
-
-
-def test_only_positions_with_a_loss_are_gathered() -> None:
-    hidden = jnp.arange(24.0).reshape(1, 8, 3)
-    picked = gather(hidden, jnp.array([[6, 2]]))
-    np.testing.assert_array_equal(picked[0], hidden[0, np.array([6, 2])])
-    parts = gather(hidden.reshape(4, 2, 3), jnp.array([[3], [0]]))
-    np.testing.assert_array_equal(parts[:, 0], hidden[0, np.array([3, 4])])
+    before = [set(vars(layer)) for layer in layers]
+    with segment_attention(backbone), narrow_last_block(backbone, [[0]]):
+        assert [set(vars(layer)) for layer in layers] != before
+    assert [set(vars(layer)) for layer in layers] == before

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from job.model.patching import fast_rotary
+from job.model.rotary import fast_rotary, rotary_layers
 from tests.model.families import small_backbone
 
 
@@ -20,8 +20,7 @@ def test_hidden_states_are_the_same_to_the_bit(family: str, dtype: str) -> None:
     calls = []
     before = np.asarray(backbone(inputs), np.float32)
     with fast_rotary(backbone):
-        rotary = [layer for layer in backbone._flatten_layers() if "Rotary" in type(layer).__name__]
-        for layer in rotary:
+        for layer in rotary_layers(backbone):
             turn = layer._apply_rotary_pos_emb
 
             def counted(*args: object, turn: object = turn) -> object:
@@ -32,5 +31,5 @@ def test_hidden_states_are_the_same_to_the_bit(family: str, dtype: str) -> None:
         after = np.asarray(backbone(inputs), np.float32)
     np.testing.assert_array_equal(after, before)
     assert calls
-    assert set(calls) == {"_by_halves"}
-    assert not any("_apply_rotary_pos_emb" in layer.__dict__ for layer in rotary)
+    assert set(calls) == {"_rotate_halves"}
+    assert not any("_apply_rotary_pos_emb" in layer.__dict__ for layer in rotary_layers(backbone))

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from job.errors import UsageError
 from job.model.language_model import ForwardConfig, LanguageModel
-from job.model.sharding import loading_to, split_axis
+from job.model.sharding import loading_to_shards, shard_axis
 from job.spec.schema import Train
 from job.train.optimizer import make_optimizer
 from job.train.step import StepConfig, TrainState, make_train_step, padded_loss_count, shard_input
@@ -39,7 +39,7 @@ def mesh(data: int, model: int) -> Mesh:
 def test_heads_are_split_where_they_divide_and_else_the_longest_axis(
     shape: tuple[int, ...], parts: int, axis: int | None
 ) -> None:
-    assert split_axis(shape, parts) == axis
+    assert shard_axis(shape, parts) == axis
 
 
 def held(model: LanguageModel) -> list[int]:
@@ -64,7 +64,7 @@ def test_no_device_holds_a_split_weight_whole_while_it_is_loaded() -> None:
     import keras
 
     on = mesh(1, 8)
-    with loading_to(on):
+    with loading_to_shards(on):
         layer = keras.layers.Dense(1024, use_bias=False)
         layer.build((None, 512))
         started = layer.kernel.value
@@ -104,7 +104,7 @@ def test_a_step_over_split_weights_equals_the_step_on_one_device(
 
 def test_adapter_merged_into_split_weights_stays_split(make_model: MakeModel) -> None:
     model = make_model(split=8)
-    tuned = model.adapted(model.lora, trained_start(model))
+    tuned = model.merged_weights(model.lora, trained_start(model))
     for ours, frozen in zip(tuned, model.weights, strict=True):
         assert ours.sharding.is_equivalent_to(frozen.sharding, ours.ndim)
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 from job.data.packing import PackedRows, TokenExample, make_rows
-from job.model.blocks import separate
+from job.model.blocks import split_into_blocks
 from job.model.language_model import ForwardConfig, LanguageModel, Preset
 from job.model.lora import LoraWeights, flatten_lora
 from job.spec.schema import Lora, Model, Train
@@ -59,7 +59,7 @@ def start_of(model: LanguageModel) -> LoraWeights:
     generator = np.random.default_rng(2)
     return tuple(
         (np.asarray(a), generator.normal(0, 0.3, b.shape).astype(np.float32))
-        for a, b in model.lora.start(0)
+        for a, b in model.lora.init(0)
     )
 
 
@@ -100,7 +100,7 @@ def test_chain_equals_the_whole_step(family: str, packed: bool) -> None:
     model = small_model(family, LINEAR)
     # Longer than the sliding window of 5 tokens, so that local blocks differ from global ones.
     rows = make_rows(make_examples(64, 14), 14, packing=packed)
-    recipe = StepConfig(ForwardConfig(packed, reach=rows.longest))
+    recipe = StepConfig(ForwardConfig(packed, longest=rows.longest))
     check_same(
         one_step(model, rows, recipe, chained=True), one_step(model, rows, recipe, chained=False)
     )
@@ -109,7 +109,7 @@ def test_chain_equals_the_whole_step(family: str, packed: bool) -> None:
 @pytest.mark.parametrize(("reach", "kinds"), [(5, 1), (6, 2), (None, 2)])
 def test_blocks_whose_window_no_token_fills_are_alike(reach: int | None, kinds: int) -> None:
     model = small_model("Gemma3Backbone", LINEAR)
-    blocks = separate(model, ForwardConfig(packed=True, reach=reach))
+    blocks = split_into_blocks(model, ForwardConfig(packed=True, longest=reach))
     assert blocks is not None
     assert len(set(blocks.kinds)) == kinds
 
@@ -118,8 +118,8 @@ def test_alike_blocks_keep_their_own_wavelengths() -> None:
     """Gemma 3's global blocks turn a hundred times slower; one program must do both."""
     model = small_model("Gemma3Backbone", LINEAR, sliding_window_size=32)
     rows = make_rows(make_examples(64, 30), 30, packing=True)
-    recipe = StepConfig(ForwardConfig(packed=True, reach=rows.longest))
-    blocks = separate(model, recipe.forward)
+    recipe = StepConfig(ForwardConfig(packed=True, longest=rows.longest))
+    blocks = split_into_blocks(model, recipe.forward)
     assert blocks is not None
     assert len(set(blocks.kinds)) == 1
     turns = [float(own.rotary[0, 0]) for own in blocks.arrays(model.weights, start_of(model))]
@@ -132,9 +132,11 @@ def test_alike_blocks_keep_their_own_wavelengths() -> None:
 @pytest.mark.parametrize(
     "recipe",
     [
-        StepConfig(ForwardConfig(packed=True, remat="blocks", reach=14)),
-        StepConfig(ForwardConfig(packed=True, reach=14), dropout=0.5, seed=3),
-        StepConfig(ForwardConfig(packed=True, reach=14), label_smoothing=0.2, lora_plus_ratio=4.0),
+        StepConfig(ForwardConfig(packed=True, remat="blocks", longest=14)),
+        StepConfig(ForwardConfig(packed=True, longest=14), dropout=0.5, seed=3),
+        StepConfig(
+            ForwardConfig(packed=True, longest=14), label_smoothing=0.2, lora_plus_ratio=4.0
+        ),
     ],
     ids=["blocks", "dropout", "smoothing and lora+"],
 )
@@ -156,7 +158,7 @@ def test_chain_over_a_mesh_equals_the_step_on_one_device(
     make_model: MakeModel, tiny: LanguageModel, data: int, split: int
 ) -> None:
     rows = make_rows(make_examples(2000, 90), 128, packing=True)
-    recipe = StepConfig(ForwardConfig(packed=True, reach=rows.longest))
+    recipe = StepConfig(ForwardConfig(packed=True, longest=rows.longest))
     found = one_step(make_model(devices=data, split=split), rows, recipe, chained=True)
     check_same(found, one_step(tiny, rows, recipe, chained=True))
 
@@ -189,8 +191,8 @@ def test_what_cannot_be_taken_apart_stays_whole(change: str) -> None:
             vocabulary_size=64, num_layers=2, num_heads=2, hidden_dim=16, intermediate_dim=32,
             max_sequence_length=32, dtype="float32",
         )  # fmt: skip
-        model._backbone = backbone
-    assert separate(model, forward) is None
+        model.backbone = backbone
+    assert split_into_blocks(model, forward) is None
 
 
 def test_a_cpu_has_one_program_unless_told_otherwise(tmp_path: Path, tiny: LanguageModel) -> None:
@@ -220,7 +222,7 @@ def test_programs_are_compiled_once_and_ahead(
     rows = make_rows(make_examples(2000, 70), 96, packing=True)
     start = start_of(tiny)
     optimizer, _ = make_optimizer(Train(), 1, start)
-    forward = ForwardConfig(packed=True, reach=rows.longest)
+    forward = ForwardConfig(packed=True, longest=rows.longest)
     recipe = StepConfig(forward, label_smoothing=smoothing)
     step, validate = make_step(tiny, optimizer, recipe, "blocks")
     variables = tuple(np.array(v.value) for v in optimizer.variables)

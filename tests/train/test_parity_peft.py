@@ -75,7 +75,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> Si
     generator = np.random.default_rng(2)
     start: LoraWeights = tuple(
         (a, jnp.asarray(generator.normal(0, 0.1, b.shape), jnp.float32))
-        for a, b in model.lora.start(0)
+        for a, b in model.lora.init(0)
     )
     adapter = folder / "adapter"
     adapter.mkdir()
@@ -97,7 +97,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> Si
     )
     optimizer, _ = make_optimizer(train, STEPS, start)
     step = make_train_step(
-        model, optimizer, StepConfig(ForwardConfig(packed=True, reach=max(LENGTHS)))
+        model, optimizer, StepConfig(ForwardConfig(packed=True, longest=max(LENGTHS)))
     )
     variables = tuple(model.replicate([v.value for v in optimizer.variables]))
     # The step gives its state's memory away.

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from job.data.packing import PackedRows, TokenExample, make_rows
-from job.model import attention, language_model
-from job.model.attention import Chunking
+from job.model.attention import CPU, Chunking
 from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.lora import LoraWeights, flatten_lora
-from job.model.patching import Remat
+from job.model.remat import Remat
 from job.spec.schema import Train
 from job.train.blockwise_step import make_step
 from job.train.loss import head_loss, slice_length
@@ -35,13 +34,13 @@ def trained_start(model: LanguageModel) -> LoraWeights:
     generator = np.random.default_rng(2)
     return tuple(
         (a, jnp.asarray(generator.normal(0, 0.05, b.shape), jnp.float32))
-        for a, b in model.lora.start(0)
+        for a, b in model.lora.init(0)
     )
 
 
 def sums_and_gradients(model: LanguageModel, rows: PackedRows, *, packed: bool) -> tuple:
     """Summed loss and gradients by plain differentiation of the validation function."""
-    function = make_validation(model, ForwardConfig(packed, reach=rows.longest))
+    function = make_validation(model, ForwardConfig(packed, longest=rows.longest))
     batch = shard_input(model, rows.batch, 1, padded_loss_count(int(rows.batch.losses(1).max())))
 
     def loss(lora: LoraWeights) -> jax.Array:
@@ -100,11 +99,11 @@ def test_a_prediction_is_right_where_argmax_says_so(capped: bool) -> None:
     assert 20 < found.correct < 200
 
 
-@pytest.mark.parametrize("cut", [attention.CPU, Chunking(16, 1.0), Chunking(128, 2.0)])
+@pytest.mark.parametrize("cut", [CPU, Chunking(16, 1.0), Chunking(128, 2.0)])
 def test_packed_loss_and_gradients_equal_unpacked_ones(
     monkeypatch: pytest.MonkeyPatch, tiny: LanguageModel, cut: Chunking
 ) -> None:
-    monkeypatch.setattr(language_model, "CPU", cut)
+    monkeypatch.setattr(tiny, "chunking", cut)
     made = examples()
     packed = make_rows(made, 256, packing=True)
     apart = make_rows(made, 128, packing=False)

@@ -46,7 +46,7 @@ def trainer(
     validation = make_rows(found.examples[12:], 64, packing=False)
     config = TrainerConfig(settings, seed=0, packed=False, inputs="inputs")
     made = Trainer(
-        model, rows, validation, model.lora.start(0), config,
+        model, rows, validation, model.lora.init(0), config,
         store or LocalStore(folder), CoordinatedStop(stop, ProcessGroup()),
     )  # fmt: skip
     return made, stop
@@ -80,7 +80,7 @@ def test_loss_falls_and_every_step_is_in_the_history(tmp_path: Path, tiny: Langu
 def test_learning_rate_zero_changes_nothing(tmp_path: Path, tiny: LanguageModel) -> None:
     made, _ = trainer(tmp_path, tiny, learning_rate=0, epochs=1)
     trained = made.run()
-    for ours, start in zip(values(trained), flatten_lora(tiny.lora.start(0)), strict=True):
+    for ours, start in zip(values(trained), flatten_lora(tiny.lora.init(0)), strict=True):
         np.testing.assert_array_equal(ours, start)
     before = trained.progress.validation_before
     assert before is not None
