@@ -7,16 +7,18 @@ from a KerasHub preset is loaded; its kernels are changed in place before it is 
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.numpy import save_file
 
-from job.adapters.hf_weight_map import bare_name, checkpoint_tensors, inverse_hook
+from job.adapters.hf_weight_map import CheckpointTensor, bare_name, checkpoint_tensors, inverse_hook
 from job.adapters.low_rank import LowRankUpdate
 from job.adapters.peft_format import PeftAdapter
-from job.adapters.safetensors_io import TensorFile, save_tensors
+from job.adapters.safetensors_io import TensorFile
 from job.errors import StageError, UsageError
 from job.model.lora import LoraLayout, LoraWeights, weighted_layers
 from job.runtime import logs
@@ -70,16 +72,17 @@ def _changes(
     shards: Mapping[str, TensorFile], adapter: PeftAdapter
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Return the function that changes each adapted tensor, by the tensor's name."""
-    entries = {bare_name(name): e for shard in shards.values() for name, e in shard.entries.items()}
+    names = {bare_name(name): name for shard in shards.values() for name in shard.shapes}
+    shapes = {name: shape for shard in shards.values() for name, shape in shard.shapes.items()}
     changes = {}
     for module, update in adapter.modules.items():
-        entry = entries.get(f"{bare_name(module)}.weight")
-        if entry is None or entry.shape != update.shape:
-            actual = "no such matrix" if entry is None else f"one of shape {entry.shape}"
+        name = names.get(f"{bare_name(module)}.weight")
+        if name is None or shapes[name] != update.shape:
+            actual = "no such matrix" if name is None else f"one of shape {shapes[name]}"
             raise StageError(
                 f"the adapter adapts {module} of shape {update.shape}, but the model has {actual}"
             )
-        changes[entry.name] = _adder(update)
+        changes[name] = _adder(update)
     return changes
 
 
@@ -132,36 +135,27 @@ def write_checkpoint(backbone: Any, tokenizer: Any, target: Path) -> None:
 
 
 def _write_weights(backbone: Any, target: Path) -> None:
-    tensors = checkpoint_tensors(backbone)
+    tensors = {tensor.name: tensor for tensor in checkpoint_tensors(backbone)}
     kernels = {
         id(kernel): layer
         for layer in weighted_layers(backbone)
         if (kernel := getattr(layer, "_kernel", None)) is not None
     }
-    groups: list[list[int]] = [[]]
-    size = 0
-    for index, tensor in enumerate(tensors):
-        if size and size + tensor.variable.value.nbytes > SHARD_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(index)
-        size += tensor.variable.value.nbytes
-    names = [
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else _SINGLE
-        for number in range(1, len(groups) + 1)
-    ]
 
-    def values(group: list[int]) -> Iterator[tuple[str, np.ndarray]]:
-        for index in group:
-            tensor = tensors[index]
-            to_tensor = inverse_hook(tensor, kernels.get(id(tensor.variable)))
-            yield tensor.name, to_tensor(np.asarray(tensor.variable.value))
+    def value(tensor: CheckpointTensor) -> np.ndarray:
+        to_tensor = inverse_hook(tensor, kernels.get(id(tensor.variable)))
+        return np.ascontiguousarray(to_tensor(np.asarray(tensor.variable.value)))
 
-    for name, group in zip(names, groups, strict=True):
-        save_tensors(target / name, values(group))
-        logs.get().info("merged", file=name)
-    if len(groups) > 1:
-        files = {tensors[n].name: name for name, g in zip(names, groups, strict=True) for n in g}
-        total = sum(tensor.variable.value.nbytes for tensor in tensors)
-        content = {"metadata": {"total_size": total}, "weight_map": files}
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: int(tensor.variable.value.nbytes),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    for file, names in shards.filename_to_tensors.items():
+        values = {name: value(tensors[name]) for name in names}
+        save_file(values, target / file, metadata={"format": "pt"})
+        logs.get().info("merged", file=file)
+    if shards.is_sharded:
+        content = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (target / _INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")

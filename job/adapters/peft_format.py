@@ -187,7 +187,7 @@ def read_peft(folder: Path) -> PeftAdapter:
         )
     file = TensorFile(folder / MODEL)
     pairs: dict[str, dict[str, np.ndarray]] = {}
-    for name in file.entries:
+    for name in file.shapes:
         match = _KEY.fullmatch(name)
         if match is None:
             raise UsageError(

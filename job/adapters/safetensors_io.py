@@ -1,70 +1,46 @@
-"""Safetensors files, one tensor in memory at a time.
-
-The format is the header's length (8 bytes, little-endian), a JSON header, then the tensors' bytes.
-The safetensors library's numpy interface does not support bfloat16, which most checkpoints use.
-"""
+"""Safetensors files, one tensor in memory at a time."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy, for safetensors
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from job.errors import StageError
 
-_FLOATS: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-}
-
-
-_CHUNK = 1 << 24
-
-
-class Entry(NamedTuple):
-    """The position of a tensor in its file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 class TensorFile:
-    """A safetensors file, whose header is read at once and whose tensors are read on demand.
+    """A safetensors file, whose tensors are read on demand.
 
     Raises:
-        StageError: it is not a safetensors file, or is truncated.
+        StageError: it is missing, truncated, or not a safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                total = path.stat().st_size
-                if not 0 < length <= total - 8:
-                    raise ValueError("its header is truncated")
-                header = json.loads(file.read(length))
-            self.data = 8 + length
-            tensors = {name: value for name, value in header.items() if name != "__metadata__"}
-            self.entries = {
-                name: Entry(name, value["dtype"], tuple(value["shape"]), begin, end - begin)
-                for name, value in tensors.items()
-                for begin, end in [value["data_offsets"]]
-            }
-            if (
-                self.data + max((e.start + e.size for e in self.entries.values()), default=0)
-                > total
-            ):
-                raise ValueError("its tensors are truncated")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._file: Any = safe_open(path, framework="np")
+        except (OSError, SafetensorError) as error:
             raise StageError(f"{path} is not a valid safetensors file: {error}") from error
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, by name."""
+        names: list[str] = self._file.keys()
+        return {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
+
+    def _read(self, name: str) -> np.ndarray:
+        tensor: np.ndarray = self._file.get_tensor(name)
+        if tensor.dtype.name not in _FLOATS:
+            raise StageError(f"{self.path}: {name} has dtype {tensor.dtype}, not a float")
+        return tensor
 
     def floats(self, name: str) -> np.ndarray:
         """Read a tensor as float32.
@@ -72,15 +48,7 @@ class TensorFile:
         Raises:
             StageError: its dtype is not a floating-point type.
         """
-        entry = self.entries[name]
-        with self.path.open("rb") as file:
-            file.seek(self.data + entry.start)
-            return self._decode(entry, file.read(entry.size)).astype(np.float32)
-
-    def _decode(self, entry: Entry, content: bytes) -> np.ndarray:
-        if entry.dtype not in _FLOATS:
-            raise StageError(f"{self.path}: {entry.name} has dtype {entry.dtype}, not a float")
-        return np.frombuffer(content, np.dtype(_FLOATS[entry.dtype])).reshape(entry.shape)
+        return self._read(name).astype(np.float32)
 
     def rewrite(
         self, target: Path, changes: Mapping[str, Callable[[np.ndarray], np.ndarray]]
@@ -89,49 +57,16 @@ class TensorFile:
 
         Args:
             target: the file to write.
-            changes: functions of float32 tensors by name; shape and dtype in the file stay.
+            changes: functions of float32 tensors by name; names that are not in this file are
+                ignored, shapes and dtypes stay.
         """
-        with self.path.open("rb") as source, target.open("wb") as file:
-            file.write(source.read(self.data))
-            position = 0
-            for entry in sorted(self.entries.values(), key=lambda entry: entry.start):
-                _copy(source, file, entry.start - position)
-                if entry.name in changes:
-                    before = self._decode(entry, source.read(entry.size))
-                    after = changes[entry.name](before.astype(np.float32))
-                    file.write(np.ascontiguousarray(after.astype(before.dtype)).tobytes())
-                else:
-                    _copy(source, file, entry.size)
-                position = entry.start + entry.size
-            _copy(source, file, None)
-
-
-def _copy(source: BinaryIO, target: BinaryIO, size: int | None) -> None:
-    """Copy the next `size` bytes, or all that remain."""
-    while size is None or size > 0:
-        part = source.read(_CHUNK if size is None else min(_CHUNK, size))
-        if not part:
-            return
-        target.write(part)
-        size = None if size is None else size - len(part)
-
-
-def save_tensors(target: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    """Write a safetensors file; all tensors are in memory until it is written."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    names = {np.dtype(kind): name for name, kind in _FLOATS.items()}
-    arrays, position = [], 0
-    for name, tensor in tensors:
-        header[name] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + tensor.nbytes],
-        }
-        arrays.append(tensor)
-        position += tensor.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with target.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        while arrays:
-            file.write(np.ascontiguousarray(arrays.pop(0)).tobytes())
+        shutil.copyfile(self.path, target)
+        with target.open("r+b") as file:
+            # The format: the header's length (8 bytes, little-endian), a JSON header, the tensors.
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            for name in changes.keys() & self.shapes.keys():
+                before = self._read(name)
+                after = changes[name](before.astype(np.float32)).astype(before.dtype)
+                file.seek(8 + length + header[name]["data_offsets"][0])
+                file.write(np.ascontiguousarray(after).tobytes())
