@@ -78,7 +78,7 @@ class Engine:
             token ids, and the number of prompts that were truncated.
         """
         limit = self._max_prompt_tokens
-        encoded = self._model.codec.encode_prompts(prompts)
+        encoded = self._model.tokenizer.encode_prompts(prompts)
         truncated = [
             ids if len(ids) <= limit else ids[:1] + ids[len(ids) - limit + 1 :] for ids in encoded
         ]
@@ -203,7 +203,7 @@ class Engine:
         model = self._model
 
         def generate(weights: Weights, tokens: Any, lengths: Any, limit: int) -> Any:
-            return model.generate(weights, tokens, lengths, limit, model.codec.stop_ids)
+            return model.generate(weights, tokens, lengths, limit, model.tokenizer.stop_ids)
 
         return jax.jit(generate, static_argnames="limit", out_shardings=model.replicated)
 
@@ -219,7 +219,7 @@ class Engine:
             ) -> Any:
                 sampler_state = SamplerState(sampler, state)
                 return model.generate(
-                    weights, tokens, lengths, limit, model.codec.stop_ids, sampler_state
+                    weights, tokens, lengths, limit, model.tokenizer.stop_ids, sampler_state
                 )
 
             self._sample_programs[sampling] = jax.jit(
@@ -260,16 +260,16 @@ class Engine:
             return [astuple(self._decode(row.tolist())) for row in rows[: len(batch.indices)]]
 
         batches = batch_by_length(
-            prompts, self.batch_size, model.devices, model.codec.pad_id, self._compile_tokens
+            prompts, self.batch_size, model.devices, model.tokenizer.pad_id, self._compile_tokens
         )
         values = self._run_batches(len(prompts), batches, run_batch, cache, label)
         return [Generation(*fields) for fields in values]
 
     def _decode(self, tokens: list[int]) -> Generation:
         """Decode an answer up to its first stop token."""
-        stop_ids = self._model.codec.stop_ids
+        stop_ids = self._model.tokenizer.stop_ids
         end = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
-        text = self._model.codec.decode(tokens[:end]).strip()
+        text = self._model.tokenizer.decode(tokens[:end]).strip()
         if end is None:
             return Generation(text, len(tokens), "length")
         return Generation(text, end, "stop")

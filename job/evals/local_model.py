@@ -34,7 +34,7 @@ class LocalModel:
     """A model with certain weights, whose finished batches are cached."""
 
     engine: Engine
-    codec: ChatTokenizer
+    tokenizer: ChatTokenizer
     weights: Weights
     caches: PredictionCaches
 
@@ -45,7 +45,7 @@ class LocalModel:
         cache = self.caches.open(entry.name)
         if entry.scoring == "letters":
             letters = questions[0].letters
-            tokens = self.codec.letter_tokens(letters, *letter_context(entry))
+            tokens = self.tokenizer.letter_tokens(letters, *letter_context(entry))
             scores = self.engine.loglikelihood(self.weights, prompts, tokens, entry.name, cache)
             lines = [_scored_line(q, row) for q, row in zip(questions, scores, strict=True)]
         else:

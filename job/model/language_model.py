@@ -59,11 +59,11 @@ class LanguageModel:
     """A KerasHub task, its frozen weights on their devices, its tokenizer and its LoRA layout."""
 
     def __init__(
-        self, task: Any, codec: ChatTokenizer, model: Model, preset: Preset, mesh: Mesh
+        self, task: Any, tokenizer: ChatTokenizer, model: Model, preset: Preset, mesh: Mesh
     ) -> None:
         self.task = task
         self.backbone = task.backbone
-        self.codec = codec
+        self.tokenizer = tokenizer
         self.preset = preset
         self.mesh = mesh
         self.lora: LoraLayout = make_lora_layout(self.backbone, model.lora)

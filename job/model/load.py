@@ -27,17 +27,17 @@ def load_model(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE)
     preset = resolve_preset(model, revisions)
     keras.utils.set_random_seed(seed)
     with loading_to_shards(mesh):
-        task, tokenizer = load_keras_hub_task(preset, model.dtype)
-    codec = ChatTokenizer(tokenizer, model.chat_template)
-    loaded = LanguageModel(task, codec, model, preset, mesh)
-    if max(*codec.stop_ids, codec.pad_id) >= loaded.vocabulary:
+        task, hub_tokenizer = load_keras_hub_task(preset, model.dtype)
+    tokenizer = ChatTokenizer(hub_tokenizer, model.chat_template)
+    loaded = LanguageModel(task, tokenizer, model, preset, mesh)
+    if max(*tokenizer.stop_ids, tokenizer.pad_id) >= loaded.vocabulary:
         raise UsageError(f"model.preset: the tokenizer of {model.preset} is not this model's")
     logs.get().info(
         "model loaded",
         family=loaded.family,
         parameters=loaded.parameters,
         trainable=loaded.lora.parameters,
-        chat_template=codec.template.name,
+        chat_template=tokenizer.template.name,
     )
     return loaded
 

@@ -56,7 +56,7 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
         _check_contamination(run, tasks)
     inputs = [run.digests[name], engine.batch_size, BATCHING_VERSION]
     with PredictionCaches(run.store, name, inputs, run.processes.broadcast) as caches:
-        local = LocalModel(engine, model.codec, weights, caches)
+        local = LocalModel(engine, model.tokenizer, weights, caches)
         outcomes = {task.entry.name: _evaluate_task(run, name, local, task) for task in tasks}
         if evals.dialogue is not None:
             examples = read_examples(run, VALIDATION, evals.dialogue.max_examples)

@@ -153,7 +153,7 @@ def _rows(
     run: Run, model: LanguageModel, key: str, *, packed: bool, lengths: Sequence[int] = ()
 ) -> tuple[TokenizedExamples, PackedRows]:
     train = run.spec.train
-    found = tokenize(read_examples(run, key), model.codec, train.max_length, train.loss_on)
+    found = tokenize(read_examples(run, key), model.tokenizer, train.max_length, train.loss_on)
     if not found.examples:
         raise UsageError(
             f"train.max_length: no example of {key} has a response within {train.max_length} "
@@ -172,7 +172,7 @@ def _model_info(run: Run, model: LanguageModel) -> ModelInfo:
     return ModelInfo(
         preset=spec.preset,
         revision=model.preset.revision,
-        chat_template=model.codec.template.name,
+        chat_template=model.tokenizer.template.name,
         dtype=spec.dtype,
         lora_rank=model.lora.rank,
         lora_alpha=model.lora.alpha,

@@ -96,15 +96,15 @@ def main() -> None:
     from job.evals.engine import Engine
 
     model = make_model(given.shape, given.dtype)
-    stops = model.codec.stop_ids
+    stops = model.tokenizer.stop_ids
     # The tokenizer lacks most of this vocabulary, so an answer's text is its token ids.
-    model.codec.decode = lambda tokens: " ".join(map(str, tokens))  # type: ignore[method-assign]
+    model.tokenizer.decode = lambda tokens: " ".join(map(str, tokens))  # type: ignore[method-assign]
     engine = Engine(model, given.batch_size, 1024)
     task = make_task(given.shape, given.dtype)  # has the same weights
 
     def text(tokens: list[int]) -> str:
         ends = [i for i, token in enumerate(tokens) if token in stops]
-        return model.codec.decode(tokens[: ends[0]] if ends else tokens)
+        return model.tokenizer.decode(tokens[: ends[0]] if ends else tokens)
 
     def compare_generation(prompts: list[list[int]], limit: int) -> tuple[float, float, float]:
         task.compile(sampler=limited_sampler(limit))

@@ -103,7 +103,7 @@ def main() -> None:
     train = spec.train
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     model = load_model(spec.model, spec.seed, mesh)
-    everything = make_examples(given.examples + HELD_OUT, model.codec)
+    everything = make_examples(given.examples + HELD_OUT, model.tokenizer)
     examples, held_out = everything[:-HELD_OUT], everything[-HELD_OUT:]
 
     forward = ForwardConfig(packed=True, remat=train.remat, longest=LENGTH)

@@ -259,7 +259,7 @@ def test_both_loops_draw_by_the_seed_alone(model: LanguageModel) -> None:
         def said(sampling: Sampling | None, answers: Callable[..., object] = answers) -> list[int]:
             sampler = sampling and sampling.sampler(model.vocabulary)
             drawn = sampling and SamplerState(sampler, jax.numpy.asarray(sampling.state(0)))
-            found = answers(model.weights, ids, lengths, 6, model.codec.stop_ids, drawn)
+            found = answers(model.weights, ids, lengths, 6, model.tokenizer.stop_ids, drawn)
             return list(np.asarray(found)[0])
 
         assert said(Sampling(seed=1)) == said(Sampling(seed=1)) != said(Sampling(seed=2))

@@ -72,7 +72,7 @@ def test_loglikelihoods_equal_those_of_the_harness(tmp_path: Path, few_shot: int
     engine = Engine(model, 16, 4096)
     prompts, truncated = engine.encode(question_prompts(task))
     assert truncated == 0
-    letters = model.codec.letter_tokens("ABCD", *letter_context(entry))
+    letters = model.tokenizer.letter_tokens("ABCD", *letter_context(entry))
     ours = engine.loglikelihood(model.weights, prompts, letters, "medmcqa")
 
     assert len(task.questions) == len(scored) == len(theirs)

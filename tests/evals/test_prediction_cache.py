@@ -31,7 +31,7 @@ def stopped_after(batches: int) -> Any:
 
 
 def prompts_of(model: LanguageModel) -> list[list[int]]:
-    return model.codec.encode_prompts([f"{'word ' * n}?" for n in range(1, 8)])
+    return model.tokenizer.encode_prompts([f"{'word ' * n}?" for n in range(1, 8)])
 
 
 def test_generation_resumes_where_it_stopped(tiny: LanguageModel, tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_generation_resumes_where_it_stopped(tiny: LanguageModel, tmp_path: Path
 
 
 def test_cached_loglikelihoods_are_bit_identical(tiny: LanguageModel, tmp_path: Path) -> None:
-    prompts, letters = prompts_of(tiny), tiny.codec.letter_tokens("ABCD")
+    prompts, letters = prompts_of(tiny), tiny.tokenizer.letter_tokens("ABCD")
     expected = Engine(tiny, 2, 512).loglikelihood(tiny.weights, prompts, letters, "t")
     with pytest.raises(ZeroDivisionError), caches(tmp_path) as progress:
         Engine(tiny, 2, 512).loglikelihood(

@@ -60,7 +60,7 @@ def test_questions_have_their_group(tmp_path: Path) -> None:
 
 
 def test_letters_after_a_space_differ_in_their_last_token(tiny: LanguageModel) -> None:
-    options = tiny.codec.letter_tokens("ABCD", "Answer:", " ")
-    context = tiny.codec.encode(["Answer:"])[0]
+    options = tiny.tokenizer.letter_tokens("ABCD", "Answer:", " ")
+    context = tiny.tokenizer.encode(["Answer:"])[0]
     for letter, last in zip("ABCD", options.ids, strict=True):
-        assert tiny.codec.encode([f"Answer: {letter}"])[0] == [*context, *options.shared, last]
+        assert tiny.tokenizer.encode([f"Answer: {letter}"])[0] == [*context, *options.shared, last]

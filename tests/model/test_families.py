@@ -54,12 +54,12 @@ def logits(model: LanguageModel, weights: Weights) -> list[np.ndarray]:
     return [row[:length] for row, length in zip(rows, LENGTHS, strict=True)]
 
 
-def load_model(folder: Path, codec: ChatTokenizer) -> LanguageModel:
+def load_model(folder: Path, tokenizer: ChatTokenizer) -> LanguageModel:
     """The model of a transformers folder without a tokenizer, all linear layers adapted."""
     task = load_bare(folder)
     spec = Model(preset=str(folder), dtype="float32", lora=LORA)
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
-    return LanguageModel(task, codec, spec, Preset(str(folder), None), mesh)
+    return LanguageModel(task, tokenizer, spec, Preset(str(folder), None), mesh)
 
 
 LORA = Lora(rank=4, alpha=6, targets="all-linear")
@@ -128,7 +128,7 @@ def exchange(tmp_path_factory: pytest.TempPathFactory, tiny: LanguageModel) -> E
         })  # fmt: skip
 
     for family in FAMILIES:
-        model = load_model(folder / family, tiny.codec)
+        model = load_model(folder / family, tiny.tokenizer)
         base[family] = logits(model, model.weights)
         path = folder / f"{family}.lora.h5"
         save_adapter(path, model.lora, train(model).lora)

@@ -41,7 +41,7 @@ def trainer(
          "epochs": 3, "log_every": 1, "checkpoint_every": 5, "compile": "blocks"} | train
     )  # fmt: skip
     stop = StopSignal()
-    found = tokenize(SAMPLES, model.codec, 64, "response")
+    found = tokenize(SAMPLES, model.tokenizer, 64, "response")
     rows = make_rows(found.examples[:12], 64, packing=False)
     validation = make_rows(found.examples[12:], 64, packing=False)
     config = TrainerConfig(settings, seed=0, packed=False, inputs="inputs")
@@ -328,7 +328,7 @@ def test_the_best_adapter_is_kept_through_a_stop(tmp_path: Path, tiny: LanguageM
 def test_rows_of_like_lengths_share_steps_and_the_loss_stays(
     tmp_path: Path, tiny: LanguageModel
 ) -> None:
-    found = tokenize(SAMPLES, tiny.codec, 64, "response").examples
+    found = tokenize(SAMPLES, tiny.tokenizer, 64, "response").examples
     ends = [len(e.token_ids) - 2 * (i % 4) for i, e in enumerate(found)]
     found = [
         replace(e, token_ids=e.token_ids[:end], loss_mask=e.loss_mask[:end])
