@@ -1,4 +1,4 @@
-"""`job compare`: finished runs side by side, on a terminal, as JSON or as a page."""
+"""`job compare`: finished runs side by side, as tables, JSON or an HTML page."""
 
 import os
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from job.evals.predictions import (
     parse_predictions,
     predictions_key,
 )
-from job.report.compare import Compared, Finished, compare_runs
+from job.report.compare import FinishedRun, RunComparison, compare_runs
 from job.results import Results
 from job.runtime import logs
 from job.storage.base import Store
 
 
-def compare_finished(uris: Sequence[str], html: str | None = None) -> Compared:
-    """Compare finished runs, and write the page where `html` names a file.
+def compare_finished(uris: Sequence[str], html: str | None = None) -> RunComparison:
+    """Compare finished runs, and write a page to the file `html`.
 
     Raises:
-        UsageError: fewer than two runs, one that is not finished, or none that can be compared.
+        UsageError: there are fewer than two runs, one is not finished, or they share no example.
         StageError: files of a run are missing or damaged, or the page cannot be written.
     """
     logs.configure(logs.RunLog())
@@ -35,21 +35,21 @@ def compare_finished(uris: Sequence[str], html: str | None = None) -> Compared:
     for place in places:
         if places.count(place) > 1:
             raise UsageError(f"{place} is named twice; name different runs")
-    found = compare_runs(runs)
+    comparison = compare_runs(runs)
     if html is not None:
         from job.report.compare_text import render_page
 
         try:
-            Path(html).write_text(render_page(found), encoding="utf-8")
+            Path(html).write_text(render_page(comparison), encoding="utf-8")
         except OSError as error:
             raise StageError(f"cannot write {html}: {error.strerror or error}") from error
-    return found
+    return comparison
 
 
-def read_finished(uri: str) -> Finished:
-    """A finished run with the answers of its tuned model, checksums compared."""
+def read_finished(uri: str) -> FinishedRun:
+    """Load a finished run with the predictions of its fine-tuned model, and check checksums."""
     store, _, results = read_results(uri)
-    return Finished(
+    return FinishedRun(
         uri=store.uri if uri.startswith("gs://") else os.path.realpath(uri),
         results=results,
         choices={

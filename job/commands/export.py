@@ -1,4 +1,4 @@
-"""`job export`: a run's adapter for where it is to be used, or the whole model merged."""
+"""`job export`: a run's adapter in PEFT's format, or the model with the adapter merged in."""
 
 import contextlib
 import re
@@ -21,13 +21,13 @@ FORMATS: tuple[str, ...] = get_args(Format)
 
 
 def export_run(uri: str, to: str, folder: str, rank: str) -> None:
-    """Write a run's adapter, or its merged model, into a new folder.
+    """Write a run's adapter or merged model to a new folder.
 
     Args:
         uri: the run.
         to: one of FORMATS.
-        folder: where to write; missing or empty.
-        rank: of `peft`: `exact`, `uniform` or a number.
+        folder: the target folder; missing or empty.
+        rank: for `peft`: `exact`, `uniform` or a number.
 
     Raises:
         UsageError: the arguments are wrong, or the model has no such format.
@@ -55,11 +55,11 @@ def _check_rank(rank: str, to: str) -> None:
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside the wanted one, which takes its place once this block is through."""
+    """Yield a temporary folder, which is renamed to `folder` when the block succeeds."""
     if re.match(r"\w+:/", str(folder)):
         raise UsageError(f"{folder} is not a local folder; copy the export to a bucket afterwards")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(f"{folder} is there already; name a folder that is missing or empty")
+        raise UsageError(f"{folder} already exists; name a folder that is missing or empty")
     try:
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=".job-export-", dir=folder.absolute().parent))
@@ -84,20 +84,20 @@ def _export_peft(source: TrainedRun, target: Path, rank: str) -> None:
         for path in folder.iterdir():
             shutil.copyfile(path, target / path.name)
         ranks = sorted({factors.rank for factors in adapter.modules.values()})
-        logs.get().info("exact; vLLM needs --max-lora-rank of the highest", ranks=ranks)
+        logs.get().info("exact; set vLLM's --max-lora-rank to the highest", ranks=ranks)
         return
     if rank == "uniform":
         adapter = uniform_rank(adapter)
         highest = max(factors.rank for factors in adapter.modules.values())
-        logs.get().info("one rank for all layers, exactly", rank=highest)
+        logs.get().info("padded to one rank, exact", rank=highest)
     else:
         adapter, loss = compress(adapter, int(rank))
         logs.get().info(
-            "one rank for all layers, the nearest adapter",
+            "nearest adapter of one rank",
             rank=int(rank),
             relative_error=round(loss.total, 6),
             worst_layer=loss.worst_module,
-            its_relative_error=round(loss.worst, 6),
+            worst_relative_error=round(loss.worst, 6),
         )
     for name, content in peft_files(adapter).items():
         (target / name).write_bytes(content)

@@ -1,4 +1,7 @@
-"""`job fetch`: a finished run brought to this machine, every checksum checked."""
+"""`job fetch`: download a finished run, with every checksum verified.
+
+Also `read_results` and `read_artifact`, with which other commands read finished runs.
+"""
 
 import hashlib
 from pathlib import Path
@@ -13,38 +16,36 @@ from job.storage.base import PARTIAL, Store, check_key, file_sha256
 from job.storage.local import LocalStore
 from job.storage.locations import open_store
 
-_AT_ONCE = 4
+_DOWNLOADS = 4
+"""Concurrent downloads."""
 
 
 def _fetch_one(source: Store, target: LocalStore, item: Artifact) -> bool:
-    """Bring one file, unless it is there already; whether it was.
-
-    What a download that was cut off has got stays beside it, and the next goes on there.
-    """
+    """Download one file unless it is complete already; return whether it was."""
     path = target.root / item.path
     if not path.resolve().is_relative_to(target.root.resolve()):
-        raise StageError(f"{path} leads out of {target.root} by a link; remove it")
+        raise StageError(f"{path} is a link to outside of {target.root}; remove it")
     if path.is_file() and path.stat().st_size == item.bytes and file_sha256(path) == item.sha256:
         return True
-    arriving = path.with_name(f"{PARTIAL}{path.name}")
-    if not source.download(item.path, arriving):
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    if not source.download(item.path, partial):
         raise StageError(f"{source.uri}: the file {item.path} is missing")
-    if arriving.stat().st_size != item.bytes or file_sha256(arriving) != item.sha256:
-        arriving.unlink()
+    if partial.stat().st_size != item.bytes or file_sha256(partial) != item.sha256:
+        partial.unlink()
         raise StageError(
             f"{source.uri}: the file {item.path} does not have the checksum in results.json"
         )
     try:
-        arriving.replace(path)
+        partial.replace(path)
     except OSError as error:
         raise StageError(f"cannot write {path}: {error.strerror}") from error
     return False
 
 
 def fetch_run(uri: str, folder: str) -> None:
-    """Copy a run into `folder`; files that are there already and right are kept.
+    """Download a run to `folder`, except files that are already there with the right checksum.
 
-    `results.json` is written last, so its presence means that everything arrived.
+    `results.json` is written last, so its presence means that the download is complete.
 
     Raises:
         UsageError: there is no finished run at `uri`.
@@ -56,10 +57,10 @@ def fetch_run(uri: str, folder: str) -> None:
     if target.read("results.json") != content:
         target.delete("results.json")
     checked = {check_key(item.path): item for item in results.artifacts}
-    with Threads(_AT_ONCE) as pool:
+    with Threads(_DOWNLOADS) as pool:
         jobs = [pool.submit(_fetch_one, source, target, item) for item in checked.values()]
         try:
-            kept = sum(job.result() for job in jobs)
+            unchanged = sum(job.result() for job in jobs)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -70,16 +71,16 @@ def fetch_run(uri: str, folder: str) -> None:
                 target.write(key, extra)
     target.write("results.json", content)
     logs.get().info(
-        "fetched; every checksum is right", files=len(checked), kept=kept, folder=target.uri
+        "fetched, checksums verified", files=len(checked), unchanged=unchanged, folder=target.uri
     )
 
 
 def read_results(uri: str) -> tuple[Store, bytes, Results]:
-    """The store of a run, its results.json, and what that says.
+    """Return the store of a finished run, the bytes of its results.json, and the results.
 
     Raises:
-        UsageError: there is no finished run.
-        StageError: its results are of another version, or damaged.
+        UsageError: there is no finished run at `uri`.
+        StageError: results.json is of another version, or damaged.
     """
     store = open_store(uri)
     content = store.read("results.json")
@@ -92,15 +93,15 @@ def read_results(uri: str) -> tuple[Store, bytes, Results]:
         return store, content, Results.model_validate_json(content)
     except ValidationError as error:
         raise StageError(
-            f"{uri}/results.json is not one this version reads: {error.error_count()} problems"
+            f"{uri}/results.json cannot be read by this version: {error.error_count()} problems"
         ) from error
 
 
 def read_artifact(store: Store, results: Results, key: str) -> bytes | None:
-    """The content of a file that the results list; None where they do not.
+    """Return the content of a file listed in the results; None if it is not listed.
 
     Raises:
-        StageError: it is missing, or does not have its checksum.
+        StageError: the file is missing, or its checksum is wrong.
     """
     item = next((item for item in results.artifacts if item.path == key), None)
     if item is None:

@@ -1,7 +1,7 @@
-"""`job generate`: a run's tuned model answers, and the model without the adapter beside it.
+"""`job generate`: answers of a run's fine-tuned model and, on request, of its base model.
 
-The model is that of the run: the same commit, the same chat template, the prompt as the spec
-wraps it, the instruction that it was trained with, and the adapter's file, checked.
+Model commit, chat template, prompt template and system prompt are those of training, and the
+adapter's checksum is verified.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from job.chat.conversation import Message
 from job.errors import UsageError
 from job.machine import devices
 from job.pipeline.data_stage import VALIDATION, iter_examples
-from job.report.page import legible
 from job.runtime import logs
 from job.runtime.signals import STOP
+from job.runtime.text import legible
 from job.spec.fields import template_fields
 from job.spec.schema import Mesh, Runtime
 
@@ -49,7 +49,11 @@ class GenerateOptions:
     as_json: bool = False
 
     def check(self) -> None:
-        """Raise UsageError where an option has no sense."""
+        """Check the values.
+
+        Raises:
+            UsageError: one is out of range.
+        """
         problems = (
             (self.max_new_tokens < 1, f"--max-new-tokens {self.max_new_tokens}: write 1 or more"),
             (
@@ -72,7 +76,7 @@ class GenerateOptions:
                 raise UsageError(message)
 
     def sampling(self, turn: int) -> "Sampling | None":
-        """How the answer of a turn is drawn; None for greedy decoding."""
+        """Return the sampling of a turn's answer; None for greedy decoding."""
         from job.model.generation import Sampling
 
         if all(v is None for v in (self.temperature, self.top_p, self.top_k, self.seed)):
@@ -86,79 +90,80 @@ class GenerateOptions:
 
 
 def generate_answers(
-    uri: str, wanted: GenerateOptions, prompt: str | None = None, prompt_file: str | None = None
+    uri: str, options: GenerateOptions, prompt: str | None = None, prompt_file: str | None = None
 ) -> None:
-    """Answer one prompt, or each line of a conversation on standard input.
+    """Answer one prompt, or each line of a conversation from standard input.
 
     Raises:
         UsageError: the arguments are wrong, or the run has no adapter.
         StageError: files of the run or of the model are missing or damaged.
     """
-    wanted.check()
+    options.check()
     text = _prompt(prompt, prompt_file)
     logs.configure(logs.RunLog(), sys.stderr, least=logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="job-") as work:
         run = TrainedRun(uri, Path(work), "job generate")
-        models = _load(run, wanted)
-        system = wanted.system
+        models = _load(run, options)
+        system = options.system
         if system is None:
-            system = _trained_system(run, Path(work))
-        conversation = _Conversation(models, wanted, system, _wrapping(run.spec.data.prompt))
+            system = _training_system_prompt(run, Path(work))
+        template = _prompt_template(run.spec.data.prompt)
+        conversation = _Conversation(models, options, system, template)
         if text is not None:
-            conversation.say(text)
+            conversation.answer(text)
             return
         with contextlib.suppress(KeyboardInterrupt), STOP.interactive():
-            for said in _lines_said():
-                if said == _NEW:
-                    conversation.begin()
+            for line in _input_lines():
+                if line == _NEW:
+                    conversation.reset()
                 else:
-                    conversation.say(said)
+                    conversation.answer(line)
 
 
 def _prompt(prompt: str | None, prompt_file: str | None) -> str | None:
     if prompt is not None and prompt_file is not None:
-        raise UsageError("--prompt and --prompt-file are two prompts; write one of them")
+        raise UsageError("--prompt and --prompt-file cannot be combined; write one of them")
     if prompt_file == "-":
         prompt = sys.stdin.read()
     elif prompt_file is not None:
         try:
             prompt = Path(prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise UsageError(f"--prompt-file {prompt_file}: {reason}") from None
     if prompt is not None and not prompt.strip():
-        raise UsageError("the prompt is empty; write what to say")
+        raise UsageError("the prompt is empty; write one")
     return prompt
 
 
-def _lines_said() -> Iterator[str]:
-    """What the user says, a line a turn."""
+def _input_lines() -> Iterator[str]:
+    """Yield the lines of standard input that are not empty, until /quit."""
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
-        import readline  # noqa: F401 - editing of the line
+        import readline  # noqa: F401 - line editing
 
-        sys.stderr.write(f"{_NEW} begins another conversation, {_QUIT} ends.\n")
+        sys.stderr.write(f"{_NEW} starts a new conversation, {_QUIT} ends.\n")
     while True:
         try:
-            said = input("> ") if on_terminal else input()
+            line = (input("> ") if on_terminal else input()).strip()
         except EOFError:
             return
-        if said.strip() == _QUIT:
+        if line == _QUIT:
             return
-        if said.strip():
-            yield said.strip()
+        if line:
+            yield line
 
 
 @dataclass(frozen=True)
 class _Models:
-    """The weights that answer, by name, and what they answer with."""
+    """Weights by name, and the engine that generates with them."""
 
     engine: "Engine"
     weights: dict[str, "Weights"]
 
 
-def _load(run: TrainedRun, wanted: GenerateOptions) -> _Models:
-    """The tuned model, and the base where it is wanted, on the devices of this machine."""
+def _load(run: TrainedRun, options: GenerateOptions) -> _Models:
+    """Load the fine-tuned model, and the base if requested, on the devices of this machine."""
     devices.start_on_any_device()
     import jax
 
@@ -166,89 +171,90 @@ def _load(run: TrainedRun, wanted: GenerateOptions) -> _Models:
     from job.evals.engine import Engine
     from job.model.load import load_model
 
-    split = run.spec.runtime.mesh.model
-    split = split if split <= len(jax.devices()) else 1
-    mesh = devices.make_mesh(Runtime(mesh=Mesh(data=1, model=split)))
+    shards = run.spec.runtime.mesh.model
+    shards = shards if shards <= len(jax.devices()) else 1
+    mesh = devices.make_mesh(Runtime(mesh=Mesh(data=1, model=shards)))
     path = run.file(H5)
     model = load_model(run.spec.model, run.spec.seed, mesh, run.revisions)
     check_model(run.info, run.spec.model.preset, model.family, "job generate")
     weights = {"tuned": model.merged_weights(*load_adapter(path, model.lora))}
-    if wanted.base:
+    if options.base:
         weights = {"base": model.weights} | weights
     return _Models(Engine(model, 1, run.spec.evals.max_prompt_tokens), weights)
 
 
-def _trained_system(run: TrainedRun, work: Path) -> str | None:
-    """The instruction of the training examples, where all have the same."""
-    given = run.spec.data.system
-    if given is not None and not template_fields(given):
-        return given
+def _training_system_prompt(run: TrainedRun, work: Path) -> str | None:
+    """Return the system prompt of the training data, if all examples have the same."""
+    system = run.spec.data.system
+    if system is not None and not template_fields(system):
+        return system
     path = work / "validation.parquet"
     if not run.store.download(VALIDATION, path):
         return None
-    found = {example.system for example in iter_examples(path)}
-    if len(found) > 1:
-        logs.get().warning("the examples have different instructions: give one with --system")
+    prompts = {example.system for example in iter_examples(path)}
+    if len(prompts) > 1:
+        logs.get().warning("examples have different system prompts; set one with --system")
         return None
-    return next(iter(found), None)
+    return next(iter(prompts), None)
 
 
-def _wrapping(template: str | None) -> Callable[[str], str]:
-    """The user's words as training saw them: in the spec's template, where it has one place."""
+def _prompt_template(template: str | None) -> Callable[[str], str]:
+    """Return a function that formats a prompt as in training, if the template has one field."""
     fields = template_fields(template) if template else []
     if template is None or len(fields) != 1:
-        return lambda said: said
-    return lambda said: template.format(**{fields[0]: said})
+        return lambda text: text
+    return lambda text: template.format(**{fields[0]: text})
 
 
 @dataclass
 class _Conversation:
-    """Turns, each model's own."""
+    """A conversation with each model, which all get the same prompts."""
 
     models: _Models
-    wanted: GenerateOptions
+    options: GenerateOptions
     system: str | None
-    wrap: Callable[[str], str]
+    format_prompt: Callable[[str], str]
     turns: dict[str, list[Message]] = field(default_factory=dict)
-    said: int = 0
+    count: int = 0
+    """Prompts so far, in all conversations."""
 
-    def begin(self) -> None:
-        """Forget what was said."""
+    def reset(self) -> None:
+        """Start a new conversation."""
         self.turns = {}
 
-    def say(self, text: str) -> None:
-        """Have every model answer, and print the answers."""
-        prompt = Message("user", self.wrap(text))
+    def answer(self, text: str) -> None:
+        """Generate and print the answer of every model to a prompt."""
+        prompt = Message("user", self.format_prompt(text))
         answers = {}
         for name in self.models.weights:
             turns = self.turns.setdefault(name, [])
             turns.append(prompt)
-            answers[name] = self._answer(name, turns)
+            answers[name] = self._generate(name, turns)
             turns.append(Message("assistant", answers[name].text))
-        self.said += 1
+        self.count += 1
         self._print(text, answers)
 
-    def _answer(self, name: str, turns: list[Message]) -> "Generation":
+    def _generate(self, name: str, turns: list[Message]) -> "Generation":
         engine = self.models.engine
         system = [Message("system", self.system)] if self.system else []
-        tokens, cut = engine.encode([[*system, *turns]])
-        if cut:
+        tokens, truncated = engine.encode([[*system, *turns]])
+        if truncated:
             logs.get().warning(
-                "the conversation is longer than evals.max_prompt_tokens: its beginning is left "
-                f"out; {_NEW} begins another"
+                "conversation exceeds evals.max_prompt_tokens: its beginning is dropped; "
+                f"{_NEW} starts a new one"
             )
         (answer,) = engine.generate(
             self.models.weights[name],
             tokens,
-            self.wanted.max_new_tokens,
+            self.options.max_new_tokens,
             name,
-            sampling=self.wanted.sampling(self.said),
+            sampling=self.options.sampling(self.count),
         )
         return answer
 
-    def _print(self, said: str, answers: "dict[str, Generation]") -> None:
-        if self.wanted.as_json:
-            document: dict[str, Any] = {"prompt": said, "system": self.system}
+    def _print(self, prompt: str, answers: "dict[str, Generation]") -> None:
+        if self.options.as_json:
+            document: dict[str, Any] = {"prompt": prompt, "system": self.system}
             for name, answer in answers.items():
                 document[name] = {
                     "text": answer.text, "tokens": answer.tokens, "finish": answer.finish,
@@ -257,6 +263,6 @@ class _Conversation:
         else:
             for name, answer in answers.items():
                 heading = f"[{name}]\n" if len(answers) > 1 else ""
-                # A model's answer may hold what a terminal takes for commands.
+                # An answer may contain control characters of the terminal.
                 sys.stdout.write(f"{heading}{legible(answer.text)}\n")
         sys.stdout.flush()

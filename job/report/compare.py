@@ -1,4 +1,4 @@
-"""What `job compare` finds out: the JSON it prints, and what its table and page show."""
+"""The comparison of finished runs: what `job compare` prints as JSON, tables or a page."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -13,25 +13,25 @@ from job.results import Comparison, DialogueComparison, Estimate, Record, Result
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A finished run that is compared: its results, and the tuned model's answers on file."""
+class FinishedRun:
+    """A finished run: its results and the predictions of its fine-tuned model."""
 
     uri: str
     results: Results
     choices: dict[str, list[ChoiceLine]] = field(default_factory=dict)
-    """By the name of the slice."""
+    """Predictions by the name of the slice."""
     dialogues: list[DialogueLine] = field(default_factory=list)
 
 
 class Figure(Record):
-    """A row of the table of figures; one value a run, null where it has none."""
+    """A row of the table of figures: one value per run, null if it has none."""
 
     name: str
     values: list[str | None]
 
 
-class ComparedRun(Record):
-    """A run that is compared."""
+class RunSummary(Record):
+    """One of the runs."""
 
     label: str
     uri: str
@@ -40,51 +40,51 @@ class ComparedRun(Record):
     verdict: str
 
 
-class Matched(Record):
-    """How much of an evaluation two runs share."""
+class PairTest(Record):
+    """A test of two runs, with the number of examples that they do not share."""
 
     only_a: int
-    """What only the first was asked, or with another text."""
+    """Examples of the first run only, or with another text in the second."""
     only_b: int
 
 
-class SliceTest(Matched):
-    """The tuned models of two runs on the questions that both answered."""
+class SliceTest(PairTest):
+    """The fine-tuned models of two runs on the questions that both answered."""
 
     eval: str
     scoring: Literal["letters", "generate"]
     test: Comparison
 
 
-class DialogueTest(Matched):
-    """The same on held-out dialogues, by ROUGE-L."""
+class DialogueTest(PairTest):
+    """The fine-tuned models of two runs on held-out dialogues that both answered, by ROUGE-L."""
 
     test: DialogueComparison
 
 
-class Compared(Record):
-    """Runs side by side; each is tested against the first."""
+class RunComparison(Record):
+    """Runs side by side, each tested against the first."""
 
     schema_version: Literal[1] = 1
-    runs: list[ComparedRun]
+    runs: list[RunSummary]
     figures: list[Figure]
     multiple_choice: list[SliceTest]
     dialogue: list[DialogueTest]
     settings: dict[str, list[Any]]
-    """Values of the specs that differ, by their path; one a run, null where it is not set."""
+    """Values of the specs that differ, by path: one per run, null if it is not set."""
     notes: list[str]
-    """What was not compared, and why."""
+    """Evaluations that were not compared, with the reason."""
 
 
 _MODELS = ("baseline", "finetuned", "reference")
 
 
-_APART = ("name", "output")
-"""Settings that make no difference to what is measured."""
+_IGNORED = ("name", "output")
+"""Settings that do not affect results."""
 
 
-def compare_runs(runs: Sequence[Finished]) -> Compared:
-    """Everything that can be said of two or more runs together.
+def compare_runs(runs: Sequence[FinishedRun]) -> RunComparison:
+    """Compare two or more runs.
 
     Raises:
         UsageError: a run shares no question and no dialogue with the first.
@@ -92,25 +92,24 @@ def compare_runs(runs: Sequence[Finished]) -> Compared:
     labels = labels_of(runs)
     first, *others = zip(labels, runs, strict=True)
     slices: list[SliceTest] = []
-    held_out: list[DialogueTest] = []
+    dialogues: list[DialogueTest] = []
     notes: list[str] = []
     for other in others:
         pair = _Pair(first, other)
-        found = list(pair.slices())
-        talks = list(pair.dialogues())
-        if not found and not talks:
+        slice_tests, dialogue_tests = list(pair.slices()), list(pair.dialogues())
+        if not slice_tests and not dialogue_tests:
             why = f" ({'; '.join(pair.notes)})" if pair.notes else ""
             raise UsageError(
                 f"{other[1].uri} shares no question and no dialogue with {first[1].uri}, so "
                 f"there is nothing to compare them on{why}"
             )
-        slices += found
-        held_out += talks
+        slices += slice_tests
+        dialogues += dialogue_tests
         notes += pair.notes
     return apply_holm(
-        Compared(
+        RunComparison(
             runs=[
-                ComparedRun(
+                RunSummary(
                     label=label,
                     uri=run.uri,
                     id=run.results.run.id,
@@ -125,15 +124,15 @@ def compare_runs(runs: Sequence[Finished]) -> Compared:
                 if any(value is not None for value in figure.values)
             ],
             multiple_choice=slices,
-            dialogue=held_out,
+            dialogue=dialogues,
             settings=differing([run.results.run.spec for run in runs]),
             notes=notes,
         )
     )
 
 
-def labels_of(runs: Sequence[Finished]) -> list[str]:
-    """What each run is called: its id where no other has it, else where it is."""
+def labels_of(runs: Sequence[FinishedRun]) -> list[str]:
+    """Return a label for each run: its id if it is unique, otherwise its URI."""
     counts = Counter(run.results.run.id for run in runs)
     return [r.results.run.id if counts[r.results.run.id] == 1 else r.uri for r in runs]
 
@@ -141,7 +140,7 @@ def labels_of(runs: Sequence[Finished]) -> list[str]:
 class _Pair:
     """The first run and another."""
 
-    def __init__(self, a: tuple[str, Finished], b: tuple[str, Finished]) -> None:
+    def __init__(self, a: tuple[str, FinishedRun], b: tuple[str, FinishedRun]) -> None:
         (self._a, self._first), (self._b, self._second) = a, b
         spec = self._first.results.run.spec
         samples = int((spec.get("evals") or {}).get("bootstrap_samples", 2000))
@@ -150,7 +149,7 @@ class _Pair:
         self.notes: list[str] = []
 
     def slices(self) -> Iterator[SliceTest]:
-        """Tests of the slices of the same name that were scored alike."""
+        """Yield tests of slices with the same name and scoring."""
         theirs = {c.name: c for c in self._second.results.evaluation.multiple_choice}
         for ours in self._first.results.evaluation.multiple_choice:
             other = theirs.get(ours.name)
@@ -159,7 +158,7 @@ class _Pair:
             elif other.scoring != ours.scoring:
                 self._note(f"{ours.name} was scored by {ours.scoring} and by {other.scoring}")
             else:
-                before, after, alone = _shared(
+                before, after, unmatched = _shared(
                     self._first.choices.get(ours.name, []),
                     self._second.choices.get(ours.name, []),
                     _choice_key,
@@ -171,13 +170,13 @@ class _Pair:
                     yield SliceTest(
                         eval=ours.name,
                         scoring=ours.scoring,
-                        only_a=alone[0],
-                        only_b=alone[1],
+                        only_a=unmatched[0],
+                        only_b=unmatched[1],
                         test=test,
                     )
 
     def dialogues(self) -> Iterator[DialogueTest]:
-        """The test of the held-out dialogues, where the answers had the same room."""
+        """Yield the test of held-out dialogues, if answers had the same maximum length."""
         ours, theirs = (run.results.evaluation.dialogue for run in (self._first, self._second))
         if ours is None or theirs is None:
             return
@@ -187,12 +186,14 @@ class _Pair:
                 "tokens, and ROUGE depends on that"
             )
             return
-        before, after, alone = _shared(self._first.dialogues, self._second.dialogues, _dialogue_key)
+        before, after, unmatched = _shared(
+            self._first.dialogues, self._second.dialogues, _dialogue_key
+        )
         test = compare_dialogues(self._models, before, after, self._bootstrap)
         if test is None:
             self._note("no dialogue was held out of both")
         else:
-            yield DialogueTest(only_a=alone[0], only_b=alone[1], test=test)
+            yield DialogueTest(only_a=unmatched[0], only_b=unmatched[1], test=test)
 
     def _note(self, text: str) -> None:
         self.notes.append(f"{self._a} and {self._b}: {text}")
@@ -209,21 +210,21 @@ def _dialogue_key(line: DialogueLine) -> Hashable:
 def _shared[L: Line](
     first: Sequence[L], second: Sequence[L], key: Callable[[L], Hashable]
 ) -> tuple[list[L], list[L], tuple[int, int]]:
-    """The lines of both that match, and how many of each do not."""
+    """Return the matching lines of both, and the number of lines of each that do not match."""
     both = {key(line) for line in first} & {key(line) for line in second}
     before, after = ([line for line in lines if key(line) in both] for lines in (first, second))
     return before, after, (len(first) - len(before), len(second) - len(after))
 
 
 def differing(specs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The settings that are not the same in all specs, by their path."""
+    """Return the settings that are not the same in all specs, by path."""
     flat = [dict(_leaves(spec)) for spec in specs]
     paths = dict.fromkeys(path for leaves in flat for path in leaves)
-    found = {path: [leaves.get(path) for leaves in flat] for path in paths}
+    settings = {path: [leaves.get(path) for leaves in flat] for path in paths}
     return {
         path: values
-        for path, values in found.items()
-        if path not in _APART and any(value != values[0] for value in values)
+        for path, values in settings.items()
+        if path not in _IGNORED and any(value != values[0] for value in values)
     }
 
 
@@ -240,7 +241,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _figures(results: Sequence[Results]) -> Iterator[Figure]:
-    """Rows of the table: what each run is, and what it measured."""
+    """Yield the rows of the table of figures: model, data and scores of each run."""
     yield Figure(name="Model", values=[r.model.preset for r in results])
     yield Figure(name="LoRA", values=[f"rank {r.model.lora_rank}" for r in results])
     yield Figure(
@@ -248,11 +249,11 @@ def _figures(results: Sequence[Results]) -> Iterator[Figure]:
     )
     names = dict.fromkeys(c.name for r in results for c in r.evaluation.multiple_choice)
     for name in names:
-        found = [
+        slices = [
             next((c for c in r.evaluation.multiple_choice if c.name == name), None) for r in results
         ]
         for model in _MODELS:
-            scores = [c.models.get(model) if c else None for c in found]
+            scores = [c.models.get(model) if c else None for c in slices]
             yield Figure(
                 name=f"{name}, {model}",
                 values=[f"{s.accuracy:.1%} ({_span(s.ci95, 100)}%)" if s else None for s in scores],

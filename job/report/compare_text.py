@@ -1,23 +1,23 @@
-"""The comparison of runs as words: for the terminal, and for the page."""
+"""A comparison of runs as text on a terminal and as an HTML page."""
 
 from typing import NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from job.report.compare import Compared, DialogueTest, SliceTest
-from job.report.page import legible
+from job.report.compare import DialogueTest, RunComparison, SliceTest
+from job.report.page import template_environment
+from job.runtime.text import legible
 
-_SHOWN = 24
-"""Settings that differ on the terminal; JSON and page have all."""
+_MOST_SETTINGS = 24
+"""Most settings shown on a terminal; JSON and page have all."""
 
 
 class Row(NamedTuple):
-    """A paired test in words."""
+    """A paired test as text."""
 
-    what: str
+    models: str
     evaluation: str
     matched: str
     difference: str
@@ -26,21 +26,21 @@ class Row(NamedTuple):
     finding: str
 
 
-def rows_of(compared: Compared) -> list[Row]:
-    """The tests in words, those of accuracy first."""
-    return [_choice_row(test) for test in compared.multiple_choice] + [
-        _dialogue_row(test) for test in compared.dialogue
+def rows_of(comparison: RunComparison) -> list[Row]:
+    """Return the tests as text, those of accuracy first."""
+    return [_choice_row(result) for result in comparison.multiple_choice] + [
+        _dialogue_row(result) for result in comparison.dialogue
     ]
 
 
-def _choice_row(found: SliceTest) -> Row:
-    test = found.test
+def _choice_row(result: SliceTest) -> Row:
+    test = result.test
     low, high = (f"{100 * end:+.1f}" for end in test.ci95)
     counts = f"{test.gained} gained, {test.lost} lost"
     return Row(
-        f"{test.b} against {test.a}",
-        f"{found.eval} ({found.scoring})",
-        _matched(test.questions, "question", found.only_a, found.only_b),
+        f"{test.b} vs. {test.a}",
+        f"{result.eval} ({result.scoring})",
+        _matched(test.questions, "question", result.only_a, result.only_b),
         f"{100 * test.difference:+.1f} points ({low} to {high}; {counts})",
         _p(test.p_value),
         _p(test.p_holm),
@@ -48,13 +48,13 @@ def _choice_row(found: SliceTest) -> Row:
     )
 
 
-def _dialogue_row(found: DialogueTest) -> Row:
-    test = found.test
+def _dialogue_row(result: DialogueTest) -> Row:
+    test = result.test
     low, high = (f"{end:+.3f}" for end in test.ci95)
     return Row(
-        f"{test.b} against {test.a}",
+        f"{test.b} vs. {test.a}",
         "ROUGE-L, held-out dialogues",
-        _matched(test.examples, "dialogue", found.only_a, found.only_b),
+        _matched(test.examples, "dialogue", result.only_a, result.only_b),
         f"{test.difference:+.3f} ({low} to {high})",
         _p(test.p_value),
         _p(test.p_holm),
@@ -78,30 +78,30 @@ def _p(value: float) -> str:
     return f"{value:.2g}"
 
 
-def show(compared: Compared, console: Console) -> None:
+def show(comparison: RunComparison, console: Console) -> None:
     """Print the comparison as tables."""
-    labels = [run.label for run in compared.runs]
+    labels = [run.label for run in comparison.runs]
     figures = _table("", *labels)
-    for figure in compared.figures:
+    for figure in comparison.figures:
         figures.add_row(*_cells(figure.name, *(value or "-" for value in figure.values)))
     parts = [figures]
-    if compared.settings:
+    if comparison.settings:
         settings = _table("Settings that differ", *labels)
-        for path, values in list(compared.settings.items())[:_SHOWN]:
+        for path, values in list(comparison.settings.items())[:_MOST_SETTINGS]:
             settings.add_row(*_cells(path, *(_setting(value) for value in values)))
-        if len(compared.settings) > _SHOWN:
-            settings.add_row(*_cells(f"and {len(compared.settings) - _SHOWN} more"))
+        if len(comparison.settings) > _MOST_SETTINGS:
+            settings.add_row(*_cells(f"and {len(comparison.settings) - _MOST_SETTINGS} more"))
         parts.append(settings)
-    tests = _table("Tuned models", "Evaluation", "Matched", "Difference, 95%", "p", "Holm", "")
-    for row in rows_of(compared):
+    tests = _table("Fine-tuned models", "Evaluation", "Matched", "Difference, 95%", "p", "Holm", "")
+    for row in rows_of(comparison):
         tests.add_row(*_cells(*row))
     parts.append(tests)
     console.print(Group(*parts))
-    for note in compared.notes:
+    for note in comparison.notes:
         console.print(Text(f"Not compared: {legible(note)}"))
     console.print(
-        "Exact McNemar and paired bootstrap on what matches by id and text; findings go by the "
-        "p-values corrected for all tests here (Holm)."
+        "Exact McNemar test and paired bootstrap on questions and dialogues matched by id and "
+        "text. Findings are based on p-values corrected for all tests here (Holm)."
     )
 
 
@@ -117,21 +117,11 @@ def _table(*headings: str) -> Table:
 
 
 def _cells(*texts: str) -> list[Text]:
-    # As Text, so that brackets in them are not taken for markup.
+    # As Text, so that brackets are not parsed as markup.
     return [Text(legible(text)) for text in texts]
 
 
-def render_page(compared: Compared) -> str:
-    """The page; the same comparison gives the same text."""
-    environment = Environment(
-        loader=PackageLoader("job.report"),
-        autoescape=True,
-        finalize=lambda value: legible(value) if isinstance(value, str) else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("compare.html.j2").render(
-        compared=compared, tests=rows_of(compared)
-    )
+def render_page(comparison: RunComparison) -> str:
+    """Render the comparison as an HTML page."""
+    template = template_environment(html=True).get_template("compare.html.j2")
+    return template.render(compared=comparison, tests=rows_of(comparison))

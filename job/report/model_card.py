@@ -1,7 +1,7 @@
-"""The model card beside an adapter, `adapter/README.md`, as model hubs show it.
+"""The model card of an adapter, `adapter/README.md`, as model hubs show it.
 
-Everything in it is from the results of the run, figures beside their intervals and beside what
-knows nothing. The licence is that of the base model, where its name tells it.
+All of it comes from the results of the run: scores with intervals and trivial baselines. The
+license is that of the base model, as far as its name tells.
 """
 
 import json
@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from job.report.page import caveats, legible, null_answers, template_environment
+from job.report.page import caveats, code_block, template_environment, trivial_baselines
 from job.results import Results
+from job.runtime.text import legible
 
 KEY = "adapter/README.md"
 
@@ -22,24 +23,25 @@ PEFT = "adapter/peft/adapter_config.json"
 
 
 TINY = "tiny"
-"""The preset that is made on the spot: there is no such model elsewhere."""
+"""The preset with random weights, which exists only in this job."""
 
 
 _HUB = "hf://"
 
 
-_GEMMA_LICENCES = {1: "gemma", 2: "gemma", 3: "gemma", 4: "apache-2.0"}
+_GEMMA_LICENSES = {1: "gemma", 2: "gemma", 3: "gemma", 4: "apache-2.0"}
 
 
 _MEDICAL = re.compile(
     r"med(?!ium|ia|iev)|doctor|clinic|health|patient|disease|diagnos|nurs|samples", re.I
 )
-"""In names of datasets and evaluations; the shipped samples are dialogues with a doctor."""
+"""Matches names of medical datasets; the shipped samples are dialogues with a doctor."""
 
 
 def render_card(results: Results) -> str:
-    """The card: YAML for the hub, then Markdown."""
+    """Render the card: YAML front matter for the hub, then Markdown."""
     has_peft = any(item.path == PEFT for item in results.artifacts)
+    is_tiny = results.model.preset == TINY
     front = yaml.safe_dump(_front(results, has_peft), sort_keys=False, width=10_000)
     body = (
         template_environment(html=False)
@@ -47,29 +49,29 @@ def render_card(results: Results) -> str:
         .render(
             results=results,
             spec=results.run.model_dump(mode="json")["spec"],
-            licence=licence(results.model.preset),
+            license=license_of(results.model.preset),
             medical=is_medical(results),
             caveats=list(caveats(results)),
-            null_answers=null_answers,
-            peft_code=_code(_peft(results)) if has_peft and results.model.preset != TINY else None,
-            keras_code=_code(_keras(results)) if results.model.preset != TINY else None,
+            trivial_baselines=trivial_baselines,
+            peft_code=_python(_peft(results)) if has_peft and not is_tiny else None,
+            keras_code=None if is_tiny else _python(_keras(results)),
         )
     )
     return f"---\n{front}---\n\n{body}"
 
 
-def licence(preset: str) -> str:
-    """The licence of a model as hubs name it; `other` where its name does not tell."""
+def license_of(preset: str) -> str:
+    """Return the license of a model as hubs name it; `other` if its name does not tell."""
     name = preset.rstrip("/").rpartition("/")[2].lower()
     if not name.startswith("gemma"):
         return "other"
-    # The number in gemma-2b is a size, and that is the first Gemma.
+    # The number in gemma-2b is a size: it is the first Gemma.
     version = re.match(r"gemma[-_]?(\d+)(?![\d.]*b)", name)
-    return _GEMMA_LICENCES.get(int(version[1]) if version else 1, "other")
+    return _GEMMA_LICENSES.get(int(version[1]) if version else 1, "other")
 
 
 def is_medical(results: Results) -> bool:
-    """Whether the data or a benchmark is about medicine, as far as names tell."""
+    """Return whether the data or a benchmark is medical, as far as names tell."""
     names = [results.data.dataset]
     names += [text for c in results.evaluation.multiple_choice for text in (c.name, c.dataset)]
     return any(_MEDICAL.search(name) for name in names)
@@ -82,7 +84,7 @@ def _front(results: Results, has_peft: bool) -> dict[str, Any]:
         front |= {"base_model": preset.removeprefix(_HUB), "base_model_relation": "adapter"}
     front["library_name"] = "peft" if has_peft else "keras-hub"
     front["pipeline_tag"] = "text-generation"
-    front["license"] = licence(preset)
+    front["license"] = license_of(preset)
     front["tags"] = ["lora", "keras-hub", *(["peft"] if has_peft else [])]
     if dataset.startswith(_HUB):
         front["datasets"] = [dataset.removeprefix(_HUB)]
@@ -90,7 +92,7 @@ def _front(results: Results, has_peft: bool) -> dict[str, Any]:
 
 
 def _peft(results: Results) -> Iterator[str]:
-    """How transformers and PEFT load it."""
+    """Yield the lines of Python that load the adapter with transformers and PEFT."""
     preset, revision = results.model.preset, results.model.revision
     on_hub = preset.startswith(_HUB)
     pinned = f", revision={json.dumps(revision)}" if on_hub and revision else ""
@@ -98,14 +100,14 @@ def _peft(results: Results) -> Iterator[str]:
     yield "from transformers import AutoModelForCausalLM"
     yield ""
     if not on_hub:
-        yield f"# {json.dumps(preset)} in the format of transformers"
+        yield f"# {json.dumps(preset)} in transformers' format"
     base = json.dumps(preset.removeprefix(_HUB) if on_hub else "the/base-model")
     yield f"model = AutoModelForCausalLM.from_pretrained({base}{pinned})"
     yield 'model = PeftModel.from_pretrained(model, "adapter/peft")'
 
 
 def _keras(results: Results) -> Iterator[str]:
-    """How KerasHub loads it."""
+    """Yield the lines of Python that load the adapter with KerasHub."""
     model = results.model
     yield "import keras_hub"
     yield ""
@@ -115,8 +117,5 @@ def _keras(results: Results) -> Iterator[str]:
     yield 'model.backbone.load_lora_weights("adapter/adapter.lora.h5")'
 
 
-def _code(lines: Iterator[str]) -> Markup:
-    """A block of Python that no line of it can end."""
-    text = legible("\n".join(lines))
-    marks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return Markup(f"{marks}python\n{text}\n{marks}")
+def _python(lines: Iterator[str]) -> Markup:
+    return code_block(legible("\n".join(lines)), "python")

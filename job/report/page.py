@@ -1,15 +1,13 @@
-"""The page a run leaves: its results as one HTML file and as Markdown.
+"""The report of a run, as one HTML file and as Markdown.
 
-This module makes text harmless, writes figures and derives the key figures and the caveats;
-the templates beside it hold the order, the words and the looks. Text the job did not write
-(data, model answers, error messages) is hostile: `finalize` of each environment makes every
-string legible and harmless, so that no template can forget to.
+This module escapes text, formats numbers and derives key figures and caveats; the templates hold
+the layout and the wording. Text from data, models and errors is untrusted: `finalize` of each
+template environment escapes every string, so no template can forget to.
 """
 
 import math
 import re
 import textwrap
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,21 +26,22 @@ from job.results import (
     Results,
     TrivialBaselines,
 )
+from job.runtime.text import legible
 
 SHOWN_FLIPS = 40
-"""Changed questions on the page, gained and lost together; all are in predictions.jsonl."""
+"""Most changed questions on the page, gained and lost; all are in predictions.jsonl."""
 
 
 PHONE_WIDTH = 340
-"""Pixels of the second drawing of each figure, the one narrow screens show."""
+"""Width in pixels of the figures for narrow screens."""
 
 
 @dataclass(frozen=True)
 class Flip:
-    """A question that one of baseline and finetuned got right and the other did not.
+    """A question that only one of baseline and finetuned answered correctly.
 
-    `before` and `after` are the answers of baseline and finetuned, None where none could be
-    read; `gained` is true where the finetuned model is the one that was right.
+    `before` and `after` are their answers, None if unparsed; `gained` is true if finetuned was
+    correct.
     """
 
     eval: str
@@ -55,7 +54,7 @@ class Flip:
 
 
 class KeyFigure(NamedTuple):
-    """A number of the strip under the verdict; `note` is the smaller print below it."""
+    """A number under the verdict, with a note in smaller print."""
 
     label: str
     value: str
@@ -63,15 +62,12 @@ class KeyFigure(NamedTuple):
 
 
 def render_html(results: Results, history: list[dict[str, Any]], flips: list[Flip]) -> str:
-    """Write the page as one HTML file that needs no network and no script.
+    """Render the report as one HTML file without scripts or network access.
 
     Args:
-        results: The finished run.
-        history: Lines of history.jsonl, as `plots.loss_curve` takes them; may be empty.
-        flips: Questions that went from wrong to right or back, in the order to show them.
-
-    Returns:
-        The document; the same arguments give the same text.
+        results: the results of the run.
+        history: lines of history.jsonl, as for `plots.loss_curve`; may be empty.
+        flips: questions whose answer changed between correct and wrong, in order.
     """
     choices = results.evaluation.multiple_choice
     loss = [loss_curve(history), loss_curve(history, width=PHONE_WIDTH)]
@@ -81,15 +77,12 @@ def render_html(results: Results, history: list[dict[str, Any]], flips: list[Fli
 
 
 def render_markdown(results: Results, history: list[dict[str, Any]], flips: list[Flip]) -> str:
-    """Write the page as GitHub-flavoured Markdown: the same words and tables without figures.
-
-    Args and return value as in `render_html`, whose curve is all that `history` serves.
-    """
+    """Render the report as GitHub-flavored Markdown, without figures; see `render_html`."""
     return _render("report.md.j2", results, flips, {})
 
 
 def template_environment(*, html: bool) -> Environment:
-    """The environment of the templates, for HTML or Markdown: every string is made harmless."""
+    """Return the environment of HTML or Markdown templates, which escapes every string."""
     environment = Environment(
         loader=PackageLoader("job.report"),
         autoescape=html,
@@ -120,9 +113,9 @@ def _render(
 
 
 def _shown_flips(flips: list[Flip]) -> list[tuple[str, list[Flip], int]]:
-    """Gained and lost, each with what is shown of it and how many there are in all."""
-    gained, lost = ([flip for flip in flips if flip.gained is wanted] for wanted in (True, False))
-    # Each has half of the places, and what the other leaves of its own.
+    """Return gained and lost flips: kind, the flips to show, and their total number."""
+    gained, lost = ([flip for flip in flips if flip.gained is kind] for kind in (True, False))
+    # Each kind gets half of SHOWN_FLIPS, plus what the other does not use.
     most_gained = SHOWN_FLIPS - min(len(lost), SHOWN_FLIPS // 2)
     most_lost = SHOWN_FLIPS - min(len(gained), most_gained)
     groups = [("gained", gained, most_gained), ("lost", lost, most_lost)]
@@ -130,7 +123,7 @@ def _shown_flips(flips: list[Flip]) -> list[tuple[str, list[Flip], int]]:
 
 
 def key_figures(results: Results) -> list[KeyFigure]:
-    """The few numbers of the strip: accuracies, ROUGE-L, loss, speed, time."""
+    """Return the numbers under the verdict: accuracies, ROUGE-L, loss, speed, time."""
     figures = []
     for choice in results.evaluation.multiple_choice[:3]:
         shares = {name: percent(score.accuracy) for name, score in choice.models.items()}
@@ -148,11 +141,11 @@ def key_figures(results: Results) -> list[KeyFigure]:
     validation = {"baseline": loss.validation_before, "finetuned": loss.validation_after}
     known = {name: _nats(value) for name, value in validation.items() if value is not None}
     label = "Validation loss" if known else "Training loss"
-    figures.append(KeyFigure(label, _arrow(known or {"": _nats(loss.train)}), "nats a token"))
+    figures.append(KeyFigure(label, _arrow(known or {"": _nats(loss.train)}), "nats per token"))
     speed = f"{results.training.tokens_per_second:,.0f} tokens/s"
     figures.append(KeyFigure("Training speed", speed, _mfu(results.training.mfu)))
     time, chips = _duration(results.run.seconds), _amount(results.cost.chip_hours, "chip-hours")
-    figures.append(KeyFigure("Time in all", time, chips))
+    figures.append(KeyFigure("Total time", time, chips))
     return figures
 
 
@@ -164,69 +157,69 @@ def _arrow(values: dict[str, str]) -> str:
     return " \u2192 ".join(local or values.values()) or "not measured"
 
 
-def null_answers(nulls: TrivialBaselines) -> list[tuple[str, Estimate]]:
-    """The answers that know nothing, each with its ROUGE-L."""
+def trivial_baselines(scores: TrivialBaselines) -> list[tuple[str, Estimate]]:
+    """Return the trivial baselines by label, each with its ROUGE-L."""
     return [
-        ("The prompt echoed", nulls.echoed_prompt),
-        ("Another prompt's answer", nulls.other_answer),
-        ("One polite sentence for all", nulls.polite_sentence),
+        ("Echoed prompt", scores.echoed_prompt),
+        ("Shuffled answer", scores.other_answer),
+        ("Constant sentence", scores.polite_sentence),
     ]
 
 
 def detectable(choice: MultipleChoiceResult) -> str | None:
-    """How small a change would be found with this many questions, in words."""
+    """Describe the minimum detectable effect with this many questions."""
     pair = next((c for c in choice.comparisons if (c.a, c.b) == _BEFORE_AFTER), None)
     if pair is None:
         return None
-    asked = f"With {pair.questions:,} questions"
+    share = percent((pair.gained + pair.lost) / pair.questions)
+    basis = f"{pair.questions:,} questions, {share} of them answered correctly by only one model"
     if pair.detectable is None:
-        return f"{asked} that so seldom differ, no change could be found."
+        return f"No change is detectable with {basis}."
     return (
-        f"{asked}, of which {percent((pair.gained + pair.lost) / pair.questions)} were answered "
-        f"right by only one of the two, a change under {100 * pair.detectable:.1f} points would "
-        "be missed more often than one time in five."
+        f"The minimum detectable change at 80% power is {100 * pair.detectable:.1f} points, with "
+        f"{basis}."
     )
 
 
 def caveats(results: Results) -> Iterator[str]:
-    """What a careful reader should hold against these results."""
+    """Yield the limits of these results that a reader should know."""
     choices, dialogue = results.evaluation.multiple_choice, results.evaluation.dialogue
     if results.model.preset == "tiny":
-        yield "The model is tiny and random: this run tests the job and says nothing of a real one."
+        yield "The model is tiny, with random weights: this run only shows that the job works."
     yield (
         f"This is a single run with one seed ({results.run.spec.get('seed', 'not recorded')}). "
-        "Intervals cover the choice of questions, not the spread between training runs."
+        "Intervals reflect the choice of questions, not the variance between training runs."
     )
     for choice in choices:
         yield from _choice_caveats(choice)
     if choices:
         yield (
-            "Accuracy depends by points on the prompt and on the scoring mode (letters: their "
-            "logits compared; generate: text parsed): compare only what was scored alike."
+            "Accuracy depends on the prompt and on the scoring mode (letters compares logits, "
+            "generate parses text), by several points: compare only results of the same mode."
         )
     if sum(len(choice.comparisons) for choice in choices) + bool(dialogue) > 1:
-        yield "There are several comparisons: findings go by p-values corrected for that (Holm)."
+        yield "Findings are based on p-values corrected for multiple comparisons (Holm)."
     if dialogue:
         yield (
-            "ROUGE measures overlap of words with one expected answer, not correctness, and moves "
-            f"with the length of the answers (at most {dialogue.max_new_tokens:,} tokens here)."
+            "ROUGE measures word overlap with one expected answer, not correctness, and depends on "
+            f"the length of the answers (at most {dialogue.max_new_tokens:,} tokens here)."
         )
-        null = max(estimate.mean for _, estimate in null_answers(dialogue.nulls))
+        trivial = max(estimate.mean for _, estimate in trivial_baselines(dialogue.nulls))
         for name, rouge in ordered(dialogue.models):
-            if rouge.rougeL.ci95[0] <= null:
-                yield f"ROUGE-L of {model_label(name)} is not measurably above knowing nothing."
-    if cut := results.training.truncated:
-        yield f"{cut:,} training examples were longer than the limit and lost their end."
+            if rouge.rougeL.ci95[0] <= trivial:
+                yield f"ROUGE-L of {model_label(name)} is not measurably above trivial baselines."
+    if truncated := results.training.truncated:
+        yield f"{truncated:,} training examples were longer than the limit and were truncated."
     if results.reference.status != "skipped":
-        yield "The reference is remote: its provider may change weights and settings any day."
+        yield "The reference is remote: its provider may change weights and settings at any time."
 
 
 def _choice_caveats(choice: MultipleChoiceResult) -> Iterator[str]:
     widths = [score.ci95[1] - score.ci95[0] for score in choice.models.values()]
     if widths:
         yield (
-            f"{choice.name}: with {choice.questions:,} questions an accuracy is uncertain by about "
-            f"\u00b1{50 * max(widths):.1f} points (95%); judge changes by the paired comparison."
+            f"{choice.name}: with {choice.questions:,} questions, accuracy is uncertain by about "
+            f"\u00b1{50 * max(widths):.1f} points (95%); use the paired comparison for changes."
         )
     if choice.in_training_text:
         yield (
@@ -245,23 +238,8 @@ def _choice_caveats(choice: MultipleChoiceResult) -> Iterator[str]:
                 share = percent(chosen / answered)
                 yield f"{choice.name}: {label} chose {letter} in {share} of its answers."
         if score.missing:
-            missing = f"{score.missing:,} questions got no answer from {label}"
-            yield f"{choice.name}: {missing}; its accuracy leaves them out."
-
-
-def legible(text: str) -> str:
-    """Text with every invisible or direction-changing character shown by name.
-
-    Line breaks, tabs and the joiners that scripts and emoji are written with stay.
-    """
-
-    def shown(char: str) -> str:
-        if char.isprintable() or char in "\n\t\u200c\u200d" or unicodedata.category(char) == "Zs":
-            return char
-        # Not the control pictures of Unicode: few fonts have them.
-        return f"\u2039U+{ord(char):04X}\u203a"
-
-    return text if text.isprintable() else "".join(map(shown, text.replace("\r\n", "\n")))
+            missing = f"{score.missing:,} questions have no answer of {label}"
+            yield f"{choice.name}: {missing}; its accuracy does not count them."
 
 
 def _html_text(value: object) -> object:
@@ -269,29 +247,34 @@ def _html_text(value: object) -> object:
 
 
 def _markdown_text(value: object) -> object:
-    """A string as one line of plain Markdown, inside a table or not."""
+    """Return a string as one line of plain Markdown, in or outside of a table."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     line = re.sub(r"([\\`*_\[\]<>|~&$#@])", r"\\\1", " ".join(legible(value).split()))
-    # Bare addresses would become links.
+    # Otherwise bare URLs become links.
     return re.sub(r"(?i)(https?|ftp|www)(?=://|\.)", r"\1\\", line)
 
 
 def _fence(text: str) -> Markup:
-    """Text as a fenced Markdown block that no line of it can end, wrapped at 100 columns."""
-    marks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    """Return text as a fenced Markdown block, wrapped at 100 columns."""
     wrap = textwrap.TextWrapper(100, break_on_hyphens=False)
     lines = [wrap.wrap(line) or [""] for line in legible(text).split("\n")]
-    return Markup("\n".join([f"{marks}text", *(part for line in lines for part in line), marks]))
+    return code_block("\n".join(part for line in lines for part in line), "text")
+
+
+def code_block(text: str, language: str) -> Markup:
+    """Return legible text as a fenced Markdown block that the text itself cannot end."""
+    marks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return Markup(f"{marks}{language}\n{text}\n{marks}")
 
 
 def _signed(value: float, decimals: int = 3) -> str:
-    # Adding zero turns -0.0 into 0.0.
+    # Adding zero makes 0.0 of -0.0.
     return f"{round(value, decimals) + 0.0:+.{decimals}f}".replace("-", "\u2212")
 
 
 def _span(interval: Interval, scale: float = 1, decimals: int = 3) -> str:
-    # Joined by a word, because an end may be negative.
+    # Joined by a word, because ends may be negative.
     return " to ".join(_signed(scale * end, decimals).removeprefix("+") for end in interval)
 
 
@@ -306,7 +289,7 @@ def _nats(loss: float | None) -> str:
 
 
 def _perplexity(loss: float | None) -> str:
-    """The exponential of a loss in nats: between how many tokens the model is torn, as it were."""
+    """Return the perplexity of a loss in nats, its exponential."""
     return "not measured" if loss is None else f"{math.exp(min(loss, 700)):,.4g}"
 
 
@@ -323,19 +306,19 @@ def _duration(seconds: float) -> str:
 
 
 def _amount(value: float, unit: str) -> str:
-    """Two decimals, or two significant digits of a small amount."""
+    """Format an amount with two decimals, or a small one with two significant digits."""
     return f"{value:,.2f} {unit}" if value >= 0.1 or value == 0 else f"{value:.2g} {unit}"
 
 
 def _finding(pair: Comparison | DialogueComparison) -> str:
-    """The finding, in neutral words where `b` is not `a` after training."""
+    """Return the finding, in neutral words unless it compares before and after training."""
     if (pair.a, pair.b) == _BEFORE_AFTER:
         return pair.finding
     return {"improved": "higher", "worse": "lower"}.get(pair.finding, pair.finding)
 
 
-def _oftener(pair: Comparison) -> str:
-    """The finding about a habit, which is neither good nor bad."""
+def _frequency(pair: Comparison) -> str:
+    """Return the finding about a style trait, which is neither good nor bad."""
     return {"improved": "more often", "worse": "less often"}.get(pair.finding, pair.finding)
 
 
@@ -349,8 +332,8 @@ def _size(count: int) -> str:
 _FILTERS = {
     "percent": percent, "signed": _signed, "span": _span, "p": _p, "nats": _nats, "mfu": _mfu,
     "duration": _duration, "amount": _amount, "size": _size, "fence": _fence,
-    "null_answers": null_answers, "detectable": detectable, "perplexity": _perplexity,
-    "oftener": _oftener,
+    "trivial_baselines": trivial_baselines, "detectable": detectable, "perplexity": _perplexity,
+    "frequency": _frequency,
     "finding": _finding, "label": model_label, "ordered": ordered,
     "number": "{:,.0f}".format, "rouge": "{:.3f}".format,
 }  # fmt: skip

@@ -1,9 +1,8 @@
-"""The report's figures: pure functions from numbers to inline SVG, readable in light and dark.
+"""Figures of the report: pure functions from numbers to inline SVG, for light and dark pages.
 
-Matplotlib draws with sentinel colours, which are exchanged for CSS variables of the page, so
-that one drawing follows the reader's colour scheme and the page's one accent. Text stays text,
-in the page's own font. A unit of the drawing is a CSS pixel. Nothing is written to disk, and
-the same numbers give the same bytes.
+Matplotlib draws with sentinel colors, which are replaced by CSS variables of the page, so that a
+figure follows the reader's color scheme. Text stays text, in the page's font. One unit is one CSS
+pixel. Nothing is written to disk, and the same numbers give the same bytes.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Colours no design would use; `_finish` exchanges them. Fallbacks serve a figure without page.
+# Sentinel colors that `_finish` replaces; the fallbacks are for a figure without a page.
 INK, MUTED, ACCENT, RULE, PAPER = "#01fe01", "#01fe02", "#01fe03", "#01fe04", "#01fe05"
 
 
@@ -45,11 +44,11 @@ _RC: dict[Any, Any] = {
 
 
 _SMOOTH_FROM = 50
-"""Logged steps from which a line of means is drawn over the measured one."""
+"""Number of logged steps above which a smoothed line is drawn over the measured one."""
 
 
 _MOST_POINTS = 500
-"""Of more points neighbours are averaged."""
+"""Most points of a line; of more, neighbors are averaged."""
 
 
 _Series = list[tuple[float, float]]
@@ -62,32 +61,32 @@ MODEL_ORDER = ("baseline", "finetuned", "reference")
 
 
 def model_label(name: str) -> str:
-    """The model's name for readers; the reference is always marked as remote."""
+    """Return the model's name for readers, which marks the reference as remote."""
     return "reference (remote)" if name == "reference" else name
 
 
 def ordered[Score](models: Mapping[str, Score]) -> list[tuple[str, Score]]:
-    """The models' entries as baseline, finetuned, reference, then any other by name."""
+    """Return the models' entries in the order of MODEL_ORDER, then others by name."""
     rank = {name: place for place, name in enumerate(MODEL_ORDER)}
     return sorted(models.items(), key=lambda item: (rank.get(item[0], len(rank)), item[0]))
 
 
 def percent(share: float) -> str:
-    """A share from 0 to 1 as a percentage with one decimal."""
+    """Format a share from 0 to 1 as a percentage with one decimal."""
     return f"{100 * share:.1f}%"
 
 
 def loss_curve(history: Sequence[Mapping[str, Any]], *, width: int = 720) -> str:
-    """Draw the training loss per logged step, with the validation losses marked on it.
+    """Draw the training loss per logged step, with validation losses as markers.
 
     Args:
-        history: Lines of history.jsonl: `step` with `loss`, or with `validation_loss`, in nats
-            a token. Lines that are not finite are left out; of a step logged twice (a resumed
-            run) the later line counts.
-        width: Width in CSS pixels; below 480 the figure is laid out for a phone.
+        history: lines of history.jsonl: `step` with `loss` or `validation_loss`, in nats per
+            token. Values that are not finite are skipped; of a step logged twice (a resumed run)
+            the later line counts.
+        width: width in CSS pixels; below 480 the layout is that for a phone.
 
     Returns:
-        An `<svg>` element, or '' where no loss was logged.
+        An `<svg>` element, or '' if no loss was logged.
     """
     train, validation = _series(history, "loss"), _series(history, "validation_loss")
     if not train and not validation:
@@ -115,20 +114,20 @@ def loss_curve(history: Sequence[Mapping[str, Any]], *, width: int = 720) -> str
         axes.yaxis.set_major_locator(ticker.MaxNLocator(5))
         axes.grid(axis="y")
         axes.margins(x=0.03, y=0.08)
-        _text(figure, 0, 14, "Loss, nats a token", weight="bold")
+        _text(figure, 0, 14, "Loss, nats per token", weight="bold")
         axes.legend()
         return _finish(figure, _loss_words(train, validation))
 
 
 def rate_curve(history: Sequence[Mapping[str, Any]], *, width: int = 720) -> str:
-    """Draw the tokens a second over the steps, from 0 up.
+    """Draw the tokens per second over the steps.
 
     Args:
-        history: Lines of history.jsonl with `step` and `tokens_per_second`, as `loss_curve`.
-        width: As there.
+        history: lines of history.jsonl with `step` and `tokens_per_second`; see `loss_curve`.
+        width: width in CSS pixels.
 
     Returns:
-        An `<svg>` element, or '' where fewer than two rates were logged.
+        An `<svg>` element, or '' if fewer than two rates were logged.
     """
     rates = _series(history, "tokens_per_second")
     if len(rates) < 2:
@@ -147,24 +146,24 @@ def rate_curve(history: Sequence[Mapping[str, Any]], *, width: int = 720) -> str
         axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.grid(axis="y")
         axes.margins(x=0.03)
-        _text(figure, 0, 14, "Tokens a second", weight="bold")
+        _text(figure, 0, 14, "Tokens per second", weight="bold")
         values = [rate for _, rate in rates]
-        words = f"Tokens a second: {min(values):,.0f} to {max(values):,.0f}."
+        words = f"Tokens per second: {min(values):,.0f} to {max(values):,.0f}."
         return _finish(figure, words)
 
 
 def accuracy_bars(multiple_choice: Sequence[MultipleChoiceResult], *, width: int = 720) -> str:
-    """Draw accuracies in percent: a group an eval, a bar a model with its 95% interval.
+    """Draw accuracies in percent: one group per eval, one bar per model with its 95% interval.
 
-    Bars lie on their side, so that names of any length stay readable on a phone. A dotted
-    line is chance, a dashed one a model that always answers the majority letter.
+    Bars are horizontal, so that long names stay readable on a phone. A dotted line is chance, a
+    dashed line always answering the majority letter.
 
     Args:
-        multiple_choice: The evals, in order.
-        width: Width in CSS pixels.
+        multiple_choice: the evals, in order.
+        width: width in CSS pixels.
 
     Returns:
-        An `<svg>` element, or '' where there is no score to draw.
+        An `<svg>` element, or '' if there is no score to draw.
     """
     groups = [group for group in multiple_choice if group.models]
     if not groups:
@@ -196,7 +195,7 @@ def accuracy_bars(multiple_choice: Sequence[MultipleChoiceResult], *, width: int
 
 
 def _draw_group(figure: "Figure", axes: "Axes", group: MultipleChoiceResult, top: int) -> None:
-    """Draw one eval from `top`, in pixels under the axes' upper edge."""
+    """Draw one eval, `top` pixels below the upper edge of the axes."""
     first = top + _GROUP_TITLE
     last = first + _BAR * len(group.models)
     _text(figure, 0, _TOP + top + 14, _plain(group.name, figure.bbox.width / 9), weight="bold")
@@ -214,10 +213,10 @@ def _draw_group(figure: "Figure", axes: "Axes", group: MultipleChoiceResult, top
             alpha=1 if name in ("finetuned", "reference") else 0.6,
             edgecolor=MUTED if name == "reference" else "none",
         )  # fmt: skip
-        # Over a bright bar a bright line is lost: a rim of the paper's colour keeps them apart.
+        # An outline in the paper's color keeps a bright line visible on a bright bar.
         ends = [middle - 4, middle + 4, middle, middle, middle - 4, middle + 4]
-        for colour, line in ((PAPER, 4.5), (INK, 1.5)):
-            axes.plot([low] * 3 + [high] * 3, ends, color=colour, linewidth=line)
+        for color, line in ((PAPER, 4.5), (INK, 1.5)):
+            axes.plot([low] * 3 + [high] * 3, ends, color=color, linewidth=line)
         _text(figure, 116, _TOP + middle, _plain(model_label(name), 18), ha="right", va="center")
         axes.annotate(
             percent(score.accuracy), (max(high, 100 * score.accuracy), middle), xytext=(7, 0),
@@ -230,7 +229,7 @@ def _draw_group(figure: "Figure", axes: "Axes", group: MultipleChoiceResult, top
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """Our settings over matplotlib's own defaults, whatever the user's matplotlibrc says."""
+    """Use our settings over matplotlib's defaults, regardless of the user's matplotlibrc."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -242,7 +241,7 @@ def _style() -> Iterator[None]:
 def _canvas(
     width: int, height: int, left: int, right: int, top: int, bottom: int
 ) -> "tuple[Figure, Axes]":
-    """An empty figure of that many pixels, its axes inset by the margins."""
+    """Return an empty figure of this size in pixels, with margins around its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
@@ -255,7 +254,7 @@ def _canvas(
 
 
 def _text(figure: "Figure", x: float, y: float, text: str, **style: Any) -> None:
-    """Write at pixels from the upper left corner of the figure."""
+    """Write text at a position in pixels from the upper left corner of the figure."""
     width, height = figure.bbox.width, figure.bbox.height
     figure.text(x / width, 1 - y / height, text, **style)
 
@@ -267,7 +266,7 @@ def _series(history: Sequence[Mapping[str, Any]], key: str) -> _Series:
 
 
 def _smoothed(series: _Series) -> _Series:
-    """Means over a centred window of a twentieth of the points, narrower at both ends."""
+    """Return means over a centered window of a twentieth of the points, narrower at both ends."""
     half = max(2, len(series) // 40)
     smooth = []
     for place, (step, _) in enumerate(series):
@@ -291,8 +290,8 @@ def _loss_words(train: _Series, validation: _Series) -> str:
     words = ""
     for name, series in (("Training", train), ("Validation", validation)):
         ends = [series[0], series[-1]] if len(series) > 1 else series
-        told = ", ".join(f"{value:.4f} at step {step:,}" for step, value in ends)
-        words += f"{name} loss: {told}. " if told else ""
+        values = ", ".join(f"{value:.4f} at step {step:,}" for step, value in ends)
+        words += f"{name} loss: {values}. " if values else ""
     return words.strip()
 
 
@@ -302,27 +301,27 @@ def _group_words(group: MultipleChoiceResult) -> str:
         return f"{model_label(item[0])} {percent(item[1].accuracy)} ({low} to {high})"
 
     scores = ", ".join(map(words, ordered(group.models)))
-    nulls = f"chance {percent(group.chance)}, majority letter {percent(group.majority_accuracy)}"
-    return _plain(f"{group.name}: {scores}; {nulls}.")
+    trivial = f"chance {percent(group.chance)}, majority letter {percent(group.majority_accuracy)}"
+    return _plain(f"{group.name}: {scores}; {trivial}.")
 
 
 def _plain(text: str, most: float = math.inf) -> str:
-    """Text that XML can hold, cut to `most` characters; others become replacement characters."""
+    """Return text of at most `most` characters, with those XML forbids replaced."""
     text = text if len(text) <= most else text[: int(most) - 1] + "\u2026"
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def _finish(figure: "Figure", words: str) -> str:
-    """Save as an element for the middle of an HTML page, with `words` as its description."""
+    """Return the figure as an SVG element for an HTML page, with `words` as its description."""
     file, dates = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=dates)
-    # Matplotlib's style sheet names `*`, which would reach the whole page.
+    # Matplotlib's style sheet selects `*`, which would apply to the full page.
     svg = re.sub(r"<style.*?</style>", "", file.getvalue(), flags=re.DOTALL)
     salt = "f" + hashlib.sha256((words + svg).encode()).hexdigest()[:10] + "-"
     used = set(re.findall(r"#([\w-]+)[\")]", svg))
     root = ET.fromstring(svg)
     for element in root.iter():
-        # HTML needs no namespaces, and without them the page holds no address at all.
+        # HTML needs no namespaces, and without them the page holds no URL at all.
         element.tag = element.tag.rpartition("}")[2]
         attributes = {name.rpartition("}")[2]: text for name, text in element.attrib.items()}
         if (name := attributes.pop("id", None)) in used:
@@ -336,7 +335,7 @@ def _finish(figure: "Figure", words: str) -> str:
             attributes[key] = re.sub(r"\s*\n", " ", value).strip()
         element.attrib, element.tail = attributes, None
         element.text = element.text if element.tag == "text" else None
-    # Points become pixels.
+    # Points to pixels.
     width, height = (root.attrib[side].removesuffix("pt") for side in ("width", "height"))
     root.attrib |= {"width": width, "height": height, "role": "img", "aria-label": words}
     root.attrib["style"] = "stroke-linejoin: round; stroke-linecap: butt"

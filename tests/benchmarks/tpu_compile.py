@@ -58,7 +58,7 @@ def published(preset: str, on: Machine) -> Step:
     """The notebook's step on one chip."""
     from job.machine import devices
 
-    with devices.compiling_for(on) as devices:
+    with devices.compiling_for(on) as chips:
         import jax
         import keras
         import numpy as np
@@ -70,7 +70,7 @@ def published(preset: str, on: Machine) -> Step:
         from job.spec.schema import Model
 
         model = Model(preset=preset)
-        place = SingleDeviceSharding(devices[0])
+        place = SingleDeviceSharding(chips[0])
 
         def shapes(variables: Any) -> list[Any]:
             return [abstract_array(v.shape, v.dtype, place) for v in variables]

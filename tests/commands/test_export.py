@@ -179,7 +179,7 @@ def test_wrong_arguments_are_told(
 def test_a_folder_in_use_and_a_folder_that_is_no_run_are_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         export_run(str(run), "peft", str(tmp_path / "mine"), "exact")
     for folder in (tmp_path / "mine", run / "adapter"):
         with pytest.raises(UsageError, match="has no adapter|is not a run"):

@@ -152,7 +152,7 @@ def test_a_prompt_is_read_from_a_file_and_the_answer_is_all_that_is_printed(
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--prompt", "a", "--prompt-file", "b"], 2, "two prompts; write one of them"),
+        (["--prompt", "a", "--prompt-file", "b"], 2, "cannot be combined; write one of them"),
         (["--prompt", " "], 2, "the prompt is empty"),
         (["--prompt-file", "none.txt"], 2, "--prompt-file none.txt: No such file"),
         (["--prompt", "a", "--temperature", "0"], 2, "--temperature 0.0: write a number above 0"),

@@ -117,7 +117,7 @@ def test_a_preempted_run_finishes_on_another_machine(
     folder = tmp_path / "fetched"
     fetched = scripts.run("fetch", RUN, str(folder))
     assert fetched.code == 0, fetched.err
-    assert '"fetched; every checksum is right"' in fetched.out
+    assert '"fetched, checksums verified"' in fetched.out
     results = json.loads((folder / "results.json").read_text())
     assert results["run"]["status"] == "complete"
     assert results["run"]["resumes"] == 1

@@ -15,7 +15,7 @@ from job import cli
 from job.commands.compare import compare_finished
 from job.errors import StageError, UsageError
 from job.evals.statistics import holm, mcnemar
-from job.report.compare import Compared, differing
+from job.report.compare import RunComparison, differing
 from job.report.compare_text import render_page, show
 from job.storage.base import Store
 from job.storage.local import LocalStore
@@ -191,7 +191,7 @@ def test_answers_that_were_changed_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def compared(tmp_path: Path) -> Compared:
+def compared(tmp_path: Path) -> RunComparison:
     def other(results: dict[str, Any]) -> None:
         results["run"]["spec"] = {"seed": 1, "evil": EVIL}
         results["verdict"]["sentence"] = results["model"]["preset"] = EVIL
@@ -201,12 +201,12 @@ def compared(tmp_path: Path) -> Compared:
     return compare_finished([first, second])
 
 
-def test_the_table_says_what_was_found(compared: Compared) -> None:
+def test_the_table_says_what_was_found(compared: RunComparison) -> None:
     out = io.StringIO()
     show(compared, Console(file=out, width=200))
     text = out.getvalue()
     for words in (
-        "two against one", "6 questions", "+16.7 points", "1 gained, 0 lost", "12 dialogues",
+        "two vs. one", "6 questions", "+16.7 points", "1 gained, 0 lost", "12 dialogues",
         "no measurable difference", "higher", "train.epochs", "35.1%",
     ):  # fmt: skip
         assert words in text
@@ -214,7 +214,7 @@ def test_the_table_says_what_was_found(compared: Compared) -> None:
     assert "<script>" in text
 
 
-def test_the_page_holds_the_same_and_hostile_text_is_harmless(compared: Compared) -> None:
+def test_the_page_holds_the_same_and_hostile_text_is_harmless(compared: RunComparison) -> None:
     page = render_page(compared)
     tags: list[str] = []
 
@@ -238,7 +238,7 @@ def test_the_command_prints_json_and_writes_a_page(
     page = tmp_path / "page.html"
     monkeypatch.setattr(sys, "argv", ["job", "compare", *runs, "--json", "--html", str(page)])
     assert cli.main() == 0
-    found = Compared.model_validate(json.loads(capsys.readouterr().out))
+    found = RunComparison.model_validate(json.loads(capsys.readouterr().out))
     assert found == compare_finished(runs)
     assert page.read_text() == render_page(found)
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from job.report.model_card import PEFT, is_medical, licence, render_card
+from job.report.model_card import PEFT, is_medical, license_of, render_card
 from job.results import Results
 from tests.report import EVIL as WITH_SURROGATE
 from tests.report import evil, full, minimal
@@ -41,14 +41,14 @@ def test_the_front_matter_is_what_hubs_read() -> None:
     }
 
 
-def test_what_no_hub_knows_is_not_named() -> None:
+def test_a_local_model_is_not_named_for_the_hub() -> None:
     run = minimal()
     run["model"]["preset"] = "/models/mine"
     front, body = card(run)
     assert not {"base_model", "datasets", "license_link"} & set(front)
     assert (front["library_name"], front["license"]) == ("keras-hub", "other")
     assert "PeftModel" not in body
-    assert "they are not known to the job" in body
+    assert "the job does not know them" in body
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_what_no_hub_knows_is_not_named() -> None:
         ("tiny", "other"),
     ],
 )
-def test_the_licence_is_known_of_gemma_alone(preset: str, expected: str) -> None:
-    assert licence(preset) == expected
+def test_only_gemma_licenses_are_known(preset: str, expected: str) -> None:
+    assert license_of(preset) == expected
 
 
-def test_figures_stand_beside_their_intervals_and_what_knows_nothing() -> None:
+def test_scores_have_intervals_and_trivial_baselines() -> None:
     _, body = card(full())
     for words in (
         "| finetuned | 35.1% | 33.7 to 36.5% |",
@@ -84,7 +84,7 @@ def test_figures_stand_beside_their_intervals_and_what_knows_nothing() -> None:
         "+4.1 points (95% interval \u22120.7 to 5.5), 512 gained and 341 lost, exact McNemar "
         "p 4.6e-9, 9.2e-9 corrected for all tests of the run: improved.",
         "| finetuned | 0.153 | 0.147 to 0.159 |",
-        "| *The prompt echoed* | 0.111 | 0.105 to 0.117 |",
+        "| *Echoed prompt* | 0.111 | 0.105 to 0.117 |",
         "2.9134 before, 1.4981 after",
         "Gemma Terms of Use",
         "baseline is not measurably above always answering A",
@@ -94,7 +94,7 @@ def test_figures_stand_beside_their_intervals_and_what_knows_nothing() -> None:
 
 def test_a_run_that_measured_nothing_claims_nothing() -> None:
     _, body = card(minimal())
-    assert "Nothing was measured but the loss." in body
+    assert "Only the loss was measured." in body
     assert "not measured before, not measured after" in body
     for word in ("Accuracy", "ROUGE", "improved", "McNemar", "None"):
         assert word not in body
@@ -125,7 +125,7 @@ def test_medical_data_are_told_from_others(dataset: str, expected: bool) -> None
     run = minimal()
     run["data"]["dataset"] = dataset
     assert is_medical(Results.model_validate(run)) is expected
-    assert ("no medical advice" in card(run)[1]) is expected
+    assert ("not medical advice" in card(run)[1]) is expected
 
 
 def test_code_to_load_it_is_python_with_the_run_s_own_values() -> None:
@@ -139,12 +139,12 @@ def test_code_to_load_it_is_python_with_the_run_s_own_values() -> None:
     assert '["query", "value"]' in blocks[1]
 
 
-def test_of_a_model_that_is_nowhere_else_no_code_is_shown() -> None:
+def test_the_tiny_model_has_no_code_to_load_it() -> None:
     run = with_peft(full())
     run["model"]["preset"] = "tiny"
     assert "```" not in card(run)[1]
     run["model"]["preset"] = "gemma3_1b"
-    assert '# "gemma3_1b" in the format of transformers' in card(run)[1]
+    assert '# "gemma3_1b" in transformers\' format' in card(run)[1]
 
 
 def test_hostile_text_adds_nothing() -> None:

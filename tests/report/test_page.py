@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from job.report.page import Flip, legible, render_html, render_markdown
+from job.report.page import Flip, render_html, render_markdown
 from job.report.plots import accuracy_bars, loss_curve
 from job.results import Results
+from job.runtime.text import legible
 from tests.report import EVIL_FLIPS, FLIPS, HISTORY, evil, full, minimal
 
 Render = Callable[[Results, list[dict[str, Any]], list[Flip]], str]
@@ -71,15 +72,15 @@ def test_the_verdict_comes_before_every_figure_and_section(
 
 
 KEY_FIGURES = [
-    "Anatomy", "17 of 4,183", "20.5%", "38.5%", "less often", "18.42", "under 2.0 points",
+    "Anatomy", "17 of 4,183", "20.5%", "38.5%", "less often", "18.42", "80% power is 2.0 points",
     "31.0% \u2192 35.1%", "p 4.6e-9", "0.109 \u2192 0.153", "+0.044 (0.036 to 0.052)",
     "2.9134 \u2192 1.4981", "13,593 tokens/s", "MFU 8.3%", "18 min 28 s", "2.46 chip-hours",
 ]  # fmt: skip
 FIGURES = [
-    "Anatomy", "17 of 4,183", "20.5%", "38.5%", "less often", "18.42", "under 2.0 points",
+    "Anatomy", "17 of 4,183", "20.5%", "38.5%", "less often", "18.42", "80% power is 2.0 points",
     "999,885,952", "2,609,152", "0.26%", "1,297 / 4,183", "29.6 to 32.4%", "32.2%", "25.0%",
-    "68.0%", "512", "341", "0.69", "0.111", "0.102", "1.5127", "39.6%", "41.3%", "412 cut short",
-    "8.0% of the slots", "43.8 s", "207,405", "3 blank", "6 min 43 s", "0.012 USD", "10.5 MB",
+    "68.0%", "512", "341", "0.69", "0.111", "0.102", "1.5127", "39.6%", "41.3%", "412 truncated",
+    "8.0% of positions", "43.8 s", "207,405", "3 blank", "6 min 43 s", "0.012 USD", "10.5 MB",
     "ab" * 32, "sha256:3f9a1c77", "gemma-4-26b", "no measurable change", "improved", "seed (42)",
 ]  # fmt: skip
 
@@ -143,12 +144,12 @@ def test_caveats_follow_from_the_results(render: Render, results: Results) -> No
     assert "baseline is not measurably above always answering A (32.2%)" in text
     assert "finetuned is not measurably above" not in text
     assert "baseline chose A in 90.0% of its answers" in text
-    assert "7 questions got no answer from reference (remote)" in text
+    assert "7 questions have no answer of reference (remote)" in text
     assert "single run with one seed (42)" in text
     assert "not correctness" in text
-    assert "random" not in text
+    assert "random weights" not in text
     tiny = full() | {"model": full()["model"] | {"preset": "tiny"}}
-    assert "model is tiny and random" in render(Results.model_validate(tiny), [], [])
+    assert "model is tiny, with random weights" in render(Results.model_validate(tiny), [], [])
 
 
 def test_hostile_text_adds_nothing_to_the_html(hostile: Results, html: str) -> None:

@@ -1,4 +1,4 @@
-"""The verdict says 'no measurable change' when that is the case, and never more than was found."""
+"""The verdict says no more than the tests show."""
 
 import pytest
 
@@ -67,18 +67,18 @@ SAME: Finding = "no measurable change"
         (SAME, SAME, "Fine-tuning made no measurable change:"),
         (SAME, None, "Fine-tuning made no measurable change to the benchmark:"),
         ("worse", None, "Fine-tuning made the benchmark worse:"),
-        (None, "improved", "Fine-tuning improved how close the answers are to the held-out ones:"),
-        ("improved", "improved", "Fine-tuning improved the benchmark and how close"),
+        (None, "improved", "Fine-tuning improved the similarity to the held-out answers:"),
+        ("improved", "improved", "Fine-tuning improved the benchmark and the similarity"),
         (SAME, "improved", "but made no measurable change to the benchmark:"),
         ("worse", "improved", "but made the benchmark worse:"),
         (
             "improved",
             "worse",
-            "Fine-tuning made how close the answers are to the held-out ones worse",
+            "Fine-tuning made the similarity to the held-out answers worse",
         ),
     ],
 )
-def test_headline_says_what_each_test_found(
+def test_headline_states_the_finding_of_each_test(
     benchmark: Finding | None, style: Finding | None, headline: str
 ) -> None:
     verdict = decide(
@@ -92,7 +92,7 @@ def test_headline_says_what_each_test_found(
     assert (verdict.benchmark, verdict.style) == (benchmark, style)
 
 
-def test_benchmark_is_judged_by_the_slice_with_the_most_questions() -> None:
+def test_benchmark_is_the_slice_with_the_most_questions() -> None:
     slices = [questions("improved", 100, "small"), questions(SAME, 4183, "large")]
     verdict = decide(Evaluation(multiple_choice=slices, dialogue=None, side_by_side=[]))
     assert verdict.benchmark == SAME
@@ -100,26 +100,26 @@ def test_benchmark_is_judged_by_the_slice_with_the_most_questions() -> None:
     assert "on 4183 questions" in verdict.sentence
 
 
-def test_figures_stand_beside_what_knows_nothing() -> None:
+def test_scores_are_compared_with_trivial_baselines() -> None:
     slices = [questions(SAME)]
-    found = decide(
+    high = decide(
         Evaluation(multiple_choice=slices, dialogue=dialogue("improved"), side_by_side=[])
     )
-    assert "30.0% to 34.0%" in found.sentence
-    assert "p = 0.42; always answering A scores 32.2%" in found.sentence
-    assert "answers that know nothing score 0.106" in found.sentence
+    assert "30.0% to 34.0%" in high.sentence
+    assert "p = 0.42; always answering A scores 32.2%" in high.sentence
+    assert "trivial baselines score 0.106" in high.sentence
     low = decide(
         Evaluation(multiple_choice=[], dialogue=dialogue("improved", 0.09), side_by_side=[])
     )
-    assert "both below the 0.106 of answers that know nothing" in low.sentence
+    assert "both below the 0.106 of trivial baselines" in low.sentence
 
 
-def test_a_corrected_p_value_stands_beside_the_test_s_own() -> None:
+def test_a_corrected_p_value_follows_the_raw_one() -> None:
     slices = [questions(SAME, p_holm=0.84)]
     verdict = decide(Evaluation(multiple_choice=slices, dialogue=None, side_by_side=[]))
-    assert "p = 0.42, corrected for the other tests 0.84; always" in verdict.sentence
+    assert "p = 0.42, 0.84 corrected for the other tests; always" in verdict.sentence
 
 
-def test_nothing_measured_is_said() -> None:
+def test_no_evaluation_says_nothing_was_measured() -> None:
     verdict = decide(Evaluation(multiple_choice=[], dialogue=None, side_by_side=[]))
     assert verdict.sentence == "Nothing was measured."
