@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from job.adapters.keras_format import H5, check_model
-from job.adapters.locate import TrainedRun
+from job.commands.trained_run import TrainedRun
 from job.errors import StageError, UsageError
 from job.machine import devices
 from job.runtime import logs

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.adapters.keras_format import H5, check_model
-from job.adapters.locate import TrainedRun
 from job.chat.conversation import Message
+from job.commands.trained_run import TrainedRun
 from job.errors import UsageError
 from job.machine import devices
 from job.pipeline.data_stage import VALIDATION, iter_examples
