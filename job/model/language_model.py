@@ -280,7 +280,7 @@ class LanguageModel:
         lengths: jax.Array,
         max_new_tokens: int,
         stop_ids: Sequence[int],
-        sampler: SamplerState | None,
+        sampler: SamplerState | None = None,
     ) -> jax.Array:
         """Decode by KerasHub's own loop, which works for every family."""
         padded = jnp.pad(token_ids, ((0, 0), (0, max_new_tokens)))

@@ -1,7 +1,7 @@
-"""From `job run` to the places an adapter is used: the commands, transformers and PEFT.
+"""From `job run` to where an adapter is used: the commands, transformers and PEFT.
 
-The model is a sharded transformers checkpoint in a folder, as a snapshot of the Hub is; what
-transformers and PEFT make of the exports must be what the run's own adapter file gives.
+The model is a sharded transformers checkpoint in a folder, like a Hub snapshot. Transformers and
+PEFT must compute from the exports what the run's own adapter file gives.
 """
 
 import json
@@ -47,11 +47,11 @@ def write_spec(path: Path, model: Path, **train: object) -> str:
 
 
 def outcome(run: Path) -> dict[str, float]:
-    found = json.loads((run / "stages/train.json").read_text())["outcome"]["training"]["loss"]
-    return dict(found)
+    record = json.loads((run / "stages/train.json").read_text())
+    return dict(record["outcome"]["training"]["loss"])
 
 
-def test_adapter_of_a_run_is_the_same_model_everywhere(tmp_path: Path) -> None:
+def test_a_runs_adapter_is_the_same_model_everywhere(tmp_path: Path) -> None:
     run_peer("make_models.py", tmp_path, VOCABULARY, "gemma3")
     model, runs = tmp_path / "gemma3", tmp_path / "runs"
     (model / "tokenizer.model").write_bytes(train_tokenizer())
@@ -93,7 +93,7 @@ def test_adapter_of_a_run_is_the_same_model_everywhere(tmp_path: Path) -> None:
     for number, prompt in enumerate(PROMPTS):
         tokens = np.array([prompt], np.int32)
         expected = full_logits(ours, weights, tokens)[0]
-        there = {name: found[str(number)] for name, found in answers.items()}
-        assert np.abs(there.pop("base") - expected).max() > 0.05
-        for name, logits in there.items():
+        theirs = {name: arrays[str(number)] for name, arrays in answers.items()}
+        assert np.abs(theirs.pop("base") - expected).max() > 0.05
+        for name, logits in theirs.items():
             np.testing.assert_allclose(logits, expected, atol=1e-4, err_msg=name)

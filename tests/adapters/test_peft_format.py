@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: exact both ways, at any rank, and refused where they are more."""
+"""Adapters in PEFT's format: exact both ways, at any rank; more than LoRA is refused."""
 
 import json
 from dataclasses import replace
@@ -72,9 +72,7 @@ def changed(folder: Path, **values: Any) -> Path:
 
 @pytest.mark.parametrize("matrix", LAYOUTS, ids=lambda matrix: matrix.module)
 @given(rank=st.integers(1, 4), seed=st.integers(0, 9))
-def test_update_of_a_kernel_is_that_of_its_matrix_and_comes_back_to_the_bit(
-    matrix: LinearMatrix, rank: int, seed: int
-) -> None:
+def test_conversion_to_peft_and_back_is_exact(matrix: LinearMatrix, rank: int, seed: int) -> None:
     a, b = kernel_factors(matrix, rank, seed)
     there = matrix.matrix_update(a, b, 0.5)
     np.testing.assert_allclose(there.delta(), matrix.from_kernel(0.5 * (a @ b)), atol=1e-5)
@@ -85,7 +83,7 @@ def test_update_of_a_kernel_is_that_of_its_matrix_and_comes_back_to_the_bit(
 
 
 @pytest.mark.parametrize("matrix", LAYOUTS, ids=lambda matrix: matrix.module)
-def test_factors_in_another_basis_come_back_at_the_least_rank(matrix: LinearMatrix) -> None:
+def test_factors_in_another_basis_return_at_the_lowest_rank(matrix: LinearMatrix) -> None:
     a, b = kernel_factors(matrix, 2)
     there = matrix.matrix_update(a, b, 1.0)
     turn = np.random.default_rng(1).normal(size=(there.rank, there.rank)).astype(np.float32)
@@ -95,7 +93,7 @@ def test_factors_in_another_basis_come_back_at_the_least_rank(matrix: LinearMatr
     np.testing.assert_allclose(back_a @ back_b, a @ b, atol=1e-4)
 
 
-def test_factors_that_heads_do_not_share_need_a_higher_rank_and_stay_exact() -> None:
+def test_unshared_factors_need_a_higher_rank_and_stay_exact() -> None:
     generator = np.random.default_rng(0)
     free = LowRankUpdate(
         generator.normal(size=(2, 8)).astype(np.float32),
@@ -107,19 +105,19 @@ def test_factors_that_heads_do_not_share_need_a_higher_rank_and_stay_exact() -> 
     np.testing.assert_allclose(ATTENTION.from_kernel(a @ b), free.delta(), atol=1e-5)
 
 
-def test_compression_is_the_nearest_and_says_what_is_lost() -> None:
-    whole = ATTENTION.matrix_update(*kernel_factors(ATTENTION, 2), 1.5)
-    nearest, lost, norm = truncate_rank(whole, 4)
-    difference = np.linalg.norm(nearest.delta() - whole.delta())
-    sizes = np.linalg.svd(whole.delta(), compute_uv=False)
+def test_compression_is_the_nearest_and_reports_its_loss() -> None:
+    update = ATTENTION.matrix_update(*kernel_factors(ATTENTION, 2), 1.5)
+    nearest, lost, norm = truncate_rank(update, 4)
+    difference = np.linalg.norm(nearest.delta() - update.delta())
+    sizes = np.linalg.svd(update.delta(), compute_uv=False)
     assert difference == pytest.approx(np.linalg.norm(sizes[4:]), rel=1e-4)
     assert (lost, norm) == pytest.approx((difference, np.linalg.norm(sizes)), rel=1e-4)
-    same, lost, _ = truncate_rank(whole, 6)
+    same, lost, _ = truncate_rank(update, 6)
     assert lost < 1e-6
-    np.testing.assert_allclose(same.delta(), whole.delta(), atol=1e-5)
+    np.testing.assert_allclose(same.delta(), update.delta(), atol=1e-5)
 
 
-def test_files_say_ranks_and_alphas_by_layer_and_are_read_back_the_same(tmp_path: Path) -> None:
+def test_files_have_ranks_by_layer_and_round_trip(tmp_path: Path) -> None:
     files = peft_files(adapter())
     config = json.loads(files[CONFIG])
     assert config["target_modules"] == ["q_proj", "up_proj"]
@@ -148,7 +146,7 @@ def test_one_rank_for_all_is_the_same_update() -> None:
         np.testing.assert_array_equal(factors.delta(), made.modules[name].delta())
 
 
-def test_compressed_adapter_has_the_rank_asked_for(tmp_path: Path) -> None:
+def test_a_compressed_adapter_has_the_requested_rank(tmp_path: Path) -> None:
     small, loss = compress(adapter(), 3)
     back = read_peft(write(tmp_path / "a", peft_files(small)))
     assert {factors.rank for factors in back.modules.values()} == {3}
@@ -211,7 +209,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, mess
         read_peft(folder)
 
 
-def test_every_target_of_the_tiny_model_has_its_layer_in_transformers(make_model: Any) -> None:
+def test_every_target_of_the_tiny_model_exists_in_transformers(make_model: Any) -> None:
     model: LanguageModel = make_model(
         targets=("query", "value", "attention_output", "ffw_gating_2")
     )

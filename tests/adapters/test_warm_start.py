@@ -1,4 +1,4 @@
-"""Training goes on from an earlier adapter exactly, or says why it cannot."""
+"""Training starts from exactly an earlier adapter, or the error says why it cannot."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +68,7 @@ def assert_same(ours: LoraWeights, theirs: LoraWeights) -> None:
 
 
 @pytest.mark.parametrize("folder", ["", "adapter", "adapter/peft"])
-def test_a_run_its_adapter_and_its_peft_folder_start_from_the_same_weights(
+def test_a_run_and_its_adapter_folders_give_the_same_weights(
     earlier: Path, tmp_path: Path, make_model: MakeModel, folder: str
 ) -> None:
     model = make_model(rank=4, alpha=8)
@@ -76,7 +76,7 @@ def test_a_run_its_adapter_and_its_peft_folder_start_from_the_same_weights(
     assert_same(start_from(run, model), trained(model))
 
 
-def test_exported_again_it_is_the_same_file(
+def test_saving_it_again_gives_the_same_files(
     earlier: Path, tmp_path: Path, make_model: MakeModel
 ) -> None:
     model = make_model(rank=4, alpha=8)
@@ -87,7 +87,7 @@ def test_exported_again_it_is_the_same_file(
         assert there.read_bytes() == here.read_bytes()
 
 
-def test_file_read_back_is_written_to_the_same_bytes(
+def test_loading_and_saving_preserves_the_bytes(
     earlier: Path, tmp_path: Path, make_model: MakeModel
 ) -> None:
     path = earlier / "adapter" / ADAPTER
@@ -96,7 +96,7 @@ def test_file_read_back_is_written_to_the_same_bytes(
     assert (tmp_path / "again.h5").read_bytes() == path.read_bytes()
 
 
-def test_higher_rank_and_other_alpha_begin_as_the_same_update(
+def test_a_higher_rank_and_alpha_start_as_the_same_update(
     earlier: Path, tmp_path: Path, make_model: MakeModel
 ) -> None:
     before, model = make_model(rank=4, alpha=8), make_model(rank=6, alpha=3)
@@ -112,16 +112,14 @@ def test_higher_rank_and_other_alpha_begin_as_the_same_update(
         np.testing.assert_allclose(again.modules[name].delta(), factors.delta(), atol=1e-6)
 
 
-def test_layers_it_does_not_have_start_afresh(
-    earlier: Path, tmp_path: Path, make_model: MakeModel
-) -> None:
+def test_layers_it_lacks_start_fresh(earlier: Path, tmp_path: Path, make_model: MakeModel) -> None:
     model = make_model(rank=4, alpha=8, targets=("query", "value", "key"))
     start = start_from(make_run(tmp_path / "later", model, earlier), model)
     for target, (_, b) in zip(model.lora.targets, start, strict=True):
         assert np.any(b) != target.path.endswith("key")
 
 
-def test_what_does_not_fit_is_refused_with_the_way_out(
+def test_a_mismatch_is_refused_with_the_way_out(
     earlier: Path, tmp_path: Path, make_model: MakeModel
 ) -> None:
     def refused(init: Path, message: str, *, preset: str = "tiny", **model: Any) -> None:
@@ -153,7 +151,7 @@ def test_peft_adapter_of_another_model_is_refused(
         start_from(make_run(tmp_path / "later", model, folder), model)
 
 
-def test_truncated_file_is_a_failure_wherever_it_is_read(
+def test_a_truncated_file_is_an_error_wherever_it_is_read(
     earlier: Path, tmp_path: Path, make_model: MakeModel
 ) -> None:
     model = make_model(rank=4, alpha=8)
@@ -165,7 +163,7 @@ def test_truncated_file_is_a_failure_wherever_it_is_read(
         load_trained(make_run(earlier, model), model)
 
 
-def test_training_is_a_function_of_the_adapters_content(
+def test_the_train_digest_covers_the_adapters_content(
     earlier: Path, tmp_path: Path, tiny: LanguageModel
 ) -> None:
     spec = make_run(tmp_path / "later", tiny, earlier).spec

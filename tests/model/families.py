@@ -1,4 +1,4 @@
-"""Small random backbones of the families that this project treats specially."""
+"""Small random backbones of the families in `job.model.families`."""
 
 import keras_hub
 
@@ -16,7 +16,7 @@ ARGUMENTS: dict[str, dict[str, object]] = {
 
 
 def small_backbone(family: str, **arguments: object) -> keras_hub.models.Backbone:
-    """A small random backbone; Gemma 3's sixth layer is its first global one."""
+    """Make a small random backbone; Gemma 3's sixth layer is its first global one."""
     layers = 6 if family == "Gemma3Backbone" else 2
-    wanted = {**SHAPE, **HEADS, **ARGUMENTS[family], "num_layers": layers, "dtype": "float32"}
-    return getattr(keras_hub.models, family)(**wanted | arguments)
+    defaults = {**SHAPE, **HEADS, **ARGUMENTS[family], "num_layers": layers, "dtype": "float32"}
+    return getattr(keras_hub.models, family)(**defaults | arguments)

@@ -104,8 +104,8 @@ class Exchange:
     tuned: dict[str, list[np.ndarray]]
 
     def answer(self, name: str) -> list[np.ndarray]:
-        with np.load(self.folder / f"{name}.npz") as found:
-            return [found[str(number)] for number in range(len(LENGTHS))]
+        with np.load(self.folder / f"{name}.npz") as arrays:
+            return [arrays[str(number)] for number in range(len(LENGTHS))]
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:

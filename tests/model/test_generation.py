@@ -30,7 +30,7 @@ def small_model(family: str) -> LanguageModel:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_answers_as_kerashub_does(family: str) -> None:
+def test_every_family_decodes_as_kerashub_does(family: str) -> None:
     model = small_model(family)
     generator = np.random.default_rng(0)
     prompts = [generator.integers(5, 60, size=length) for length in LENGTHS]
@@ -47,7 +47,7 @@ def test_every_family_answers_as_kerashub_does(family: str) -> None:
             model.weights, jnp.array(prompt[None], jnp.int32), lengths[row : row + 1], NEW, stops
         )
         expected = np.asarray(alone)[0].tolist()
-        ends = [place for place, token in enumerate(expected) if token in stops]
+        ends = [index for index, token in enumerate(expected) if token in stops]
         end = ends[0] + 1 if ends else NEW
         assert together[row].tolist()[:end] == expected[:end]
 
@@ -64,7 +64,7 @@ def test_decoding_ends_when_every_row_has_stopped() -> None:
     assert not ended[:, turns + 1 :].any()
 
 
-def test_prompts_are_moved_to_the_end_of_their_rows() -> None:
+def test_prompts_move_to_the_end_of_their_rows() -> None:
     tokens = jnp.array([[1, 2, 0, 0], [3, 4, 5, 6], [7, 0, 0, 0]])
     aligned = np.asarray(left_pad(tokens, jnp.array([2, 4, 1])))
     assert aligned[0, 2:].tolist() == [1, 2]

@@ -1,4 +1,4 @@
-"""Attention chunk by chunk gives the hidden states of attention over the whole row."""
+"""Chunked attention gives the hidden states of attention over the full row."""
 
 import jax
 import numpy as np
@@ -23,38 +23,38 @@ def rows() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cut", [Chunking(4, 1.0), Chunking(7, 2.0)])
-def test_chunks_give_what_the_whole_row_gives(family: str, cut: Chunking) -> None:
+def test_chunked_and_full_attention_agree(family: str, cut: Chunking) -> None:
     backbone, inputs = small_backbone(family), rows()
     assert cut.fits(cut.before(LONGEST), LENGTH)
     with segment_attention(backbone):
-        whole = backbone(inputs)
+        full = backbone(inputs)
         with chunked_attention(backbone, inputs["padding_mask"], LONGEST, cut):
             ours = backbone(inputs)
     real = inputs["padding_mask"] > 0
-    np.testing.assert_allclose(np.asarray(ours)[real], np.asarray(whole)[real], atol=2e-5)
+    np.testing.assert_allclose(np.asarray(ours)[real], np.asarray(full)[real], atol=2e-5)
 
 
-def test_a_reach_that_is_too_short_is_noticed() -> None:
+def test_a_limit_that_is_too_short_changes_the_states() -> None:
     backbone, inputs = small_backbone("LlamaBackbone"), rows()
     with segment_attention(backbone):
-        whole = np.asarray(backbone(inputs))
+        full = np.asarray(backbone(inputs))
         with chunked_attention(backbone, inputs["padding_mask"], 2, Chunking(4, 1.0)):
             ours = np.asarray(backbone(inputs))
-    assert np.abs(ours - whole).max() > 1e-3
+    assert np.abs(ours - full).max() > 1e-3
 
 
 def test_fewer_products_are_computed() -> None:
     backbone = small_backbone("Gemma3Backbone", sliding_window_size=64, head_dim=64)
     inputs = {name: np.ones((1, 512), np.int32) for name in ("token_ids", "padding_mask")}
 
-    def flops(reach: int, cut: Chunking) -> float:
+    def flops(longest: int, cut: Chunking) -> float:
         def forward(inputs: dict[str, jax.Array]) -> jax.Array:
-            with chunked_attention(backbone, inputs["padding_mask"], reach, cut):
+            with chunked_attention(backbone, inputs["padding_mask"], longest, cut):
                 return backbone(inputs)
 
         return float(jax.jit(forward).lower(inputs).compile().cost_analysis()["flops"])
 
-    whole, windows = flops(512, Chunking(512, 1.0)), flops(512, Chunking(64, 2.0))
-    assert windows < 0.5 * whole  # the sliding windows
+    full, windows = flops(512, Chunking(512, 1.0)), flops(512, Chunking(64, 2.0))
+    assert windows < 0.5 * full  # the sliding windows
     assert flops(128, Chunking(64, 2.0)) < 0.9 * windows  # the global layer too
-    assert flops(512, Chunking(64, 16.0)) > 0.95 * whole  # not worth it
+    assert flops(512, Chunking(64, 16.0)) > 0.95 * full  # chunks would not pay off

@@ -27,15 +27,15 @@ def logits(model: LanguageModel, weights: tuple) -> np.ndarray:
     return full_logits(model, weights, np.arange(20, 36, dtype=np.int32)[None])
 
 
-def test_parameters_are_counted_as_kerashub_counts_them(make_model) -> None:
+def test_parameter_counts_equal_kerashubs(make_model) -> None:
     model = make_model(rank=4)
-    twin = make_model(rank=4).backbone
-    twin.enable_lora(4)
+    theirs = make_model(rank=4).backbone
+    theirs.enable_lora(4)
     assert model.parameters == 550_848
-    assert model.lora.parameters == sum(int(np.prod(v.shape)) for v in twin.trainable_variables)
+    assert model.lora.parameters == sum(int(np.prod(v.shape)) for v in theirs.trainable_variables)
 
 
-def test_adapter_starts_as_no_change(tiny: LanguageModel) -> None:
+def test_a_fresh_adapter_changes_nothing(tiny: LanguageModel) -> None:
     start = tiny.lora.init(0)
     assert all(not np.any(b) for _, b in start)
     assert all(np.any(a) for a, _ in start)
@@ -44,7 +44,7 @@ def test_adapter_starts_as_no_change(tiny: LanguageModel) -> None:
     )
 
 
-def test_start_follows_from_the_seed(tiny: LanguageModel) -> None:
+def test_initial_weights_depend_on_the_seed(tiny: LanguageModel) -> None:
     first, again, other = tiny.lora.init(0), tiny.lora.init(0), tiny.lora.init(1)
     np.testing.assert_array_equal(first[0][0], again[0][0])
     assert not np.array_equal(first[0][0], other[0][0])
@@ -52,7 +52,7 @@ def test_start_follows_from_the_seed(tiny: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("alpha", [None, 8.0, 3.0])
-def test_saved_adapter_loads_with_kerashub_and_gives_the_same_logits(
+def test_kerashub_loads_a_saved_adapter_as_the_same_model(
     make_model, tmp_path: Path, alpha: float | None
 ) -> None:
     model = make_model(rank=4, alpha=alpha)
@@ -91,7 +91,7 @@ def test_same_weights_give_the_same_bytes(tiny: LanguageModel, tmp_path: Path) -
     assert (tmp_path / "a.lora.h5").read_bytes() == (tmp_path / "b.lora.h5").read_bytes()
 
 
-def test_file_of_another_rank_or_cut_short_is_refused(tiny: LanguageModel, tmp_path: Path) -> None:
+def test_a_truncated_file_or_another_rank_is_refused(tiny: LanguageModel, tmp_path: Path) -> None:
     path = tmp_path / "a.lora.h5"
     save_adapter(path, tiny.lora, random_lora(tiny.lora))
     with pytest.raises(StageError, match="rank 4, but the spec says 8"):
@@ -101,7 +101,7 @@ def test_file_of_another_rank_or_cut_short_is_refused(tiny: LanguageModel, tmp_p
         load_adapter(path, tiny.lora)
 
 
-def test_unknown_target_names_the_layers_there_are(tiny: LanguageModel) -> None:
+def test_an_unknown_target_lists_the_layers(tiny: LanguageModel) -> None:
     with pytest.raises(UsageError, match="no layer is named 'q_proj'.*ffw_gating.*query"):
         make_lora_layout(tiny.backbone, Lora(targets=["q_proj"]))
 
@@ -127,7 +127,7 @@ def test_gemma_3_1b_has_the_published_parameter_counts() -> None:
     assert make_lora_layout(backbone, Lora(rank=16)).parameters == 2_609_152
 
 
-def test_all_linear_adapts_every_matrix_of_every_block_and_no_embedding(make_model) -> None:
+def test_all_linear_adapts_every_matrix_of_every_block(make_model) -> None:
     layout = make_lora_layout(make_model().backbone, Lora(rank=4, targets="all-linear"))
     names = [target.path.rsplit("/", 1)[-1] for target in layout.targets]
     assert sorted(set(names)) == [
@@ -137,7 +137,7 @@ def test_all_linear_adapts_every_matrix_of_every_block_and_no_embedding(make_mod
     assert all(target.equations is not None for target in layout.targets)
 
 
-def test_rank_stabilized_scale_is_kept_by_the_file(make_model, tmp_path: Path) -> None:
+def test_the_file_preserves_the_rslora_scale(make_model, tmp_path: Path) -> None:
     layout = make_lora_layout(make_model().backbone, Lora(rank=4, alpha=8, rslora=True))
     assert layout.scale == 4.0
     lora = random_lora(layout)

@@ -1,4 +1,4 @@
-"""The last block run only where there is a loss gives the states of the whole one."""
+"""A narrowed last block gives the hidden states and gradients of the full one."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ POST_NORMS = {"use_post_ffw_norm": True, "use_post_attention_norm": True}
     [*((family, {}) for family in FAMILIES), ("Gemma3Backbone", POST_NORMS),
      ("GemmaBackbone", POST_NORMS)],
 )  # fmt: skip
-def test_narrowed_states_and_gradients_are_those_of_the_whole(
+def test_narrowed_states_and_gradients_equal_the_full_ones(
     family: str, arguments: dict[str, object]
 ) -> None:
     backbone = small_backbone(family, **arguments)
@@ -43,16 +43,16 @@ def test_narrowed_states_and_gradients_are_those_of_the_whole(
 
     def both(narrow: bool) -> tuple[jax.Array, list[jax.Array]]:
         weights = [variable.value for variable in backbone.variables]
-        found, pull = jax.vjp(lambda w: states(w, narrow=narrow), weights)
-        return found, pull(cotangent)[0]
+        outputs, pull = jax.vjp(lambda w: states(w, narrow=narrow), weights)
+        return outputs, pull(cotangent)[0]
 
-    (whole, gradients), (ours, our_gradients) = both(narrow=False), both(narrow=True)
-    np.testing.assert_allclose(ours, whole, atol=1e-5)
+    (full, gradients), (ours, our_gradients) = both(narrow=False), both(narrow=True)
+    np.testing.assert_allclose(ours, full, atol=1e-5)
     for mine, theirs in zip(our_gradients, gradients, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5 * max(1.0, float(jnp.abs(theirs).max())))
 
 
-def test_float16_and_unknown_families_are_left_whole() -> None:
+def test_float16_and_unknown_families_are_not_narrowed() -> None:
     assert not can_narrow(small_backbone("Gemma3Backbone", dtype="float16"))
     other = small_backbone("LlamaBackbone")
     other.__class__ = type("OtherBackbone", (type(other),), {})

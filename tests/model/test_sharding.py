@@ -36,13 +36,13 @@ def mesh(data: int, model: int) -> Mesh:
         ((6, 9), 1, None),
     ],
 )
-def test_heads_are_split_where_they_divide_and_else_the_longest_axis(
+def test_heads_are_split_if_they_divide_else_the_longest_axis(
     shape: tuple[int, ...], parts: int, axis: int | None
 ) -> None:
     assert shard_axis(shape, parts) == axis
 
 
-def held(model: LanguageModel) -> list[int]:
+def device_bytes(model: LanguageModel) -> list[int]:
     """Bytes of frozen weights on each device."""
     totals = dict.fromkeys(model.mesh.devices.flat, 0)
     for weight in model.weights:
@@ -52,15 +52,15 @@ def held(model: LanguageModel) -> list[int]:
 
 
 def test_eight_devices_hold_at_most_a_seventh_each(make_model: MakeModel) -> None:
-    whole, split = make_model(), make_model(split=8)
-    (everything,) = held(whole)
-    assert len(held(split)) == 8
-    assert max(held(split)) <= everything / 7
-    for ours, theirs in zip(split.weights, whole.weights, strict=True):
+    replicated, split = make_model(), make_model(split=8)
+    (everything,) = device_bytes(replicated)
+    assert len(device_bytes(split)) == 8
+    assert max(device_bytes(split)) <= everything / 7
+    for ours, theirs in zip(split.weights, replicated.weights, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_no_device_holds_a_split_weight_whole_while_it_is_loaded() -> None:
+def test_no_device_holds_all_of_a_split_weight_while_loading() -> None:
     import keras
 
     on = mesh(1, 8)
@@ -79,7 +79,7 @@ def test_no_device_holds_a_split_weight_whole_while_it_is_loaded() -> None:
 
 
 @pytest.mark.parametrize(("data", "split"), [(1, 8), (2, 4), (4, 2)])
-def test_a_step_over_split_weights_equals_the_step_on_one_device(
+def test_a_step_over_split_weights_equals_one_on_one_device(
     make_model: MakeModel, tiny: LanguageModel, data: int, split: int
 ) -> None:
     def step(model: LanguageModel) -> tuple[float, list[np.ndarray]]:
@@ -102,13 +102,13 @@ def test_a_step_over_split_weights_equals_the_step_on_one_device(
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_adapter_merged_into_split_weights_stays_split(make_model: MakeModel) -> None:
+def test_merged_weights_stay_split(make_model: MakeModel) -> None:
     model = make_model(split=8)
     tuned = model.merged_weights(model.lora, trained_start(model))
     for ours, frozen in zip(tuned, model.weights, strict=True):
         assert ours.sharding.is_equivalent_to(frozen.sharding, ours.ndim)
 
 
-def test_what_cannot_be_split_is_named(make_model: MakeModel) -> None:
+def test_a_kernel_that_cannot_be_split_is_named(make_model: MakeModel) -> None:
     with pytest.raises(UsageError, match=r"runtime.mesh.model: no axis of .*divides by 7"):
         make_model(split=7)

@@ -1,10 +1,10 @@
-"""The other side of parity tests, in an environment of its own: PyTorch, transformers, PEFT and
-lm-evaluation-harness.
+"""The other side of parity tests, in a virtual environment of its own: PyTorch, transformers, PEFT
+and lm-evaluation-harness.
 
-The environment is made on first use, kept in the user's cache folder under a key of what is in
-it, and shared by all tests. Nothing is imported from it: a script of this folder runs there, and
-files go to and fro. pip decides which build of torch it takes; an index that offers one for the
-CPU alone (PIP_EXTRA_INDEX_URL) saves gigabytes.
+The environment is created on first use, cached in the user's cache folder under a key of its
+requirements, and shared by all tests. Nothing is imported from it: the scripts of this folder run
+there and exchange files. pip picks the build of torch; an index with a CPU-only build
+(PIP_EXTRA_INDEX_URL) saves gigabytes.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ REQUIREMENTS = (
     "numpy>=2.1,<3",
 )
 PYTHON = "3.11"
-"""Preferred, if it is on the machine; else the tests' own."""
+"""Used if it is on the machine, else the tests' own."""
 
 _BUILD_SECONDS = 900
 _SCRIPT_SECONDS = 300
@@ -38,7 +38,7 @@ def run_peer(script: str, *arguments: object) -> None:
     """Run a script of this folder in the environment.
 
     Raises:
-        AssertionError: it failed; the message ends with what it said.
+        AssertionError: it failed; the message ends with its standard error.
     """
     environment = {
         "PATH": os.environ["PATH"],
@@ -59,7 +59,7 @@ def run_peer(script: str, *arguments: object) -> None:
 
 
 def _python() -> Path:
-    """The interpreter of the environment, which is made if it is not there yet."""
+    """Return the environment's interpreter, creating the environment if it does not exist."""
     base = _base()
     key = hashlib.sha256("\n".join([base, *REQUIREMENTS]).encode()).hexdigest()[:12]
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -77,13 +77,13 @@ def _python() -> Path:
 
 
 def _base() -> str:
-    found = subprocess.run(
+    interpreter = subprocess.run(
         ["uv", "python", "find", "--no-project", "--no-python-downloads", PYTHON],
         capture_output=True,
         text=True,
         check=False,
     )
-    return found.stdout.strip() if found.returncode == 0 else sys.executable
+    return interpreter.stdout.strip() if interpreter.returncode == 0 else sys.executable
 
 
 def _call(*command: str) -> None:

@@ -1,6 +1,6 @@
-"""Makes a tiny random checkpoint of each family: make_models.py FOLDER VOCABULARY NAME...
+"""Make a tiny random checkpoint of each family: make_models.py FOLDER VOCABULARY NAME...
 
-Weights are numbers that 16 bits hold, since KerasHub rounds some families to that on loading.
+Weights are exact in 16 bits, since KerasHub rounds some families to that on loading.
 """
 
 import json
@@ -62,7 +62,7 @@ def main(folder: Path, vocabulary: int, names: list[str]) -> None:
         model.save_pretrained(folder / name, max_shard_size="100KB" if name == "gemma3" else "1GB")
     if "gemma4" not in names:
         return
-    # Gemma 4's checkpoints on the Hub say it this way, the only one that KerasHub reads.
+    # As in Gemma 4's checkpoints on the Hub, the only form that KerasHub reads.
     path = folder / "gemma4/config.json"
     config = json.loads(path.read_text())
     del config["per_layer_config"]

@@ -1,8 +1,8 @@
 """Plain SGD on an adapter with transformers and PEFT: train_steps.py REQUEST.json.
 
-The request has `model` and `adapter`, folders; `rows`, lists of tokens; `prompt`, the number of
-tokens of each row without a loss; `rate` and `steps`; `out`, an .npz file of the losses and, by
-tensor of the adapter, the gradient of the first step and the value after the last.
+The request has `model` and `adapter`, folders; `rows`, lists of token ids; `prompt`, the number of
+tokens of each row without a loss; `rate` and `steps`; `out`, an .npz file of the losses and, for
+each tensor of the adapter, the gradient of the first step and the value after the last.
 """
 
 import json
@@ -30,17 +30,17 @@ def main(path: Path) -> None:
         tokens[number, : len(row)] = torch.tensor(row)
         labels[number, skipped : len(row)] = torch.tensor(row[skipped:])
         mask[number, : len(row)] = 1
-    losses, found = [], {}
+    losses, arrays = [], {}
     for step in range(request["steps"]):
         loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         losses.append(loss.item())
         if step == 0:
-            found |= {f"gradient {name}": p.grad.numpy().copy() for name, p in trained.items()}
+            arrays |= {f"gradient {name}": p.grad.numpy().copy() for name, p in trained.items()}
         optimizer.step()
-    found |= {f"value {name}": p.detach().numpy() for name, p in trained.items()}
-    np.savez(request["out"], losses=losses, **found)
+    arrays |= {f"value {name}": p.detach().numpy() for name, p in trained.items()}
+    np.savez(request["out"], losses=losses, **arrays)
 
 
 if __name__ == "__main__":
