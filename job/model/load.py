@@ -50,7 +50,7 @@ def resolve_preset(model: Model, revisions: Revisions) -> Preset:
 
     Raises:
         UsageError: the model does not exist.
-        EnvironmentProblem: access to it is gated.
+        SetupError: access to it is gated.
         StageError: the Hub could not be reached.
     """
     devices.import_keras()
