@@ -146,12 +146,13 @@ class ChatClient:
 
     def _send(self, body: dict[str, Any]) -> _Attempt:
         try:
-            response = requests.post(
-                f"{self.base_url.rstrip('/')}/chat/completions",
-                json=body,
-                headers={"Authorization": f"Bearer {self.key}", "X-Title": "job"},
-                timeout=self.timeout_seconds,
-            )
+            with _Session() as session:
+                response = session.post(
+                    f"{self.base_url.rstrip('/')}/chat/completions",
+                    json=body,
+                    headers={"Authorization": f"Bearer {self.key}", "X-Title": "job"},
+                    timeout=self.timeout_seconds,
+                )
         except requests.RequestException as error:
             lost = int(_may_be_billed(error))
             return _Attempt(Reply(None, error=type(error).__name__, lost=lost), can_retry=True)
@@ -180,6 +181,24 @@ class ChatClient:
             error += " (its providers may not support `reasoning`: set reference.reasoning to null)"
             self.closed = error
         return Reply(None, error=error, final=True)
+
+
+class _Session(requests.Session):
+    """A session that ignores `.netrc`, whose credentials would replace the key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auth = lambda request: request
+
+    def rebuild_auth(
+        self, prepared_request: requests.PreparedRequest, response: requests.Response
+    ) -> None:
+        """Keep the key from another host that the endpoint redirects to."""
+        strip = self.should_strip_auth(  # type: ignore[no-untyped-call]
+            response.request.url, prepared_request.url
+        )
+        if strip:
+            prepared_request.headers.pop("Authorization", None)
 
 
 def _add_usage(total: Reply, reply: Reply) -> Reply:

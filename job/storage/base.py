@@ -1,4 +1,7 @@
-"""job.storage.base."""
+"""The interface of a store of files, and what its implementations share.
+
+Keys are relative POSIX paths. A write is complete or absent.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -7,10 +10,13 @@ from typing import Protocol
 
 from job.errors import StageError
 
+PARTIAL = ".partial-"
+"""Start of the names of partial downloads and unfinished writes."""
+
 
 @dataclass(frozen=True)
 class Stat:
-    """What a store says about a file; `version` changes with every write."""
+    """Metadata of a file; `version` changes with every write."""
 
     bytes: int
     version: str
@@ -21,50 +27,51 @@ class Store(Protocol):
 
     @property
     def uri(self) -> str:
-        """Where the tree is: an absolute path or gs://bucket/prefix."""
+        """The place of the tree: an absolute path or gs://bucket/prefix."""
 
     def read(self, key: str) -> bytes | None:
-        """The content of a file, or None where there is none."""
+        """Return the content of a file, or None if there is no such file."""
 
     def write(self, key: str, content: bytes) -> None:
-        """Write a whole file, replacing what was there."""
+        """Write a file, replacing an existing one."""
 
     def write_if_version(self, key: str, content: bytes | None, version: str | None) -> str | None:
-        """Write a file, or remove it (None), if it still is of this version (None: absent).
+        """Write a file, or remove it (content None), if it still has this version (None: absent).
 
-        Returns the new version, an empty one of what was removed, None where it was not.
+        Returns:
+            The new version; "" after a removal; None if the file has another version.
         """
 
     def read_version(self, key: str) -> tuple[bytes, str] | None:
-        """The content of a file and its version, for `swap`."""
+        """Return the content of a file and its version, for `write_if_version`."""
 
     def stat(self, key: str) -> Stat | None:
-        """What is known of a file, or None where there is none."""
+        """Return the metadata of a file, or None if there is no such file."""
 
     def download(self, key: str, path: Path, version: str | None = None) -> bool:
-        """Copy a file to a local path; False where there is none, or none of that version."""
+        """Copy a file to a local path; return False if there is none, or none of that version."""
 
     def upload(self, path: Path, key: str) -> None:
-        """Copy a local file in, replacing what was there."""
+        """Copy a local file into the store, replacing an existing one."""
 
     def take(self, path: Path, key: str) -> None:
-        """Move a local file in, replacing what was there."""
+        """Move a local file into the store, replacing an existing one."""
 
     def size(self, key: str) -> int | None:
-        """Bytes of a file, or None where there is none."""
+        """Return the bytes of a file, or None if there is no such file."""
 
     def list(self, prefix: str = "") -> list[str]:
-        """Keys of all files whose key begins with `prefix`, sorted."""
+        """Return the keys that start with `prefix`, sorted."""
 
     def delete(self, key: str) -> None:
-        """Remove a file; nothing happens where there is none."""
+        """Remove a file, if there is one."""
 
 
 def check_key(key: str) -> str:
-    """`key` itself, if it is a relative path that stays inside the tree.
+    """Return `key` if it is a relative path that stays inside the tree.
 
     Raises:
-        StageError: the key is absolute, empty, or climbs out with '..'.
+        StageError: the key is absolute, empty, or has '..'.
     """
     parts = PurePosixPath(key).parts
     if not parts or key.startswith("/") or ".." in parts or "\\" in key or "\0" in key:
@@ -73,13 +80,13 @@ def check_key(key: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex, read in chunks."""
+    """Return the SHA-256 of a file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ReadOnlyStore:
-    """Another store that is only read: what is written or deleted here has no effect."""
+    """A view of a store whose writes and deletions have no effect."""
 
     def __init__(self, store: Store) -> None:
         self.uri = store.uri
@@ -91,21 +98,17 @@ class ReadOnlyStore:
         self.list = store.list
 
     def write(self, key: str, content: bytes) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def upload(self, path: Path, key: str) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def take(self, path: Path, key: str) -> None:
-        """Removes the local file."""
+        """Remove the local file."""
         path.unlink()
 
     def write_if_version(self, key: str, content: bytes | None, version: str | None) -> str | None:
-        """Does nothing, and says that it could not."""
+        """Do nothing and return None."""
 
     def delete(self, key: str) -> None:
-        """Does nothing."""
-
-
-PARTIAL = ".partial-"
-"""Begins the names of files that are not whole yet."""
+        """Do nothing."""

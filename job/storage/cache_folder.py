@@ -1,15 +1,11 @@
-"""job.storage.cache_folder."""
+"""The folder for files that can be downloaded or computed again."""
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def cache_folder(*parts: str) -> Path:
-    """A folder for what may be made again: $JOB_CACHE, or `job` in the user's cache folder."""
+    """Return a folder inside $JOB_CACHE, or inside `job` in the user's cache folder."""
     if chosen := os.environ.get("JOB_CACHE"):
         return Path(chosen).joinpath(*parts)
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

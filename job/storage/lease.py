@@ -1,8 +1,8 @@
-"""One writer at a time: a small file that is taken, renewed, and given back.
+"""The lease of a folder: a small file that is taken, renewed and released by its one writer.
 
-It is written only if it still is what it was when it was read (a generation precondition in a
-bucket, a lock in a folder). It may be taken over once it has expired, or at once if its owner
-was a process of this machine that is no more.
+It is written only if it is unchanged since it was read (a generation precondition in a bucket, a
+lock in a folder). It may be taken over once it has expired, or at once if its owner was a process
+of this machine that has ended.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
 
@@ -24,32 +23,26 @@ from job.runtime import logs
 from job.storage.base import Store
 from job.storage.retry import seconds_from
 
-if TYPE_CHECKING:
-    pass
-
-
 KEY = "lease.json"
-
-
 _SECONDS = 60.0
 
 
 class LeaseRecord(BaseModel):
-    """Who has the lease, and until when (seconds since 1970)."""
+    """The owner of a lease, and its end in seconds since 1970."""
 
     owner: str
     host: str
     process: str
-    """Names the process on its machine; empty where that cannot be told."""
+    """Identity of the process on its machine; empty if unknown."""
     expires: float
 
 
 class LeaseHeldError(RunStoppedError):
-    """Another has the lease."""
+    """Another process has the lease."""
 
 
 class Lease:
-    """The lease of one folder, taken by this process."""
+    """The lease of one folder, held by this process."""
 
     def __init__(self, store: Store, what: str, lost: Callable[[str], None]) -> None:
         self._store = store
@@ -62,30 +55,32 @@ class Lease:
         self._ended = threading.Event()
 
     def take(self) -> None:
-        """Take it, or take it over.
+        """Take the lease, or take it over.
 
         Raises:
-            Busy: another has it.
+            LeaseHeldError: another process has it.
         """
-        found = self._store.read_version(KEY)
-        if found is not None:
-            held = _parsed(found[0])
+        current = self._store.read_version(KEY)
+        if current is not None:
+            held = _parsed(current[0])
             if held and held.expires > time.time() and not _is_gone(held):
                 raise LeaseHeldError(self._refusal(held))
             if held:
-                logs.get().warning("taking over from a process that is gone", host=held.host)
+                logs.get().warning("taking over a lease", host=held.host)
         begun = time.monotonic()
-        version = self._store.write_if_version(KEY, self._content(), found[1] if found else None)
+        version = self._store.write_if_version(
+            KEY, self._content(), current[1] if current else None
+        )
         if version is None:
             raise LeaseHeldError(
-                f"another process took {self._what} at this moment; run the command again"
+                f"another process just took the lease of {self._what}; run the same command again"
             )
         self._version, self._until = version, begun + self._seconds
 
     def _refusal(self, held: LeaseRecord) -> str:
         when = datetime.fromtimestamp(held.expires, UTC).strftime("%H:%M:%S UTC")
         return (
-            f"{self._what} is at work in another process ({held.host}), which holds its lease "
+            f"{self._what} is in use by another process ({held.host}), which holds its lease "
             f"until {when} and renews it; wait for it to end, or use another --run-id"
         )
 
@@ -99,13 +94,13 @@ class Lease:
         return held.model_dump_json().encode()
 
     def renew(self) -> None:
-        """Renew it until it is released; meant for a thread of its own."""
+        """Renew the lease until it is released; meant for a thread of its own."""
         while not self._ended.wait(self._seconds / 3):
             begun = time.monotonic()
             try:
                 version = self._store.write_if_version(KEY, self._content(), self._version)
             except JobError as error:
-                logs.get().warning("the lease could not be renewed", reason=str(error))
+                logs.get().warning("lease not renewed", reason=str(error))
                 version = self._version
                 begun = self._until - self._seconds
             if self._ended.is_set():
@@ -117,10 +112,10 @@ class Lease:
             self._version, self._until = version, begun + self._seconds
 
     def check(self) -> None:
-        """Raise if the lease has been lost, or may have been.
+        """Check that the lease is still held.
 
         Raises:
-            Interrupted: another may be at work by now.
+            RunStoppedError: another process may have it by now.
         """
         if time.monotonic() > self._until:
             raise RunStoppedError(
@@ -129,15 +124,15 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Give it back; nothing happens where it was lost."""
+        """Release the lease; do nothing if it was lost."""
         self._ended.set()
         with contextlib.suppress(JobError):
-            for _ in range(2):  # a renewal under way may have changed the version
-                found = self._store.read_version(KEY)
-                held = found and _parsed(found[0])
-                if not found or not held or held.owner != self._owner:
+            for _ in range(2):  # a concurrent renewal may have changed the version
+                current = self._store.read_version(KEY)
+                held = current and _parsed(current[0])
+                if not current or not held or held.owner != self._owner:
                     return
-                if self._store.write_if_version(KEY, None, found[1]) is not None:
+                if self._store.write_if_version(KEY, None, current[1]) is not None:
                     return
 
 
@@ -146,11 +141,11 @@ def hold_lease(store: Store, what: str, lost: Callable[[str], None]) -> Iterator
     """Hold the lease of a folder within this block.
 
     Args:
-        what: names it in messages: "the run doctor-1".
+        what: name for messages, such as "the run doctor-1".
         lost: called from another thread if the lease is lost.
 
     Raises:
-        Busy: another has it.
+        LeaseHeldError: another process has it.
     """
     lease = Lease(store, what, lost)
     lease.take()
@@ -169,7 +164,7 @@ def _parsed(content: bytes) -> LeaseRecord | None:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process was started, in ticks since boot; None if it is none, or a dead one."""
+    """Return the start of a process in ticks since boot, or None if it does not run."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -178,7 +173,7 @@ def _start_of(pid: int) -> str | None:
 
 
 def _machine() -> str:
-    """This boot of this machine, and the process numbers that count here."""
+    """Identify this boot of this machine and its process namespace; "" if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -192,7 +187,7 @@ def _this_process() -> str:
 
 
 def _is_gone(held: LeaseRecord) -> bool:
-    """Whether the owner was a process of this machine that is no more."""
+    """Return whether the owner was a process of this machine that has ended."""
     try:
         machine, pid, start = json.loads(held.process)
     except ValueError:

@@ -1,4 +1,4 @@
-"""job.storage.local."""
+"""A folder of the local file system as a store."""
 
 import contextlib
 import fcntl
@@ -15,7 +15,7 @@ from job.storage.base import PARTIAL, Stat, check_key
 
 
 class LocalStore:
-    """A folder of the local file system; missing folders are made when first written to."""
+    """A folder and its subfolders, which are created by the first write."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -49,7 +49,7 @@ class LocalStore:
         self._replace(key, lambda target: shutil.move(path, target))
 
     def _replace(self, key: str, fill: Any) -> None:
-        """Fill a temporary file beside the target, sync it, and rename it into place."""
+        """Fill a temporary file next to the target, sync it, and rename it into place."""
         target = self._path(key)
         partial = None
         try:
@@ -75,8 +75,8 @@ class LocalStore:
 
     def write_if_version(self, key: str, content: bytes | None, version: str | None) -> str | None:
         with self._locked(key):
-            found = self.read_version(key)
-            if (found[1] if found else None) != version:
+            current = self.read_version(key)
+            if (current[1] if current else None) != version:
                 return None
             if content is None:
                 self.delete(key)
@@ -86,7 +86,7 @@ class LocalStore:
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:
-        """Alone among all processes that would swap a file of this folder."""
+        """Exclude all other processes that would replace a file of this folder."""
         folder = self._path(key).parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,12 +105,12 @@ class LocalStore:
         path = self._path(key)
         if not path.is_file():
             return None
-        found = path.stat()
-        return Stat(found.st_size, f"{found.st_mtime_ns}-{found.st_size}")
+        status = path.stat()
+        return Stat(status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
 
     def download(self, key: str, path: Path, version: str | None = None) -> bool:
-        found = self.stat(key)
-        if found is None or version not in (None, found.version):
+        stat = self.stat(key)
+        if stat is None or version not in (None, stat.version):
             return False
         source = self._path(key)
         try:

@@ -1,8 +1,4 @@
-"""Where a run is kept: a local folder or a Cloud Storage bucket, behind one interface.
-
-Keys are relative POSIX paths. A write is whole or absent: locally through a temporary file
-that is synced and renamed, in a bucket because an object appears only once it is complete.
-"""
+"""URIs of stores and files: a local path or gs://bucket/path."""
 
 from pathlib import Path
 
@@ -12,7 +8,7 @@ from job.storage.local import LocalStore
 
 
 def open_store(uri: str) -> Store:
-    """The store at a local path or a gs://bucket/prefix URI; nothing is created yet."""
+    """Return the store at a local path or a gs://bucket/prefix URI; nothing is created yet."""
     if uri.startswith("gs://"):
         name, _, prefix = uri.removeprefix("gs://").partition("/")
         from job.storage.gcs import GcsStore
@@ -24,12 +20,12 @@ def open_store(uri: str) -> Store:
 
 
 def child_uri(uri: str, name: str) -> str:
-    """The URI of `name` inside `uri`."""
+    """Return the URI of `name` inside `uri`."""
     return f"{uri.rstrip('/')}/{name}" if uri.startswith("gs://") else str(Path(uri) / name)
 
 
 def read_uri(uri: str) -> bytes:
-    """The content of one object, by its full gs:// URI.
+    """Return the content of one object by its full gs:// URI.
 
     Raises:
         UsageError: there is no such object.

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -67,6 +68,27 @@ def test_an_answer_has_its_cost(client: ChatClient, service: OpenRouter) -> None
     (chat,) = service.chats
     assert (chat["model"], chat["temperature"], chat["max_tokens"]) == ("org/model", 0, 64)
     assert chat["messages"] == [{"role": "user", "content": "two words"}]
+
+
+def test_credentials_of_netrc_do_not_replace_the_key(
+    client: ChatClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("default login me password hunter2")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert client.complete(turns("hello")).answer == "HELLO"
+
+
+def test_credentials_of_netrc_are_not_sent_after_a_redirect(
+    client: ChatClient, service: OpenRouter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("default login me password hunter2")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    elsewhere = service.url.replace("127.0.0.1", "localhost") + ROUTE
+    service.faults.add(ROUTE, status=307, headers={"Location": elsewhere})
+    assert client.complete(turns("hello")).answer is None
+    assert [request.headers["Authorization"] for request in service.requests] == [
+        f"Bearer {KEY}", None
+    ]  # fmt: skip
 
 
 def test_openrouter_requests_require_every_parameter(

@@ -41,7 +41,7 @@ def take(store: Store, lost: list[str] | None = None) -> Lease:
 def test_a_second_writer_is_refused_and_told_who_is_at_work(store: Store) -> None:
     with hold_lease(store, "the run r", lambda why: None):
         with pytest.raises(
-            LeaseHeldError, match="the run r is at work in another process"
+            LeaseHeldError, match="the run r is in use by another process"
         ) as refused:
             take(store)
         assert refused.value.exit_code == 75
@@ -119,7 +119,7 @@ def test_two_jobs_with_one_run_id_one_runs_and_one_refuses(tmp_path: Path) -> No
     with started(tmp_path, {}) as first:
         second = job(*arguments)
         assert second.code == 75, second.err
-        assert "error: the run r is at work in another process" in second.err
+        assert "error: the run r is in use by another process" in second.err
         first.send_signal(signal.SIGCONT)
         _, err = first.communicate(timeout=60)
         assert first.returncode == 0, err

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import requests
+from google.auth.credentials import AnonymousCredentials
 from hypothesis import given
 from hypothesis import strategies as st
 
 from job.errors import SetupError, StageError, UsageError
 from job.runtime.watchdog import WATCHDOG
 from job.storage.base import Store, check_key, file_sha256
-from job.storage.gcs import GcsStore
+from job.storage.gcs import GcsStore, client
 from job.storage.local import LocalStore
 from job.storage.locations import child_uri, open_store, read_uri
 from tests.services.bucket import Bucket
@@ -367,6 +369,21 @@ def test_without_credentials_the_way_to_them_is_told(
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
     with pytest.raises(SetupError, match="gcloud auth application-default login"):
         open_store("gs://runs/r").read("a")
+
+
+def test_credentials_of_netrc_do_not_replace_googles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "netrc").write_text("default login me password hunter2")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr("google.auth.default", lambda **_: (AnonymousCredentials(), "project"))
+    request = requests.Request(
+        "GET", "https://storage.googleapis.com/", headers={"Authorization": "Bearer google"}
+    )
+    client.cache_clear()
+    prepared = client("")._http.prepare_request(request)
+    client.cache_clear()
+    assert prepared.headers["Authorization"] == "Bearer google"
 
 
 def test_only_the_bytes_of_transfers_count_as_progress(
