@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from job.adapters.keras_format import H5, check_model
 from job.chat.conversation import Message
 from job.commands.trained_run import TrainedRun
+from job.data.sample_files import iter_examples
 from job.errors import UsageError
 from job.machine import devices
-from job.pipeline.data_stage import VALIDATION, iter_examples
+from job.pipeline.data_stage import VALIDATION
 from job.runtime import logs
 from job.runtime.signals import STOP
 from job.runtime.text import legible

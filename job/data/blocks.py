@@ -1,4 +1,4 @@
-"""Blocks of rows, as the readers give them: the rows, their columns, the place behind them."""
+"""Blocks of rows: what the readers yield and staging checks at once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +9,20 @@ if TYPE_CHECKING:
 
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-"""Arrow's name of the compression of each ending."""
+"""Arrow's name of the compression of each file extension."""
 
+MAX_ROW_BYTES = 128 * 1024 * 1024
+MAX_ROWS = 2048
+"""Maximum number of rows in a block."""
 
-LONGEST_ROW = 128 * 1024 * 1024
-"""Bytes of a row, at most."""
+MAX_BYTES = 2 * 1024 * 1024
+"""Bytes read at once; a block of text holds about as much."""
+
+Row = dict[str, Any]
 
 
 def open_text(path: Path, name: str, offset: int) -> Any:
-    """The bytes of a file, decompressed, from a place on."""
+    """Open a file as decompressed bytes, `offset` bytes in."""
     import pyarrow as pa
 
     if Path(name.lower()).suffix not in CODECS:
@@ -34,46 +39,37 @@ def open_text(path: Path, name: str, offset: int) -> Any:
     return stream
 
 
-Row = dict[str, Any]
-
-
-MAX_ROWS = 2048
-"""Rows of a block, at most."""
-
-
-MAX_BYTES = 2 * 1024 * 1024
-"""Bytes that are read at once; a block of text holds about as much."""
-
-
 class Place(NamedTuple):
-    """Where in a file the next row begins: bytes (of text formats), and rows or lines before."""
+    """A position in a file where a row begins."""
 
     offset: int = 0
+    """Bytes before it; always 0 in Parquet."""
     line: int = 0
+    """Lines before it, or rows in JSON arrays and Parquet."""
 
 
 BEGIN = Place()
 
 
 class Block(Protocol):
-    """Some rows that follow each other, and the place behind them."""
+    """Consecutive rows of a file."""
 
     @property
     def end(self) -> Place:
-        """Where the next block begins."""
+        """The place where the next block begins."""
 
     def __len__(self) -> int: ...
 
     def rows(self) -> list[Row]:
-        """The rows as dictionaries."""
+        """Return the rows as dictionaries."""
 
     def column(self, name: str) -> "pa.Array | None":
-        """The values of a column as text; None where not all are text or null."""
+        """Return a column as text; None if a value is neither text nor null."""
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """A block of rows that were read one by one."""
+    """A block of rows read one by one."""
 
     values: list[Row]
     end: Place
@@ -100,7 +96,7 @@ class RowBlock:
 
 @dataclass(frozen=True)
 class ArrowBlock:
-    """A block of rows that were columns in the file."""
+    """A block read as columns."""
 
     batch: "pa.RecordBatch"
     end: Place
@@ -133,12 +129,12 @@ class ArrowBlock:
 
 
 def _values(column: "pa.Array") -> list[Any]:
-    """Python values; text that is no UTF-8 with surrogates in it."""
+    """Return Python values; text that is not UTF-8 has surrogates in it."""
     import pyarrow as pa
 
     try:
-        found: list[Any] = column.to_pylist()
-        return found
+        values: list[Any] = column.to_pylist()
+        return values
     except UnicodeDecodeError:
         if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
             raise

@@ -1,11 +1,12 @@
-"""A block of rows as columns of examples: at once where all is text, row by row elsewhere.
+"""Blocks of rows to columns of examples: at once for text columns, else row by row.
 
-Both ways give the same: what a row means is said in `examples`.
+Both ways give the same examples; `examples` defines what a row means.
 """
 
+import functools
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,29 +18,29 @@ from job.data.examples import SEPARATOR, Example, ExampleMapper, RowDroppedError
 from job.spec.fields import template_parts
 
 HISTORY = pa.list_(pa.struct([("prompt", pa.string()), ("response", pa.string())]))
-
+"""Type of the column of the turns before the last prompt."""
 
 _SPACE = "".join(chr(c) for c in range(sys.maxunicode + 1) if chr(c).isspace())
 
 
 @dataclass(frozen=True)
 class ExampleColumns:
-    """The examples of a block in columns of equal length, and the rows that gave none."""
+    """The examples of a block in columns of equal length, and the dropped rows."""
 
     rows: np.ndarray
-    """int64 `[examples]`: the number of each example's row in its block."""
+    """int64 `[examples]`: the index of each example's row in its block."""
     system: pa.Array
     prompt: pa.Array
     response: pa.Array
     history: pa.Array
     dropped: list[tuple[int, str]] = field(default_factory=list)
-    """Row and reason."""
+    """Index and reason of each dropped row."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, chosen: np.ndarray) -> "ExampleColumns":
-        """The examples where the boolean mask `chosen` is set."""
+        """Return the examples chosen by a mask, bool `[examples]`."""
         if chosen.all():
             return self
         mask = pa.array(chosen)
@@ -84,26 +85,26 @@ def example_from_columns(
 
 
 def to_columns(block: Block, mapper: ExampleMapper) -> ExampleColumns:
-    """The examples of a block's rows, and why each other row gave none."""
+    """Return the examples of a block, and the reasons of its dropped rows."""
     return _by_column(block, mapper) or _by_row(block.rows(), mapper)
 
 
 def _by_row(rows: list[Row], mapper: ExampleMapper) -> ExampleColumns:
     numbers: list[int] = []
-    made: list[Example] = []
+    examples: list[Example] = []
     dropped: list[tuple[int, str]] = []
     for number, row in enumerate(rows):
         try:
-            made.append(mapper(row))
+            examples.append(mapper(row))
             numbers.append(number)
         except RowDroppedError as reason:
             dropped.append((number, str(reason)))
     return ExampleColumns(
         np.array(numbers, np.int64),
-        pa.array([e.system for e in made], pa.string()),
-        pa.array([e.prompt for e in made], pa.string()),
-        pa.array([e.response for e in made], pa.string()),
-        pa.array([_history(e) for e in made], HISTORY),
+        pa.array([e.system for e in examples], pa.string()),
+        pa.array([e.prompt for e in examples], pa.string()),
+        pa.array([e.response for e in examples], pa.string()),
+        pa.array([_history(e) for e in examples], HISTORY),
         dropped,
     )
 
@@ -116,7 +117,7 @@ def _history(example: Example) -> list[dict[str, str]] | None:
 
 
 def _by_column(block: Block, mapper: ExampleMapper) -> ExampleColumns | None:
-    """The same for templates over columns of text; None where something else is among them."""
+    """Fill templates from columns of text; None if a column holds anything else."""
     data = mapper.data
     if data.messages or not len(block):
         return None
@@ -139,39 +140,31 @@ def _by_column(block: Block, mapper: ExampleMapper) -> ExampleColumns | None:
         if not fields:  # a system text for all
             filled[name] = pa.repeat(literals[0].strip(), len(block))
             continue
-        given = [columns[field] for field in fields]
-        trimmed = [pc.utf8_trim(column, _SPACE) for column in given]
+        values = [columns[field] for field in fields]
+        trimmed = [pc.utf8_trim(column, _SPACE) for column in values]
         if name != "system":
-            said = _any([pc.not_equal(pc.binary_length(column), 0) for column in trimmed])
-            usable = pc.and_(usable, said)
+            has_text = [pc.not_equal(pc.binary_length(column), 0) for column in trimmed]
+            usable = pc.and_(usable, functools.reduce(pc.or_, has_text))
         if len(fields) == 1 and literals == ["", ""]:
             filled[name] = trimmed[0]
         else:
-            parts = [p for pair in zip(literals, given, strict=False) for p in pair] + literals[-1:]
-            whole = pc.binary_join_element_wise(*parts, "", null_handling="emit_null")
-            filled[name] = pc.utf8_trim(whole, _SPACE)
+            pairs = zip(literals, values, strict=False)
+            parts = [part for pair in pairs for part in pair] + literals[-1:]
+            texts = pc.binary_join_element_wise(*parts, "", null_handling="emit_null")
+            filled[name] = pc.utf8_trim(texts, _SPACE)
         usable = pc.and_(usable, filled[name].is_valid())
     mask = np.asarray(pc.fill_null(usable, False).to_numpy(zero_copy_only=False), dtype=bool)
-    nothing = pa.nulls(len(block), pa.string())
-    whole_block = ExampleColumns(
+    all_rows = ExampleColumns(
         np.arange(len(block)),
-        filled.get("system", nothing),
+        filled.get("system", pa.nulls(len(block), pa.string())),
         filled["prompt"],
         filled["response"],
         pa.nulls(len(block), HISTORY),
     )
     if mask.all():
-        return whole_block
+        return all_rows
     unusable = np.flatnonzero(~mask)
     rows = block.rows()
-    refused = _by_row([rows[number] for number in unusable], mapper)
-    dropped = [(int(unusable[number]), reason) for number, reason in refused.dropped]
-    kept = whole_block.take(mask)
-    return ExampleColumns(kept.rows, kept.system, kept.prompt, kept.response, kept.history, dropped)
-
-
-def _any(masks: list[pa.Array]) -> pa.Array:
-    found = masks[0]
-    for mask in masks[1:]:
-        found = pc.or_(found, mask)
-    return found
+    reasons = _by_row([rows[number] for number in unusable], mapper).dropped
+    dropped = [(int(unusable[number]), reason) for number, reason in reasons]
+    return replace(all_rows.take(mask), dropped=dropped)

@@ -1,9 +1,9 @@
-"""Which files of a repository or a folder a split is made of.
+"""The files of a split, among the files of a repository or a folder.
 
-What the spec names; else what the `configs` of the README's header say; else what the names of
-files and folders say (`data/train-00000-of-00002.parquet`, `validation/a.jsonl`), where what
-names no split is all `train`. The rules are those of Hub datasets, and `datasets` applies them,
-to a list of paths: nothing is read or downloaded.
+They come from the spec's `data_files`; else from the `configs` in the README's header; else from
+the names of files and folders (`data/train-00000-of-00002.parquet`, `validation/a.jsonl`), where
+names without a split are `train`. These are the rules of Hub datasets; `datasets` applies them
+to a list of paths, so nothing is read or downloaded.
 See https://huggingface.co/docs/hub/datasets-data-files-configuration.
 """
 
@@ -29,13 +29,11 @@ from job.errors import UsageError
 from job.storage.hub import README
 
 _ROOT = "listing://files"
-
-
 _JSON = (".json", ".jsonl", ".ndjson")
 
 
 class _Listing(AbstractFileSystem):  # type: ignore[misc]
-    """Files of which only the paths are known."""
+    """A file system of paths without content."""
 
     protocol = "listing"
     cachable = False
@@ -45,7 +43,7 @@ class _Listing(AbstractFileSystem):  # type: ignore[misc]
         self._folders = folders
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-        """What a folder holds."""
+        """List a folder."""
         inside = self._folders.get(self._strip_protocol(path))
         if inside is None:
             raise FileNotFoundError(path)
@@ -55,38 +53,38 @@ class _Listing(AbstractFileSystem):  # type: ignore[misc]
 
 
 class _Files:
-    """Paths that patterns are looked for among."""
+    """Paths to match patterns against."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         register_implementation(_Listing.protocol, _Listing, clobber=True)
         folders: dict[str, dict[str, str]] = {"files": {}}
         for path in paths:
-            whole, kind = f"files/{path}", "file"
-            while "/" in whole:
-                folder, _, _ = whole.rpartition("/")
-                folders.setdefault(folder, {})[whole] = kind
-                whole, kind = folder, "directory"
+            entry, kind = f"files/{path}", "file"
+            while "/" in entry:
+                folder, _, _ = entry.rpartition("/")
+                folders.setdefault(folder, {})[entry] = kind
+                entry, kind = folder, "directory"
         self.paths = paths
         self._config = DownloadConfig(storage_options={_Listing.protocol: {"folders": folders}})
 
     def patterns(self, folder: str) -> dict[str, list[str]]:
-        """The patterns of each split, by the names of the files in a folder."""
+        """Return the patterns of each split, from the names of the files in a folder."""
         try:
-            found: dict[str, list[str]] = get_data_patterns(_inside(folder), self._config)
+            by_split: dict[str, list[str]] = get_data_patterns(_inside(folder), self._config)
         except EmptyDatasetError:
             return {}
-        return {str(split): patterns for split, patterns in found.items()}
+        return {str(split): patterns for split, patterns in by_split.items()}
 
     def matching(self, pattern: str, folder: str) -> list[str]:
-        """The files a pattern stands for, in order; none that lie elsewhere."""
+        """Return the files in a folder that match a pattern, sorted."""
         if pattern.startswith(("/", "~")) or "::" in pattern or "://" in pattern:
             return []
         pattern = pattern.removeprefix("./")
         try:
-            found = resolve_pattern(pattern, _inside(folder), download_config=self._config)
+            matches = resolve_pattern(pattern, _inside(folder), download_config=self._config)
         except FileNotFoundError:
             return []
-        return sorted(path.removeprefix(f"{_ROOT}/") for path in found)
+        return sorted(path.removeprefix(f"{_ROOT}/") for path in matches)
 
 
 def _inside(folder: str) -> str:
@@ -102,12 +100,15 @@ def choose_files(
     data_files: Sequence[str] | None = None,
     readme: bytes | None = None,
 ) -> list[str]:
-    """The paths of a split's files, in order.
+    """Return the paths of a split's files, in order.
 
     Args:
-        paths: all files there are.
-        where: what holds them, for messages.
-        data_files: paths or patterns, where the spec names them; they make the split `train`.
+        paths: all files of the repository or folder.
+        where: its name, for messages.
+        split: the split.
+        config: the configuration, if the spec names one.
+        data_files: paths or patterns, if the spec names them; they make the split `train`.
+        readme: the content of the README, if there is one.
 
     Raises:
         UsageError: there is no such configuration, split or file.
@@ -115,8 +116,8 @@ def choose_files(
     readable = sorted(path for path in paths if format_of(path))
     if data_files is not None:
         if config is not None:
-            raise UsageError(f"data_files take the place of a config of {where}; remove one")
-        return _split(_Files(readable), {"train": list(data_files)}, "", split, where)
+            raise UsageError(f"data_files replace a config of {where}; remove one of them")
+        return _split_files(_Files(readable), {"train": list(data_files)}, "", split, where)
     configs = _configs(readme, where)
     if configs:
         chosen = configs[_config(configs, config, where)]
@@ -125,30 +126,30 @@ def choose_files(
     else:
         chosen = {}
     folder = str(chosen.get("data_dir") or "").removeprefix("./").strip("/")
-    if given := chosen.get("data_files"):
-        with _refused(where, f"`configs` of the {README}"):
-            patterns = sanitize_patterns(given)
-        return _split(_Files(readable), patterns, folder, split, where)
-    files = _Files(_of_one_kind(_Files(readable).matching("**", folder)))
-    with _refused(where, "names of the files"):
+    if listed := chosen.get("data_files"):
+        with _as_usage_error(where, f"`configs` of the {README}"):
+            patterns = sanitize_patterns(listed)
+        return _split_files(_Files(readable), patterns, folder, split, where)
+    files = _Files(_most_common_format(_Files(readable).matching("**", folder)))
+    with _as_usage_error(where, "names of the files"):
         patterns = files.patterns(folder)
     if not patterns:
         raise UsageError(f"{where} has no file in a format that can be read")
-    return _split(files, patterns, folder, split, where, each=False)
+    return _split_files(files, patterns, folder, split, where, strict=False)
 
 
 def _configs(readme: bytes | None, where: str) -> MetadataConfigs:
     text = (readme or b"").decode("utf-8-sig", "replace").lstrip()
     if not text.startswith("---"):
         return MetadataConfigs()
-    with _refused(where, f"header of the {README}"):
+    with _as_usage_error(where, f"header of the {README}"):
         card = DatasetCard(text, ignore_metadata_errors=True)
         return MetadataConfigs.from_dataset_card_data(card.data)
 
 
 @contextlib.contextmanager
-def _refused(where: str, what: str) -> Iterator[None]:
-    """Within this block, what `datasets` makes of what others wrote is an error with a way out."""
+def _as_usage_error(where: str, what: str) -> Iterator[None]:
+    """Turn errors of `datasets` about what others wrote into one with a way out."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
@@ -159,48 +160,46 @@ def _refused(where: str, what: str) -> Iterator[None]:
         ) from None
 
 
-def _config(configs: MetadataConfigs, wanted: str | None, where: str) -> str:
+def _config(configs: MetadataConfigs, name: str | None, where: str) -> str:
     names = ", ".join(configs)
-    if wanted is None:
-        try:
-            wanted = configs.get_default_config_name()
-        except ValueError:  # more than one says that it is
-            wanted = None
-        if wanted is None:
+    if name is None:
+        with contextlib.suppress(ValueError):  # several configs are marked as the default
+            name = configs.get_default_config_name()
+        if name is None:
             raise UsageError(f"{where} has several configs; write one of {names} in config")
-    if wanted not in configs:
-        raise UsageError(f"{where} has no config {wanted!r}; it has {names}")
-    return wanted
+    if name not in configs:
+        raise UsageError(f"{where} has no config {name!r}; it has {names}")
+    return name
 
 
-def _of_one_kind(paths: Sequence[str]) -> list[str]:
-    """Those of the commonest format; all that is JSON is of one."""
-    kinds = {path: "json" if (kind := format_of(path)) in _JSON else kind for path in paths}
-    counts = Counter(kinds.values())
-    commonest = max(counts, key=lambda kind: (counts[kind], kind or ""), default=None)
-    return [path for path in paths if kinds[path] == commonest]
+def _most_common_format(paths: Sequence[str]) -> list[str]:
+    """Return the files of the most common format; all kinds of JSON count as one."""
+    formats = {path: "json" if (kind := format_of(path)) in _JSON else kind for path in paths}
+    counts = Counter(formats.values())
+    most_common = max(counts, key=lambda kind: (counts[kind], kind or ""), default=None)
+    return [path for path in paths if formats[path] == most_common]
 
 
-def _split(
+def _split_files(
     files: _Files,
     patterns: Mapping[str, Sequence[str]],
     folder: str,
     split: str,
     where: str,
     *,
-    each: bool = True,
+    strict: bool = True,
 ) -> list[str]:
-    """The files of a split; with `each`, every one of its patterns has to stand for some."""
+    """Return the files of a split; if `strict`, each of its patterns must match a file."""
     if split not in patterns:
         raise UsageError(f"{where} has no split {split!r}; it has {', '.join(sorted(patterns))}")
-    found: list[str] = []
+    chosen: list[str] = []
     for pattern in map(str, patterns[split]):
-        hits = files.matching(pattern, folder)
-        if each and not hits:
-            whole = f"{folder}/{pattern}" if folder else pattern
-            raise UsageError(f"{where} has no readable file {whole!r}; it has {_some(files.paths)}")
-        found += hits
-    return list(dict.fromkeys(found))
+        matches = files.matching(pattern, folder)
+        if strict and not matches:
+            path = f"{folder}/{pattern}" if folder else pattern
+            raise UsageError(f"{where} has no readable file {path!r}; it has {_some(files.paths)}")
+        chosen += matches
+    return list(dict.fromkeys(chosen))
 
 
 def _some(paths: Sequence[str]) -> str:

@@ -1,13 +1,14 @@
-"""A staged dataset: shards of checked examples, each with a record, and a manifest last.
+"""A staged dataset on disk: shards of checked examples, their records, and a manifest.
 
-A shard is whole once its record is there, the dataset once its manifest is. What is staged is
-named by a key of everything it depends on, so runs share it, and any of them may finish what
-another began.
+A shard is complete once its record exists, the dataset once its manifest exists. A dataset is
+named by a key of everything it depends on, so that runs share it, and one run may finish what
+another started.
 """
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,104 +25,98 @@ from job.storage.base import Store, file_sha256
 from job.storage.local import LocalStore
 
 _EXACT_BITS = 9
-
-
-_SHOWN = 300
-
-
-_MARKS = (50, 90, 99)
+_SAMPLE_CHARACTERS = 300
+_PERCENTILES = (50, 90, 99)
 
 
 class Lengths(BaseModel):
-    """A histogram of lengths in characters: exact up to 511, then in steps below 0.4 %."""
+    """A histogram of lengths in characters, exact up to 511, then in steps below 0.4 %."""
 
     counts: dict[int, int] = {}
     largest: int = 0
     total: int = 0
 
     def add(self, lengths: np.ndarray) -> None:
-        """Count these lengths, int `[n]`."""
+        """Count lengths, int `[n]`."""
         if not len(lengths):
             return
         values = lengths.astype(np.int64)
         bits = np.frexp(values.astype(float))[1]
         shift = np.maximum(bits - _EXACT_BITS, 0)
         steps, times = np.unique((values >> shift) << shift, return_counts=True)
-        self._merge(dict(zip(steps.tolist(), times.tolist(), strict=True)))
+        self._add_counts(dict(zip(steps.tolist(), times.tolist(), strict=True)))
         self.largest = max(self.largest, int(values.max()))
         self.total += int(values.sum())
 
-    def join(self, other: "Lengths") -> None:
-        """Add what the other has counted."""
-        self._merge(other.counts)
+    def merge(self, other: "Lengths") -> None:
+        """Add the counts of another histogram."""
+        self._add_counts(other.counts)
         self.largest = max(self.largest, other.largest)
         self.total += other.total
 
-    def _merge(self, counts: dict[int, int]) -> None:
+    def _add_counts(self, counts: dict[int, int]) -> None:
         for step, times in counts.items():
             self.counts[step] = self.counts.get(step, 0) + times
 
     def percentiles(self) -> dict[str, Any]:
-        """Mean, p50, p90, p99 and the largest."""
+        """Return the mean, p50, p90, p99 and the maximum."""
         steps = sorted(self.counts)
         running = np.cumsum([self.counts[step] for step in steps])
         if not steps:
             return {}
-        made: dict[str, Any] = {"mean": round(self.total / int(running[-1]), 1)}
-        for mark in _MARKS:
+        percentiles: dict[str, Any] = {"mean": round(self.total / int(running[-1]), 1)}
+        for mark in _PERCENTILES:
             place = np.searchsorted(running, running[-1] * mark / 100)
-            made[f"p{mark}"] = steps[min(int(place), len(steps) - 1)]
-        return made | {"max": self.largest}
+            percentiles[f"p{mark}"] = steps[min(int(place), len(steps) - 1)]
+        return percentiles | {"max": self.largest}
 
 
 class RowStats(BaseModel):
-    """What became of rows."""
+    """Counts of kept, dropped and flagged rows."""
 
     raw: int = 0
     kept: int = 0
     dropped: dict[str, int] = {}
-    """Rows by the reason they were dropped for."""
+    """Dropped rows by reason."""
     found: dict[str, int] = {}
-    """Kept examples by the fault they have."""
+    """Kept examples by flag."""
     shown: dict[str, str] = {}
-    """One example of each reason and fault: the beginning of the row or the text."""
+    """A sample of each reason and flag: the beginning of a row, or the text around a match."""
     text_bytes: int = 0
     prompt: Lengths = Lengths()
     response: Lengths = Lengths()
 
-    def drop(self, reason: str, times: int, shown: object) -> None:
-        """Count rows that are not kept."""
+    def drop(self, reason: str, times: int, sample: Callable[[], object]) -> None:
+        """Count dropped rows."""
         self.dropped[reason] = self.dropped.get(reason, 0) + times
-        self._show(reason, shown)
+        self._add_sample(reason, sample)
 
-    def find(self, fault: str, times: int, shown: object) -> None:
-        """Count examples that are kept in spite of a fault."""
-        self.found[fault] = self.found.get(fault, 0) + times
-        self._show(fault, shown)
+    def flag(self, name: str, times: int, sample: Callable[[], object]) -> None:
+        """Count flagged examples."""
+        self.found[name] = self.found.get(name, 0) + times
+        self._add_sample(name, sample)
 
-    def knows(self, name: str) -> bool:
-        """Whether there is an example of it."""
-        return name in self.shown
-
-    def _show(self, name: str, shown: object) -> None:
+    def _add_sample(self, name: str, sample: Callable[[], object]) -> None:
         if name not in self.shown:
-            text = shown if isinstance(shown, str) else json.dumps(shown, default=str)
-            self.shown[name] = text[:_SHOWN].encode("utf-8", "backslashreplace").decode()
+            value = sample()
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            self.shown[name] = (
+                text[:_SAMPLE_CHARACTERS].encode("utf-8", "backslashreplace").decode()
+            )
 
-    def join(self, other: "RowStats") -> None:
-        """Add what the other has counted; examples that are here already stay."""
+    def merge(self, other: "RowStats") -> None:
+        """Add the counts of later rows."""
         self.raw += other.raw
         self.kept += other.kept
         self.text_bytes += other.text_bytes
         self.dropped = dict(Counter(self.dropped) + Counter(other.dropped))
         self.found = dict(Counter(self.found) + Counter(other.found))
         self.shown = other.shown | self.shown
-        self.prompt.join(other.prompt)
-        self.response.join(other.response)
+        self.prompt.merge(other.prompt)
+        self.response.merge(other.response)
 
 
 MANIFEST = "manifest.json"
-
 
 SCHEMA = pa.schema(
     [
@@ -133,34 +128,31 @@ SCHEMA = pa.schema(
         ("history", HISTORY),
     ]
 )
-"""Columns of a shard: hashes of the text and of its letters and digits, and the texts."""
-
+"""Columns of a shard: the hashes of `filters.content_hashes`, and the texts."""
 
 READERS = 2
-"""Threads that read shards, and shards that are held at once."""
-
+"""Threads that read shards, and shards in memory at a time."""
 
 _GROUP_BYTES = 8 * 1024 * 1024
 
 
 class Shard(BaseModel):
-    """The record of a shard: `shard-00000.json` beside `shard-00000.parquet`."""
+    """The record of a shard: `shard-00000.json` next to `shard-00000.parquet`."""
 
     path: str
     bytes: int
     sha256: str
     rows: int
     tally: RowStats
-    """What became of the rows that were read for it."""
+    """The outcome of the rows that were read for it."""
     file: int
-    """Number of the file of the source in which reading goes on."""
+    """Index of the source's file in which the next shard begins."""
     offset: int
     line: int
-    """Where in that file reading goes on."""
 
     @property
     def place(self) -> Place:
-        """Where in its file the next shard begins."""
+        """The place in that file where the next shard begins."""
         return Place(self.offset, self.line)
 
 
@@ -173,7 +165,7 @@ class FileInfo(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What was staged, and what became of every row."""
+    """The record of a staged dataset, with the outcome of every row."""
 
     dataset: str
     revision: str | None
@@ -185,17 +177,17 @@ class Manifest(BaseModel):
 
     @property
     def rows(self) -> int:
-        """Examples in all shards."""
+        """The number of examples in all shards."""
         return sum(shard.rows for shard in self.shards)
 
 
 def shard_key(number: int, kind: str) -> str:
-    """The key of a shard, `parquet`, or of its record, `json`."""
+    """Return the key of a shard, `parquet`, or of its record, `json`."""
     return f"shard-{number:05d}.{kind}"
 
 
 def read_manifest(store: Store) -> Manifest | None:
-    """The manifest, if there is one that can be read and all of its shards are there."""
+    """Return the manifest if it is valid and all of its shards exist."""
     content = store.read(MANIFEST)
     if content is None:
         return None
@@ -208,72 +200,72 @@ def read_manifest(store: Store) -> Manifest | None:
     return None
 
 
-def whole_shards(store: Store) -> list[Shard]:
-    """The shards from the first on that are whole."""
-    found: list[Shard] = []
-    while content := store.read(shard_key(len(found), "json")):
+def complete_shards(store: Store) -> list[Shard]:
+    """Return the leading shards that are complete."""
+    shards: list[Shard] = []
+    while content := store.read(shard_key(len(shards), "json")):
         try:
             shard = Shard.model_validate_json(content)
         except ValidationError:
             break
         if store.size(shard.path) != shard.bytes:
             break
-        found.append(shard)
-    return found
+        shards.append(shard)
+    return shards
 
 
-_HASHED: dict[tuple[int, int, int, int], str] = {}
+class ShardFiles:
+    """The shards of a dataset as local files, their checksums verified."""
 
+    def __init__(self, store: Store, work: Path) -> None:
+        """Args: store: the dataset's; work: a scratch folder for downloads."""
+        self.store = store
+        self._work = work
+        self._hashes: dict[tuple[int, int, int, int], str] = {}
 
-def shard_sha256(path: Path) -> str:
-    """The SHA-256 of a shard, which is not read again while the file stays as it is."""
-    status = path.stat()
-    file = status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
-    if file not in _HASHED:
-        _HASHED[file] = file_sha256(path)
-    return _HASHED[file]
+    def sha256(self, path: Path) -> str:
+        """Return the SHA-256 of a file, which is not read again while it stays unchanged."""
+        status = path.stat()
+        file = status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+        if file not in self._hashes:
+            self._hashes[file] = file_sha256(path)
+        return self._hashes[file]
 
+    @contextlib.contextmanager
+    def open(self, shard: Shard) -> Iterator[Path]:
+        """Give a local file with the content of a shard, for the time of the block.
 
-def open_shard(store: Store, shard: Shard, work: Path) -> Path:
-    """A local file with the content of a shard, its checksum checked; see `close_shard`.
+        Raises:
+            StageError: it is missing or damaged; its record is deleted, so that the next run
+                stages it again.
+        """
+        if isinstance(self.store, LocalStore):
+            path = self.store.root / shard.path
+            exists = path.is_file()
+        else:
+            path = self._work / shard.path
+            exists = self.store.download(shard.path, path)
+        if not exists or self.sha256(path) != shard.sha256:
+            self.store.delete(MANIFEST)
+            self.store.delete(f"{shard.path.removesuffix('.parquet')}.json")
+            raise StageError(
+                f"{self.store.uri}/{shard.path} is missing or damaged; run the same command "
+                "again to stage it again"
+            )
+        yield path
+        if path.is_relative_to(self._work):
+            path.unlink()
 
-    Raises:
-        StageError: it is missing or damaged; its record is removed, so that the next run makes
-            it again.
-    """
-    path = work / shard.path
-    if isinstance(store, LocalStore):
-        path = store.root / shard.path
-        there = path.is_file()
-    else:
-        there = store.download(shard.path, path)
-    if not there or shard_sha256(path) != shard.sha256:
-        store.delete(MANIFEST)
-        store.delete(f"{shard.path.removesuffix('.parquet')}.json")
-        raise StageError(
-            f"{store.uri}/{shard.path} is not as it was written; it has been given up, and is "
-            "made again when the same command is run again"
-        )
-    return path
+    def read_hashes(self, shards: list[Shard]) -> Iterator[np.ndarray]:
+        """Yield the hashes and groups of each shard: uint64 `[2, rows]`."""
 
+        def read(shard: Shard) -> np.ndarray:
+            with self.open(shard) as path:
+                table = pq.read_table(path, columns=["hash", "group"], use_threads=False)
+            return np.stack([table["hash"].to_numpy(), table["group"].to_numpy()])
 
-def close_shard(path: Path, work: Path) -> None:
-    """Remove the local copy, if it was one."""
-    if path.is_relative_to(work):
-        path.unlink()
-
-
-def read_hashes(store: Store, shards: list[Shard], work: Path) -> Iterator[np.ndarray]:
-    """For each shard its hashes and groups: uint64 `[2, rows]`."""
-
-    def read(shard: Shard) -> np.ndarray:
-        path = open_shard(store, shard, work)
-        table = pq.read_table(path, columns=["hash", "group"], use_threads=False)
-        close_shard(path, work)
-        return np.stack([table["hash"].to_numpy(), table["group"].to_numpy()])
-
-    with Threads(READERS) as pool:
-        yield from prefetch_map(read, shards, pool, READERS)
+        with Threads(READERS) as pool:
+            yield from prefetch_map(read, shards, pool, READERS)
 
 
 class ShardWriter:
@@ -290,32 +282,32 @@ class ShardWriter:
             use_dictionary=["system"],
             write_statistics=False,
         )
-        self._waiting: list[pa.RecordBatch] = []
-        self._held = 0
+        self._pending: list[pa.RecordBatch] = []
+        self._pending_bytes = 0
 
-    def write(self, mapped: ExampleColumns, hashes: np.ndarray, groups: np.ndarray) -> None:
-        """Add examples."""
+    def write(self, examples: ExampleColumns, hashes: np.ndarray, groups: np.ndarray) -> None:
+        """Add examples with their hashes and groups, uint64 `[examples]`."""
         batch = pa.record_batch(
             [
                 pa.array(hashes),
                 pa.array(groups),
-                mapped.system,
-                mapped.prompt,
-                mapped.response,
-                mapped.history,
+                examples.system,
+                examples.prompt,
+                examples.response,
+                examples.history,
             ],
             schema=SCHEMA,
         )
         self.rows += batch.num_rows
-        self._waiting.append(batch)
-        self._held += batch.nbytes
-        if self._held >= _GROUP_BYTES:
+        self._pending.append(batch)
+        self._pending_bytes += batch.nbytes
+        if self._pending_bytes >= _GROUP_BYTES:
             self._flush()
 
     def _flush(self) -> None:
-        if self._waiting:
-            self._writer.write_table(pa.Table.from_batches(self._waiting).combine_chunks())
-        self._waiting, self._held = [], 0
+        if self._pending:
+            self._writer.write_table(pa.Table.from_batches(self._pending).combine_chunks())
+        self._pending, self._pending_bytes = [], 0
 
     def close(self) -> None:
         """Finish the file."""

@@ -20,17 +20,11 @@ from job.spec.fields import template_fields
 from job.spec.schema import Data
 
 SEPARATOR = "\x1f"
-"""Between the texts of an example where they are one: the ASCII unit separator."""
-
+"""Joins the texts of an example: the ASCII unit separator."""
 
 _LOWER = bytes(range(256)).lower()
-
-
-_NOT_COUNTED = bytes(b for b in range(128) if not chr(b).isalnum() and b != ord(SEPARATOR))
-
-
-_NOT_COUNTED_WIDE = re.compile(rf"[^\w{SEPARATOR}]|_")
-
+_IGNORED_ASCII = bytes(b for b in range(128) if not chr(b).isalnum() and b != ord(SEPARATOR))
+_IGNORED = re.compile(rf"[^\w{SEPARATOR}]|_")
 
 _ROLES: dict[str, Role] = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -88,22 +82,22 @@ def opening(system: str | None) -> bytes:
 
 
 exact_hash = xxhash.xxh3_64_digest
-"""Eight bytes that stand for a content: XXH3, which is fast and no protection against forgery."""
+"""Eight bytes that identify a content: XXH3, which is fast but not cryptographic."""
 
 
 def normal_form(text: bytes) -> bytes:
-    """Its letters and digits: case, spacing and signs do not count."""
+    """Return only the letters and digits, in lower case; near-duplicates have equal ones."""
     if text.isascii():
-        return text.translate(_LOWER, _NOT_COUNTED)
+        return text.translate(_LOWER, _IGNORED_ASCII)
     folded = unicodedata.normalize("NFKC", text.decode()).casefold()
-    return _NOT_COUNTED_WIDE.sub("", folded).encode()
+    return _IGNORED.sub("", folded).encode()
 
 
 def field_text(row: Row, field: str) -> str:
-    """The text of a field.
+    """Return the text of a field.
 
     Raises:
-        Dropped: it is missing, or is no text or number.
+        RowDroppedError: it is missing, or neither text nor a number.
     """
     if field not in row:
         raise RowDroppedError(f"no column '{field}'")
@@ -124,24 +118,24 @@ def _text(value: object, field: str) -> str:
 
 
 def fill(template: str, row: Row) -> str:
-    """A template with the row's fields in it, as they are.
+    """Return a template with the row's fields filled in, unchanged.
 
     Raises:
-        Dropped: a field it names is missing or is no text.
+        RowDroppedError: a field it names is missing or is not text.
     """
     values: dict[str, Any] = {field: field_text(row, field) for field in template_fields(template)}
     return template.format(**values)
 
 
 class ExampleMapper:
-    """Makes examples as the `data` section says."""
+    """Makes examples from rows as the `data` section says."""
 
     def __init__(self, data: Data) -> None:
         self.data = data
 
     @cached_property
     def fields(self) -> list[str]:
-        """The columns that are needed, each once."""
+        """The columns that are read, each once."""
         templates = [self.data.prompt, self.data.response, self.data.system]
         named = [field for text in templates if text for field in template_fields(text)]
         return list(dict.fromkeys([*named, *([self.data.messages] if self.data.messages else [])]))
@@ -213,7 +207,7 @@ def _conversation(row: Row, column: str) -> tuple[str | None, list[Message]]:
 
 def _message_text(message: Row, column: str) -> str:
     value = message.get("content", message.get("value"))
-    if isinstance(value, list):  # parts, of which only text can be used
+    if isinstance(value, list):  # parts of a message; only text can be used
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
             raise RowDroppedError(f"not text in '{column}'")
         value = "\n".join(_text(part.get("text"), column) for part in value)

@@ -1,7 +1,7 @@
-"""What is looked for in examples: length, duplicates, remains of markup, what should not leak.
+"""Checks of examples: length, duplicates, left-over markup, personal data.
 
-All works on columns. The patterns are looked for at once first, and one by one only where that
-found something.
+All checks work on columns. One cheap pattern that covers all others is matched first, so that
+the others are matched only against the few texts that may contain them.
 """
 
 import operator
@@ -19,7 +19,7 @@ from job.spec.schema import Checks
 
 
 class HashSet:
-    """A set of 64-bit hashes that grows by arrays."""
+    """A set of 64-bit hashes, grown by arrays."""
 
     def __init__(self) -> None:
         self._runs: list[np.ndarray] = []
@@ -28,57 +28,43 @@ class HashSet:
         return sum(len(run) for run in self._runs)
 
     def repeated(self, hashes: np.ndarray) -> np.ndarray:
-        """Which of these came before, in the set or earlier in this very array.
-
-        Args:
-            hashes: uint64 `[n]`.
-
-        Returns:
-            bool `[n]`.
-        """
+        """Return which hashes are in the set or earlier in the array: uint64 to bool `[n]`."""
         ordered = np.sort(hashes)
         if not (ordered[1:] == ordered[:-1]).any() and not self.holds(ordered).any():
-            return np.zeros(len(hashes), bool)  # as nearly always
+            return np.zeros(len(hashes), bool)  # the usual case
         values, first = np.unique(hashes, return_index=True)
         before = np.ones(len(hashes), bool)
         before[first] = self.holds(values)
         return before
 
     def holds(self, hashes: np.ndarray) -> np.ndarray:
-        """Which of these are in the set: bool `[n]`; fastest where they are sorted."""
-        found = np.zeros(len(hashes), bool)
+        """Return which hashes are in the set: bool `[n]`; fastest if they are sorted."""
+        present = np.zeros(len(hashes), bool)
         for run in self._runs:
             place = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
-            found |= run[place] == hashes
-        return found
+            present |= run[place] == hashes
+        return present
 
     def add(self, hashes: np.ndarray) -> None:
-        """Put these into the set."""
+        """Add hashes."""
         fresh = np.unique(hashes)
         self.add_new(fresh[~self.holds(fresh)])
 
     def add_new(self, hashes: np.ndarray) -> None:
-        """Put these, which are all different and not in it yet, into the set."""
+        """Add hashes that are all different and not in the set."""
         if not len(hashes):
             return
         self._runs.append(np.sort(hashes))
         while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
             merged = np.concatenate([self._runs.pop(), self._runs.pop()])
-            merged.sort(kind="stable")  # merges what is sorted already
+            merged.sort(kind="stable")  # a merge of two sorted runs
             self._runs.append(merged)
 
 
 CHAT_MARKUP = "chat_markup"
-
-
-NORMALISED = "normalised_duplicates"
-
-
+NEAR_DUPLICATES = "normalised_duplicates"
 DUPLICATES = "duplicates"
-
-
 CONTAMINATED = "contaminated"
-
 
 PATTERNS = {
     # Control and invisible characters (line breaks and tabs are fine), and the mark that
@@ -92,12 +78,10 @@ PATTERNS = {
     "phone_numbers": r"(?:\d[ ().-]{0,2}){8,14}\d",
     CHAT_MARKUP: CONTROL_PATTERN,
 }
-"""RE2 patterns of what is counted, by name."""
+"""RE2 patterns of flags, by name."""
 
-
-_AROUND = 60
-"""Bytes that are shown before what was found."""
-
+_CONTEXT_BYTES = 60
+"""Bytes shown before a match."""
 
 _ANY = "|".join(
     (
@@ -110,67 +94,65 @@ _ANY = "|".join(
         r"(?:\d[ ().-]{0,2}){8}\d",
     )
 )
-"""Holds for every text that a pattern holds for."""
-
+"""Matches every text that one of the patterns matches."""
 
 Flags = dict[str, np.ndarray]
-"""By the name of a pattern: which examples it holds for, bool `[examples]`."""
+"""Which examples each pattern matches, bool `[examples]`, by its name."""
 
 
 @dataclass(frozen=True)
 class TextStats:
-    """The texts of some examples, and their lengths; arrays are `[examples]`.
-
-    system, dialogues: the texts of each (see `examples.dialogue`).
-    lengths: characters of prompts and responses, int `[2, examples]`.
-    size: bytes of prompt and response, int.
-    short, long: bool.
-    """
+    """Texts of examples and their lengths."""
 
     system: pa.DictionaryArray
     dialogues: pa.Array
+    """The texts of all turns (`examples.turns_text`)."""
     lengths: np.ndarray
-    size: np.ndarray
+    """Characters of prompts and responses, int `[2, examples]`."""
+    text_bytes: np.ndarray
+    """Bytes of prompt and response together, int `[examples]`."""
     short: np.ndarray
+    """Whether an example is too short, bool `[examples]`."""
     long: np.ndarray
+    """Whether an example is too long, bool `[examples]`."""
 
 
-def text_stats(mapped: ExampleColumns, checks: Checks) -> TextStats:
-    """Look at every example."""
-    system = pc.fill_null(mapped.system, "").dictionary_encode()
-    dialogues = mapped.dialogues()
-    sides = mapped.prompt, mapped.response
+def text_stats(examples: ExampleColumns, checks: Checks) -> TextStats:
+    """Measure the texts of examples."""
+    system = pc.fill_null(examples.system, "").dictionary_encode()
+    dialogues = examples.dialogues()
+    sides = examples.prompt, examples.response
     sizes = [_numbers(pc.binary_length(texts)) for texts in sides]
     plain = all(_is_ascii(texts) for texts in sides)
     lengths = sizes if plain else [_numbers(pc.utf8_length(texts)) for texts in sides]
     short = np.minimum(*lengths) < checks.min_characters
-    long = np.zeros(len(mapped), bool)
-    most = checks.max_characters
-    if most and _longest(system.dictionary) + _longest(dialogues) >= most:
+    long = np.zeros(len(examples), bool)
+    limit = checks.max_characters
+    if limit and _longest(system.dictionary) + _longest(dialogues) >= limit:
         before = _numbers(pc.utf8_length(system.dictionary)) + len(SEPARATOR)
-        whole = before[system.indices.to_numpy()] + _numbers(pc.utf8_length(dialogues))
-        long = whole > most
+        total = before[system.indices.to_numpy()] + _numbers(pc.utf8_length(dialogues))
+        long = total > limit
     return TextStats(system, dialogues, np.stack(lengths), np.add(*sizes), short, long)
 
 
-def find_flags(looked: TextStats) -> Flags:
-    """Which patterns hold for each example; nearly all of it is Arrow's work."""
-    faults = _matches(looked.dialogues)
-    for name, found in _matches(looked.system.dictionary).items():
-        if found.any():
-            faults[name] |= found[looked.system.indices.to_numpy()]
-    return faults
+def find_flags(stats: TextStats) -> Flags:
+    """Match the patterns; nearly all of this is done by Arrow, without Python's lock."""
+    flags = _matches(stats.dialogues)
+    for name, matches in _matches(stats.system.dictionary).items():
+        if matches.any():
+            flags[name] |= matches[stats.system.indices.to_numpy()]
+    return flags
 
 
-def content_hashes(looked: TextStats) -> np.ndarray:
-    """Equal where the content is the same, and where its letters and digits are.
+def content_hashes(stats: TextStats) -> np.ndarray:
+    """Hash the content of each example, and its letters and digits alone.
 
     Returns:
-        uint64 `[2, examples]`.
+        uint64 `[2, examples]`: equal for duplicates, and for near-duplicates.
     """
-    raw = looked.dialogues.cast(pa.binary()).to_pylist()
-    numbers = looked.system.indices.to_pylist()
-    openings = [opening(text) for text in looked.system.dictionary.to_pylist()]
+    raw = stats.dialogues.cast(pa.binary()).to_pylist()
+    numbers = stats.system.indices.to_pylist()
+    openings = [opening(text) for text in stats.system.dictionary.to_pylist()]
     normal_openings = [normal_form(text) for text in openings]
 
     def hashes(begin: list[bytes], texts: Iterable[bytes]) -> bytes:
@@ -180,21 +162,21 @@ def content_hashes(looked: TextStats) -> np.ndarray:
     return np.frombuffer(exact + normal, np.uint64).reshape(2, len(raw))
 
 
-def excerpt(looked: TextStats, number: int, fault: str) -> str:
-    """The text around what a check found in one example; its beginning for other faults."""
-    dialogue, at = looked.dialogues[number], 0
-    if fault in PATTERNS:
-        at = pc.find_substring_regex(dialogue, PATTERNS[fault]).as_py()
+def excerpt(stats: TextStats, number: int, flag: str) -> str:
+    """Return the text around a flag's match in one example, or the beginning of the example."""
+    text, at = stats.dialogues[number], 0
+    if flag in PATTERNS:
+        at = pc.find_substring_regex(text, PATTERNS[flag]).as_py()
         if at < 0:
-            dialogue = pa.scalar(looked.system[number].as_py())
-            at = pc.find_substring_regex(dialogue, PATTERNS[fault]).as_py()
-    begin = max(0, at - _AROUND)
-    cut: str = dialogue.as_py().encode()[begin : begin + 4 * _AROUND].decode(errors="ignore")
-    return cut.replace(SEPARATOR, " | ")
+            text = pa.scalar(stats.system[number].as_py())
+            at = pc.find_substring_regex(text, PATTERNS[flag]).as_py()
+    begin = max(0, at - _CONTEXT_BYTES)
+    part: str = text.as_py().encode()[begin : begin + 4 * _CONTEXT_BYTES].decode(errors="ignore")
+    return part.replace(SEPARATOR, " | ")
 
 
 def _longest(texts: pa.Array) -> int:
-    """Bytes of the longest."""
+    """Return the bytes of the longest text."""
     return pc.max(pc.binary_length(texts)).as_py() or 0
 
 
@@ -213,27 +195,27 @@ def _mask(array: pa.Array) -> np.ndarray:
 
 def _matches(texts: pa.Array) -> Flags:
     suspects = np.flatnonzero(_mask(pc.match_substring_regex(texts, _ANY)))
-    found = {name: np.zeros(len(texts), bool) for name in PATTERNS}
+    flags = {name: np.zeros(len(texts), bool) for name in PATTERNS}
     if len(suspects):
         texts = texts.take(pa.array(suspects))
         for name, pattern in PATTERNS.items():
-            found[name][suspects] = _mask(pc.match_substring_regex(texts, pattern))
-    return found
+            flags[name][suspects] = _mask(pc.match_substring_regex(texts, pattern))
+    return flags
 
 
 @dataclass(frozen=True)
 class FilterResult:
-    """What becomes of examples: bool `[examples]` each."""
+    """The outcome of examples; arrays are bool `[examples]`."""
 
-    kept: np.ndarray
+    keep: np.ndarray
     dropped: dict[str, np.ndarray]
-    """By reason; an example has one reason, the first that applies."""
-    found: Flags
-    """Those of what is kept, and duplicates."""
+    """The dropped examples by reason: for each the first that applies."""
+    flagged: Flags
+    """The flags of kept examples, duplicates included."""
 
 
 class RowFilter:
-    """Decides example after example what is kept, and remembers what was."""
+    """Decides which examples to keep, and remembers their hashes to recognize duplicates."""
 
     def __init__(self, checks: Checks, *, drop_duplicates: bool) -> None:
         self._checks = checks
@@ -242,47 +224,54 @@ class RowFilter:
         self._groups = HashSet()
 
     def remember(self, hashes: np.ndarray, groups: np.ndarray) -> None:
-        """These examples were kept."""
+        """Add the hashes of earlier examples."""
         self._hashes.add(hashes)
         self._groups.add(groups)
 
-    def decide(
-        self, looked: TextStats, faults: Flags, hashes: np.ndarray, groups: np.ndarray
+    def apply(
+        self, stats: TextStats, flags: Flags, hashes: np.ndarray, groups: np.ndarray
     ) -> FilterResult:
-        """The fate of examples that follow those before; what is kept is remembered."""
-        left = np.ones(len(hashes), bool)
+        """Filter the next examples.
+
+        Args:
+            stats: their texts.
+            flags: their flags.
+            hashes: uint64 `[examples]`, of the content.
+            groups: uint64 `[examples]`, of its letters and digits.
+        """
+        keep = np.ones(len(hashes), bool)
         dropped: dict[str, np.ndarray] = {}
 
         def drop(reason: str, mask: np.ndarray) -> None:
-            hit = mask & left
+            hit = mask & keep
             if hit.any():
                 dropped[reason] = hit
-                left[hit] = False
+                keep[hit] = False
 
-        drop("too short", looked.short)
-        drop("too long", looked.long)
+        drop("too short", stats.short)
+        drop("too long", stats.long)
         for name in self._checks.drop:
-            if name in faults:
-                drop(name.replace("_", " "), faults[name])
-        same = self._repeated(self._hashes, hashes, left)
-        alike = self._repeated(self._groups, groups, left)
-        if NORMALISED in self._checks.drop:
-            originals = hashes[left & ~alike]
+            if name in flags:
+                drop(name.replace("_", " "), flags[name])
+        duplicate = self._repeated(self._hashes, hashes, keep)
+        near_duplicate = self._repeated(self._groups, groups, keep)
+        if NEAR_DUPLICATES in self._checks.drop:
+            originals = hashes[keep & ~near_duplicate]
             known = np.isin(hashes, originals) | self._hashes.holds(hashes)
-            drop("duplicate", alike & known)
-            drop("normalised duplicate", alike)
+            drop("duplicate", near_duplicate & known)
+            drop("normalised duplicate", near_duplicate)
         elif self._drop_duplicates:
-            drop("duplicate", same)
-            alike = self._repeated(self._groups, groups, left)
-        found = {name: mask & left for name, mask in faults.items()}
-        found[DUPLICATES] = same & left
-        found[NORMALISED] = alike & ~same & left
-        self._hashes.add_new(hashes[left & ~same])
-        self._groups.add_new(groups[left & ~alike])
-        return FilterResult(left, dropped, found)
+            drop("duplicate", duplicate)
+            near_duplicate = self._repeated(self._groups, groups, keep)
+        flagged = {name: mask & keep for name, mask in flags.items()}
+        flagged[DUPLICATES] = duplicate & keep
+        flagged[NEAR_DUPLICATES] = near_duplicate & ~duplicate & keep
+        self._hashes.add_new(hashes[keep & ~duplicate])
+        self._groups.add_new(groups[keep & ~near_duplicate])
+        return FilterResult(keep, dropped, flagged)
 
     @staticmethod
-    def _repeated(seen: HashSet, hashes: np.ndarray, among: np.ndarray) -> np.ndarray:
-        before = np.zeros(len(hashes), bool)
-        before[among] = seen.repeated(hashes[among])
-        return before
+    def _repeated(seen: HashSet, hashes: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        repeated = np.zeros(len(hashes), bool)
+        repeated[keep] = seen.repeated(hashes[keep])
+        return repeated

@@ -1,8 +1,8 @@
-"""Readers of JSON: an object a line, and objects in one array.
+"""Readers of JSON: one object a line, or one array of objects.
 
-An array that fills a whole file is read as it comes and never held. Where columns are asked for,
-Arrow's parser gives them without a Python object for each value; what it does not take is read
-row by row, with the same result.
+An array is streamed, never held in memory. If the caller needs only some columns, Arrow's parser
+reads them without creating a Python object for each value; blocks it cannot read are read row by
+row, with the same result.
 """
 
 import codecs
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.data.blocks import (
-    LONGEST_ROW,
     MAX_BYTES,
+    MAX_ROW_BYTES,
     MAX_ROWS,
     ArrowBlock,
     Block,
@@ -31,22 +31,12 @@ if TYPE_CHECKING:
 
 
 _BOM = b"\xef\xbb\xbf"
-
-
 _SPACE = re.compile(r"[ \t\r\n]*")
-
-
 _COMMA = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)")
-
-
-_BETWEEN = re.compile(r"\}[ \t\r\n]*,[ \t\r\n]*(?=\{)")
-
-
-_MARK = "\x1e"
-
-
-_ON_LINES = bytes.maketrans(b"\r\n\x1e", b"\t\t\n")
-"""White space that ends no line, and the end of a line where `_MARK` is."""
+_ROW_BOUNDARY = re.compile(r"\}[ \t\r\n]*,[ \t\r\n]*(?=\{)")
+_SEPARATOR = "\x1e"
+_TO_LINES = bytes.maketrans(b"\r\n\x1e", b"\t\t\n")
+"""Turns line breaks into tabs, and `_SEPARATOR` into a line break."""
 
 
 def _as_row(value: object, where: str) -> Row:
@@ -55,91 +45,94 @@ def _as_row(value: object, where: str) -> Row:
     return value
 
 
-class _Text:
-    """The text of a file from a place on, with the byte it is at."""
+class _Cursor:
+    """A position in the text of a file, which is read piece by piece."""
 
     def __init__(self, path: Path, name: str, offset: int) -> None:
         self._file = open_text(path, name, offset)
         self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
         self.text = ""
+        """The current piece of text."""
         self.at = 0
-        self.ended = False
-        self._passed = 0
-        self._counted = 0
-        self._bytes = offset
-        self._next = MAX_BYTES
-        self._first = offset == 0
+        """The position in `text`."""
+        self.at_end = False
+        self._characters_before = 0
+        self._counted_to = 0
+        self._byte = offset
+        self._read_size = MAX_BYTES
+        self._at_start = offset == 0
 
     def more(self) -> None:
-        """Drop what was read and add the next piece; pieces grow while one row needs several."""
-        self._count()
-        self._passed += self.at
-        self._next = MAX_BYTES if self.at else min(2 * self._next, LONGEST_ROW)
-        piece = bytes(self._file.read(self._next))
-        if self._first and piece.startswith(_BOM):
-            self._bytes += len(_BOM)
+        """Drop the text before the position and read on; pieces grow while a row needs several."""
+        self._count_bytes()
+        self._characters_before += self.at
+        self._read_size = MAX_BYTES if self.at else min(2 * self._read_size, MAX_ROW_BYTES)
+        piece = bytes(self._file.read(self._read_size))
+        if self._at_start and piece.startswith(_BOM):
+            self._byte += len(_BOM)
             piece = piece[len(_BOM) :]
-        self._first = False
-        self.ended = not piece
+        self._at_start = False
+        self.at_end = not piece
         self.text = self.text[self.at :] + self._decode(piece, not piece)
-        self.at = self._counted = 0
+        self.at = self._counted_to = 0
 
     def fill(self) -> None:
-        """Have as much text ahead as is read at once, or all that is left."""
-        while not self.ended and len(self.text) - self.at < MAX_BYTES:
+        """Read until a block of text, or the rest of the file, follows the position."""
+        while not self.at_end and len(self.text) - self.at < MAX_BYTES:
             self.more()
 
     def skip_space(self) -> str:
-        """Pass white space; the character that follows, or nothing at the end of the file."""
+        """Skip white space; return the next character, or "" at the end of the file."""
         while True:
-            found = _SPACE.match(self.text, self.at)
-            assert found is not None
-            self.at = found.end()
+            space = _SPACE.match(self.text, self.at)
+            assert space is not None
+            self.at = space.end()
             if self.at < len(self.text):
                 return self.text[self.at]
-            if self.ended:
+            if self.at_end:
                 return ""
             self.more()
 
-    def _count(self) -> None:
-        passed = self.text[self._counted : self.at]
-        self._bytes += len(passed.encode("utf-8", "surrogateescape"))
-        self._counted = self.at
+    def _count_bytes(self) -> None:
+        uncounted = self.text[self._counted_to : self.at]
+        self._byte += len(uncounted.encode("utf-8", "surrogateescape"))
+        self._counted_to = self.at
 
-    def passed(self) -> int:
-        """Characters read since the beginning."""
-        return self._passed + self.at
+    def characters(self) -> int:
+        """Return the number of characters before the position."""
+        return self._characters_before + self.at
 
     def byte(self) -> int:
-        """The byte in the file that `at` stands for."""
-        self._count()
-        return self._bytes
+        """Return the position as a byte of the file."""
+        self._count_bytes()
+        return self._byte
 
 
 def read_json(
     path: Path, name: str, start: Place, columns: Sequence[str] | None
 ) -> Iterator[Block]:
-    """One array of objects, or objects one after the other."""
-    text, line = _Text(path, name, 0), start.line
+    """Read an array of objects, or objects that follow each other."""
+    text, line = _Cursor(path, name, 0), start.line
     in_array = text.skip_space() == "["
     if start.offset:
-        text = _Text(path, name, start.offset)
+        text = _Cursor(path, name, start.offset)
     elif in_array:
         text.at += 1
     first = start.line == 0
     decode = json.JSONDecoder(strict=False).raw_decode
     rows: list[Row] = []
-    since = text.passed()
+    block_start = text.characters()
     while True:
-        between = _COMMA.match(text.text, text.at) if in_array and not first else None
-        if between and between.end() < len(text.text):
-            text.at = between.end()
+        comma = _COMMA.match(text.text, text.at) if in_array and not first else None
+        if comma and comma.end() < len(text.text):
+            text.at = comma.end()
         elif not _next_row(text, name, line, in_array=in_array, first=first):
             break
         first = False
-        if columns and in_array and not rows and (block := _ahead(text, columns, line, name)):
+        as_columns = columns if in_array and not rows else None
+        if as_columns and (block := _array_columns(text, as_columns, line, name)):
             line = block.end.line
-            since = text.passed()
+            block_start = text.characters()
             yield block
             continue
         while True:
@@ -147,18 +140,18 @@ def read_json(
                 value, text.at = decode(text.text, text.at)
                 break
             except ValueError as error:
-                if text.ended or not _may_be_cut(error, text.text):
+                if text.at_end or not _may_be_incomplete(error, text.text):
                     reason = getattr(error, "msg", str(error))
                     raise UsageError(f"{name}: row {line}: not valid JSON: {reason}") from None
-                if len(text.text) - text.at > LONGEST_ROW:
+                if len(text.text) - text.at > MAX_ROW_BYTES:
                     raise UsageError(f"{name}: row {line} is longer than 128 MB") from None
                 text.more()
             except RecursionError:
                 raise UsageError(f"{name}: row {line}: not valid JSON: nested too deep") from None
         rows.append(_as_row(value, f"{name}: row {line}"))
         line += 1
-        if len(rows) == MAX_ROWS or text.passed() - since >= MAX_BYTES:
-            since = text.passed()
+        if len(rows) == MAX_ROWS or text.characters() - block_start >= MAX_BYTES:
+            block_start = text.characters()
             yield RowBlock(rows, Place(text.byte(), line))
             rows = []
     if not line and not in_array:
@@ -167,62 +160,62 @@ def read_json(
     if in_array:
         text.at += 1
         if text.skip_space():
-            raise UsageError(f"{name}: not valid JSON: there is more behind the end of the array")
+            raise UsageError(f"{name}: not valid JSON: text after the end of the array")
     if rows:
         yield RowBlock(rows, end)
 
 
-def _next_row(text: _Text, name: str, line: int, *, in_array: bool, first: bool) -> bool:
-    """Go to the next object; False where there is none."""
-    found = text.skip_space()
-    if in_array and found and not first:
-        if found not in ",]":
-            raise UsageError(f"{name}: not valid JSON: expected ',' behind row {line - 1}")
-        if found == ",":
+def _next_row(text: _Cursor, name: str, line: int, *, in_array: bool, first: bool) -> bool:
+    """Move to the next object; return False if there is none."""
+    character = text.skip_space()
+    if in_array and character and not first:
+        if character not in ",]":
+            raise UsageError(f"{name}: not valid JSON: expected ',' after row {line - 1}")
+        if character == ",":
             text.at += 1
-            found = text.skip_space()
-            if found == "]":
-                raise UsageError(f"{name}: not valid JSON: nothing behind the last ','")
-    elif in_array and found == ",":
+            character = text.skip_space()
+            if character == "]":
+                raise UsageError(f"{name}: not valid JSON: nothing after the last ','")
+    elif in_array and character == ",":
         raise UsageError(f"{name}: not valid JSON: ',' before the first row")
-    if in_array and not found:
+    if in_array and not character:
         raise UsageError(f"{name}: not valid JSON: the array has no end")
-    return found != "" and not (in_array and found == "]")
+    return character != "" and not (in_array and character == "]")
 
 
-def _may_be_cut(error: ValueError, text: str) -> bool:
-    """Whether the end of what was read so far may be what is wrong."""
+def _may_be_incomplete(error: ValueError, text: str) -> bool:
+    """Return whether the error may only be that the row is not read to its end."""
     message, place = getattr(error, "msg", ""), getattr(error, "pos", len(text))
     return message.startswith("Unterminated string") or place > len(text) - 16
 
 
-def _ahead(text: _Text, columns: Sequence[str], line: int, name: str) -> Block | None:
-    """The whole rows that come next in an array; None where they are to be read one by one.
+def _array_columns(text: _Cursor, columns: Sequence[str], line: int, name: str) -> Block | None:
+    """Return the next rows of an array as columns; None if they must be read one by one.
 
-    Rows end where a brace, a comma and a brace follow each other. Where these are part of a row,
-    what is cut there is no JSON, because no text may hold the ends of lines that take their place.
+    Rows are split at a brace, a comma and a brace. Where these are inside a row, the parts are
+    not valid JSON, because no JSON string may hold the line breaks that replace them.
     """
     text.fill()
     piece = text.text[text.at : text.at + MAX_BYTES]
-    *whole, rest = _BETWEEN.split(piece, maxsplit=MAX_ROWS)
-    if not whole:
+    *rows, rest = _ROW_BOUNDARY.split(piece, maxsplit=MAX_ROWS)
+    if not rows:
         return None
-    found = f"}}{_MARK}".join(whole).encode("utf-8", "surrogateescape") + b"}"
-    batch = text_columns(found.translate(_ON_LINES), len(whole), columns)
+    lines = f"}}{_SEPARATOR}".join(rows).encode("utf-8", "surrogateescape") + b"}"
+    batch = text_columns(lines.translate(_TO_LINES), len(rows), columns)
     if batch is None:
         return None
     text.at += piece.rindex("}", 0, len(piece) - len(rest)) + 1
-    end = Place(text.byte(), line + len(whole))
+    end = Place(text.byte(), line + len(rows))
 
     def read() -> list[Row]:
-        return _objects("},".join(whole) + "}", f"{name}: row ", line)
+        return _objects("},".join(rows) + "}", f"{name}: row ", line)
 
     return LazyBlock(batch, end, read)
 
 
 def _objects(text: str, where: str, line: int) -> list[Row]:
-    """Objects with commas or ends of lines between them."""
-    decode, between = json.JSONDecoder(strict=False).raw_decode, re.compile(r"[ \t\r\n,]*")
+    """Parse objects separated by commas or line breaks."""
+    decode, separator = json.JSONDecoder(strict=False).raw_decode, re.compile(r"[ \t\r\n,]*")
     rows: list[Row] = []
     at = 0
     while at < len(text):
@@ -233,39 +226,39 @@ def _objects(text: str, where: str, line: int) -> list[Row]:
                 f"{where}{line + len(rows)}: not valid JSON: nested too deep"
             ) from None
         rows.append(value)
-        found = between.match(text, at)
-        assert found is not None
-        at = found.end()
+        match = separator.match(text, at)
+        assert match is not None
+        at = match.end()
     return rows
 
 
 def read_json_lines(
     path: Path, name: str, start: Place, columns: Sequence[str] | None
 ) -> Iterator[Block]:
-    """An object a line; blank lines are no rows."""
+    """Read an object a line; blank lines are skipped."""
     file = open_text(path, name, start.offset)
     offset, line = start
-    ahead, ended = b"", False
+    unread, at_end = b"", False
     while True:
-        while not ended and (len(ahead) <= MAX_BYTES or b"\n" not in ahead):
-            if len(ahead) > LONGEST_ROW:
+        while not at_end and (len(unread) <= MAX_BYTES or b"\n" not in unread):
+            if len(unread) > MAX_ROW_BYTES:
                 raise UsageError(f"{name}:{line + 1}: the line is longer than 128 MB")
             piece = bytes(file.read(MAX_BYTES))
-            ended = not piece
-            ahead += piece
-        if not ahead:
+            at_end = not piece
+            unread += piece
+        if not unread:
             return
-        size = _whole_lines(ahead)
-        lines, ahead = ahead[:size], ahead[size:]
+        size = _block_size(unread)
+        lines, unread = unread[:size], unread[size:]
         end = Place(offset + size, line + lines.count(b"\n") + (not lines.endswith(b"\n")))
         if not line:
             lines = lines.removeprefix(_BOM)
-        yield from _of_lines(lines, name, Place(offset, line), end, columns)
+        yield from _line_blocks(lines, name, Place(offset, line), end, columns)
         offset, line = end
 
 
-def _whole_lines(text: bytes) -> int:
-    """The length of the lines that make a block."""
+def _block_size(text: bytes) -> int:
+    """Return the bytes of the lines that make a block."""
     if len(text) <= MAX_BYTES and text.count(b"\n") <= MAX_ROWS:
         return len(text)
     size = text.rfind(b"\n", 0, MAX_BYTES) + 1 or text.find(b"\n") + 1 or len(text)
@@ -273,7 +266,7 @@ def _whole_lines(text: bytes) -> int:
     return size - len(first[-1]) if len(first) > MAX_ROWS else size
 
 
-def _of_lines(
+def _line_blocks(
     text: bytes, name: str, begin: Place, end: Place, columns: Sequence[str] | None
 ) -> Iterator[Block]:
     lines = text.split(b"\n")
@@ -292,13 +285,13 @@ def _of_lines(
     rows: list[Row] = []
     offset = begin.offset
     for number, raw in enumerate(lines, begin.line + 1):
-        said = raw.decode("utf-8", "surrogateescape")
-        if said and not said.isspace():
+        line = raw.decode("utf-8", "surrogateescape")
+        if line and not line.isspace():
             where = f"{name}:{number}"
             try:
-                rows.append(_as_row(_parsed(said, where), where))
+                rows.append(_as_row(_parse(line, where), where))
             except UsageError:
-                if rows:  # whoever wants no more than these need not know
+                if rows:  # a caller that stops after these never sees the error
                     yield RowBlock(rows, Place(offset, number - 1))
                 raise
         offset += len(raw) + 1
@@ -306,7 +299,7 @@ def _of_lines(
         yield RowBlock(rows, end)
 
 
-def _parsed(text: str, where: str) -> object:
+def _parse(text: str, where: str) -> object:
     try:
         return json.loads(text, strict=False)
     except (ValueError, RecursionError) as error:
@@ -315,7 +308,7 @@ def _parsed(text: str, where: str) -> object:
 
 @dataclass(frozen=True)
 class LazyBlock(ArrowBlock):
-    """A block of which the columns that are needed were read, and whole rows are when wanted."""
+    """A block with the needed columns; its rows are parsed only on request."""
 
     read: Callable[[], list[Row]]
 
@@ -324,10 +317,10 @@ class LazyBlock(ArrowBlock):
 
 
 def text_columns(lines: bytes, count: int, columns: Sequence[str]) -> "pa.RecordBatch | None":
-    """Columns of objects, one a line, as text; what an object lacks is null.
+    """Parse columns of text from objects, one a line; missing fields are null.
 
     Returns:
-        None where these are not `count` objects, or a column holds something else.
+        None if there are not `count` objects, or a column holds anything but text and nulls.
     """
     import pyarrow as pa
     import pyarrow.json

@@ -1,7 +1,7 @@
-"""Token examples into rows of one fixed shape: several examples a row, or one.
+"""Tokenize examples and pack them into rows of one shape, several examples a row or one.
 
-All rows of a data set have the same shape, so one compiled program serves the whole run.
-Only positions with a loss are listed for the head, which is the widest part of the model.
+All rows have the same shape, so that one compiled program serves the run. The positions with a
+loss are listed, so that the head, the widest part of the model, is applied only to them.
 """
 
 import bisect
@@ -14,10 +14,11 @@ import numpy as np
 from job.chat.tokenizer import ChatTokenizer
 from job.data.examples import Example
 
-_POSITION_MULTIPLE = 8
+_LOSS_MULTIPLE = 8
+"""The width of the lists of loss positions is a multiple of this."""
 
-
-_LENGTH_MULTIPLE = 16
+_BUCKET_MULTIPLE = 16
+"""Buckets are multiples of this number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -32,35 +33,35 @@ class TokenExample:
 
 @dataclass(frozen=True)
 class TokenizedExamples:
-    """The examples that can be trained on, and the counts of the others."""
+    """The examples that can be trained on, with counts of the others."""
 
     examples: list[TokenExample]
     truncated: int
-    """Examples cut at the maximum length."""
+    """The number of examples truncated at the maximum length."""
     dropped: int
-    """Examples whose prompt left no room for a token with a loss."""
+    """The number of examples whose prompt leaves no room for a token with a loss."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as arrays; the first axis is the row.
-
-    token_ids, segment_ids: int32 `[rows, length]`; segment 0 is padding, 1.. are examples.
-    positions, targets: int32 `[rows, losses]`: hidden state `positions` predicts `targets`.
-    weights: float32 `[rows, losses]`: 1 where there is a loss, 0 where the list is padded.
-    """
+    """Rows of tokens with their losses, as arrays."""
 
     token_ids: np.ndarray
+    """int32 `[rows, length]`."""
     segment_ids: np.ndarray
+    """int32 `[rows, length]`: the number of the example in its row, from 1; 0 is padding."""
     positions: np.ndarray
+    """int32 `[rows, losses]`: positions whose hidden states predict `targets`."""
     targets: np.ndarray
+    """int32 `[rows, losses]`: the tokens to predict."""
     weights: np.ndarray
+    """float32 `[rows, losses]`: 1 for a loss, 0 for padding of the lists."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     def take(self, rows: np.ndarray, length: int | None = None) -> "Batch":
-        """The rows with these numbers, cut to `length` tokens; -1 is an empty row."""
+        """Return rows by index, truncated to `length` tokens; -1 gives an empty row."""
         empty = rows < 0
 
         def pick(array: np.ndarray, end: int | None = None) -> np.ndarray:
@@ -78,28 +79,28 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are not padding."""
+        """The number of tokens that are not padding."""
         return int(np.count_nonzero(self.segment_ids))
 
     def losses(self, groups: int) -> np.ndarray:
-        """Loss positions of each of `groups` equal parts of the rows."""
+        """Count the losses in each of `groups` equal parts of the rows: int `[groups]`."""
         counts: np.ndarray = np.count_nonzero(self.weights, axis=1).reshape(groups, -1).sum(axis=1)
         return counts
 
     def flat_losses(self, groups: int, width: int) -> dict[str, np.ndarray]:
-        """The loss positions of each part of the rows in one list, padded to `width`.
+        """List the losses of each part of the rows together, padded to `width`.
 
-        Part after part of the rows lies on one device: a list a part lets each device apply
-        the head to its own tokens only, and averages out how many losses a row has.
+        Each device holds one part of the rows. A list for each part lets a device apply the head
+        to its own tokens only, and averages out the losses of its rows.
 
         Returns:
-            `positions` (into the part's tokens, row after row), `targets` and `weights`,
+            `positions` (in the part's tokens, row after row), `targets` and `weights`,
             `[groups, width]` each.
         """
         rows, length = self.token_ids.shape
         part = rows // groups
         offsets = (np.arange(rows) % part * length)[:, None]
-        made = {
+        flat = {
             "positions": np.zeros((groups, width), np.int32),
             "targets": np.zeros((groups, width), np.int32),
             "weights": np.zeros((groups, width), np.float32),
@@ -110,33 +111,34 @@ class Batch:
             "weights": self.weights,
         }
         for group in range(groups):
-            chosen = slice(group * part, (group + 1) * part)
-            held = self.weights[chosen] > 0
+            rows_of_part = slice(group * part, (group + 1) * part)
+            has_loss = self.weights[rows_of_part] > 0
             for name, array in sources.items():
-                values = array[chosen][held]
-                made[name][group, : len(values)] = values
-        return made
+                values = array[rows_of_part][has_loss]
+                flat[name][group, : len(values)] = values
+        return flat
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """All rows of a data set, and the examples in each."""
+    """All rows of a dataset."""
 
     batch: Batch
     examples: list[list[str]]
+    """The ids of the examples in each row."""
     lengths: np.ndarray
-    """int32 `[rows]`: what each row is padded to, if its step holds no longer one."""
+    """int32 `[rows]`: the bucket of each row, to which it is padded."""
     longest: int
     """Tokens of the longest example."""
 
     @property
     def fill(self) -> float:
-        """Share of the token slots that hold a token."""
+        """The share of tokens that are not padding."""
         return self.batch.tokens / int(self.lengths.sum())
 
     @property
     def buckets(self) -> list[int]:
-        """The lengths that rows are padded to."""
+        """The lengths that rows are padded to, sorted."""
         return sorted(set(self.lengths.tolist()))
 
 
@@ -168,16 +170,19 @@ def tokenize(
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of item numbers, none over `capacity`: best-fit decreasing.
+    """Pack items into bins by best-fit decreasing.
 
-    Each item, longest first, goes into the fullest bin it fits (Johnson et al. 1974 bound the
-    number of bins by 11/9 of the optimum, plus 4).
+    Each item, longest first, goes into the fullest bin it fits (Johnson et al. 1974: at most
+    11/9 of the optimal number of bins, plus 4).
+
+    Returns:
+        The indices of the items in each bin.
 
     Raises:
         ValueError: an item is longer than the capacity.
     """
     bins: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (free room, bin), sorted
+    free: list[tuple[int, int]] = []  # (free space, bin), sorted
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[item]
         if length > capacity:
@@ -185,20 +190,20 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         place = bisect.bisect_left(free, (length, -1))
         if place == len(free):
             bins.append([item])
-            room, number = capacity - length, len(bins) - 1
+            space, number = capacity - length, len(bins) - 1
         else:
-            room, number = free.pop(place)
+            space, number = free.pop(place)
             bins[number].append(item)
-            room -= length
-        bisect.insort(free, (room, number))
+            space -= length
+        bisect.insort(free, (space, number))
     return bins
 
 
-def length_buckets(lengths: Sequence[int], longest: int, rungs: int) -> list[int]:
-    """At most `rungs` lengths to pad to, `longest` the last: each holds as many of the examples."""
-    marks = np.quantile(lengths, np.arange(1, rungs) / rungs) if rungs > 1 else np.zeros(0)
-    rounded = -(-marks.astype(int) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-    return sorted({min(int(mark), longest) for mark in rounded} | {longest})
+def length_buckets(lengths: Sequence[int], longest: int, count: int) -> list[int]:
+    """Return at most `count` buckets with about as many examples each; the last is `longest`."""
+    quantiles = np.quantile(lengths, np.arange(1, count) / count) if count > 1 else np.zeros(0)
+    rounded = -(-quantiles.astype(int) // _BUCKET_MULTIPLE) * _BUCKET_MULTIPLE
+    return sorted({min(int(length), longest) for length in rounded} | {longest})
 
 
 def make_rows(
@@ -207,13 +212,17 @@ def make_rows(
     *,
     packing: bool,
     losses: int | None = None,
-    lengths: Sequence[int] = (),
+    buckets: Sequence[int] = (),
 ) -> PackedRows:
-    """Rows of `length` tokens, packed or with one example each.
+    """Make rows of `length` tokens.
 
     Args:
-        losses: width of the lists of loss positions; unset, the most any row needs.
-        lengths: shorter lengths that rows of one example are padded to where they fit.
+        examples: the tokenized examples.
+        length: tokens of a row.
+        packing: put several examples into a row, instead of one.
+        losses: width of the lists of loss positions; default: the most losses of a row, rounded
+            up to a multiple of 8.
+        buckets: shorter lengths to which rows are padded if they fit; ignored with packing.
     """
     if packing:
         bins = best_fit([len(example.token_ids) for example in examples], length)
@@ -221,7 +230,7 @@ def make_rows(
         bins = [[number] for number in range(len(examples))]
     targets = [np.flatnonzero(example.loss_mask) for example in examples]
     needed = max((sum(len(targets[i]) for i in row) for row in bins), default=1)
-    width = -(-needed // _POSITION_MULTIPLE) * _POSITION_MULTIPLE if losses is None else losses
+    width = -(-needed // _LOSS_MULTIPLE) * _LOSS_MULTIPLE if losses is None else losses
     batch = Batch(
         token_ids=np.zeros((len(bins), length), np.int32),
         segment_ids=np.zeros((len(bins), length), np.int32),
@@ -243,7 +252,7 @@ def make_rows(
             batch.weights[row, losses_here] = 1.0
             at, count = end, count + len(places)
     used = np.count_nonzero(batch.segment_ids, axis=1)
-    steps = np.array([length] if packing else sorted({*lengths, length}), np.int32)
-    padded = steps[np.searchsorted(steps, used)]
-    names = [[examples[number].id for number in row] for row in bins]
-    return PackedRows(batch, names, padded, max(len(example.token_ids) for example in examples))
+    sizes = np.array([length] if packing else sorted({*buckets, length}), np.int32)
+    lengths = sizes[np.searchsorted(sizes, used)]
+    ids = [[examples[number].id for number in row] for row in bins]
+    return PackedRows(batch, ids, lengths, max(len(example.token_ids) for example in examples))

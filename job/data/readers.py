@@ -1,21 +1,34 @@
-"""Rows of a file, block after block, in constant memory, from any place a block ended.
+"""Read the rows of a file in blocks, in constant memory, from the end of any earlier block.
 
-Where a block ends depends on the rows alone, not on where reading began: what is read in parts
-is what would have been read at once.
+Where a block ends depends only on the rows, not on where reading began, so reading a file in
+parts gives the blocks that reading it at once gives. Bytes of text files that are not UTF-8
+become lone surrogates: then the row is dropped and counted, instead of refusing the file.
 """
 
+import csv
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from job.data.blocks import BEGIN, CODECS, MAX_BYTES, MAX_ROWS, ArrowBlock, Block, Place
-from job.data.csv_reader import read_csv
+from job.data.blocks import (
+    BEGIN,
+    CODECS,
+    MAX_BYTES,
+    MAX_ROW_BYTES,
+    MAX_ROWS,
+    ArrowBlock,
+    Block,
+    Place,
+    Row,
+    RowBlock,
+    open_text,
+)
 from job.data.json_reader import read_json, read_json_lines
 from job.errors import UsageError
 
 
 def format_of(name: str) -> str | None:
-    """The ending that tells the format of a file: `.json` of `a/B.JSON.gz`; None if unknown."""
+    """Return the extension that tells a file's format (`.json` of `a/B.JSON.gz`), or None."""
     path = Path(name.lower())
     if path.suffix in CODECS:
         path = path.with_suffix("")
@@ -26,15 +39,16 @@ def format_of(name: str) -> str | None:
 def read_blocks(
     path: Path, name: str, start: Place = BEGIN, columns: Sequence[str] | None = None
 ) -> Iterator[Block]:
-    """The blocks of a file from `start` on.
+    """Yield the blocks of a file.
 
     Args:
-        path: where the file is.
-        name: what it is called; its ending tells the format, and messages name it.
-        columns: those that are needed; others may be left out.
+        path: the file.
+        name: its name in messages; the extension tells the format.
+        start: the place to begin at, the `end` of an earlier block.
+        columns: the columns that are needed; others may be missing from the blocks.
 
     Raises:
-        UsageError: the file is not what its name says.
+        UsageError: the content does not match the format.
     """
     reader = _READERS[format_of(name) or ""]
     try:
@@ -48,10 +62,10 @@ def _parquet(path: Path, name: str, start: Place, columns: Sequence[str] | None)
     import pyarrow.parquet as pq
 
     try:
-        # A buffer of its own makes Arrow read page after page instead of whole row groups.
+        # With a buffer size, Arrow reads page after page instead of complete row groups.
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            known = file.schema_arrow.names
-            wanted = [column for column in columns if column in known] if columns else known
+            names = file.schema_arrow.names
+            needed = [column for column in columns if column in names] if columns else names
             size = _block_rows(file.metadata)
             line = 0
             groups: list[int] = []
@@ -62,37 +76,85 @@ def _parquet(path: Path, name: str, start: Place, columns: Sequence[str] | None)
                 else:
                     groups.append(number)
             skip, line = start.line - line, start.line
-            waiting: list[Any] = []
-            held = 0
-            for batch in file.iter_batches(size, row_groups=groups, columns=wanted or known):
-                passed = min(skip, batch.num_rows)
-                skip -= passed
-                waiting.append(batch.slice(passed))
-                held += batch.num_rows - passed
-                while held >= size:
-                    whole = pa.concat_batches(waiting)
-                    line, held = line + size, held - size
-                    waiting = [whole.slice(size)]
-                    yield ArrowBlock(whole.slice(0, size), Place(0, line))
-            if held:
-                yield ArrowBlock(pa.concat_batches(waiting), Place(0, line + held))
+            pending: list[Any] = []
+            rows = 0
+            for batch in file.iter_batches(size, row_groups=groups, columns=needed or names):
+                skipped = min(skip, batch.num_rows)
+                skip -= skipped
+                pending.append(batch.slice(skipped))
+                rows += batch.num_rows - skipped
+                while rows >= size:
+                    merged = pa.concat_batches(pending)
+                    line, rows = line + size, rows - size
+                    pending = [merged.slice(size)]
+                    yield ArrowBlock(merged.slice(0, size), Place(0, line))
+            if rows:
+                yield ArrowBlock(pa.concat_batches(pending), Place(0, line + rows))
     except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{name}: not a readable Parquet file: {error}") from None
 
 
 def _block_rows(metadata: Any) -> int:
-    """Rows of a block of about 2 MB: the same for a file wherever reading begins."""
+    """Return the number of rows in a block of about 2 MB, wherever reading begins."""
     total = sum(metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups))
     return int(min(MAX_ROWS, max(1, MAX_BYTES * max(1, metadata.num_rows) // max(1, total))))
 
 
-Reader = Callable[[Path, str, Place, Sequence[str] | None], Iterator[Block]]
+def _csv(path: Path, name: str, start: Place, _: Sequence[str] | None) -> Iterator[Block]:
+    """Read rows under a header; a row that ends early has nulls."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    offset = 0
 
+    def lines(file: Any) -> Iterator[str]:
+        nonlocal offset
+        rest = b""
+        while piece := bytes(file.read(MAX_BYTES)):
+            *complete, rest = (rest + piece).split(b"\n")
+            for raw in complete:
+                offset += len(raw) + 1
+                yield raw.decode("utf-8", "surrogateescape") + "\n"
+        if rest:
+            offset += len(rest)
+            yield rest.decode("utf-8", "surrogateescape")
+
+    try:
+        reader = csv.reader(lines(open_text(path, name, 0)), strict=True)
+        header = next(reader, [])
+        if header:
+            header[0] = header[0].removeprefix("\ufeff")
+        if start.offset:
+            offset = start.offset
+            reader = csv.reader(lines(open_text(path, name, start.offset)), strict=True)
+        lines_before = start.line if start.offset else 0
+        rows: list[Row] = []
+        block_start = offset
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) > len(header):
+                raise UsageError(
+                    f"{name}:{lines_before + reader.line_num}: more fields than the header names; "
+                    "quote fields that hold commas"
+                )
+            row: Row = dict(zip(header, fields, strict=False))
+            row.update(dict.fromkeys(header[len(fields) :]))
+            rows.append(row)
+            if len(rows) == MAX_ROWS or offset - block_start >= MAX_BYTES:
+                block_start = offset
+                yield RowBlock(rows, Place(offset, lines_before + reader.line_num))
+                rows = []
+        if rows:
+            yield RowBlock(rows, Place(offset, lines_before + reader.line_num))
+    except csv.Error as error:
+        raise UsageError(f"{name}: not a readable CSV file: {error}") from None
+
+
+Reader = Callable[[Path, str, Place, Sequence[str] | None], Iterator[Block]]
 
 _READERS: dict[str, Reader] = {
     ".json": read_json,
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
-    ".csv": read_csv,
+    ".csv": _csv,
     ".parquet": _parquet,
 }

@@ -1,9 +1,9 @@
-"""Which examples are trained on and which are held out: the smallest seeded hashes.
+"""The split into training and held-out examples, by seeded hashes.
 
-Each example has a key, a seeded hash of its letters and digits. The smallest keys are held
-out, the next are trained on. The choice does not depend on the order of the rows or on how
-they are stored, and takes a few bytes an example. Examples that differ in case, spacing or
-signs only share a key: none is trained on that has a twin among those held out.
+Each example has a key, a seeded hash of its letters and digits. The examples with the smallest
+keys are held out, the next are trained on. The choice does not depend on the order or storage of
+the rows, and needs a few bytes an example. Near-duplicates, which differ only in case, spacing or
+punctuation, share a key: no training example has a near-duplicate among the held-out ones.
 """
 
 from dataclasses import dataclass
@@ -13,17 +13,18 @@ import numpy as np
 
 from job.errors import UsageError
 
-_AT_ONCE = 65_536
-"""Keys that are made at once: what that needs beside them stays small."""
+_CHUNK = 65_536
+"""Keys computed at once, to keep intermediate arrays small."""
 
 
 def sample_keys(seed: int, groups: np.ndarray) -> np.ndarray:
-    """Numbers that order examples at random, the same on every machine.
+    """Compute the keys that order examples at random, equal on every machine.
 
-    SplitMix64 (Steele, Lea and Flood 2014) of each group, begun from one of the seed: different
+    Each is SplitMix64 (Steele, Lea and Flood 2014) of the group and the seed, so that different
     groups never share a key.
 
     Args:
+        seed: the run's.
         groups: uint64 `[n]`, the hash of each example's letters and digits.
 
     Returns:
@@ -31,8 +32,8 @@ def sample_keys(seed: int, groups: np.ndarray) -> np.ndarray:
     """
     start = _mix(np.array([seed], np.uint64))
     keys = np.empty_like(groups)
-    for at in range(0, len(groups), _AT_ONCE):
-        keys[at : at + _AT_ONCE] = _mix(groups[at : at + _AT_ONCE] ^ start)
+    for at in range(0, len(groups), _CHUNK):
+        keys[at : at + _CHUNK] = _mix(groups[at : at + _CHUNK] ^ start)
     return keys
 
 
@@ -49,7 +50,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Split:
-    """Numbers of the chosen examples, int64, each list in the order of the keys."""
+    """Indices of the chosen examples, int64, in the order of their keys."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -62,42 +63,49 @@ def split(
     train: int | Literal["all"],
     validation: int,
 ) -> Split:
-    """Choose among examples with these hashes, uint64 `[n]` each.
+    """Choose training and held-out examples.
+
+    Args:
+        seed: the run's.
+        hashes: uint64 `[n]`, of each example's content.
+        groups: uint64 `[n]`, of its letters and digits.
+        train: number of training examples.
+        validation: number of held-out examples.
 
     Raises:
-        UsageError: there are fewer examples than the spec asks for.
+        UsageError: there are fewer examples than the spec requests.
     """
     keys = sample_keys(seed, groups)
-    numbers = _smallest(keys, None if train == "all" else train + validation, validation)
-    order = numbers[np.lexsort((numbers, hashes[numbers], keys[numbers]))]
-    begins = np.ones(len(order), bool)
-    begins[1:] = keys[order][1:] != keys[order][:-1]
-    firsts = np.flatnonzero(begins)
+    indices = _smallest(keys, None if train == "all" else train + validation, validation)
+    order = indices[np.lexsort((indices, hashes[indices], keys[indices]))]
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = keys[order][1:] != keys[order][:-1]
+    firsts = np.flatnonzero(is_first)
     held_out = order[firsts[:validation]]
     after = firsts[validation] if len(firsts) > validation else len(order)
     trained = order[after:]
-    wanted = 1 if train == "all" else train
-    if len(held_out) < validation or len(trained) < wanted:
+    if len(held_out) < validation or len(trained) < (1 if train == "all" else train):
         raise UsageError(
-            f"data: the spec asks for {train} examples to train on and {validation} held out, "
-            f"but the dataset has {len(hashes)} usable rows, {len(held_out) + len(trained)} of "
-            "which are enough apart; lower data.train_examples or data.validation_examples"
+            f"data: the spec requests {train} training and {validation} held-out examples, but "
+            f"the dataset has {len(hashes)} usable rows, {len(held_out) + len(trained)} of them "
+            "without near-duplicates on the other side; lower data.train_examples or "
+            "data.validation_examples"
         )
     return Split(trained if train == "all" else trained[:train], held_out)
 
 
-def _smallest(keys: np.ndarray, wanted: int | None, groups: int) -> np.ndarray:
-    """Numbers of at least the `wanted` smallest keys, enough of them of different groups."""
+def _smallest(keys: np.ndarray, examples: int | None, held_out: int) -> np.ndarray:
+    """Return indices of the smallest keys, enough for so many examples in all and held out."""
     count = len(keys)
-    room = count if wanted is None else wanted
+    size = count if examples is None else examples
     while True:
-        room = min(count, 2 * room)
-        if room == count:
+        size = min(count, 2 * size)
+        if size == count:
             return np.arange(count)
-        limit = np.partition(keys, room)[room]
-        numbers = np.flatnonzero(keys <= limit)  # whole groups
-        # Those held out take one of each group, and leave out its twins.
-        values, times = np.unique(keys[numbers], return_counts=True)
-        twins = int(times[:groups].sum()) - min(groups, len(values))
-        if len(values) > groups and len(numbers) - twins >= (wanted or 0):
-            return numbers
+        limit = np.partition(keys, size)[size]
+        indices = np.flatnonzero(keys <= limit)  # complete groups
+        # One example of each held-out group is taken, its near-duplicates are left out.
+        groups, sizes = np.unique(keys[indices], return_counts=True)
+        left_out = int(sizes[:held_out].sum()) - min(held_out, len(groups))
+        if len(groups) > held_out and len(indices) - left_out >= (examples or 0):
+            return indices

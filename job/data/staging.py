@@ -1,11 +1,12 @@
-"""Rows stream from their source through checks into shards, in constant memory.
+"""Staging: stream rows from their source through checks into shards, in constant memory.
 
-Hashes are Python's own work; reading, patterns, compression and uploads, which leave its lock
-alone, go on beside it. Interrupted, staging goes on behind the last whole shard; shards end at
-places that depend on the rows alone, so the result is the same.
+Hashing holds Python's lock; reading, pattern matching, compression and uploads release it and run
+in threads meanwhile. An interrupted staging resumes after the last complete shard. Where shards
+end depends only on the rows, so the result is the same.
 """
 
 import contextlib
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from job.data.blocks import Block, Place
+from job.data.blocks import Block, Place, Row
 from job.data.columnar import ExampleColumns, to_columns
 from job.data.dataset import (
     MANIFEST,
@@ -24,12 +25,11 @@ from job.data.dataset import (
     Manifest,
     RowStats,
     Shard,
+    ShardFiles,
     ShardWriter,
-    read_hashes,
+    complete_shards,
     read_manifest,
     shard_key,
-    shard_sha256,
-    whole_shards,
 )
 from job.data.examples import ExampleMapper
 from job.data.filters import (
@@ -54,35 +54,27 @@ from job.storage.base import Store
 from job.storage.lease import Lease, LeaseHeldError, hold_lease
 
 STAGING_VERSION = 3
-"""Part of every key: raise it when what is staged from the same rows changes."""
-
+"""Part of every key; increment it when the same rows are staged differently."""
 
 SHARD_ROWS = 16_384
-
-
 SHARD_BYTES = 64 * 1024 * 1024
 
+_MAX_UNUSABLE_ROWS = 1000
+"""Leading unusable rows after which the templates are assumed to be wrong."""
 
-_PATIENCE = 1000
-"""Rows without a single usable one before the mapping is taken to be wrong."""
+_LEASE_POLL_SECONDS = 2.0
 
+_PENDING_CHECKS = 2
+"""Blocks whose patterns may still be matched while the next are hashed."""
 
-_LOOK_SECONDS = 2.0
+_PENDING_WRITES = 6
+"""Blocks that may wait to be written, because a row group is compressed at once."""
 
-
-_LOOKED_AHEAD = 2
-"""Blocks whose patterns may still be looked for while the next are hashed."""
-
-
-_TO_WRITE = 6
-"""Blocks that may wait to be written: a row group is compressed at once."""
-
-
-Check = Callable[[], None]
+CheckStop = Callable[[], None]
 
 
 def staging_key(data: Data, rows: RowSource) -> str:
-    """Names what is staged by all that it depends on."""
+    """Return a digest of everything the staged rows depend on."""
     mapping = data.model_dump(
         mode="json",
         include={"dataset", "config", "split", "prompt", "response", "system", "messages"}
@@ -98,35 +90,42 @@ class StagedDataset:
     """A staged dataset."""
 
     manifest: Manifest
-    store: Store
+    files: ShardFiles
     hashes: np.ndarray
     """Hashes and groups of all examples, uint64 `[2, examples]`."""
 
 
-def stage_rows(data: Data, rows: RowSource, store: Store, work: Path, stop: Check) -> StagedDataset:
-    """Stage a source, or find that it was staged before.
+def stage_rows(
+    data: Data, rows: RowSource, store: Store, work: Path, check_stop: CheckStop
+) -> StagedDataset:
+    """Stage a source, unless that is already done.
 
     Args:
-        store: where the dataset of this key is kept.
+        data: the section of the spec.
+        rows: the source.
+        store: the folder of this dataset (see `staging_key`).
         work: a scratch folder.
-        stop: called now and then; it may raise.
+        check_stop: called regularly; it may raise.
 
     Raises:
         UsageError: no row can be used.
         JobError: the source or the store fails.
     """
-    if found := read_manifest(store):
-        logs.get().info("staged before", dataset=data.dataset, rows=found.rows, staged=store.uri)
-        return _found(found, store, work)
-    with _alone(store, stop) as lease:
-        if found := read_manifest(store):
-            return _found(found, store, work)
+    files = ShardFiles(store, work)
+    if manifest := read_manifest(store):
+        logs.get().info(
+            "dataset already staged", dataset=data.dataset, rows=manifest.rows, staged=store.uri
+        )
+        return _load(manifest, files)
+    with _dataset_lease(store, check_stop) as lease:
+        if manifest := read_manifest(store):
+            return _load(manifest, files)
         clock = time.monotonic()
-        stager = _Stager(data, rows, store, work, stop, lease)
+        stager = _Stager(data, rows, files, work, check_stop, lease)
         manifest = stager.run()
         seconds = time.monotonic() - clock
     hashes, read = stager.hashes, stager.rows_read
-    del stager  # what it knows of duplicates is as large as the hashes
+    del stager  # its sets of hashes need as much memory as the hashes
     logs.get().info(
         "staged",
         rows=read,
@@ -134,35 +133,34 @@ def stage_rows(data: Data, rows: RowSource, store: Store, work: Path, stop: Chec
         rows_per_second=round(read / max(seconds, 1e-9)),
         staged=store.uri,
     )
-    return StagedDataset(manifest, store, _together(hashes))
+    return StagedDataset(manifest, files, _concatenate(hashes))
 
 
-def _found(manifest: Manifest, store: Store, work: Path) -> StagedDataset:
-    return StagedDataset(
-        manifest, store, _together(list(read_hashes(store, manifest.shards, work)))
-    )
+def _load(manifest: Manifest, files: ShardFiles) -> StagedDataset:
+    hashes = list(files.read_hashes(manifest.shards))
+    return StagedDataset(manifest, files, _concatenate(hashes))
 
 
-def _together(pairs: list[np.ndarray]) -> np.ndarray:
+def _concatenate(pairs: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(pairs, axis=1) if pairs else np.zeros((2, 0), np.uint64)
 
 
 @contextlib.contextmanager
-def _alone(store: Store, stop: Check) -> Iterator[Lease]:
-    """Hold the dataset's lease; while another run stages the same, wait for it."""
-    said = False
+def _dataset_lease(store: Store, check_stop: CheckStop) -> Iterator[Lease]:
+    """Hold the dataset's lease, after waiting while another run stages the dataset."""
+    logged = False
     with contextlib.ExitStack() as stack:
         while True:
             try:
                 lease = stack.enter_context(hold_lease(store, "this dataset", lambda why: None))
                 break
-            except LeaseHeldError as busy:
-                if not said:
-                    logs.get().info("waiting for another run that stages this", why=str(busy))
-                said = True
-            until = time.monotonic() + _LOOK_SECONDS
-            while time.monotonic() < until:
-                stop()
+            except LeaseHeldError as held:
+                if not logged:
+                    logs.get().info("waiting for another run to stage", reason=str(held))
+                logged = True
+            deadline = time.monotonic() + _LEASE_POLL_SECONDS
+            while time.monotonic() < deadline:
+                check_stop()
                 WATCHDOG.beat()
                 time.sleep(0.1)
         yield lease
@@ -172,122 +170,127 @@ class _Stager:
     """One pass over the source."""
 
     def __init__(
-        self, data: Data, rows: RowSource, store: Store, work: Path, stop: Check, lease: Lease
+        self,
+        data: Data,
+        rows: RowSource,
+        files: ShardFiles,
+        work: Path,
+        check_stop: CheckStop,
+        lease: Lease,
     ) -> None:
-        self._lease = lease
         self._data = data
         self._rows = rows
-        self._store = store
+        self._files = files
+        self._store = files.store
         self._work = work
-        self._stop = stop
+        self._check_stop = check_stop
+        self._lease = lease
         self._mapper = ExampleMapper(data)
-        self._judge = RowFilter(data.checks, drop_duplicates=data.drop_duplicates)
+        self._filter = RowFilter(data.checks, drop_duplicates=data.drop_duplicates)
         self._columns: list[str] = []
         self._shards: list[Shard] = []
-        self._pending: Future[None] | None = None
-        self._put_away = 0
+        self._storing: Future[None] | None = None
+        self._evicted = 0
         self.hashes: list[np.ndarray] = []
-        """Hashes and groups of what was kept, uint64 `[2, examples]`, in order."""
+        """Hashes and groups of the examples so far, in order: uint64 `[2, examples]` each."""
         self.rows_read = 0
 
     def run(self) -> Manifest:
-        """Read what is not staged yet, and write the manifest."""
-        self._shards = whole_shards(self._store)
+        """Stage the remaining rows and write the manifest."""
+        self._shards = complete_shards(self._store)
         if self._shards:
             logs.get().info("resumed staging", shards=len(self._shards))
-            for pair in read_hashes(self._store, self._shards, self._work):
-                self._stop()
-                self._judge.remember(*pair)
+            for pair in self._files.read_hashes(self._shards):
+                self._check_stop()
+                self._filter.remember(*pair)
                 self.hashes.append(pair)
-        # A thread for each kind of work, so that everything comes in order.
+        # One thread for each kind of work, so that everything stays in order.
         with contextlib.ExitStack() as stack:
             threads = _Threads(*(stack.enter_context(Threads(1)) for _ in range(4)))
             before = sum(shard.tally.raw for shard in self._shards)
-            self._read(threads, stack.enter_context(progress("rows", None, before)))
-            if self._pending:
-                self._pending.result()
+            self._stage(threads, stack.enter_context(progress("rows", None, before)))
+            if self._storing:
+                self._storing.result()
         return self._finish()
 
-    def _read(self, threads: "_Threads", advance: Advance) -> None:
-        shard = _Open(self._work, len(self._shards), threads.write)
+    def _stage(self, threads: "_Threads", advance: Advance) -> None:
+        shard = _OpenShard(self._work, len(self._shards), threads.write)
         blocks = prefetch(self._blocks(), threads.read)
-        for number, seen in delay(self._looked_at(blocks, threads.look), _LOOKED_AHEAD):
-            self._stop()
-            if seen is None:  # the end of a file
+        for number, checked in delay(self._checked(blocks, threads.check), _PENDING_CHECKS):
+            self._check_stop()
+            if checked is None:  # the end of a file
                 shard.file, shard.place = number + 1, Place()
                 continue
             if self._is_full(shard):
                 shard = self._next(shard, threads)
-            fate = self._judge.decide(seen.looked, seen.faults.result(), *seen.hashes)
-            self._count(shard.tally, seen, fate)
-            hashes = seen.hashes[:, fate.kept]
+            result = self._filter.apply(checked.stats, checked.flags.result(), *checked.hashes)
+            self._count(shard.tally, checked, result)
+            hashes = checked.hashes[:, result.keep]
             self.hashes.append(hashes)
-            shard.write(seen.mapped.take(fate.kept), *hashes)
-            shard.lengths.append(seen.looked.lengths[:, fate.kept])
-            shard.file, shard.place = number, seen.block.end
-            self.rows_read += len(seen.block)
-            advance(len(seen.block))
-            self._give_up(shard, _PATIENCE)
-        self._give_up(shard, 0)
+            shard.write(checked.examples.take(result.keep), *hashes)
+            shard.lengths.append(checked.stats.lengths[:, result.keep])
+            shard.file, shard.place = number, checked.block.end
+            self.rows_read += len(checked.block)
+            advance(len(checked.block))
+            self._require_examples(shard, _MAX_UNUSABLE_ROWS)
+        self._require_examples(shard, 0)
         if shard.tally.raw:
             self._next(shard, threads)
 
     @staticmethod
-    def _is_full(shard: "_Open") -> bool:
+    def _is_full(shard: "_OpenShard") -> bool:
         return shard.tally.raw >= SHARD_ROWS or shard.tally.text_bytes >= SHARD_BYTES
 
     def _blocks(self) -> Iterator[tuple[int, Block | None]]:
-        """All blocks behind the last whole shard, and None behind the last of each file."""
+        """Yield the blocks after the last complete shard, and None at the end of each file."""
         first, place = 0, Place()
         if self._shards:
             first, place = self._shards[-1].file, self._shards[-1].place
         for number in range(first, len(self._rows.files)):
             file = self._rows.files[number]
-            for block in read_blocks(file.bring(), file.name, place, self._mapper.fields):
+            for block in read_blocks(file.fetch(), file.name, place, self._mapper.fields):
                 yield number, block
             yield number, None
             place = Place()
 
-    def _looked_at(
+    def _checked(
         self, blocks: Iterator[tuple[int, Block | None]], thread: Threads
-    ) -> Iterator[tuple[int, "_Seen | None"]]:
-        """The same with the examples of each block, and what is seen in them."""
+    ) -> Iterator[tuple[int, "_CheckedBlock | None"]]:
+        """Make and check the examples of blocks; the flags follow from the thread."""
         for number, block in blocks:
             if block is None:
                 yield number, None
             else:
-                mapped = to_columns(block, self._mapper)
-                looked = text_stats(mapped, self._data.checks)
-                faults = thread.submit(find_flags, looked)
-                yield number, _Seen(block, mapped, looked, faults, content_hashes(looked))
+                examples = to_columns(block, self._mapper)
+                stats = text_stats(examples, self._data.checks)
+                flags = thread.submit(find_flags, stats)
+                yield number, _CheckedBlock(block, examples, stats, flags, content_hashes(stats))
 
-    def _count(self, tally: RowStats, seen: "_Seen", fate: FilterResult) -> None:
-        block, mapped, looked = seen.block, seen.mapped, seen.looked
+    def _count(self, tally: RowStats, checked: "_CheckedBlock", result: FilterResult) -> None:
+        block, examples, stats = checked.block, checked.examples, checked.stats
         tally.raw += len(block)
-        tally.kept += int(fate.kept.sum())
+        tally.kept += int(result.keep.sum())
         reasons: dict[str, list[int]] = {}
-        for row, reason in mapped.dropped:
+        for row, reason in examples.dropped:
             reasons.setdefault(reason, []).append(row)
-        for reason, mask in fate.dropped.items():
-            reasons.setdefault(reason, []).extend(mapped.rows[mask].tolist())
+        for reason, mask in result.dropped.items():
+            reasons.setdefault(reason, []).extend(examples.rows[mask].tolist())
         for reason, numbers in reasons.items():
-            shown = "" if tally.knows(reason) else block.rows()[min(numbers)]
-            tally.drop(reason, len(numbers), shown)
-        for fault, mask in fate.found.items():
+            tally.drop(reason, len(numbers), functools.partial(_row, block, min(numbers)))
+        for flag, mask in result.flagged.items():
             if mask.any():
-                first = int(np.flatnonzero(mask)[0])
-                shown = "" if tally.knows(fault) else excerpt(looked, first, fault)
-                tally.find(fault, int(mask.sum()), shown)
-        tally.text_bytes += int(looked.size[fate.kept].sum())
+                sample = functools.partial(excerpt, stats, int(np.flatnonzero(mask)[0]), flag)
+                tally.flag(flag, int(mask.sum()), sample)
+        tally.text_bytes += int(stats.text_bytes[result.keep].sum())
         if not self._columns and (rows := block.rows()):
             self._columns = sorted(rows[0])
 
-    def _give_up(self, shard: "_Open", after: int) -> None:
-        """Keep nothing of a dataset whose first rows, so many, give no example."""
+    def _require_examples(self, shard: "_OpenShard", after: int) -> None:
+        """Raise a UsageError if none of the first rows, at least `after`, gives an example."""
         if not shard.number and not shard.tally.kept and shard.tally.raw >= after:
-            raise UsageError(self._why_none(shard.tally))
+            raise UsageError(self._no_example_message(shard.tally))
 
-    def _why_none(self, tally: RowStats) -> str:
+    def _no_example_message(self, tally: RowStats) -> str:
         if not tally.raw:
             return f"data.dataset: {self._data.dataset} has no rows"
         most = sorted(tally.dropped.items(), key=lambda item: -item[1])[:3]
@@ -298,32 +301,32 @@ class _Stager:
             f"{reasons}; the columns are {', '.join(self._columns)}; change {change}"
         )
 
-    def _next(self, shard: "_Open", threads: "_Threads") -> "_Open":
-        """Let a shard be closed and kept in the background; the next one."""
-        closing = shard.close()
-        if self._pending:
-            self._pending.result()
-        self._pending = threads.keep.submit(self._keep, closing, shard.path)
-        return _Open(self._work, shard.number + 1, threads.write)
+    def _next(self, shard: "_OpenShard", threads: "_Threads") -> "_OpenShard":
+        """Close and store a shard in the background, and open the next one."""
+        record = shard.close(self._files)
+        if self._storing:
+            self._storing.result()
+        self._storing = threads.store.submit(self._store_shard, record, shard.path)
+        return _OpenShard(self._work, shard.number + 1, threads.write)
 
-    def _keep(self, closing: Future[Shard], path: Path) -> None:
+    def _store_shard(self, closing: Future[Shard], path: Path) -> None:
         record = closing.result()
         self._store.take(path, record.path)
         content = record.model_dump_json().encode()
         self._lease.check()
         self._store.write(record.path.replace(".parquet", ".json"), content)
-        for file in self._rows.files[self._put_away : record.file]:
-            file.discard()
-        self._put_away = record.file
+        for file in self._rows.files[self._evicted : record.file]:
+            file.evict()
+        self._evicted = record.file
         self._shards.append(record)
         logs.get().info("shard staged", shard=record.path, rows=record.rows, bytes=record.bytes)
 
     def _finish(self) -> Manifest:
         tally = RowStats()
         for shard in self._shards:
-            tally.join(shard.tally)
+            tally.merge(shard.tally)
         if not tally.kept:
-            raise UsageError(self._why_none(tally))
+            raise UsageError(self._no_example_message(tally))
         manifest = Manifest(
             dataset=self._data.dataset,
             revision=self._rows.revision,
@@ -341,28 +344,32 @@ class _Stager:
         return manifest
 
 
+def _row(block: Block, number: int) -> Row:
+    return block.rows()[number]
+
+
 @dataclass(frozen=True)
 class _Threads:
-    """One thread for each kind of work that goes on beside Python's own."""
+    """One thread for each kind of work that runs in the background."""
 
     read: Threads
-    look: Threads
+    check: Threads
     write: Threads
-    keep: Threads
+    store: Threads
 
 
-class _Seen(NamedTuple):
-    """A block, its examples, and what is seen in them."""
+class _CheckedBlock(NamedTuple):
+    """A block of rows with its examples."""
 
     block: Block
-    mapped: ExampleColumns
-    looked: TextStats
-    faults: Future[Flags]
+    examples: ExampleColumns
+    stats: TextStats
+    flags: Future[Flags]
     hashes: np.ndarray
-    """Those of `checks.hashes_of`."""
+    """`filters.content_hashes`, uint64 `[2, examples]`."""
 
 
-class _Open:
+class _OpenShard:
     """The shard that is being written."""
 
     def __init__(self, work: Path, number: int, thread: Threads) -> None:
@@ -372,26 +379,26 @@ class _Open:
         self.file = 0
         self.place = Place()
         self.lengths: list[np.ndarray] = []
-        """Characters of the prompts and of the responses that are kept, int `[2, examples]`."""
+        """Characters of the prompts and responses, int `[2, examples]` each."""
         self._thread = thread
         self._writer: ShardWriter | None = None
-        self._waiting: deque[Future[None]] = deque()
+        self._pending: deque[Future[None]] = deque()
 
-    def write(self, mapped: ExampleColumns, hashes: np.ndarray, groups: np.ndarray) -> None:
-        """Add examples, compressed beside the work on the next."""
+    def write(self, examples: ExampleColumns, hashes: np.ndarray, groups: np.ndarray) -> None:
+        """Add examples in the background."""
         if self._writer is None:
             self._writer = ShardWriter(self.path)
-        while len(self._waiting) >= _TO_WRITE:
-            self._waiting.popleft().result()
-        self._waiting.append(self._thread.submit(self._writer.write, mapped, hashes, groups))
+        while len(self._pending) >= _PENDING_WRITES:
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(self._writer.write, examples, hashes, groups))
 
-    def close(self) -> Future[Shard]:
-        """Finish the file behind what is waiting to be written; its record, when that is done."""
-        return self._thread.submit(self._finish)
+    def close(self, files: ShardFiles) -> Future[Shard]:
+        """Finish the file in the background; the result is its record."""
+        return self._thread.submit(self._finish, files)
 
-    def _finish(self) -> Shard:
-        for written in self._waiting:
-            written.result()
+    def _finish(self, files: ShardFiles) -> Shard:
+        for write in self._pending:
+            write.result()
         if self._writer:
             self._writer.close()
         if self.lengths:
@@ -401,7 +408,7 @@ class _Open:
         return Shard(
             path=shard_key(self.number, "parquet"),
             bytes=self.path.stat().st_size,
-            sha256=shard_sha256(self.path),
+            sha256=files.sha256(self.path),
             rows=self.tally.kept,
             tally=self.tally,
             file=self.file,

@@ -8,7 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from job.data import contamination
+from job.data.contamination import find_overlap
+from job.data.sample_files import iter_examples
 from job.evals.batching import BATCHING_VERSION
 from job.evals.engine import Engine
 from job.evals.local_model import LocalModel
@@ -22,7 +23,7 @@ from job.evals.predictions import (
     predictions_key,
 )
 from job.evals.tasks import Task, load_task, side_by_side_prompts
-from job.pipeline.data_stage import TRAIN, VALIDATION, iter_examples, read_examples
+from job.pipeline.data_stage import CONTAMINATION, TRAIN, VALIDATION, read_examples
 from job.pipeline.run import Run
 from job.pipeline.train_stage import load_trained
 from job.runtime import logs
@@ -90,8 +91,8 @@ def _check_contamination(run: Run, tasks: Sequence[Task]) -> None:
         task.entry.name: {question.id: question.text for question in task.questions}
         for task in tasks
     }
-    overlaps = contamination.find_overlap(questions, iter_examples(run.fetch(TRAIN)))
-    run.put(contamination.KEY, overlaps.model_dump_json(indent=2).encode())
+    overlaps = find_overlap(questions, iter_examples(run.fetch(TRAIN)))
+    run.put(CONTAMINATION, overlaps.model_dump_json(indent=2).encode())
     for name, overlap in overlaps.slices.items():
         if overlap.found:
             logs.get().warning(
@@ -100,7 +101,7 @@ def _check_contamination(run: Run, tasks: Sequence[Task]) -> None:
                 eval=name,
                 contaminated=overlap.found,
                 questions=overlap.questions,
-                pairs=contamination.KEY,
+                pairs=CONTAMINATION,
             )
 
 

@@ -3,7 +3,6 @@
 import json
 from datetime import UTC, datetime
 
-from job.data import contamination
 from job.data.contamination import Contamination
 from job.evals.metrics import (
     compare_dialogues,
@@ -26,6 +25,7 @@ from job.evals.predictions import (
 from job.evals.statistics import Bootstrap, apply_holm
 from job.evals.tasks import format_options
 from job.machine.accelerators import find_accelerator
+from job.pipeline.data_stage import CONTAMINATION
 from job.pipeline.eval_stage import EvalOutcome
 from job.pipeline.reference_stage import ReferenceOutcome
 from job.pipeline.run import Preflight, Run
@@ -135,7 +135,7 @@ def _multiple_choice(
 
 def _overlapping_questions(run: Run, name: str) -> int | None:
     """Return how many questions of a task overlap the training text, if that was checked."""
-    content = run.store.read(contamination.KEY)
+    content = run.store.read(CONTAMINATION)
     if content is None:
         return None
     overlap = Contamination.model_validate_json(content).slices.get(name)

@@ -164,7 +164,7 @@ def _rows(
     lengths = lengths or length_buckets(
         [len(example.token_ids) for example in found.examples], train.max_length, train.buckets
     )
-    return found, make_rows(found.examples, train.max_length, packing=False, lengths=lengths)
+    return found, make_rows(found.examples, train.max_length, packing=False, buckets=lengths)
 
 
 def _model_info(run: Run, model: LanguageModel) -> ModelInfo:

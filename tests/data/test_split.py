@@ -96,7 +96,7 @@ def test_too_few_rows_are_refused_with_the_numbers(rows: int, train: Size, valid
     with pytest.raises(UsageError) as refused:
         choose(list(range(rows)), train, validation)
     message = str(refused.value)
-    assert f"asks for {train} examples to train on and {validation} held out" in message
+    assert f"requests {train} training and {validation} held-out examples" in message
     assert f"has {rows} usable rows" in message
     assert "lower data.train_examples or data.validation_examples" in message
 

@@ -11,8 +11,8 @@ import pytest
 
 from job.data import staging
 from job.data.readers import read_blocks
+from job.data.sample_files import iter_examples
 from job.errors import StageError, UsageError
-from job.pipeline.data_stage import iter_examples
 from job.storage.lease import KEY
 from job.storage.local import LocalStore
 from tests.data.staged import left_in, spec_of, stage
@@ -221,7 +221,7 @@ def test_a_damaged_shard_is_noticed_and_made_again(several: Path, tmp_path: Path
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(StageError, match="shard-00002.parquet is not as it was written"):
+    with pytest.raises(StageError, match="shard-00002.parquet is missing or damaged"):
         stage(spec)
     stage(spec)
     assert left_in(tmp_path) == before
@@ -230,7 +230,7 @@ def test_a_damaged_shard_is_noticed_and_made_again(several: Path, tmp_path: Path
 def test_all_examples_can_be_trained_on_in_the_order_of_their_keys(
     several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("job.pipeline.data_stage._PIECE_ROWS", 300)
+    monkeypatch.setattr("job.data.sample_files.PIECE_ROWS", 300)
     every = stage(spec_of(str(tmp_path), str(several), data_files=FILES))
     assert (every.train, every.validation) == (4890, 10)
     some = spec_of(str(tmp_path), str(several), data_files=FILES, train_examples=1234)

@@ -337,7 +337,7 @@ def test_rows_of_like_lengths_share_steps_and_the_loss_stays(
     found = [example for example in found if any(example.loss_mask)]
     made, _ = trainer(tmp_path, tiny, epochs=2)
     lengths = [len(example.token_ids) for example in found]
-    rows = make_rows(found, 64, packing=False, lengths=sorted({*lengths, 64}))
+    rows = make_rows(found, 64, packing=False, buckets=sorted({*lengths, 64}))
     assert len(rows.buckets) > 2
     plain = make_rows(found, 64, packing=False)
     made._validation = plain
