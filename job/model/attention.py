@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from job.machine.memory import ATTENTION_CHUNK
 from job.model.patching import Patch, patched
 
 _MASK_METHODS = ("_compute_attention_mask", "_compute_self_attention_mask")
@@ -89,7 +90,7 @@ class Chunking(NamedTuple):
         return self.gain * (before + self.queries) <= length
 
 
-ACCELERATOR = Chunking(128, 2.0)
+ACCELERATOR = Chunking(ATTENTION_CHUNK, 2.0)
 """With more keys the TPU's compiler moves more bytes for the chunks than it saves."""
 
 

@@ -115,7 +115,7 @@ def test_a_missing_file_is_refused(run: Store, target: LocalStore) -> None:
 
 
 @pytest.mark.parametrize("path", ["../evil", "a/../../evil", "/tmp/evil", "a\\..\\evil", ""])
-def test_a_path_that_leaves_the_folder_is_refused_before_anything_is_written(
+def test_a_path_outside_the_folder_is_refused(
     path: str, run: Store, target: LocalStore, tmp_path: Path
 ) -> None:
     (tmp_path / "evil").write_bytes(b"kept")
@@ -194,7 +194,7 @@ def test_results_of_another_kind_are_refused(
     assert not target.root.exists()
 
 
-def test_the_command_says_where_the_run_is_and_exits_with_the_right_code(
+def test_the_command_reports_the_folder_and_exits(
     run: Store,
     target: LocalStore,
     monkeypatch: pytest.MonkeyPatch,

@@ -138,7 +138,7 @@ def test_the_instruction_is_that_of_the_training_examples(
         (run / VALIDATION).unlink()
 
 
-def test_a_prompt_is_read_from_a_file_and_the_answer_is_all_that_is_printed(
+def test_a_prompt_from_a_file_prints_only_the_answer(
     run: Path, answer: Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompt.txt").write_text(PROMPT)
@@ -163,7 +163,7 @@ def test_a_prompt_is_read_from_a_file_and_the_answer_is_all_that_is_printed(
         (["--prompt", "a"], 2, "has no adapter"),
     ],
 )
-def test_wrong_arguments_and_a_run_without_an_adapter_are_told_in_one_line(
+def test_wrong_arguments_end_in_one_line(
     options: list[str],
     code: int,
     message: str,

@@ -29,7 +29,7 @@ def test_a_shipped_spec_is_planned_offline_in_seconds(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_same_as_json_for_several_machines() -> None:
+def test_the_plan_as_json_for_several_machines() -> None:
     done = job("plan", ONE_B, "--json", "--on", "v5e-8", "--on", "v6e-8", "--mfu", "0.8")
     plan = json.loads(done.stdout)
     first, second = plan["machines"]
@@ -43,7 +43,7 @@ def test_the_same_as_json_for_several_machines() -> None:
     assert plan["mfu"] == 0.8
 
 
-def test_the_table_has_a_line_for_each_size_and_what_to_change() -> None:
+def test_the_table_has_a_line_per_size_with_advice() -> None:
     done = job("plan", ONE_B, "--table")
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [
@@ -55,7 +55,7 @@ def test_the_table_has_a_line_for_each_size_and_what_to_change() -> None:
     assert "runtime.mesh.model" in large.stdout
 
 
-def test_stages_that_are_done_are_said_to_be_skipped(tmp_path: Path) -> None:
+def test_finished_stages_are_shown_as_skipped(tmp_path: Path) -> None:
     arguments = ("smoke", "--set", f"output={json.dumps(str(tmp_path / 'runs'))}")
     ran = job("run", *arguments, "--until", "data", JOB_CACHE=str(tmp_path / "cache"))
     assert ran.returncode == 0
@@ -63,7 +63,7 @@ def test_stages_that_are_done_are_said_to_be_skipped(tmp_path: Path) -> None:
     assert "baseline -> train -> finetuned -> reference -> report; skipped: data" in done.stdout
 
 
-def test_a_bucket_that_cannot_be_read_counts_as_empty_and_that_is_said() -> None:
+def test_an_unreadable_bucket_counts_as_empty() -> None:
     nobody = {"GOOGLE_APPLICATION_CREDENTIALS": "", "HOME": "/nonexistent", "NO_GCE_CHECK": "true"}
     done = job("plan", "smoke", "--set", "output=gs://bucket-of-someone/runs", **nobody)
     assert done.returncode == 0, done.stderr
@@ -83,9 +83,7 @@ def test_a_bucket_that_cannot_be_read_counts_as_empty_and_that_is_said() -> None
         (("smoke", "--set", "model.preset=nothing"), "the shape of 'nothing' is not known"),
     ],
 )
-def test_what_cannot_be_planned_exits_2_in_one_line(
-    arguments: tuple[str, ...], message: str
-) -> None:
+def test_an_impossible_plan_exits_2_in_one_line(arguments: tuple[str, ...], message: str) -> None:
     done = job("plan", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")

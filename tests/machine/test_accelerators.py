@@ -51,7 +51,7 @@ def test_a_name_says_what_to_order(
     ("written", "name"),
     [("V5E-8", "v5e-8"), ("v5litepod-8", "v5e-8"), ("v5e", "v5e-1"), ("v5p", "v5p-8")],
 )
-def test_names_are_read_in_the_ways_people_write_them(written: str, name: str) -> None:
+def test_names_are_read_as_people_write_them(written: str, name: str) -> None:
     assert parse_machine(written).name == name
 
 
@@ -67,7 +67,7 @@ def test_names_are_read_in_the_ways_people_write_them(written: str, name: str) -
         ("", ["not a known accelerator"]),
     ],
 )
-def test_a_name_that_is_none_says_what_to_write(name: str, expected: list[str]) -> None:
+def test_an_unknown_name_says_what_to_write(name: str, expected: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         parse_machine(name)
     for words in expected:

@@ -31,7 +31,7 @@ def compile_somewhere(url: str, home: Path) -> list[str]:
     return [line for line in done.stdout.splitlines() if line.startswith(("value", "hits"))]
 
 
-def test_what_one_machine_compiled_the_next_one_reads(tmp_path: Path) -> None:
+def test_programs_compiled_on_one_machine_are_read_by_the_next(tmp_path: Path) -> None:
     with Bucket("runs") as service:
         value, first = compile_somewhere(service.url, tmp_path / "one")
         assert value == "value 70.0"
@@ -44,7 +44,7 @@ def test_what_one_machine_compiled_the_next_one_reads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [403, 404])
-def test_a_bucket_that_refuses_costs_a_compilation_and_no_more(tmp_path: Path, status: int) -> None:
+def test_an_unreadable_cache_costs_one_compilation(tmp_path: Path, status: int) -> None:
     with Bucket("runs") as service:
         service.faults.add("/storage/", status=status, times=1000)
         value, _ = compile_somewhere(service.url, tmp_path)

@@ -28,7 +28,7 @@ def spec(**train: object) -> Spec:
         (Runtime(mesh=Mesh(data=4)), "tpu", 8),
     ],
 )
-def test_machine_that_fits_is_taken(runtime: Runtime, platform: str, devices: int) -> None:
+def test_a_matching_environment_is_accepted(runtime: Runtime, platform: str, devices: int) -> None:
     check_devices(runtime, platform, devices, "kind")
 
 
@@ -41,13 +41,13 @@ def test_machine_that_fits_is_taken(runtime: Runtime, platform: str, devices: in
         (Runtime(mesh=Mesh(data=3)), r"mesh.data is 3, .*--set runtime.mesh.data=2"),
     ],
 )
-def test_machine_that_does_not_fit_is_refused(runtime: Runtime, message: str) -> None:
+def test_an_environment_that_does_not_match_is_refused(runtime: Runtime, message: str) -> None:
     with pytest.raises(SetupError, match=message) as caught:
         check_devices(runtime, "cpu", 2, "kind")
     assert caught.value.exit_code == 3
 
 
-def test_batch_is_split_over_all_devices_unless_the_mesh_says_otherwise() -> None:
+def test_the_batch_is_split_over_all_devices_by_default() -> None:
     assert data_parallel(Runtime(), 8) == 8
     assert data_parallel(Runtime(mesh=Mesh(data=2)), 8) == 2
 
@@ -60,7 +60,7 @@ def test_batch_is_split_over_all_devices_unless_the_mesh_says_otherwise() -> Non
         ({"batch_size": 8, "micro_batch": 2}, 8, 16),
     ],
 )
-def test_batch_that_cannot_be_shared_out_names_the_unit(
+def test_a_batch_that_does_not_divide_names_the_unit(
     train: dict[str, int], devices: int, unit: int
 ) -> None:
     with pytest.raises(SetupError, match=f"use a multiple of {unit}"):

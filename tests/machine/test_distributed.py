@@ -128,7 +128,7 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, unbroken: Path) -> 
 
 
 @pytest.mark.slow
-def test_told_to_stop_or_vanished_no_one_stays_and_all_go_on_to_the_same_bytes(
+def test_stopped_or_killed_processes_resume_to_the_same_bytes(
     tmp_path: Path, unbroken: Path
 ) -> None:
     output = tmp_path / "runs"
@@ -154,9 +154,7 @@ def test_told_to_stop_or_vanished_no_one_stays_and_all_go_on_to_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_both_killed_at_random_moments_end_with_the_same_bytes(
-    tmp_path: Path, unbroken: Path
-) -> None:
+def test_processes_killed_at_random_end_with_the_same_bytes(tmp_path: Path, unbroken: Path) -> None:
     seed = random.randrange(2**32)
     sys.stdout.write(f"seed {seed}\n")
     chance = random.Random(seed)
@@ -173,7 +171,7 @@ def test_both_killed_at_random_moments_end_with_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_one_fails_and_the_other_says_why(tmp_path: Path) -> None:
+def test_a_failure_is_reported_by_the_other_process(tmp_path: Path) -> None:
     output = tmp_path / "runs"
     broken = (*SHORT, "--set", "data.prompt='{nothing}'")
     assert ended(begin(output, broken), 120) == [2, 2]
@@ -189,7 +187,7 @@ def test_one_fails_and_the_other_says_why(tmp_path: Path) -> None:
         ({"JOB_PROCESS_COUNT": "2", "JOB_PROCESS_INDEX": "2"}, "process 2 is not one of 2"),
     ],
 )
-def test_incomplete_places_are_refused(
+def test_incomplete_addresses_are_refused(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
 ) -> None:
     for name in ("JOB_PROCESS_COUNT", "JOB_PROCESS_INDEX"):
@@ -201,7 +199,7 @@ def test_incomplete_places_are_refused(
         join_processes(Runtime())
 
 
-def test_nothing_said_means_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_without_an_address_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JOB_COORDINATOR_ADDRESS", raising=False)
     assert join_processes(Runtime()).count == 1
     monkeypatch.setenv("JOB_COORDINATOR_ADDRESS", "127.0.0.1:1")

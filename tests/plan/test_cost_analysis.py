@@ -10,7 +10,7 @@ from job.machine.accelerators import parse_machine
 from job.plan.cost_analysis import Costs, collectives, compile_program, needed_bytes
 
 
-def test_costs_are_those_of_the_compiler_and_a_sum_over_devices_is_seen() -> None:
+def test_costs_and_collectives_come_from_the_compiler() -> None:
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     split = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())
@@ -70,6 +70,6 @@ def test_the_highest_bound_is_the_time() -> None:
     assert bounds == {"arithmetic": 1.0, "memory": 0.5, "links": 0.25}
 
 
-def test_what_loops_do_is_added() -> None:
+def test_costs_add_up() -> None:
     assert Costs(1, 2, 3).plus(Costs(10, 20, 30), 2) == Costs(21, 42, 63)
     assert Costs(1, 2, 3).plus(Costs(1, 3, 3), -1) == Costs(0, 0, 0)

@@ -35,7 +35,7 @@ def test_the_published_run_is_1800_steps_of_256() -> None:
     }  # fmt: skip
 
 
-def test_what_the_data_stage_found_is_used() -> None:
+def test_the_data_stage_s_counts_are_used() -> None:
     found = DataInfo(
         dataset="x", revision=None, rows=RowCounts(raw=9, valid=9, dropped={}), train=512,
         validation=2, neutralised=0,
@@ -43,7 +43,7 @@ def test_what_the_data_stage_found_is_used() -> None:
     assert workload(spec_of(), found).examples == 512
 
 
-def test_all_of_a_known_dataset_is_counted_and_of_an_unknown_one_assumed() -> None:
+def test_rows_of_known_datasets_are_counted_others_assumed() -> None:
     known = workload(spec_of("data.train_examples=all"))
     assert known.examples == 207_408 - 200
     unknown = workload(spec_of("data.train_examples=all", "data.dataset=hf://a/b"))
@@ -52,7 +52,7 @@ def test_all_of_a_known_dataset_is_counted_and_of_an_unknown_one_assumed() -> No
     assert said.examples == 7
 
 
-def test_flops_are_four_a_kernel_and_token_and_what_comes_on_top() -> None:
+def test_flops_are_four_per_kernel_and_token_plus_overhead() -> None:
     spec = spec_of("train.pack_length=512")
     shape = model_shape(find_config(spec.model), "1b")
     work = workload(spec)
@@ -73,7 +73,7 @@ def test_visible_keys_are_those_of_the_model() -> None:
         assert visible_keys(layer, length, reach) == fewer
 
 
-def test_a_query_is_scored_against_no_more_keys_than_it_can_see() -> None:
+def test_a_query_scores_only_the_keys_it_can_see() -> None:
     spec = spec_of()
     local, whole = model_shape(find_config(spec.model), "1b").layers[4:6]
     assert (local.window, whole.window) == (512, None)
@@ -84,7 +84,7 @@ def test_a_query_is_scored_against_no_more_keys_than_it_can_see() -> None:
     assert visible_keys(whole, 512, 512) == 512
 
 
-def test_memory_grows_with_rows_and_shrinks_with_remat_and_split_weights() -> None:
+def test_memory_depends_on_rows_remat_and_sharding() -> None:
     spec = spec_of()
     shape = model_shape(find_config(spec.model), "1b")
     base = estimate_memory(shape, spec, Layout(8, 1, 4, 2), 0.45)
@@ -102,7 +102,7 @@ def test_memory_grows_with_rows_and_shrinks_with_remat_and_split_weights() -> No
     )
 
 
-def test_a_batch_that_no_chip_can_share_names_the_next_that_can() -> None:
+def test_a_batch_that_does_not_divide_names_the_next() -> None:
     found = estimated("v5e-128")
     assert (found.layout.rows, found.work.batch_size) == (1, 128)
     assert found.advice == ("train.batch_size 128",)
@@ -113,13 +113,13 @@ def test_twice_the_chips_take_half_the_time_of_a_step() -> None:
     assert large == pytest.approx(small / 2, rel=0.02)
 
 
-def test_rows_are_accumulated_where_they_do_not_fit_at_once() -> None:
+def test_gradients_accumulate_if_rows_do_not_fit() -> None:
     found = estimated("v5e-1", "runtime.devices=null")
     assert found.fits
     assert found.layout.micro < found.layout.rows == 64
 
 
-def test_a_model_too_large_for_a_chip_is_split_in_the_plan() -> None:
+def test_a_model_too_large_for_a_chip_is_sharded() -> None:
     spec = spec_of("model.preset=gemma3_instruct_12b_text")
     plan = make_plan(
         PlanInput(

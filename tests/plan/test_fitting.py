@@ -10,7 +10,7 @@ SIZES = [1, 2, 4, 8, 16]
 
 @pytest.mark.parametrize("estimate", [1, 2, 3, 8, 16, 40])
 @pytest.mark.parametrize("limit", [0, 1, 2, 7, 8, 16, 100])
-def test_the_largest_that_fits_is_found_from_any_estimate(limit: int, estimate: int) -> None:
+def test_any_estimate_leads_to_the_largest_that_fits(limit: int, estimate: int) -> None:
     tried: list[int] = []
 
     def attempt(size: int) -> Compiled:

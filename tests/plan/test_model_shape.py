@@ -104,7 +104,7 @@ def test_a_folder_is_read_and_counted_as_keras_hub_counts_it(
         ("{", ["no readable config.json"]),
     ],
 )
-def test_a_configuration_that_says_too_little_is_refused(
+def test_an_incomplete_configuration_is_refused(
     content: str, said: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(content)
@@ -123,7 +123,7 @@ def test_an_unknown_name_and_an_unknown_target_say_the_way_out() -> None:
         shape_of("tiny").adapter(Lora(targets=["querry"]))
 
 
-def test_a_mixture_of_experts_is_made_as_the_plan_counts_it() -> None:
+def test_the_plan_counts_a_mixture_of_experts() -> None:
     from job.model.abstract import make_task
 
     model = Model(preset="gemma4_instruct_26b_a4b")

@@ -12,7 +12,7 @@ from tests.test_cli import job
 pytestmark = pytest.mark.tpu
 
 
-def test_the_smoke_spec_compiles_whole_and_says_what_each_program_takes() -> None:
+def test_every_program_of_the_smoke_spec_compiles() -> None:
     done = job("plan", "smoke", "--on", "v5e-8", "--compile", "--json")
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout)["machines"]

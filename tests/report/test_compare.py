@@ -79,7 +79,7 @@ def test_what_got_no_answer_is_not_compared(tmp_path: Path) -> None:
     assert (found.test.questions, found.test.gained, found.test.lost) == (2, 0, 1)
 
 
-def test_each_run_is_tested_against_the_first_and_all_tests_are_one_family(
+def test_each_run_is_tested_against_the_first(
     tmp_path: Path,
 ) -> None:
     runs = [
@@ -201,7 +201,7 @@ def compared(tmp_path: Path) -> RunComparison:
     return compare_finished([first, second])
 
 
-def test_the_table_says_what_was_found(compared: RunComparison) -> None:
+def test_the_table_shows_the_findings(compared: RunComparison) -> None:
     out = io.StringIO()
     show(compared, Console(file=out, width=200))
     text = out.getvalue()

@@ -24,7 +24,7 @@ def test_a_shipped_spec_with_a_bucket_is_portable() -> None:
         ("train.init_adapter=runs/earlier", "train.init_adapter"),
     ],
 )
-def test_what_only_this_machine_has_is_refused_by_its_path(override: str, path: str) -> None:
+def test_local_files_and_folders_are_refused_by_path(override: str, path: str) -> None:
     overrides = ["output=gs://bucket/runs", override]
     with pytest.raises(SpecError) as caught:
         check_portable(load_spec("smoke", overrides))
@@ -42,7 +42,7 @@ def test_what_only_this_machine_has_is_refused_by_its_path(override: str, path: 
         "train.init_adapter=gs://bucket/run",
     ],
 )
-def test_what_every_machine_reaches_is_portable(override: str) -> None:
+def test_remote_files_and_presets_are_portable(override: str) -> None:
     check_portable(load_spec("smoke", ["output=gs://bucket/runs", override]))
 
 
@@ -55,6 +55,6 @@ def test_a_written_spec_is_the_same_run(tmp_path: Path) -> None:
     assert run_id(again.spec) == run_id(loaded.spec)
 
 
-def test_a_spec_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_spec_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot write"):
         write_spec(load_spec("smoke").spec, str(tmp_path / "none" / "spec.yaml"))

@@ -306,7 +306,7 @@ def arguments_of(bad: Bad) -> list[str]:
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
-def test_a_mistake_ends_the_run_with_one_message_that_says_where(
+def test_a_mistake_ends_the_run_with_one_located_message(
     bad: Bad, folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder.path / "spec.yaml").write_text(bad.text, encoding="utf-8")
@@ -320,7 +320,7 @@ def test_a_mistake_ends_the_run_with_one_message_that_says_where(
 
 
 @pytest.mark.parametrize(("path", "text"), ACROSS_SECTIONS.items(), ids=ACROSS_SECTIONS.keys())
-def test_sections_that_contradict_each_other_are_told_once(
+def test_contradicting_sections_are_reported_once(
     path: str, text: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder.path / "spec.yaml").write_text(text, encoding="utf-8")
@@ -333,17 +333,13 @@ def test_sections_that_contradict_each_other_are_told_once(
 
 
 @pytest.mark.parametrize("name", ["not YAML", "dunder attribute", "key of a list item"])
-def test_the_installed_command_leaves_nothing_behind_a_wrong_spec(
-    name: str, tmp_path: Path
-) -> None:
+def test_the_command_writes_nothing_for_a_wrong_spec(name: str, tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text(BAD[name].text, encoding="utf-8")
     run_and_refuse(tmp_path, "run", "spec.yaml", "--output", "runs", message=BAD[name].message)
 
 
 @pytest.mark.parametrize("override", ["train.epochs=0", "train"])
-def test_the_installed_command_leaves_nothing_behind_a_wrong_flag(
-    override: str, tmp_path: Path
-) -> None:
+def test_the_command_writes_nothing_for_a_wrong_flag(override: str, tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text(BASE, encoding="utf-8")
     run_and_refuse(tmp_path, "run", "spec.yaml", "--set", override, message=f"--set {override}:")
 
@@ -361,7 +357,7 @@ def run_and_refuse(folder: Path, *arguments: str, message: str) -> None:
     assert [path.name for path in folder.iterdir()] == ["spec.yaml"]
 
 
-def test_all_mistakes_are_told_at_once_in_the_order_of_the_file_flags_last() -> None:
+def test_all_problems_are_reported_in_file_order_flags_last() -> None:
     text = """\
 name: The Doctor
 output: s3://bucket
@@ -397,14 +393,14 @@ evals:
 
 
 @pytest.mark.parametrize("name", shipped_specs())
-def test_every_shipped_spec_is_valid_and_says_how_to_run_it(name: str) -> None:
+def test_shipped_specs_are_valid_and_say_how_to_run_them(name: str) -> None:
     loaded = load_spec(name)
     assert loaded.spec.name == loaded.source == name
     shipped = Path(cli.__file__).parent / "specs" / f"{name}.yaml"
     assert shipped.read_text(encoding="utf-8").startswith(f"# job run {name}")
 
 
-def test_the_name_nearest_to_an_unknown_spec_is_suggested() -> None:
+def test_the_closest_name_of_an_unknown_spec_is_suggested() -> None:
     with pytest.raises(UsageError, match="did you mean 'smoke'"):
         load_spec("smoek")
 
@@ -415,7 +411,7 @@ def test_a_spec_that_is_not_text_is_refused(tmp_path: Path) -> None:
         load_spec(str(tmp_path / "spec.yaml"))
 
 
-def test_validate_says_that_a_spec_is_valid_and_names_its_run(
+def test_validate_prints_the_run_id_of_a_valid_spec(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder.path / "spec.yaml").write_text(BASE, encoding="utf-8")
@@ -453,7 +449,7 @@ def values_under(value: object, key: str) -> Iterator[Any]:
             yield from values_under(item, key)
 
 
-def test_flags_replace_values_items_and_sections_that_are_not_there() -> None:
+def test_flags_replace_values_items_and_missing_sections() -> None:
     spec = parse_spec(
         BASE + EVALS,
         "spec.yaml",
@@ -582,7 +578,7 @@ def test_no_value_of_a_flag_can_crash_the_reader(key: str, value: str) -> None:
         ("name=${X}", "name"),
     ],
 )
-def test_a_mistake_made_by_a_flag_is_told_once_and_at_the_flag(flag: str, path: str) -> None:
+def test_a_wrong_flag_is_reported_once_at_the_flag(flag: str, path: str) -> None:
     with pytest.raises(SpecError) as caught:
         parse_spec(BASE, "spec.yaml", [flag])
     (problem,) = caught.value.problems
@@ -595,7 +591,7 @@ def test_checks_across_sections_name_the_line_to_change() -> None:
         parse_spec(text, "spec.yaml")
 
 
-def test_a_value_that_holds_itself_is_refused() -> None:
+def test_a_value_that_contains_itself_is_refused() -> None:
     with pytest.raises(SpecError, match="contains itself|nested too deeply|valid dictionary"):
         parse_spec(BASE, "spec.yaml", ["train=&a [*a]"])
 
@@ -612,7 +608,7 @@ def test_the_environment_may_hold_the_spec_itself(
         load_spec(text)
 
 
-def test_the_environment_names_the_spec_where_the_command_does_not(tmp_path: Path) -> None:
+def test_job_spec_names_the_spec_if_the_command_does_not(tmp_path: Path) -> None:
     for value, code, out, err in (
         ("smoke", 0, "smoke: valid", ""),
         (f"{BASE}colour: red\n", 2, "", "error: JOB_SPEC:"),
