@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,14 +19,16 @@ def caches(folder: Path, inputs: object = "inputs") -> PredictionCaches:
     return PredictionCaches(LocalStore(folder), "baseline", inputs, ProcessGroup().broadcast)
 
 
-def stopped_after(batches: int) -> Any:
-    left = iter(range(batches))
+class Stopper:
+    """Counts batches, and stops the engine when `left` have run."""
 
-    def check() -> None:
-        if next(left, None) is None:
+    def __init__(self) -> None:
+        self.left = 100
+
+    def check(self) -> None:
+        if self.left == 0:
             raise RunStoppedError("stopped")
-
-    return check
+        self.left -= 1
 
 
 def prompts_of(model: LanguageModel) -> list[list[int]]:
@@ -35,35 +36,33 @@ def prompts_of(model: LanguageModel) -> list[list[int]]:
 
 
 def test_generation_resumes_where_it_stopped(tiny: LanguageModel, tmp_path: Path) -> None:
-    prompts = prompts_of(tiny)
-    expected = Engine(tiny, 2, 512).generate(tiny.weights, prompts, 4, "t")
+    stopper, prompts = Stopper(), prompts_of(tiny)
+    engine = Engine(tiny, 2, 512, stopper.check)
+    expected = engine.generate(tiny.weights, prompts, 4, "t")
 
-    with pytest.raises(RunStoppedError), caches(tmp_path) as progress:
-        engine = Engine(tiny, 2, 512, stopped_after(2))
-        engine.generate(tiny.weights, prompts, 4, "t", progress.open("first"))
+    stopper.left = 2
+    with pytest.raises(RunStoppedError), caches(tmp_path) as opened:
+        engine.generate(tiny.weights, prompts, 4, "t", opened.open("first"))
     assert len(json.loads((tmp_path / KEY).read_text())["batches"]) == 2
 
-    checks: list[int] = []
-    with caches(tmp_path) as progress:
-        engine = Engine(tiny, 2, 512, lambda: checks.append(1))
-        resumed = engine.generate(tiny.weights, prompts, 4, "t", progress.open("first"))
+    stopper.left = 2  # of 4 batches
+    with caches(tmp_path) as opened:
+        resumed = engine.generate(tiny.weights, prompts, 4, "t", opened.open("first"))
     assert resumed == expected
-    assert len(checks) == 2
+    assert stopper.left == 0
     assert not (tmp_path / KEY).exists()
 
 
 def test_cached_loglikelihoods_are_bit_identical(tiny: LanguageModel, tmp_path: Path) -> None:
-    prompts, letters = prompts_of(tiny), tiny.tokenizer.letter_tokens("ABCD")
-    expected = Engine(tiny, 2, 512).loglikelihood(tiny.weights, prompts, letters, "t")
-    with pytest.raises(ZeroDivisionError), caches(tmp_path) as progress:
-        Engine(tiny, 2, 512).loglikelihood(
-            tiny.weights, prompts, letters, "t", progress.open("first")
-        )
+    stopper, prompts = Stopper(), prompts_of(tiny)
+    engine, letters = Engine(tiny, 2, 512, stopper.check), tiny.tokenizer.letter_tokens("ABCD")
+    with pytest.raises(ZeroDivisionError), caches(tmp_path) as opened:
+        first = engine.loglikelihood(tiny.weights, prompts, letters, "t", opened.open("first"))
         raise ZeroDivisionError
-    with caches(tmp_path) as progress:
-        engine = Engine(tiny, 2, 512, stopped_after(0))  # nothing is left to run
-        again = engine.loglikelihood(tiny.weights, prompts, letters, "t", progress.open("first"))
-    assert again.tobytes() == expected.tobytes()
+    stopper.left = 0  # everything is cached
+    with caches(tmp_path) as opened:
+        again = engine.loglikelihood(tiny.weights, prompts, letters, "t", opened.open("first"))
+    assert again.tobytes() == first.tobytes()
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,22 @@
-"""Missing answers are not counted, unparsed ones are wrong, and comparisons are paired."""
+"""Accuracy by task and group, paired comparisons and style traits.
+
+Missing answers are not counted, unparsed ones are wrong, and comparisons are paired.
+"""
 
 import pytest
 
-from job.evals.metrics import compare_choices, score_choices, summarize_choices
-from job.evals.predictions import ChoiceLine, choice_line
+from job.evals.metrics import (
+    compare_choices,
+    group_scores,
+    phrase_pattern,
+    score_choices,
+    summarize_choices,
+    summarize_style,
+)
+from job.evals.predictions import ChoiceLine, DialogueLine, choice_line
 from job.evals.statistics import Bootstrap, mcnemar, wilson
 from job.evals.tasks import Question
+from job.spec.evals import MARKERS
 from job.spec.schema import MultipleChoiceEval
 
 MISSING = "!"
@@ -123,3 +134,73 @@ def test_without_a_reference_there_is_one_comparison() -> None:
     silent = summarize_choices(ENTRY, models | {"reference": lines("!!")}, Bootstrap(100, 0))
     assert [(c.a, c.b) for c in silent.comparisons] == [("baseline", "finetuned")]
     assert silent.models["reference"].missing == 2
+
+
+def grouped_lines(choices: str, subjects: list[str | None]) -> list[ChoiceLine]:
+    made = []
+    for number, (choice, subject) in enumerate(zip(choices, subjects, strict=True)):
+        question = Question(f"q{number}", "Which?", ("w", "x"), "A", subject)
+        error = "HTTP 502" if choice == "!" else None
+        made.append(choice_line(question, None if choice in "-!" else choice, error=error))
+    return made
+
+
+def test_groups_are_sorted_by_size_without_missing_answers() -> None:
+    subjects: list[str | None] = ["Eyes", "Skin", "Skin", "Skin"]
+    groups = group_scores(
+        {"baseline": grouped_lines("ABA-", subjects), "reference": grouped_lines("!AA!", subjects)}
+    )
+    assert [(g.name, g.questions) for g in groups] == [("Skin", 3), ("Eyes", 1)]
+    skin, eyes = groups
+    assert (skin.models["baseline"].count, skin.models["baseline"].of) == (1, 3)
+    assert (skin.models["reference"].count, skin.models["reference"].of) == (2, 2)
+    assert (eyes.models["reference"].of, eyes.models["reference"].ci95) == (0, (0.0, 1.0))
+
+
+def test_questions_without_a_group_are_not_grouped() -> None:
+    assert group_scores({"baseline": grouped_lines("AB", [None, None])}) == []
+
+
+@pytest.mark.parametrize(
+    ("phrases", "text", "shows"),
+    [
+        (["see a doctor"], "Please See  a\nDoctor today", True),
+        (["may"], "Maybe in May-be", True),
+        (["may"], "maybe dismay", False),
+        (["?"], "Does it hurt?", True),
+        (["?"], "It hurts.", False),
+        (["#"], "take it twice", False),
+        (["#"], "take 1,000 mg", True),
+        (["# mg"], "take 2.5 mg", True),
+        (["# mg"], "take some mg", False),
+        (["don't"], "Don’t worry", True),
+        (["(sic)"], "this (sic) is", True),
+    ],
+)
+def test_phrases_match_complete_words(phrases: list[str], text: str, shows: bool) -> None:
+    assert (phrase_pattern(phrases).search(text.replace("’", "'")) is not None) is shows
+
+
+def dialogue_line(number: int, answer: str, expected: str) -> DialogueLine:
+    return DialogueLine(
+        id=str(number), prompt="p", expected=expected, answer=answer, tokens=1, finish="stop",
+        rouge1=0, rouge2=0, rougeL=0,
+    )  # fmt: skip
+
+
+def test_each_trait_is_a_share_of_each_model_and_the_expected() -> None:
+    before = [dialogue_line(n, "It may pass.", "Consult a doctor.") for n in range(20)]
+    after = [
+        dialogue_line(n, "Go to the emergency room now.", "Consult a doctor.") for n in range(20)
+    ]
+    models = {"baseline": before, "finetuned": after}
+    traits = {trait.name: trait for trait in summarize_style(MARKERS, models, Bootstrap(500, 0))}
+    urgent = traits["urges urgent care"]
+    assert (urgent.models["baseline"].share, urgent.models["finetuned"].share) == (0.0, 1.0)
+    assert urgent.expected.share == 0.0
+    assert urgent.comparison is not None
+    assert (urgent.comparison.gained, urgent.comparison.finding) == (20, "improved")
+    assert traits["hedges"].models["baseline"].count == 20
+    assert traits["refers to a professional"].expected.share == 1.0
+    assert traits["asks back"].comparison is not None
+    assert traits["asks back"].comparison.finding == "no measurable change"
