@@ -22,19 +22,15 @@ from job.spec.fields import LETTERS
 
 _MARKUP = re.compile(r"[*_`#>$]+|\\boxed\{|\}")
 
-
 _OPEN, _CLOSE = r"[\(\[\"'‘“]", r"[\)\]\"'’”]"
-
 
 _LEADING = re.compile(
     rf"{_OPEN}?([A-Za-z])(?:{_CLOSE}+[.:,;]*|[.:,;](?=\s|$)|\s*$|\s*\n|\s+[-–—]\s)"
 )
 
-
 _LIST_FOLLOWS = re.compile(
     rf"^\s*(?:,|/|&|and\b|or\b|nor\b)+\s*(?:and\s+|or\s+)?{_OPEN}?[A-Z](?![\w'’])"
 )
-
 
 _PHRASE = re.compile(
     r"(?i:\b(?:answer|choice|option|choose|select|pick|chose|go with)\b"
@@ -42,9 +38,7 @@ _PHRASE = re.compile(
     rf"\s*[:=-]?\s*{_OPEN}?([A-Za-z])(?![\w'’])"
 )
 
-
 _CONNECTIVES = r"(?:because|since|as|is|was|for|due|which|and|or|nor|but|given|based|seems|would)\b"
-
 
 _NOUN_FOLLOWS = re.compile(rf"^\s+(?!{_CONNECTIVES})[a-z]")
 """After an `A` that is an article."""
@@ -55,14 +49,11 @@ _STATED_BEFORE = re.compile(
     r"(?:\b(?:is|be|so|therefore|thus|hence|but|then)\b[,:]?|[=:])\s*$", re.IGNORECASE
 )
 
-
 _CLAUSE_ENDS = re.compile(rf"^{_CLOSE}*\s*(?:[.,;:!?]|$|\b(?:because|since|as|not|rather)\b)")
-
 
 _CLAUSE_BEGINS = re.compile(
     r"(?:^|[.!?:;,\n]|\b(?:so|that|option|choice|letter))\s*$", re.IGNORECASE
 )
-
 
 _STATED_AFTER = re.compile(
     rf"^{_CLOSE}*\s+"
@@ -70,14 +61,12 @@ _STATED_AFTER = re.compile(
     re.IGNORECASE,
 )
 
-
 _NEGATED_BEFORE = re.compile(
     r"(?:\bnot|n['’]t|\bcannot|\bnever|\bneither|\bnor|\bwithout|\brather than|\binstead of|"
     r"\bexcept|\bexclud\w*|\brul\w* out|\beliminat\w*)\s+"
     rf"(?:be\s+|choose\s+|option\s+|answer\s+|choice\s+|the\s+)*{_OPEN}?$",
     re.IGNORECASE,
 )
-
 
 _NEGATED_AFTER = re.compile(
     rf"^(?:{_CLOSE}|[.:])*\s*(?:(?:is|are|was|would be|can be|must be)\s+(?:an?\s+|the\s+)?)?"

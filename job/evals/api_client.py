@@ -26,15 +26,11 @@ from job.storage.retry import retry_after
 
 API_KEY_VARIABLE = "OPENROUTER_API_KEY"
 
-
 _RETRYABLE = (408, 409, 425, 429, 500, 502, 503, 504)
-
 
 _FATAL = {401: "the key is refused", 402: "the account has no credit left"}
 
-
 _MAX_WAIT_SECONDS = 60.0
-
 
 _UNSUPPORTED = "the requested parameters"
 """Part of OpenRouter's 404 when no provider of the model supports all parameters."""
@@ -44,7 +40,7 @@ _UNSUPPORTED = "the requested parameters"
 class Reply:
     """An answer or the reason there is none, with the usage of all attempts."""
 
-    answer: str | None
+    answer: str | None = None
     error: str | None = None
     provider: str | None = None
     model: str | None = None
@@ -101,10 +97,10 @@ class ChatClient:
             max_tokens: limit of this answer, instead of the client's.
         """
         body = self._body(messages, max_tokens or self.max_tokens)
-        total = Reply(None, sent=False)
+        total = Reply(sent=False)
         for number in range(1, self.attempts + 1):
             if reason := self._reserve():
-                return _add_usage(total, Reply(None, error=reason, sent=False))
+                return _add_usage(total, Reply(error=reason, sent=False))
             attempt = self._send(body)
             reply = attempt.reply
             self.budget.settle(attempt.cost, lost=reply.lost > 0, answered=reply.answer is not None)
@@ -155,23 +151,23 @@ class ChatClient:
                 )
         except requests.RequestException as error:
             lost = int(_may_be_billed(error))
-            return _Attempt(Reply(None, error=type(error).__name__, lost=lost), can_retry=True)
+            return _Attempt(Reply(error=type(error).__name__, lost=lost), can_retry=True)
         status = response.status_code
         try:
             document = _sanitize(json.loads(response.content), self.key)
         except (ValueError, RecursionError):
             if status == 200:
-                reply = Reply(None, error="the body is not JSON", lost=1)
+                reply = Reply(error="the body is not JSON", lost=1)
                 return _Attempt(reply, can_retry=True)
             document = _sanitize(response.text, self.key)
         if status == 200:
             return _parse_completion(document)
         if status in _RETRYABLE:
             wait = retry_after(response.headers.get("Retry-After"))
-            return _Attempt(Reply(None, error=f"HTTP {status}"), can_retry=True, retry_after=wait)
+            return _Attempt(Reply(error=f"HTTP {status}"), can_retry=True, retry_after=wait)
         if status in _FATAL:
             self.closed = f"HTTP {status}: {_FATAL[status]}"
-            return _Attempt(Reply(None, error=self.closed))
+            return _Attempt(Reply(error=self.closed))
         return _Attempt(self._rejection(status, _error_message(document)))
 
     def _rejection(self, status: int, message: str) -> Reply:
@@ -180,7 +176,7 @@ class ChatClient:
         if status == 404 and self.openrouter and _UNSUPPORTED in message:
             error += " (its providers may not support `reasoning`: set reference.reasoning to null)"
             self.closed = error
-        return Reply(None, error=error, final=True)
+        return Reply(error=error, final=True)
 
 
 class _Session(requests.Session):
@@ -242,12 +238,11 @@ def _error_message(document: Any) -> str:
 def _parse_completion(document: Any) -> _Attempt:
     """Return the outcome that the body of a 200 reports."""
     if not isinstance(document, dict):
-        reply = Reply(None, error=f"an error with status 200: {document}"[:200])
+        reply = Reply(error=f"an error with status 200: {document}"[:200])
         return _Attempt(reply, can_retry=True)
     usage = _dict(document.get("usage"))
     cost = _number(usage["cost"]) if _is_number(usage.get("cost")) else None
     reply = Reply(
-        None,
         provider=_text(document.get("provider")),
         model=_text(document.get("model")),
         prompt_tokens=int(_number(usage.get("prompt_tokens"))),

@@ -15,21 +15,16 @@ from job.data.packing import best_fit
 PACKED_LENGTH = 512
 """Length of packed rows in tokens, unless a prompt is longer."""
 
-
 BATCHING_VERSION = 3
 """Increase it when the same prompts are batched differently: cached results become invalid."""
-
 
 CPU_COMPILE_TOKENS = 2_000
 """Tokens a CPU processes in the time one more program takes to compile: an order of magnitude."""
 
-
 COMPILE_TOKENS = 1_000_000
 """Tokens an accelerator processes in that time."""
 
-
 _WIDTH_MULTIPLE = 8
-
 
 _LENGTH_MULTIPLE = 32
 
@@ -139,14 +134,10 @@ def batch_packed(
     if not prompts:
         return
     if packing:
-        length = packed_length(max(lengths))
-        bins = best_fit(lengths, length)
-        most = max(devices, packed_rows(most, sum(lengths) / len(lengths), length))
+        rows, length, bins = _pack(lengths, most, devices)
     else:
         bins = [[index] for index in sorted(range(len(prompts)), key=lengths.__getitem__)]
-    rows = even_batch_size(len(bins), most, devices)
-    if packing:
-        length, bins = _shorten(lengths, length, bins, -(-len(bins) // rows) * rows)
+        rows = even_batch_size(len(bins), most, devices)
     batches = [bins[start : start + rows] for start in range(0, len(bins), rows)]
     if packing:
         buckets = [length] * len(batches)
@@ -164,17 +155,22 @@ def batch_packed(
         yield _fill_rows(prompts, batch, (rows, length), (devices, width))
 
 
-def _shorten(
-    lengths: Sequence[int], length: int, bins: list[list[int]], rows: int
-) -> tuple[int, list[list[int]]]:
-    """Return the shortest row length that fits all prompts into `rows` rows, and its bins."""
-    shortest = round_length(max(lengths))
-    while length - _LENGTH_MULTIPLE >= shortest:
+def _pack(lengths: Sequence[int], most: int, devices: int) -> tuple[int, int, list[list[int]]]:
+    """Return the rows per batch, the row length, and the prompt indices of each row.
+
+    The row length is the shortest that needs no more batches than the initial one.
+    """
+    length = packed_length(max(lengths))
+    bins = best_fit(lengths, length)
+    most = max(devices, packed_rows(most, sum(lengths) / len(lengths), length))
+    rows = even_batch_size(len(bins), most, devices)
+    max_rows = -(-len(bins) // rows) * rows
+    while length - _LENGTH_MULTIPLE >= round_length(max(lengths)):
         shorter = best_fit(lengths, length - _LENGTH_MULTIPLE)
-        if len(shorter) > rows:
+        if len(shorter) > max_rows:
             break
         length, bins = length - _LENGTH_MULTIPLE, shorter
-    return length, bins
+    return rows, length, bins
 
 
 def packed_length(longest: int) -> int:

@@ -69,7 +69,7 @@ class Engine:
         compile_tokens = CPU_COMPILE_TOKENS if model.platform == "cpu" else COMPILE_TOKENS
         self._compile_tokens = compile_tokens * model.devices
         self._check = check
-        self._sample_programs: dict[Sampling, Callable[..., Any]] = {}
+        self._generate_programs: dict[Sampling | None, Callable[..., Any]] = {}
 
     def encode(self, prompts: Sequence[Conversation | str]) -> tuple[list[list[int]], int]:
         """Tokenize prompts, keeping the start token and the end of those that are too long.
@@ -197,35 +197,28 @@ class Engine:
             self._run_batches(len(prompts), batches, run_batch, cache, label), np.float32
         )
 
-    @cached_property
-    def generate_program(self) -> Callable[..., Any]:
-        """The jitted program that generates greedily; `limit` is static."""
-        model = self._model
+    def generate_program(self, sampling: Sampling | None = None) -> Callable[..., Any]:
+        """Return the jitted program that generates, greedily without `sampling`.
 
-        def generate(weights: Weights, tokens: Any, lengths: Any, limit: int) -> Any:
-            return model.generate(weights, tokens, lengths, limit, model.tokenizer.stop_ids)
-
-        return jax.jit(generate, static_argnames="limit", out_shardings=model.replicated)
-
-    def sample_program(self, sampling: Sampling) -> Callable[..., Any]:
-        """Return the jitted program that samples; it also takes the random generator's state."""
-        sampling = replace(sampling, seed=0)  # one program for all seeds
-        if sampling not in self._sample_programs:
+        Its argument `limit` is static; `state` is the random generator's, for sampling.
+        """
+        sampling = None if sampling is None else replace(sampling, seed=0)  # one for all seeds
+        if sampling not in self._generate_programs:
             model = self._model
-            sampler = sampling.sampler(model.vocabulary)
+            sampler = None if sampling is None else sampling.sampler(model.vocabulary)
 
             def generate(
-                weights: Weights, tokens: Any, lengths: Any, state: Any, limit: int
+                weights: Weights, tokens: Any, lengths: Any, limit: int, state: Any = None
             ) -> Any:
-                sampler_state = SamplerState(sampler, state)
+                sampler_state = None if sampler is None else SamplerState(sampler, state)
                 return model.generate(
                     weights, tokens, lengths, limit, model.tokenizer.stop_ids, sampler_state
                 )
 
-            self._sample_programs[sampling] = jax.jit(
+            self._generate_programs[sampling] = jax.jit(
                 generate, static_argnames="limit", out_shardings=model.replicated
             )
-        return self._sample_programs[sampling]
+        return self._generate_programs[sampling]
 
     def generate(
         self,
@@ -250,12 +243,9 @@ class Engine:
 
         def run_batch(batch: PaddedPrompts) -> list[Any]:
             tokens, lengths = model.shard_batch((batch.tokens, batch.lengths))
-            if sampling is None:
-                rows = self.generate_program(weights, tokens, lengths, limit=max_new_tokens)
-            else:
-                state = sampling.state(batch.indices[0])
-                program = self.sample_program(sampling)
-                rows = program(weights, tokens, lengths, state, limit=max_new_tokens)
+            state = None if sampling is None else sampling.state(batch.indices[0])
+            program = self.generate_program(sampling)
+            rows = program(weights, tokens, lengths, limit=max_new_tokens, state=state)
             rows = np.asarray(rows)
             return [astuple(self._decode(row.tolist())) for row in rows[: len(batch.indices)]]
 

@@ -15,7 +15,6 @@ from job.storage.base import Store
 WRITE_EVERY_SECONDS = 20.0
 """Minimum time between two writes: the work lost to a kill, besides the current batch."""
 
-
 Broadcast = Callable[[Callable[[], str]], str]
 """Calls a function on the primary process and returns its text on every process."""
 

@@ -11,9 +11,7 @@ from job.storage.base import Store
 
 ModelName = Literal["baseline", "finetuned", "reference"]
 
-
 DIALOGUE = "dialogue"
-
 
 SIDE_BY_SIDE = "side_by_side"
 

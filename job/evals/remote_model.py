@@ -17,7 +17,7 @@ from job.evals.predictions import (
     SideLine,
     choice_line,
 )
-from job.evals.reply_log import WRITE_EVERY_SECONDS, LoggedReply, ReplyLog
+from job.evals.reply_log import WRITE_EVERY_SECONDS, ReplyLog
 from job.evals.tasks import SideBySidePrompt, Task, question_messages
 from job.runtime import logs
 from job.runtime.threads import Threads
@@ -25,8 +25,6 @@ from job.runtime.watchdog import progress
 
 _STOP_SECONDS = 10.0
 """Wait for requests in flight when the job is stopped."""
-
-AnyReply = Reply | LoggedReply
 
 
 class RemoteModel:
@@ -100,9 +98,9 @@ class RemoteModel:
 
     def _complete(
         self, name: str, prompts: Mapping[str, Conversation], max_tokens: int | None = None
-    ) -> Mapping[str, AnyReply]:
+    ) -> Mapping[str, Reply]:
         """Return the replies to all prompts by id: saved ones and new ones."""
-        replies: dict[str, AnyReply] = {}
+        replies: dict[str, Reply] = {}
         replies |= self._log.settled(name)
         missing = [identity for identity in prompts if identity not in replies]
         saved = len(prompts) - len(missing)
@@ -143,7 +141,7 @@ class RemoteModel:
         return replies
 
 
-def _reply_fields(reply: AnyReply) -> dict[str, object]:
+def _reply_fields(reply: Reply) -> dict[str, object]:
     """Return the fields of a line that come from any reply."""
     return {
         "error": reply.error,

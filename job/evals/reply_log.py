@@ -8,49 +8,38 @@ cost. Each reply carries a digest of the inputs it belongs to; replies to other 
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from job.evals.api_client import Reply
 from job.storage.base import Store
 
 REPLIES_KEY = "evals/reference/replies.jsonl"
 
-
 PARTIAL_FOLDER = "evals/reference/partial/"
-
 
 WRITE_EVERY_SECONDS = 0.2
 """Minimum time between two files."""
 
 
-class LoggedReply(BaseModel):
-    """A line of the files: the reply to one question, with the fields of `api_client.Reply`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+@dataclass(frozen=True, kw_only=True)
+class LoggedReply(Reply):
+    """A line of the files: the reply to one question of an evaluation."""
 
     inputs: str
     number: int
     """Position in the order of arrival."""
     eval: str
     id: str
-    answer: str | None = None
-    error: str | None = None
-    final: bool = False
-    provider: str | None = None
-    model: str | None = None
-    finish: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0
-    cost_usd: float = 0.0
-    lost: int = 0
 
     @property
     def is_settled(self) -> bool:
         """Whether the question need not be sent again."""
         return self.answer is not None or self.final
+
+
+_LINE = TypeAdapter(LoggedReply)
 
 
 class ReplyLog:
@@ -88,10 +77,9 @@ class ReplyLog:
 
     def add(self, name: str, question_id: str, reply: Reply) -> LoggedReply:
         """Add a reply; the next `write` saves it."""
-        fields = {name: value for name, value in asdict(reply).items() if name != "sent"}
         number = self.replies[-1].number + 1 if self.replies else 0
         logged = LoggedReply(
-            inputs=self._inputs, number=number, eval=name, id=question_id, **fields
+            inputs=self._inputs, number=number, eval=name, id=question_id, **vars(reply)
         )
         self.replies.append(logged)
         self._unwritten.append(logged)
@@ -117,13 +105,12 @@ class ReplyLog:
 
 
 def _format(replies: Iterable[LoggedReply]) -> bytes:
-    lines = (reply.model_dump_json(exclude_defaults=True) + "\n" for reply in replies)
-    return "".join(lines).encode()
+    return b"".join(_LINE.dump_json(reply, exclude_defaults=True) + b"\n" for reply in replies)
 
 
 def _parse(content: bytes | None) -> Iterable[LoggedReply]:
     for line in (content or b"").split(b"\n"):
         try:
-            yield LoggedReply.model_validate_json(line)
+            yield _LINE.validate_json(line)
         except ValidationError:  # the end of the text, or a line of another version
             continue

@@ -14,14 +14,11 @@ from job.results import Comparison, Estimate, Finding, Interval, PairedTest, Rec
 
 ALPHA = 0.05
 
-
 POWER = 0.8
 """Probability that a test detects a change of its minimum detectable effect."""
 
-
 MIN_BOOTSTRAP_ITEMS = 10
 """With fewer items the bootstrap interval is too unreliable to claim a change."""
-
 
 WORST_DISCORDANCE = 0.5
 """Share of questions that exactly one of two unrelated models gets right.
@@ -30,10 +27,8 @@ It is p(1-q) + q(1-p) for accuracies p and q, at most 1/2 unless one model avoid
 gets right. This is the assumption before anything is measured.
 """
 
-
 _MAX_RANDOM_NUMBERS = 4_000_000
 """Random numbers the bootstrap holds in memory."""
-
 
 _NEGLIGIBLE = 1e-12
 

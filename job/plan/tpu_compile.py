@@ -206,7 +206,7 @@ class Compiler:
         first, turn = self.generation_parts(asked)
         logs.get().info("compiling", program="generate")
         tokens, lengths = self._prompt_batch(round_length(asked.prompt_tokens))
-        program = jax.jit(partial(self._engine.generate_program, limit=asked.new_tokens))
+        program = jax.jit(partial(self._engine.generate_program(), limit=asked.new_tokens))
         whole = compile_program(program, self.model.weights, tokens, lengths)
         costs = first.costs.plus(turn.costs, asked.new_tokens)
         return first, turn, with_costs(whole, costs)
