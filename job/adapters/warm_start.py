@@ -52,7 +52,7 @@ def starting_lora(
         factors = _from_keras(folder, spec, model)
     else:
         factors = _from_peft(read_peft(folder), model)
-    logs.get().info("adapter loaded to start from", adapter=uri, format=kind, layers=len(factors))
+    logs.get().info("starting from adapter", adapter=uri, format=kind, layers=len(factors))
     return _fit(layout, start, factors)
 
 
@@ -62,7 +62,7 @@ def _from_keras(folder: Path, spec: Spec, model: LanguageModel) -> KernelFactors
     check_model(info, spec.model.preset, model.family, _WHERE)
     if info.revision != model.preset.revision:
         logs.get().warning(
-            "adapter from another commit of the model",
+            "adapter has another model revision",
             adapter=info.revision,
             model=model.preset.revision,
         )

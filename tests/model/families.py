@@ -2,6 +2,8 @@
 
 import keras_hub
 
+from job.model.families import FAMILIES
+
 SHAPE = {"vocabulary_size": 64, "num_layers": 6, "hidden_dim": 16, "intermediate_dim": 32}
 HEADS = {"num_query_heads": 2, "num_key_value_heads": 1}
 WINDOW = {"use_sliding_window_attention": True, "sliding_window_size": 5}
@@ -20,3 +22,8 @@ def small_backbone(family: str, **arguments: object) -> keras_hub.models.Backbon
     layers = 6 if family == "Gemma3Backbone" else 2
     defaults = {**SHAPE, **HEADS, **ARGUMENTS[family], "num_layers": layers, "dtype": "float32"}
     return getattr(keras_hub.models, family)(**defaults | arguments)
+
+
+def families_with(capability: str) -> list[str]:
+    """List the families whose entry in `FAMILIES` has a capability."""
+    return [name for name, family in FAMILIES.items() if getattr(family, capability)]

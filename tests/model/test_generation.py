@@ -8,12 +8,11 @@ import pytest
 from jax.sharding import Mesh
 
 from job.chat.tokenizer import ChatTokenizer
-from job.model.families import FAMILIES
 from job.model.generation import left_pad
 from job.model.language_model import LanguageModel, Preset
 from job.model.tiny import train_tokenizer
 from job.spec.schema import Lora, Model
-from tests.model.families import small_backbone
+from tests.model.families import families_with, small_backbone
 
 LENGTHS = (3, 12)  # the window of the small models is 5
 NEW = 7
@@ -29,7 +28,7 @@ def small_model(family: str) -> LanguageModel:
     return LanguageModel(task, ChatTokenizer(tokenizer), spec, Preset("test", None), mesh)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families_with("packable"))
 def test_every_family_decodes_as_kerashub_does(family: str) -> None:
     model = small_model(family)
     generator = np.random.default_rng(0)

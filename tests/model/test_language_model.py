@@ -8,11 +8,10 @@ import pytest
 from job.chat.tokenizer import OptionTokens
 from job.evals.engine import Engine
 from job.model.attention import segment_attention
-from job.model.families import FAMILIES
 from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.tiny import train_tokenizer
 from tests.conversations import turns
-from tests.model.families import small_backbone
+from tests.model.families import families_with, small_backbone
 from tests.model.forward import full_logits
 
 PROMPTS = [
@@ -112,7 +111,7 @@ def test_long_prompts_are_truncated_at_the_start_and_counted(tiny: LanguageModel
     assert truncated == [full[0], *full[-63:]]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families_with("packable"))
 def test_packed_and_unpacked_hidden_states_agree(family: str) -> None:
     backbone = small_backbone(family)
     lengths = (9, 4, 7)

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from job.model.attention import Chunking, chunked_attention, segment_attention
-from job.model.families import FAMILIES
-from tests.model.families import small_backbone
+from tests.model.families import families_with, small_backbone
 
 LENGTH, LONGEST = 45, 9
 
@@ -21,7 +20,7 @@ def rows() -> dict[str, np.ndarray]:
     return {"token_ids": tokens, "padding_mask": segment_ids}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families_with("chunked_attention"))
 @pytest.mark.parametrize("cut", [Chunking(4, 1.0), Chunking(7, 2.0)])
 def test_chunked_and_full_attention_agree(family: str, cut: Chunking) -> None:
     backbone, inputs = small_backbone(family), rows()
