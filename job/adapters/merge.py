@@ -65,7 +65,7 @@ def merge_checkpoint(source: Path, adapter: PeftAdapter, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
     for number, (name, shard) in enumerate(shards.items(), 1):
         shard.rewrite(target / name, changes)
-        logs.get().info("merged", file=name, number=number, of=len(shards))
+        logs.get().info("shard written", file=name, number=number, of=len(shards))
 
 
 def _changes(
@@ -155,7 +155,7 @@ def _write_weights(backbone: Any, target: Path) -> None:
     for file, names in shards.filename_to_tensors.items():
         values = {name: value(tensors[name]) for name in names}
         save_file(values, target / file, metadata={"format": "pt"})
-        logs.get().info("merged", file=file)
+        logs.get().info("shard written", file=file)
     if shards.is_sharded:
         content = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (target / _INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -1,7 +1,7 @@
 """A language model without weights: its programs can be traced and compiled, not run.
 
 Every array is a shape, a dtype and a sharding, so a model of any size takes no memory. It traces
-what `LanguageModel` traces, for the platform of the mesh it is given.
+what `LanguageModel` traces, for the platform of its mesh.
 """
 
 import json

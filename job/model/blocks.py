@@ -1,9 +1,8 @@
 """A model split into its decoder blocks: what runs before them, one function per kind of block,
 and what runs after them.
 
-A compiler that is given the full model compiles its blocks again and again. Here blocks that do
-the same share one compiled function, and run one after the other. What distinguishes one from
-another is passed in: its weights, its adapter, the wavelengths of its rotary embeddings.
+Compiling the full model compiles every block. Here blocks of one kind share a compiled function,
+and what distinguishes them is passed in: weights, adapter, wavelengths of rotary embeddings.
 """
 
 import inspect
@@ -182,7 +181,7 @@ class BlockwiseModel:
 
         Returns:
             The input of the next block, and the residuals: outputs of kernels that `backward`
-            would else compute again.
+            would otherwise recompute.
         """
         results: dict[int, jax.Array] = {}
 
@@ -306,10 +305,10 @@ def split_into_blocks(model: LanguageModel, config: ForwardConfig) -> BlockwiseM
         _Block(
             layer,
             tuple(variable_index[id(variable)] for variable in layer.variables),
-            tuple(target for target, of in enumerate(owners) if of == number),
+            tuple(target for target, block in enumerate(owners) if block == index),
             kind,
         )
-        for number, (layer, kind) in enumerate(
+        for index, (layer, kind) in enumerate(
             zip(layers, _kinds(layers, config.longest), strict=True)
         )
     ]

@@ -39,7 +39,7 @@ from job.spec.schema import Model
 
 @dataclass(frozen=True)
 class Preset:
-    """What KerasHub's `from_preset` is given, and its commit (None if unversioned)."""
+    """An argument of KerasHub's `from_preset`, and its commit (None if unversioned)."""
 
     handle: str
     revision: str | None
@@ -49,7 +49,7 @@ class ForwardConfig(NamedTuple):
     """How rows go through the backbone."""
 
     packed: bool
-    """Rows may hold several examples; else `segment_ids` are an ordinary padding mask."""
+    """Rows may have several examples; otherwise `segment_ids` are an ordinary padding mask."""
     remat: Remat = "matmuls"
     longest: int | None = None
     """Tokens of the longest example, beyond which attention need not look; None if unknown."""
