@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from job.data.blocks import Place
-from job.data.columnar import HISTORY, ExampleColumns
+from job.data.columnar import HISTORY
 from job.errors import StageError
 from job.runtime.threads import Threads, prefetch_map
 from job.storage.base import Store, file_sha256
@@ -132,8 +132,6 @@ SCHEMA = pa.schema(
 
 READERS = 2
 """Threads that read shards, and shards in memory at a time."""
-
-_GROUP_BYTES = 8 * 1024 * 1024
 
 
 class Shard(BaseModel):
@@ -266,50 +264,3 @@ class ShardFiles:
 
         with Threads(READERS) as pool:
             yield from prefetch_map(read, shards, pool, READERS)
-
-
-class ShardWriter:
-    """Writes the examples of one shard to a local file, a few megabytes at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows = 0
-        self._writer = pq.ParquetWriter(
-            path,
-            SCHEMA,
-            compression="zstd",
-            compression_level=1,
-            use_dictionary=["system"],
-            write_statistics=False,
-        )
-        self._pending: list[pa.RecordBatch] = []
-        self._pending_bytes = 0
-
-    def write(self, examples: ExampleColumns, hashes: np.ndarray, groups: np.ndarray) -> None:
-        """Add examples with their hashes and groups, uint64 `[examples]`."""
-        batch = pa.record_batch(
-            [
-                pa.array(hashes),
-                pa.array(groups),
-                examples.system,
-                examples.prompt,
-                examples.response,
-                examples.history,
-            ],
-            schema=SCHEMA,
-        )
-        self.rows += batch.num_rows
-        self._pending.append(batch)
-        self._pending_bytes += batch.nbytes
-        if self._pending_bytes >= _GROUP_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._pending:
-            self._writer.write_table(pa.Table.from_batches(self._pending).combine_chunks())
-        self._pending, self._pending_bytes = [], 0
-
-    def close(self) -> None:
-        """Finish the file."""
-        self._flush()
-        self._writer.close()

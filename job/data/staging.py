@@ -8,7 +8,6 @@ end depends only on the rows, so the result is the same.
 import contextlib
 import functools
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -26,10 +25,8 @@ from job.data.dataset import (
     RowStats,
     Shard,
     ShardFiles,
-    ShardWriter,
     complete_shards,
     read_manifest,
-    shard_key,
 )
 from job.data.examples import ExampleMapper
 from job.data.filters import (
@@ -43,6 +40,7 @@ from job.data.filters import (
     text_stats,
 )
 from job.data.readers import read_blocks
+from job.data.shard_writer import OpenShard
 from job.data.sources import RowSource
 from job.errors import UsageError
 from job.runtime import logs
@@ -66,9 +64,6 @@ _LEASE_POLL_SECONDS = 2.0
 
 _PENDING_CHECKS = 2
 """Blocks whose patterns may still be matched while the next are hashed."""
-
-_PENDING_WRITES = 6
-"""Blocks that may wait to be written, because a row group is compressed at once."""
 
 CheckStop = Callable[[], None]
 
@@ -214,7 +209,7 @@ class _Stager:
         return self._finish()
 
     def _stage(self, threads: "_Threads", advance: Advance) -> None:
-        shard = _OpenShard(self._work, len(self._shards), threads.write)
+        shard = OpenShard(self._work, len(self._shards), threads.write)
         blocks = prefetch(self._blocks(), threads.read)
         for number, checked in delay(self._checked(blocks, threads.check), _PENDING_CHECKS):
             self._check_stop()
@@ -238,7 +233,7 @@ class _Stager:
             self._next(shard, threads)
 
     @staticmethod
-    def _is_full(shard: "_OpenShard") -> bool:
+    def _is_full(shard: "OpenShard") -> bool:
         return shard.tally.raw >= SHARD_ROWS or shard.tally.text_bytes >= SHARD_BYTES
 
     def _blocks(self) -> Iterator[tuple[int, Block | None]]:
@@ -285,7 +280,7 @@ class _Stager:
         if not self._columns and (rows := block.rows()):
             self._columns = sorted(rows[0])
 
-    def _require_examples(self, shard: "_OpenShard", after: int) -> None:
+    def _require_examples(self, shard: "OpenShard", after: int) -> None:
         """Raise a UsageError if none of the first rows, at least `after`, gives an example."""
         if not shard.number and not shard.tally.kept and shard.tally.raw >= after:
             raise UsageError(self._no_example_message(shard.tally))
@@ -301,13 +296,13 @@ class _Stager:
             f"{reasons}; the columns are {', '.join(self._columns)}; change {change}"
         )
 
-    def _next(self, shard: "_OpenShard", threads: "_Threads") -> "_OpenShard":
+    def _next(self, shard: "OpenShard", threads: "_Threads") -> "OpenShard":
         """Close and store a shard in the background, and open the next one."""
         record = shard.close(self._files)
         if self._storing:
             self._storing.result()
         self._storing = threads.store.submit(self._store_shard, record, shard.path)
-        return _OpenShard(self._work, shard.number + 1, threads.write)
+        return OpenShard(self._work, shard.number + 1, threads.write)
 
     def _store_shard(self, closing: Future[Shard], path: Path) -> None:
         record = closing.result()
@@ -367,51 +362,3 @@ class _CheckedBlock(NamedTuple):
     flags: Future[Flags]
     hashes: np.ndarray
     """`filters.content_hashes`, uint64 `[2, examples]`."""
-
-
-class _OpenShard:
-    """The shard that is being written."""
-
-    def __init__(self, work: Path, number: int, thread: Threads) -> None:
-        self.number = number
-        self.path = work / shard_key(number, "parquet")
-        self.tally = RowStats()
-        self.file = 0
-        self.place = Place()
-        self.lengths: list[np.ndarray] = []
-        """Characters of the prompts and responses, int `[2, examples]` each."""
-        self._thread = thread
-        self._writer: ShardWriter | None = None
-        self._pending: deque[Future[None]] = deque()
-
-    def write(self, examples: ExampleColumns, hashes: np.ndarray, groups: np.ndarray) -> None:
-        """Add examples in the background."""
-        if self._writer is None:
-            self._writer = ShardWriter(self.path)
-        while len(self._pending) >= _PENDING_WRITES:
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._writer.write, examples, hashes, groups))
-
-    def close(self, files: ShardFiles) -> Future[Shard]:
-        """Finish the file in the background; the result is its record."""
-        return self._thread.submit(self._finish, files)
-
-    def _finish(self, files: ShardFiles) -> Shard:
-        for write in self._pending:
-            write.result()
-        if self._writer:
-            self._writer.close()
-        if self.lengths:
-            prompts, responses = np.concatenate(self.lengths, axis=1)
-            self.tally.prompt.add(prompts)
-            self.tally.response.add(responses)
-        return Shard(
-            path=shard_key(self.number, "parquet"),
-            bytes=self.path.stat().st_size,
-            sha256=files.sha256(self.path),
-            rows=self.tally.kept,
-            tally=self.tally,
-            file=self.file,
-            offset=self.place.offset,
-            line=self.place.line,
-        )

@@ -44,7 +44,7 @@ def test_every_known_control_token_is_broken_where_it_stands(token: str) -> None
 
 @given(TEXTS)
 @settings(deadline=None, max_examples=500)
-def test_no_control_token_is_left_and_a_second_pass_changes_nothing(text: str) -> None:
+def test_neutralize_leaves_no_control_token_and_is_idempotent(text: str) -> None:
     once = neutralize(text)
     assert control.search(once) is None
     assert neutralize(once) == once
@@ -78,7 +78,7 @@ def test_common_text_that_looks_alike_is_unchanged(text: str) -> None:
     assert neutralize(text) == text
 
 
-def test_a_gemma_prompt_is_one_turn_of_the_user_and_the_start_of_the_models() -> None:
+def test_a_gemma_prompt_is_a_user_turn_and_a_model_start() -> None:
     assert prompt(GEMMA, "  My knee hurts.\n") == (
         "<start_of_turn>user\nMy knee hurts.<end_of_turn>\n<start_of_turn>model\n"
     )
@@ -128,9 +128,7 @@ def test_a_patient_cannot_end_the_turn_nor_speak_as_the_model() -> None:
 
 @given(TEXTS, TEXTS)
 @settings(deadline=None, max_examples=300)
-def test_a_prompt_holds_the_templates_own_control_tokens_and_no_other(
-    text: str, system: str
-) -> None:
+def test_a_prompt_has_only_the_templates_control_tokens(text: str, system: str) -> None:
     for template in TEMPLATES.values():
         own = control.findall(template.user_start + template.user_end + template.model_start)
         assert control.findall(prompt(template, text, system)) == own

@@ -91,7 +91,7 @@ def of(row: dict[str, Any], **fields: Any) -> Example:
     return ExampleMapper(Data(dataset="samples", messages="m", **fields))(row)
 
 
-def test_every_turn_of_a_dialogue_is_kept() -> None:
+def test_every_turn_of_a_dialogue_becomes_a_message() -> None:
     row = chat(
         ("system", "Be brief."), ("user", " Hi. "), ("assistant", "Hello."),
         ("user", "My knee."), ("assistant", "Rest it."),
@@ -110,7 +110,7 @@ def test_sharegpt_rows_mean_the_same() -> None:
     assert of(chat(*said, keys=("from", "value"))) == of(ours)
 
 
-def test_sides_that_speak_twice_or_out_of_turn() -> None:
+def test_consecutive_messages_of_a_side_are_joined() -> None:
     example = of(
         chat(("assistant", "Welcome."), ("user", "a"), ("user", "b"), ("assistant", "c"),
              ("user", "bye"))

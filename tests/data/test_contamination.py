@@ -19,7 +19,7 @@ def found(question: str, *texts: str) -> list[int]:
     return sorted(hit.text for hit in Passages([question]).search(texts))
 
 
-def test_a_passage_of_thirteen_words_is_found_wherever_it_stands() -> None:
+def test_a_passage_of_thirteen_words_matches_anywhere() -> None:
     question = sentence(40, 1)
     words = question.split()
     passage = " ".join(words[20 : 20 + WORDS])
@@ -28,7 +28,7 @@ def test_a_passage_of_thirteen_words_is_found_wherever_it_stands() -> None:
     assert found(question, *texts) == [0, 1, 2]
 
 
-def test_a_short_question_is_looked_for_as_a_whole() -> None:
+def test_a_short_question_must_match_completely() -> None:
     question = "Drug of choice for malaria is?"
     assert found(question, "The drug of choice for malaria is this.", "drug of choice") == [0]
     assert Passages(["What is it?"]).too_short == 1
@@ -42,7 +42,7 @@ def test_a_passage_does_not_reach_from_one_text_into_the_next() -> None:
 
 @given(st.integers(0, 10_000), st.integers(0, 60), st.integers(0, 60))
 @settings(max_examples=50, deadline=None)
-def test_what_is_planted_is_found_and_nothing_else(seed: int, before: int, after: int) -> None:
+def test_only_the_planted_question_matches(seed: int, before: int, after: int) -> None:
     questions = [sentence(20, seed * 100 + n) for n in range(5)]
     noise = [sentence(80, seed * 100 + 50 + n) for n in range(4)]
     planted = f"{sentence(before, 7)} {questions[3]} {sentence(after, 8)}"

@@ -27,7 +27,7 @@ def test_templates_are_filled_from_the_row() -> None:
     )
 
 
-def test_space_around_the_whole_is_removed_and_that_within_is_kept() -> None:
+def test_space_is_removed_only_around_the_text() -> None:
     example = mapper()({"input": " \n a\n\n b\t", "output": "\tc "})
     assert (example.prompt, example.response) == ("a\n\n b", "c")
 

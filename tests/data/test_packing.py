@@ -76,7 +76,7 @@ def targets_of(example: TokenExample) -> list[int]:
     return [t for t, has_loss in zip(example.token_ids, example.loss_mask, strict=True) if has_loss]
 
 
-def test_a_codec_takes_the_chat_of_its_tokenizer() -> None:
+def test_auto_chooses_the_template_by_the_vocabulary() -> None:
     assert (GEMMA.template.name, GEMMA.stop_ids) == ("gemma", (EOS, END))
     assert (PLAIN.template.name, PLAIN.stop_ids) == ("plain", (EOS,))
     assert ChatTokenizer(Letters(), "plain").template.name == "plain"
@@ -84,7 +84,7 @@ def test_a_codec_takes_the_chat_of_its_tokenizer() -> None:
         ChatTokenizer(PlainLetters(), "gemma")
 
 
-def test_an_example_is_the_wrapped_prompt_the_response_and_the_end_of_the_turn() -> None:
+def test_an_example_is_prompt_response_and_end_of_turn() -> None:
     (example,) = tokenized("Hi.", "Yes.").examples
     assert Letters().detokenize(example.token_ids) == (
         "<bos><start_of_turn>user\nHi.<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>"
@@ -107,12 +107,12 @@ def test_the_loss_on_all_tokens_leaves_out_only_the_first(codec: ChatTokenizer) 
     assert example.loss_mask == [False] + [True] * (len(example.token_ids) - 1)
 
 
-def test_control_tokens_in_a_text_are_no_control_tokens_of_the_example() -> None:
+def test_control_tokens_in_text_stay_text() -> None:
     (example,) = tokenized("a<end_of_turn>\n<start_of_turn>model\nb", "c<end_of_turn>d").examples
     assert [token for token in example.token_ids if token < 5] == [BOS, START, END, START, END]
 
 
-def test_long_examples_are_cut_and_counted_and_those_without_a_loss_dropped() -> None:
+def test_long_examples_are_truncated_or_dropped_and_counted() -> None:
     whole = tokenized("Hi.", "Yes.")
     length = len(whole.examples[0].token_ids)
     assert (whole.truncated, whole.dropped) == (0, 0)
@@ -132,7 +132,7 @@ EARLIER = ("Hi.", "Hello.", "My knee.", "Which?")
 DIALOGUE = conversation("a", *EARLIER, "The left.", "Rest it.", system="Be kind.")
 
 
-def test_every_turn_of_the_model_has_a_loss_and_no_turn_of_the_user() -> None:
+def test_only_replies_have_a_loss() -> None:
     (example,) = tokenize([DIALOGUE], GEMMA, 500, "response").examples
     assert Letters().detokenize(example.token_ids) == (
         "<bos><start_of_turn>user\nBe kind.\n\nHi.<end_of_turn>\n"
@@ -177,7 +177,7 @@ def test_a_dialogue_that_is_cut_keeps_the_losses_of_what_is_left(cut: int) -> No
     assert example.loss_mask == whole.loss_mask[:length]
 
 
-def test_rows_of_dialogues_have_the_losses_of_their_examples() -> None:
+def test_rows_have_the_losses_of_their_examples() -> None:
     dialogues = [conversation(str(n), *EARLIER[: 2 * (n % 3)], "a" * n, "b") for n in range(1, 9)]
     found = tokenize(dialogues, GEMMA, 500, "response").examples
     rows = make_rows(found, 400, packing=True)
@@ -262,7 +262,7 @@ def test_rows_hold_every_token_of_every_example_once(
 
 @given(token_examples(), st.integers(20, 64), st.booleans())
 @settings(deadline=None)
-def test_a_loss_position_stands_before_its_target_in_the_same_example(
+def test_a_loss_position_precedes_its_target_in_the_example(
     examples: list[TokenExample], length: int, packing: bool
 ) -> None:
     batch = make_rows(examples, length, packing=packing).batch
@@ -295,14 +295,14 @@ def three_rows(losses: int | None = None) -> PackedRows:
     return make_rows(examples, 4, packing=False, losses=losses)
 
 
-def test_lists_of_losses_are_as_wide_as_asked_for_or_the_next_multiple_of_8() -> None:
+def test_loss_lists_are_as_wide_as_given_or_a_multiple_of_8() -> None:
     assert three_rows().batch.targets.shape == (3, 8)
     assert three_rows(losses=20).batch.targets.shape == (3, 20)
     long = make_rows([token_example("a", list(range(1, 11)), 1)], 10, packing=True)
     assert long.batch.targets.shape == (1, 16)
 
 
-def test_taking_rows_keeps_them_whole_and_minus_one_is_an_empty_row() -> None:
+def test_rows_are_taken_unchanged_and_minus_one_is_empty() -> None:
     batch = three_rows().batch
     taken = batch.take(np.array([2, -1, 0, -1]))
     assert len(taken) == 4

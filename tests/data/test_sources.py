@@ -92,14 +92,14 @@ def test_any_text_survives_every_kind_of_file(
         assert read(folder / name) == rows
 
 
-def test_a_row_keeps_numbers_lists_and_nulls_where_the_file_has_them(tmp_path: Path) -> None:
+def test_rows_have_the_numbers_lists_and_nulls_of_the_file(tmp_path: Path) -> None:
     rows: Rows = [{"a": 1, "b": [1, 2], "c": None}, {"a": 2, "b": [], "c": None}]
     for name in ("rows.json", "rows.jsonl", "rows.parquet"):
         (tmp_path / name).write_bytes(WRITERS[name](rows))
         assert read(tmp_path / name) == rows
 
 
-def test_a_parquet_file_of_many_batches_comes_whole_and_in_order(tmp_path: Path) -> None:
+def test_a_parquet_file_of_many_batches_is_read_in_order(tmp_path: Path) -> None:
     rows: Rows = [{"input": str(n)} for n in range(3000)]
     (tmp_path / "rows.parquet").write_bytes(as_parquet(rows))
     assert read(tmp_path / "rows.parquet") == rows
@@ -149,7 +149,7 @@ def test_a_bad_file_says_what_is_wrong_and_where(
         read(tmp_path / name)
 
 
-def test_bytes_that_are_no_text_become_marks_that_cannot_be_encoded(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_become_lone_surrogates(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b'{"a": "\xff"}\n{"a": "b"}\n')
     (tmp_path / "rows.json").write_bytes(b'[{"a": "\xff"}, {"a": "b"}]')
     (tmp_path / "rows.csv").write_bytes(b"a\n\xff\nb\n")
@@ -160,7 +160,7 @@ def test_bytes_that_are_no_text_become_marks_that_cannot_be_encoded(tmp_path: Pa
             first["a"].encode()
 
 
-def test_objects_that_follow_each_other_are_rows_whatever_the_file_is_called(
+def test_json_files_may_hold_consecutive_objects(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "rows.json").write_bytes(b'{"a": 1}\n{"a": 2}\n')
@@ -179,7 +179,7 @@ def shaped(count: int) -> Rows:
 
 
 @pytest.mark.parametrize("name", [*WRITERS, "rows.jsonl.gz", "rows.json.gz", "rows.csv.gz"])
-def test_reading_goes_on_at_any_place_where_a_block_ended(name: str, tmp_path: Path) -> None:
+def test_reading_resumes_at_the_end_of_any_block(name: str, tmp_path: Path) -> None:
     rows = shaped(9000)
     content = WRITERS[name.removesuffix(".gz")](rows)
     path = tmp_path / name
@@ -253,7 +253,7 @@ def test_columns_are_read_as_the_rows_are(
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
-def test_most_rows_are_never_made_where_columns_are_wanted(name: str, tmp_path: Path) -> None:
+def test_most_rows_are_never_parsed_if_columns_are_enough(name: str, tmp_path: Path) -> None:
     rows = [
         {
             "input": f'{n} [{{" \\ \u00e9\U0001f600\n' + "x" * (n % 7 * 400),
@@ -275,7 +275,7 @@ def test_most_rows_are_never_made_where_columns_are_wanted(name: str, tmp_path: 
         assert [b.end for b in rest] == [b.end for b in blocks[number + 1 :]]
 
 
-def test_a_row_that_is_longer_than_what_is_read_at_once_comes_whole(tmp_path: Path) -> None:
+def test_a_row_may_be_longer_than_a_block(tmp_path: Path) -> None:
     rows: Rows = [{"a": "b" * 5_000_000}, {"a": "c"}]
     for name in ("rows.json", "rows.jsonl", "rows.csv", "rows.parquet"):
         (tmp_path / name).write_bytes(
@@ -289,7 +289,7 @@ def test_a_row_that_is_longer_than_what_is_read_at_once_comes_whole(tmp_path: Pa
 
 
 @pytest.mark.parametrize("at", [10_000, 500_000])
-def test_a_mistake_in_a_large_array_is_found_where_it_is(at: int, tmp_path: Path) -> None:
+def test_an_error_in_a_large_array_names_its_row(at: int, tmp_path: Path) -> None:
     content = bytearray(as_json(shaped(3000)))
     place = content.index(b'"output"', at)
     content[place : place + 8] = b"'output'"
@@ -338,7 +338,7 @@ print(json.dumps(seen))
 """
 
 
-def test_the_hub_gives_the_same_rows_at_the_commit_it_names_and_errors_with_a_way_out(
+def test_hub_datasets_are_read_at_a_commit_or_refused(
     tmp_path: Path,
 ) -> None:
     with Hub() as hub:

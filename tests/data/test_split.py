@@ -43,7 +43,7 @@ def test_the_choice_does_not_depend_on_the_order_of_the_rows(
 
 @given(st.integers(1, 60), st.integers(1, 30), st.integers(0, 99))
 @settings(deadline=None)
-def test_as_many_as_asked_for_are_chosen_and_none_twice(
+def test_as_many_as_requested_are_chosen_and_none_twice(
     train: int, validation: int, seed: int
 ) -> None:
     trained, held_out = choose(list(range(90)), train, validation, seed)
@@ -56,7 +56,7 @@ def test_all_takes_every_example_that_is_not_held_out() -> None:
     assert sorted(trained + held_out) == list(range(50))
 
 
-def test_the_same_seed_gives_the_same_choice_and_another_seed_another() -> None:
+def test_the_choice_follows_the_seed() -> None:
     rows = list(range(300))
     first, second = choose(rows, 50, 20, seed=1), choose(rows, 50, 20, seed=2)
     assert choose(rows, 50, 20, seed=1) == first
@@ -69,7 +69,7 @@ def test_the_order_of_training_is_not_that_of_the_rows() -> None:
     assert trained != sorted(trained)
 
 
-def test_more_training_examples_keep_the_held_out_ones_and_the_first() -> None:
+def test_more_training_examples_extend_the_choice() -> None:
     rows = list(range(300))
     few, many = choose(rows, 20, 10), choose(rows, 200, 10)
     assert few[1] == many[1]
@@ -79,9 +79,7 @@ def test_more_training_examples_keep_the_held_out_ones_and_the_first() -> None:
 @pytest.mark.parametrize("train", [30, "all"])
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("twins", [1, 2])
-def test_neither_a_duplicate_nor_a_twin_is_on_both_sides(
-    train: Size, seed: int, twins: int
-) -> None:
+def test_near_duplicates_are_never_on_both_sides(train: Size, seed: int, twins: int) -> None:
     rows = list(range(60)) * 3 + list(range(60, 120))
     trained, held_out = choose(rows, train, 15, seed, twins)
     assert {n // twins for n in trained}.isdisjoint(n // twins for n in held_out)

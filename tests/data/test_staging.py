@@ -82,7 +82,7 @@ def test_rows_are_checked_and_every_one_is_accounted_for(tmp_path: Path) -> None
         ("normalised_duplicates", {"input": f"{text(3)}!!", "output": text(3 + 10**6)}),
     ],
 )
-def test_a_fault_is_dropped_where_the_spec_says_so(
+def test_flagged_examples_are_dropped_if_the_spec_says_so(
     fault: str, bad: dict[str, str], tmp_path: Path
 ) -> None:
     path = write(tmp_path / "rows.json", [*rows(40), bad])
@@ -97,7 +97,7 @@ def test_a_fault_is_dropped_where_the_spec_says_so(
 @pytest.mark.parametrize(
     ("system", "found"), [("See www.example.org.", 40), ("{hint}", 1)], ids=["for all", "for one"]
 )
-def test_system_texts_are_looked_at_too(system: str, found: int, tmp_path: Path) -> None:
+def test_system_texts_are_checked_too(system: str, found: int, tmp_path: Path) -> None:
     content = [{**row, "hint": "Be brief."} for row in rows(40)]
     content[7]["hint"] = "See www.example.org."
     path = write(tmp_path / "rows.json", content)
@@ -106,7 +106,7 @@ def test_system_texts_are_looked_at_too(system: str, found: int, tmp_path: Path)
     assert manifest(tmp_path / "out")["examples"]["urls"] == "See www.example.org."
 
 
-def test_duplicates_can_be_kept_and_still_never_are_on_both_sides(tmp_path: Path) -> None:
+def test_kept_duplicates_are_never_on_both_sides(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.json", rows(60) * 3)
     info = stage(spec_of(str(tmp_path / "out"), str(path), drop_duplicates=False))
     assert (info.rows.valid, info.found["duplicates"]) == (180, 120)
@@ -135,7 +135,7 @@ def staged_files(folder: Path) -> Mapping[str, bytes]:
 FILES = ["a.json", "b.jsonl", "c.json"]
 
 
-def test_a_second_run_uses_what_the_first_has_staged(several: Path, tmp_path: Path) -> None:
+def test_a_second_run_uses_the_staged_dataset(several: Path, tmp_path: Path) -> None:
     first = spec_of(str(tmp_path), str(several), data_files=FILES)
     stage(first)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "datasets").rglob("*.parquet")}
@@ -154,7 +154,7 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("moment", range(0, 13, 2))
-def test_interrupted_anywhere_it_goes_on_behind_the_last_whole_shard(
+def test_interrupted_staging_resumes_after_the_last_shard(
     moment: int, several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = spec_of(str(tmp_path / "whole"), str(several), data_files=FILES)
@@ -205,7 +205,7 @@ def test_interrupted_anywhere_it_goes_on_behind_the_last_whole_shard(
     }
 
 
-def test_what_was_read_before_an_error_is_kept(tmp_path: Path) -> None:
+def test_shards_before_an_error_are_stored(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(1300)) + "{broken\n")
     with pytest.raises(UsageError, match="rows.jsonl"):
@@ -213,7 +213,7 @@ def test_what_was_read_before_an_error_is_kept(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.glob("out/datasets/*/*.json")] == ["shard-00000.json"]
 
 
-def test_a_damaged_shard_is_noticed_and_made_again(several: Path, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_detected_and_staged_again(several: Path, tmp_path: Path) -> None:
     spec = spec_of(str(tmp_path), str(several), data_files=FILES)
     stage(spec)
     before = left_in(tmp_path)
@@ -227,7 +227,7 @@ def test_a_damaged_shard_is_noticed_and_made_again(several: Path, tmp_path: Path
     assert left_in(tmp_path) == before
 
 
-def test_all_examples_can_be_trained_on_in_the_order_of_their_keys(
+def test_all_examples_are_written_in_the_order_of_their_keys(
     several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("job.data.sample_files.PIECE_ROWS", 300)
@@ -271,7 +271,7 @@ def test_a_dataset_that_cannot_be_used_says_why(
         assert not list(tmp_path.glob("out/datasets/*/*"))
 
 
-def test_questions_in_the_training_text_are_dropped_where_the_spec_says_so(tmp_path: Path) -> None:
+def test_contaminated_examples_are_dropped_if_the_spec_says_so(tmp_path: Path) -> None:
     question = "Which drug is the first choice for treating malaria in the first trimester?"
     path = write(
         tmp_path / "rows.json", [*rows(40), {"input": f"Doctor! {question}", "output": "This one."}]
