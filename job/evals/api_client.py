@@ -20,7 +20,6 @@ from job.chat.conversation import Conversation
 from job.errors import SetupError
 from job.evals.budget import Budget
 from job.runtime import logs
-from job.spec.evals import Effort
 from job.spec.schema import Reference
 from job.storage.retry import retry_after
 
@@ -73,19 +72,12 @@ class _Attempt:
 
 @dataclass
 class ChatClient:
-    """A client of one model; thread-safe."""
+    """A client of the reference model; thread-safe."""
 
-    base_url: str
+    reference: Reference
     key: str = field(repr=False)
-    model: str
-    max_tokens: int
-    timeout_seconds: float
-    attempts: int
-    sleep: Callable[[float], object] = time.sleep
-    openrouter: bool = False
-    """Whether the endpoint has OpenRouter's extensions."""
-    reasoning: Effort | None = None
     budget: Budget = field(default_factory=lambda: Budget(None))
+    sleep: Callable[[float], object] = time.sleep
     closed: str | None = None
     """Reason why no more requests are sent, such as a refused key."""
 
@@ -94,11 +86,11 @@ class ChatClient:
 
         Args:
             messages: a conversation that ends with a message of the user.
-            max_tokens: limit of this answer, instead of the client's.
+            max_tokens: limit of this answer, instead of the spec's.
         """
-        body = self._body(messages, max_tokens or self.max_tokens)
+        body = self._body(messages, max_tokens or self.reference.max_tokens)
         total = Reply(sent=False)
-        for number in range(1, self.attempts + 1):
+        for number in range(1, self.reference.attempts + 1):
             if reason := self._reserve():
                 return _add_usage(total, Reply(error=reason, sent=False))
             attempt = self._send(body)
@@ -107,14 +99,14 @@ class ChatClient:
             total = _add_usage(total, reply)
             if not attempt.can_retry:
                 return total
-            if number < self.attempts:
+            if number < self.reference.attempts:
                 wait = min(_MAX_WAIT_SECONDS, 2.0 ** (number - 1)) * random.uniform(0.5, 1.0)
                 wait = min(_MAX_WAIT_SECONDS, max(wait, attempt.retry_after or 0.0))
                 logs.get().info(
                     "retrying request", reason=reply.error, attempt=number, seconds=round(wait, 1)
                 )
                 self.sleep(wait)
-        return replace(total, error=f"{total.error} (tried {self.attempts} times)")
+        return replace(total, error=f"{total.error} (tried {self.reference.attempts} times)")
 
     def _reserve(self) -> str | None:
         """Reserve a request in the budget; return the reason if none may be sent."""
@@ -125,29 +117,30 @@ class ChatClient:
         return self.closed
 
     def _body(self, messages: Conversation, max_tokens: int) -> dict[str, Any]:
+        reasoning = self.reference.reasoning
         body: dict[str, Any] = {
-            "model": self.model,
+            "model": self.reference.model,
             "messages": [{"role": m.role, "content": m.content} for m in messages],
             "temperature": 0,
             "max_tokens": max_tokens,
         }
-        if self.openrouter:
+        if self.reference.is_openrouter:
             # Otherwise OpenRouter silently drops parameters that a provider does not support.
             body["provider"] = {"require_parameters": True}
-            if self.reasoning is not None:
-                body["reasoning"] = {"effort": self.reasoning}
-        elif self.reasoning not in (None, "none"):
-            body["reasoning_effort"] = self.reasoning
+            if reasoning is not None:
+                body["reasoning"] = {"effort": reasoning}
+        elif reasoning not in (None, "none"):
+            body["reasoning_effort"] = reasoning
         return body
 
     def _send(self, body: dict[str, Any]) -> _Attempt:
         try:
             with _Session() as session:
                 response = session.post(
-                    f"{self.base_url.rstrip('/')}/chat/completions",
+                    f"{self.reference.base_url.rstrip('/')}/chat/completions",
                     json=body,
                     headers={"Authorization": f"Bearer {self.key}", "X-Title": "job"},
-                    timeout=self.timeout_seconds,
+                    timeout=self.reference.timeout_seconds,
                 )
         except requests.RequestException as error:
             lost = int(_may_be_billed(error))
@@ -173,7 +166,7 @@ class ChatClient:
     def _rejection(self, status: int, message: str) -> Reply:
         """Return the reply to an invalid request."""
         error = f"HTTP {status}: {message}"
-        if status == 404 and self.openrouter and _UNSUPPORTED in message:
+        if status == 404 and self.reference.is_openrouter and _UNSUPPORTED in message:
             error += " (its providers may not support `reasoning`: set reference.reasoning to null)"
             self.closed = error
         return Reply(error=error, final=True)
@@ -211,7 +204,7 @@ def _add_usage(total: Reply, reply: Reply) -> Reply:
 
 
 def _may_be_billed(error: requests.RequestException) -> bool:
-    """Whether the server may have received the request, though no complete reply arrived."""
+    """Return whether the server may have received the request, though its reply was lost."""
     if isinstance(error, requests.ConnectTimeout):
         return False
     inner = error.args[0] if error.args else None

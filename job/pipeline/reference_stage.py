@@ -59,17 +59,8 @@ def run_stage(run: Run) -> ReferenceOutcome:
 
 def _client(reference: Reference, log: ReplyLog) -> ChatClient:
     costs = [reply.cost_usd for reply in log.replies if reply.answer is not None]
-    return ChatClient(
-        reference.base_url,
-        os.environ[API_KEY_VARIABLE].strip(),
-        reference.model,
-        reference.max_tokens,
-        reference.timeout_seconds,
-        reference.attempts,
-        openrouter=reference.is_openrouter,
-        reasoning=reference.reasoning,
-        budget=Budget(reference.max_usd, log.cost_usd, max(costs, default=None)),
-    )
+    budget = Budget(reference.max_usd, log.cost_usd, max(costs, default=None))
+    return ChatClient(reference, os.environ[API_KEY_VARIABLE].strip(), budget)
 
 
 def _evaluate(run: Run, reference: Reference, remote: RemoteModel) -> list[Line]:

@@ -5,13 +5,14 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
 
 from job.evals.api_client import ChatClient, Reply
 from job.runtime import logs
-from job.spec.evals import Effort
+from job.spec.evals import Reference
 from tests.conversations import turns
 from tests.services.faults import Spoil
 from tests.services.openrouter import PRICE, ROUTE, SUPPORTED, Misbehaviour, OpenRouter
@@ -50,9 +51,18 @@ def client(service: OpenRouter, waits: list[float], log: io.StringIO) -> ChatCli
     return client_of(service, waits)
 
 
-def client_of(service: OpenRouter, waits: list[float], key: str = KEY) -> ChatClient:
-    url = service.url + "/api/v1/"
-    return ChatClient(url, key, "org/model", 64, 5.0, ATTEMPTS, sleep=waits.append)
+def client_of(
+    service: OpenRouter, waits: list[float], key: str = KEY, **section: Any
+) -> ChatClient:
+    fields = {
+        "model": "org/model",
+        "base_url": service.url + "/api/v1/",
+        "max_tokens": 64,
+        "timeout_seconds": 5,
+        "attempts": ATTEMPTS,
+        "reasoning": None,
+    }
+    return ChatClient(Reference.model_validate(fields | section), key, sleep=waits.append)
 
 
 def test_an_answer_has_its_cost(client: ChatClient, service: OpenRouter) -> None:
@@ -94,11 +104,9 @@ def test_credentials_of_netrc_are_not_sent_after_a_redirect(
 def test_openrouter_requests_require_every_parameter(
     service: OpenRouter, waits: list[float], log: io.StringIO
 ) -> None:
-    client = client_of(service, waits)
-    client.openrouter, client.reasoning = True, "none"
+    client = client_of(service, waits, api="openrouter", reasoning="none")
     assert client.complete(turns("hello")).answer == "HELLO"
-    client.reasoning = None
-    client.complete(turns("hello"), max_tokens=7)
+    client_of(service, waits, api="openrouter").complete(turns("hello"), max_tokens=7)
     first, second = service.chats
     assert first["provider"] == second["provider"] == {"require_parameters": True}
     assert (first["reasoning"], "reasoning" in second) == ({"effort": "none"}, False)
@@ -107,19 +115,22 @@ def test_openrouter_requests_require_every_parameter(
 
 @pytest.mark.parametrize(("effort", "sent"), [(None, None), ("none", None), ("high", "high")])
 def test_other_apis_get_only_standard_parameters(
-    effort: Effort | None, sent: str | None, client: ChatClient, service: OpenRouter
+    effort: str | None,
+    sent: str | None,
+    service: OpenRouter,
+    waits: list[float],
+    log: io.StringIO,
 ) -> None:
-    client.reasoning = effort
-    client.complete(turns("hello"))
+    client_of(service, waits, reasoning=effort).complete(turns("hello"))
     (chat,) = service.chats
     assert set(chat) - {"reasoning_effort"} == {"model", "messages", "temperature", "max_tokens"}
     assert chat.get("reasoning_effort") == sent
 
 
 def test_unsupported_reasoning_is_reported_once_with_a_hint(
-    client: ChatClient, service: OpenRouter
+    service: OpenRouter, waits: list[float], log: io.StringIO
 ) -> None:
-    client.openrouter, client.reasoning = True, "none"
+    client = client_of(service, waits, api="openrouter", reasoning="none")
     service.supported = SUPPORTED - {"reasoning"}
     reply = client.complete(turns("hello"))
     assert reply.error is not None
@@ -141,9 +152,13 @@ def test_failed_attempts_cost_too(client: ChatClient, service: OpenRouter) -> No
 
 @pytest.mark.parametrize(("spoil", "lost"), [("cut", 1), ("stall", 1), (None, 0)])
 def test_a_lost_reply_is_counted_as_possibly_billed(
-    spoil: Spoil | None, lost: int, client: ChatClient, service: OpenRouter
+    spoil: Spoil | None,
+    lost: int,
+    service: OpenRouter,
+    waits: list[float],
+    log: io.StringIO,
 ) -> None:
-    client.timeout_seconds = 0.5
+    client = client_of(service, waits, timeout_seconds=0.5)
     if spoil is not None:
         service.faults.add("POST", spoil=spoil)
     reply = client.complete(turns("hello"))
@@ -314,7 +329,7 @@ def test_waits_grow_up_to_a_minute(
     service: OpenRouter, waits: list[float], log: io.StringIO
 ) -> None:
     service.misbehave = lambda chat: "502"
-    client = ChatClient(service.url + "/api/v1", KEY, "m", 64, 5.0, 12, sleep=waits.append)
+    client = client_of(service, waits, attempts=12)
     assert client.complete(turns("hello")).answer is None
     assert len(waits) == len(set(waits)) == 11
     for number, seconds in enumerate(waits):
@@ -377,9 +392,9 @@ def test_a_key_that_an_endpoint_repeats_is_not_logged(
     assert "who is [redacted]?" in log.getvalue()
 
 
-def test_the_base_url_may_end_with_a_slash(service: OpenRouter) -> None:
+def test_the_base_url_may_end_with_a_slash(service: OpenRouter, waits: list[float]) -> None:
     for url in (service.url + "/api/v1", service.url + "/api/v1/"):
-        ChatClient(url, KEY, "m", 64, 5.0, 1).complete(turns("hello"))
+        client_of(service, waits, base_url=url).complete(turns("hello"))
     assert [request.route for request in service.requests] == [ROUTE, ROUTE]
 
 
