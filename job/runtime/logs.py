@@ -1,8 +1,7 @@
-"""Structured logs: one event, three readers.
+"""Structured logs: a line for people on a terminal, JSON lines elsewhere and in the run.
 
-On a terminal a line for people; elsewhere one-line JSON on stdout with the field names that
-Cloud Logging takes apart (`severity`, `message`, `time`); and always `logs/job.jsonl` in the
-run. Secrets are redacted before anything is written anywhere.
+The JSON has the field names that Cloud Logging reads (`severity`, `message`, `time`). Every event
+also becomes a line of the run's `logs/job.jsonl`. Secrets are redacted before anything is written.
 """
 
 import json
@@ -22,10 +21,9 @@ Event = MutableMapping[str, Any]
 
 
 class RunLog:
-    """The lines of `logs/job.jsonl`: kept in memory until told where the run is.
+    """The lines of `logs/job.jsonl`, held in memory until `attach` names a file.
 
-    Nothing may be written before the spec and the machine are known to be right, so the first
-    lines wait; `attach` says where they and all later ones go.
+    Nothing may be written before the spec and the environment are checked, so the first lines wait.
     """
 
     def __init__(self) -> None:
@@ -34,18 +32,18 @@ class RunLog:
         self._discarding = False
 
     def attach(self, file: TextIO) -> None:
-        """Send the lines so far, and from now on, to an open text file."""
+        """Write the lines so far, and all later ones, to an open text file."""
         file.writelines(self._waiting)
         file.flush()
         self._waiting = []
         self._file = file
 
     def detach(self) -> None:
-        """Keep further lines in memory again."""
+        """Hold further lines in memory again."""
         self._file = None
 
     def discard(self) -> None:
-        """Keep no lines: another process has them."""
+        """Drop all lines: the primary process writes the log."""
         self._discarding = True
         self._waiting = []
 
@@ -60,10 +58,13 @@ class RunLog:
 
 
 def configure(run_log: RunLog, stream: TextIO | None = None, *, least: int = logging.INFO) -> None:
-    """Set up structlog for this process, and quieten the libraries.
+    """Configure structlog for this process, and silence the libraries.
 
-    Lines below the level `least` are left out.
-    `stream` defaults to stdout as it is at each line, so that a progress bar can sit below.
+    Args:
+        run_log: gets every line as JSON.
+        stream: for the lines; by default `sys.stdout` at the time of each line, so that a progress
+            bar can stay below them.
+        least: the lowest level to log.
     """
     redactor = Redactor(os.environ)
 
@@ -90,7 +91,7 @@ def configure(run_log: RunLog, stream: TextIO | None = None, *, least: int = log
 
 
 class _Printer:
-    """Prints finished lines to a stream, or to whatever stdout is at that moment."""
+    """A logger that prints finished lines to a stream, or to the current stdout."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
@@ -110,7 +111,7 @@ def _stamp(_logger: object, method: str, event: Event) -> Event:
 
 
 def _cloud(event: Mapping[str, Any]) -> dict[str, Any]:
-    """The event with Cloud Logging's names first."""
+    """Return the event with Cloud Logging's field names first."""
     rest = {key: value for key, value in event.items() if key not in ("event", "time", "severity")}
     return {
         "severity": event["severity"],
@@ -121,7 +122,7 @@ def _cloud(event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_json(_logger: object, _method: str, event: Event) -> str:
-    """A line for Cloud Logging's agents, which make labels of these to filter by."""
+    """Format a line for Cloud Logging's agents, with labels to filter by."""
     line = _cloud(event)
     labels = {key: str(line[key]) for key in ("run_id", "stage", "process") if key in line}
     if labels:
@@ -129,21 +130,19 @@ def _as_json(_logger: object, _method: str, event: Event) -> str:
     return json.dumps(line, ensure_ascii=False, default=str)
 
 
-_COLOURS = {"INFO": "", "WARNING": "\x1b[33m", "ERROR": "\x1b[31m"}
-
-
+_COLORS = {"INFO": "", "WARNING": "\x1b[33m", "ERROR": "\x1b[31m"}
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
 
 def _for_people(_logger: object, _method: str, event: Event) -> str:
     clock = time.strftime("%H:%M:%S")
-    colour = _COLOURS[event["severity"]]
+    color = _COLORS[event["severity"]]
     hidden = ("event", "time", "severity", "stage", "run_id")
     details = "  ".join(
         f"{key}={_short(value)}" for key, value in event.items() if key not in hidden
     )
     stage = event.get("stage", "")
-    line = f"{_DIM}{clock} {stage:<9}{_RESET} {colour}{event['event']}{_RESET}"
+    line = f"{_DIM}{clock} {stage:<9}{_RESET} {color}{event['event']}{_RESET}"
     return f"{line}  {_DIM}{details}{_RESET}" if details else line
 
 
@@ -158,40 +157,37 @@ def _short(value: Any) -> str:
 
 
 def get() -> Any:
-    """The logger; events are short sentences, figures are keyword arguments."""
+    """Return the logger; events are three to five words, values are keyword arguments."""
     return structlog.get_logger()
 
 
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENROUTER_API_KEY", "KAGGLE_KEY")
 
-
 REDACTED = "[redacted]"
-
 
 TOKEN_SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|ya29\.[A-Za-z0-9_.-]{16,}|AIza[A-Za-z0-9_-]{30,})"
     r"|(?i:(?<=bearer ))[A-Za-z0-9._~+/-]{8,}=*"
 )
 
-
 _SECRET_NAMES = re.compile(r"(?i)(^|[_-])(token|api[_-]?key|secret|password|authorization)$")
 
 
 class Redactor:
-    """Replaces secrets in any value: those of the environment, and anything shaped like one."""
+    """A filter for secrets: those of the environment, and anything shaped like one."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         values = (environment.get(name, "").strip() for name in SECRET_VARIABLES)
         self._values = sorted((value for value in values if len(value) >= 6), key=len, reverse=True)
 
     def text(self, text: str) -> str:
-        """`text` with every secret in it replaced, and lone surrogates made printable."""
+        """Return `text` with every secret replaced, and lone surrogates made printable."""
         for value in self._values:
             text = text.replace(value, REDACTED)
         return TOKEN_SHAPES.sub(REDACTED, text).encode("utf-8", "backslashreplace").decode()
 
     def value(self, value: Any) -> Any:
-        """The same for nested values; what JSON has no form for becomes text first."""
+        """Return a nested value without secrets; a value that JSON lacks becomes text first."""
         if value is None or isinstance(value, bool | int):
             return value
         if isinstance(value, float):

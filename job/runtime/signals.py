@@ -1,8 +1,8 @@
-"""SIGTERM and SIGINT: a stop in good order where there is something to keep, else at once.
+"""SIGTERM and SIGINT: a graceful stop during a run, an immediate one otherwise.
 
-Both are blocked in every thread, and one thread waits for them. So a stop is heard while the
-main thread is in an import or in the compiler, and one that came while Python was starting is
-not lost: the container's entrypoint blocks the signals before there is a Python.
+Both are blocked in every thread, and one thread waits for them. So a stop is handled while the
+main thread is in an import or in the compiler, and one that arrives while Python starts is not
+lost: the container's entrypoint blocks the signals before it starts Python.
 """
 
 import contextlib
@@ -17,14 +17,13 @@ from typing import NoReturn
 from job.errors import EXIT_RESUMABLE, RunStoppedError
 
 GRACE_SECONDS = 12.0
-"""Time to leave in good order; Docker is told to wait for 25 seconds."""
-
+"""Time for a graceful stop; Docker is told to wait for 25 seconds."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def exit_now(code: int, message: str = "") -> NoReturn:
-    """End this process at once: no thread is waited for, and nothing is cleaned up."""
+    """End this process immediately, without waiting for threads or cleaning up."""
     if message:
         sys.stderr.write(f"error: {message}\n")
     sys.stdout.flush()
@@ -33,30 +32,30 @@ def exit_now(code: int, message: str = "") -> NoReturn:
 
 
 class StopSignal:
-    """A request to stop, turned into `RunStoppedError` where the work says that it does no harm.
+    """A request to stop, raised as `RunStoppedError` where the work calls `check`.
 
-    An exception out of nowhere can be swallowed, or leave a library in pieces, so the request is
-    only noted, and loops call `check` each time round. What has not ended after `grace` seconds,
-    or when a second SIGINT comes, is ended by `leave`.
+    An exception at an arbitrary point can be swallowed, or break the state of a library, so the
+    request is only recorded, and loops call `check` in each iteration. `leave` ends a process that
+    has not ended after `grace` seconds, or that gets a second SIGINT.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
         self.muted = False
-        """Whether `check` lets the last calls before the exit pass."""
+        """Whether `check` raises no more, for the last writes before the exit."""
         self.grace = 0.0
-        """0 while there is nothing to keep."""
+        """Seconds; 0 outside of a run."""
         self.leave: Callable[[int, str], None] = exit_now
-        self._conversing = False
+        self._interactive = False
 
     def install(self) -> None:
-        """Listen to the signals from now on; threads that are there already must block them."""
+        """Handle the signals from now on; existing threads must block them."""
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         threading.Thread(target=self._listen, name="stop", daemon=True).start()
 
     @contextlib.contextmanager
     def graceful(self) -> Iterator[None]:
-        """Within this block there is something to keep, and a stop is given time for it."""
+        """Give a stop within this block time to save the run."""
         self.grace = GRACE_SECONDS
         try:
             yield
@@ -65,17 +64,17 @@ class StopSignal:
 
     @contextlib.contextmanager
     def interactive(self) -> Iterator[None]:
-        """Within this block Ctrl-C is Python's own `KeyboardInterrupt` in the main thread."""
+        """Let Ctrl-C raise `KeyboardInterrupt` in the main thread within this block."""
         before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        self._conversing = True
+        self._interactive = True
         try:
             yield
         finally:
-            self._conversing = False
+            self._interactive = False
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _listen(self) -> None:
-        while (number := signal.sigwait(_SIGNALS)) == signal.SIGINT and self._conversing:
+        while (number := signal.sigwait(_SIGNALS)) == signal.SIGINT and self._interactive:
             signal.pthread_kill(threading.main_thread().ident or 0, number)
         self.requested = signal.Signals(number).name
         threading.Thread(target=self._leave_at_ctrl_c, name="stop-now", daemon=True).start()
@@ -92,10 +91,14 @@ class StopSignal:
         return f"stopped by {self.requested}; run the same command to resume"
 
     def check(self) -> None:
-        """Raise if a stop was requested."""
+        """Check for a request to stop.
+
+        Raises:
+            RunStoppedError: a stop was requested.
+        """
         if self.requested and not self.muted:
             raise RunStoppedError(self._message)
 
 
 STOP = StopSignal()
-"""The stop of this process: signals belong to the whole of it."""
+"""The stop signal of this process."""

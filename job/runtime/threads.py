@@ -1,4 +1,4 @@
-"""Threads whose log lines carry the run and the stage of the work that they do."""
+"""Thread pools that keep the log context of their callers, and iterators that prefetch."""
 
 import contextvars
 from collections import deque
@@ -8,29 +8,29 @@ from typing import Any
 
 
 class Threads(ThreadPoolExecutor):
-    """A pool that runs each call in the context it was submitted from."""
+    """A pool that runs each call in the context of its submission: log lines name the run."""
 
     def submit[T](self, call: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         return super().submit(contextvars.copy_context().run, call, *args, **kwargs)
 
 
-AHEAD = 3
-"""Pieces of work that may be done before they are asked for, or after they were given."""
+_PREFETCHED = 3
+"""Items that `prefetch` computes before they are requested."""
 
 
 def prefetch[T](items: Iterator[T], pool: Threads) -> Iterator[T]:
-    """The same items, the next few made by a thread while one is worked on."""
+    """Yield the items, with the next few computed by a thread meanwhile."""
     end = object()
-    waiting = deque(pool.submit(next, items, end) for _ in range(AHEAD))
+    waiting = deque(pool.submit(next, items, end) for _ in range(_PREFETCHED))
     while (item := waiting.popleft().result()) is not end:
         waiting.append(pool.submit(next, items, end))
         yield item
 
 
 def delay[T](items: Iterator[T], by: int) -> Iterator[T]:
-    """The same items, each once so many more were made: what they wait for goes on meanwhile.
+    """Yield each item after `by` more were computed, so that work they started can finish.
 
-    Where no more can be made, those that were come before the error.
+    If computing an item fails, the earlier items come before the error.
     """
     waiting: deque[T] = deque()
     try:
@@ -47,7 +47,7 @@ def delay[T](items: Iterator[T], by: int) -> Iterator[T]:
 def prefetch_map[A, B](
     call: Callable[[A], B], items: Iterable[A], pool: Threads, most: int
 ) -> Iterator[B]:
-    """What a call gives for each item, in order; at most `most` of them at once."""
+    """Yield the result of `call` for each item, in order, with at most `most` calls at once."""
     waiting: deque[Future[B]] = deque()
     for item in items:
         waiting.append(pool.submit(call, item))

@@ -1,9 +1,9 @@
-"""The pulse of a run: a log line each half minute, and an end where nothing moves any more.
+"""The watchdog: a progress line every half minute, and the end of a job that is stalled.
 
-A thread of its own beats, so that a line comes while the main thread is in the compiler too.
-Whatever gets on says so with `beat`: a step, a batch, a block of rows, a piece of a transfer.
-Where none does for `runtime.stall_minutes`, the stacks of all threads go to the log and the job
-ends, so that no machine is paid for that waits for nothing.
+It has its own thread, so that it logs while the main thread is in the compiler, too. Work reports
+progress with `beat`: a step, a batch, a block of rows, a piece of a transfer. Without any for
+`runtime.stall_minutes`, the stacks of all threads are logged and the job ends, so that nobody pays
+for a machine that does nothing.
 """
 
 import contextlib
@@ -21,34 +21,30 @@ from job.errors import EXIT_STAGE
 from job.runtime import logs
 
 LINE_SECONDS = 30.0
-
-
 _TICK_SECONDS = 1.0
-
-
 _FRAMES = 20
-"""Innermost frames of each thread that are logged."""
+"""Innermost frames of each thread to log."""
 
 
 class Watchdog:
-    """What the job is at, and how long ago it last got on."""
+    """The current work of the process, and the time since its last progress."""
 
     def __init__(self) -> None:
         self.stage = ""
         self._label = ""
-        self._done = self._said = 0
+        self._done = self._logged = 0
         self._total: int | None = None
         self._figures: dict[str, float | str] = {}
         self._idle = 0.0
 
     def beat(self) -> None:
-        """Something got on."""
+        """Report progress."""
         self._idle = 0.0
 
     @contextlib.contextmanager
     def task(self, label: str, total: int | None, start: int) -> Iterator[None]:
-        """Within this block the lines tell of this work."""
-        self._label, self._total, self._done, self._said = label, total, start, start
+        """Describe this work in the log lines within this block."""
+        self._label, self._total, self._done, self._logged = label, total, start, start
         self.beat()
         try:
             yield
@@ -57,7 +53,7 @@ class Watchdog:
             self.beat()
 
     def advance(self, done: int, figures: dict[str, float | str]) -> None:
-        """So many units of the work are done."""
+        """Add finished units of the work, with figures for the log lines."""
         self._done += done
         self._figures = figures
         self.beat()
@@ -66,15 +62,15 @@ class Watchdog:
     def watching(
         self, stall_minutes: float | None, leave: Callable[[int, str], None]
     ) -> Iterator[None]:
-        """Beat within this block.
+        """Watch the process within this block.
 
         Args:
             leave: ends the process with an exit code and a message.
         """
         ended = threading.Event()
-        context = contextvars.copy_context()  # its log lines name the run
-        arguments = (self._beat_until, ended, stall_minutes, leave)
-        thread = threading.Thread(target=context.run, args=arguments, name="pulse", daemon=True)
+        context = contextvars.copy_context()  # so that log lines name the run
+        arguments = (self._watch, ended, stall_minutes, leave)
+        thread = threading.Thread(target=context.run, args=arguments, name="watchdog", daemon=True)
         self.beat()
         thread.start()
         try:
@@ -83,7 +79,7 @@ class Watchdog:
             ended.set()
             thread.join()
 
-    def _beat_until(
+    def _watch(
         self,
         ended: threading.Event,
         stall_minutes: float | None,
@@ -92,36 +88,36 @@ class Watchdog:
         file = os.environ.get("JOB_HEARTBEAT_FILE")
         line_due = time.monotonic() + LINE_SECONDS
         while not ended.wait(_TICK_SECONDS):
-            # Counted, not measured: a machine or container that was paused has not stalled.
+            # Counted in ticks: a machine or container that was paused has not stalled.
             self._idle += _TICK_SECONDS
             if file:
                 _touch(Path(file), self._idle)
             if time.monotonic() >= line_due:
                 line_due = time.monotonic() + LINE_SECONDS
-                self._say()
+                self._log_progress()
             if stall_minutes is not None and self._idle >= stall_minutes * 60:
-                logs.get().error("the job hangs", stage=self.stage, stacks=stacks())
+                logs.get().error("stalled", stage=self.stage, stacks=stacks())
                 leave(
                     EXIT_STAGE,
-                    f"{self._label or self.stage}: nothing got on for {stall_minutes:g} minutes "
+                    f"{self._label or self.stage}: no progress for {stall_minutes:g} minutes "
                     "(runtime.stall_minutes); the log has the stacks of all threads; "
                     "run the same command to resume",
                 )
 
-    def _say(self) -> None:
-        if sys.stdout.isatty():  # a bar shows it
+    def _log_progress(self) -> None:
+        if sys.stdout.isatty():  # there is a progress bar
             return
         line: dict[str, float | str | None] = {"stage": self.stage}
         if self._label:
-            rate = (self._done - self._said) / LINE_SECONDS
-            self._said = self._done
+            rate = (self._done - self._logged) / LINE_SECONDS
+            self._logged = self._done
             line |= {"task": self._label, "done": self._done, "of": self._total}
             line |= {"per_second": round(rate, 3), **self._figures}
         logs.get().info("working", **line, idle_seconds=round(self._idle))
 
 
 def _touch(file: Path, idle: float) -> None:
-    """Let the file's time be that of the last beat."""
+    """Set the file's time to that of the last beat."""
     with contextlib.suppress(OSError):
         file.touch()
         then = time.time() - idle
@@ -129,7 +125,7 @@ def _touch(file: Path, idle: float) -> None:
 
 
 def stacks() -> str:
-    """Where every thread is."""
+    """Return the stack of every thread."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return "\n".join(
         f"thread {names.get(number, number)}:\n{''.join(traceback.format_stack(frame, _FRAMES))}"
@@ -138,18 +134,18 @@ def stacks() -> str:
 
 
 WATCHDOG = Watchdog()
-"""The pulse of this process, which has one main thread and one stage at a time."""
+"""The watchdog of this process, which has one main thread and one stage at a time."""
 
 
 class Advance(Protocol):
-    """Call with what was done, and figures to show beside it."""
+    """A function to call with the finished units, and figures to show next to them."""
 
     def __call__(self, done: int = 1, **figures: float | str) -> None: ...
 
 
 @contextlib.contextmanager
 def progress(label: str, total: int | None, start: int = 0) -> Iterator[Advance]:
-    """Show work of `total` units (None: not known), of which `start` are done."""
+    """Show the progress of work of `total` units (None: unknown), of which `start` are done."""
     with WATCHDOG.task(label, total, start), contextlib.ExitStack() as stack:
         bar = stack.enter_context(_bar(label, total, start)) if sys.stdout.isatty() else None
 
@@ -161,7 +157,7 @@ def progress(label: str, total: int | None, start: int = 0) -> Iterator[Advance]
         yield advance
 
 
-def _shown(figures: dict[str, float | str]) -> str:
+def _format(figures: dict[str, float | str]) -> str:
     return "  ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in figures.items()
@@ -189,6 +185,6 @@ def _bar(label: str, total: int | None, start: int) -> Iterator[Advance]:
         task = bar.add_task(label, total=total, completed=start, figures="")
 
         def advance(done: int = 1, **figures: float | str) -> None:
-            bar.update(task, advance=done, figures=_shown(figures))
+            bar.update(task, advance=done, figures=_format(figures))
 
         yield advance

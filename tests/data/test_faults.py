@@ -1,4 +1,4 @@
-"""Every fault at every endpoint: the result is the same, or the run ends clearly and goes on.
+"""Every fault at every endpoint: the result is the same, or the run ends clearly and resumes.
 
 `EVERY_PLACE=1 uv run pytest -m slow tests/data/test_faults.py` meets each fault at the first, the
 middle and the last request; otherwise each is met at one of them.
@@ -59,7 +59,7 @@ README = b"---\nconfigs:\n- config_name: default\n  data_files: rows/*.json\n---
 
 
 class World:
-    """The services, and what a run leaves in them."""
+    """The services, and the outputs of a run in them."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.hub = Hub(large=10_000, page_size=3)
@@ -68,7 +68,7 @@ class World:
         self._patch = monkeypatch
         self._rounds = 0
         self.counts: dict[str, int] = {}
-        """Requests of a faultless run to each endpoint."""
+        """Requests to each endpoint of a run without faults."""
         files = {"README.md": README, "rows/a.json": ROWS, "rows/b.json": ROWS[:-1] + b"  ]"}
         self.hub.add_repo("datasets", "org/set", files, private=True)
 
@@ -76,20 +76,20 @@ class World:
         return {"hub": self.hub, "cdn": self.hub.cdn, "bucket": self.bucket}[name]
 
     def fresh(self) -> None:
-        """An empty bucket and an empty cache."""
+        """Empty the bucket and the cache."""
         self.bucket.objects.clear()
         self._rounds += 1
         self._patch.setenv("JOB_CACHE", str(self.folder / str(self._rounds)))
 
     def run(self) -> Mapping[str, bytes]:
-        """Stage the dataset; what is in the bucket then."""
+        """Stage the dataset and return the bucket's content."""
         stage(spec_of("gs://runs/out", "hf://org/set", train_examples=100))
-        return self.kept()
+        return self.outputs()
 
-    def kept(self) -> Mapping[str, bytes]:
-        """All objects but leases, which a run that cannot remove them leaves to expire."""
-        found = {name: stored.data for (_, name), stored in self.bucket.objects.items()}
-        return {name: data for name, data in found.items() if not name.endswith(KEY)}
+    def outputs(self) -> Mapping[str, bytes]:
+        """All objects but leases, which expire if a run cannot remove them."""
+        objects = self.bucket.objects.items()
+        return {name: item.data for (_, name), item in objects if not name.endswith(KEY)}
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +112,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def whole(world: World) -> Mapping[str, bytes]:
-    """What a faultless run leaves."""
+def expected(world: World) -> Mapping[str, bytes]:
+    """The outputs of a run without faults."""
     world.fresh()
-    kept = world.run()
+    outputs = world.run()
     for endpoint, (name, match) in ENDPOINTS.items():
         world.counts[endpoint] = len(world.service(name).requested(match))
-    assert {name.rpartition("/")[2] for name in kept} >= {
+    assert {name.rpartition("/")[2] for name in outputs} >= {
         "train.parquet", "validation.parquet", "manifest.json", "shard-00000.parquet",
     }  # fmt: skip
-    return kept
+    return outputs
 
 
 def add_fault(service: Service, match: str, fault: str, skip: int) -> None:
@@ -134,8 +134,8 @@ def add_fault(service: Service, match: str, fault: str, skip: int) -> None:
         service.faults.add(match, spoil=fault, skip=skip)  # type: ignore[arg-type]
 
 
-def meet(world: World, whole: Mapping[str, bytes], endpoint: str, fault: str, at: str) -> None:
-    """Run into a fault; the run must end as it should, and so must the next."""
+def inject(world: World, expected: Mapping[str, bytes], endpoint: str, fault: str, at: str) -> None:
+    """Inject a fault; the run and the next one must end as they should."""
     name, match = ENDPOINTS[endpoint]
     service = world.service(name)
     count = world.counts[endpoint]
@@ -144,25 +144,25 @@ def meet(world: World, whole: Mapping[str, bytes], endpoint: str, fault: str, at
     world.fresh()
     add_fault(service, match, fault, skip)
     try:
-        kept = world.run()
+        outputs = world.run()
     except JobError as error:
         assert error.exit_code in (4, 75), error
         assert "run the same command" in str(error)
         assert fault == "503 always"
     else:
-        assert kept == whole
+        assert outputs == expected
     finally:
         service.faults.clear()
-    assert world.run() == whole
+    assert world.run() == expected
 
 
-def seldom(number: int) -> str:
-    """One of the three places, another one for each case."""
+def place_of(number: int) -> str:
+    """Return one of the three places, in turn."""
     return PLACES[number % 3]
 
 
 def applies(endpoint: str, fault: str) -> bool:
-    """Whether a fault can happen: a reply to HEAD has no body, and TLS lets no byte be flipped."""
+    """Return whether a fault can occur: HEAD has no body, and TLS protects JSON from flips."""
     if endpoint == "address":
         return fault not in SPOILS
     return fault != "flip" or endpoint in CONTENT
@@ -172,11 +172,11 @@ CASES = [
     (endpoint, fault, place)
     for n, endpoint in enumerate(ENDPOINTS)
     for m, fault in enumerate(FAULTS)
-    for place in (PLACES if os.environ.get("EVERY_PLACE") else [seldom(n + m)])
+    for place in (PLACES if os.environ.get("EVERY_PLACE") else [place_of(n + m)])
     if applies(endpoint, fault)
 ]
 FEW = [
-    (endpoint, fault, seldom(n + m))
+    (endpoint, fault, place_of(n + m))
     for n, endpoint in enumerate(ENDPOINTS)
     for m, fault in enumerate(("503 thrice", "cut", "flip"))
     if applies(endpoint, fault)
@@ -185,14 +185,14 @@ FEW = [
 
 @pytest.mark.parametrize(("endpoint", "fault", "at"), FEW)
 def test_a_fault_changes_nothing(
-    world: World, whole: Mapping[str, bytes], endpoint: str, fault: str, at: str
+    world: World, expected: Mapping[str, bytes], endpoint: str, fault: str, at: str
 ) -> None:
-    meet(world, whole, endpoint, fault, at)
+    inject(world, expected, endpoint, fault, at)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("endpoint", "fault", "at"), CASES)
 def test_every_fault_at_every_endpoint(
-    world: World, whole: Mapping[str, bytes], endpoint: str, fault: str, at: str
+    world: World, expected: Mapping[str, bytes], endpoint: str, fault: str, at: str
 ) -> None:
-    meet(world, whole, endpoint, fault, at)
+    inject(world, expected, endpoint, fault, at)

@@ -1,4 +1,4 @@
-"""Staging into a bucket, killed again and again: the next run ends as an unbroken one.
+"""Staging into a bucket, killed repeatedly: the next run ends like an uninterrupted one.
 
 `KILL_ROUNDS=10 uv run pytest -m slow tests/data/test_kills.py` kills it more often.
 """
@@ -44,19 +44,19 @@ def start(spec: str, environment: Mapping[str, str]) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    """Let it end by itself; its log lines."""
+    """Wait for the process to end; return its log lines."""
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     return [json.loads(line) for line in out.splitlines()]
 
 
-def kept(bucket: Bucket) -> dict[str, bytes]:
-    found = {name: stored.data for (_, name), stored in bucket.objects.items()}
-    return {name: data for name, data in found.items() if not name.endswith(KEY)}
+def outputs(bucket: Bucket) -> dict[str, bytes]:
+    objects = bucket.objects.items()
+    return {name: item.data for (_, name), item in objects if not name.endswith(KEY)}
 
 
 def records(bucket: Bucket) -> int:
-    """Whole shards."""
+    """Count the finished shards."""
     return sum("/shard-" in name and name.endswith(".json") for name in bucket.names("runs"))
 
 
@@ -70,17 +70,17 @@ def test_killed_at_random_moments_the_next_run_ends_equal(tmp_path: Path) -> Non
         hub.add_repo("datasets", "org/set", {"rows.json": array()})
         environment = {"HF_ENDPOINT": hub.url, "STORAGE_EMULATOR_HOST": bucket.url}
         spec = spec_of("gs://runs/out", "hf://org/set", train_examples=500).model_dump_json()
-        finish(start(spec, environment | {"JOB_CACHE": str(tmp_path / "whole")}))
+        finish(start(spec, environment | {"JOB_CACHE": str(tmp_path / "expected")}))
         requests = len(bucket.requests) + len(hub.cdn.requests)
-        expected, count = kept(bucket), records(bucket)
+        expected, count = outputs(bucket), records(bucket)
         assert count > 5
         kills = 0
         while kills < times:
             bucket.objects.clear()
             environment["JOB_CACHE"] = str(tmp_path / str(kills))
             for _ in range(chance.randint(1, 4)):
-                so_far = len(bucket.requests) + len(hub.cdn.requests)
-                target = so_far + chance.randrange(requests)
+                before = len(bucket.requests) + len(hub.cdn.requests)
+                target = before + chance.randrange(requests)
                 process = start(spec, environment)
                 while len(bucket.requests) + len(hub.cdn.requests) < target:
                     if process.poll() is not None:
@@ -89,16 +89,16 @@ def test_killed_at_random_moments_the_next_run_ends_equal(tmp_path: Path) -> Non
                 time.sleep(chance.uniform(0, 0.1))
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
-                if process.returncode == 0:  # it was done before the signal came
+                if process.returncode == 0:  # it ended before the signal
                     break
                 assert process.returncode == -signal.SIGKILL
                 kills += 1
             done_before, fetched = records(bucket), len(hub.cdn.requests)
-            finished = any(name.endswith("/manifest.json") for name in kept(bucket))
+            finished = any(name.endswith("/manifest.json") for name in outputs(bucket))
             events = finish(start(spec, environment))
-            assert kept(bucket) == expected
+            assert outputs(bucket) == expected
             made = [e["shard"] for e in events if e["message"] == "shard staged"]
             assert made == [f"shard-{n:05d}.parquet" for n in range(done_before, count)]
-            if done_before:  # then the file was here, and nothing of it is read again
+            if done_before:  # then the file was in the cache, and is not downloaded again
                 assert len(hub.cdn.requests) == fetched
-            sys.stdout.write(f"{kills} kills, {done_before} shards before, whole: {finished}\n")
+            sys.stdout.write(f"{kills} kills, {done_before} shards before, finished: {finished}\n")

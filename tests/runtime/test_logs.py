@@ -1,4 +1,4 @@
-"""A log line is one line of JSON that Cloud Logging takes apart, and it never holds a secret."""
+"""A log line is one line of JSON that Cloud Logging reads, and it never has a secret."""
 
 import io
 import json
@@ -27,7 +27,7 @@ Lines = Callable[[], list[dict[str, Any]]]
 
 
 class Terminal(io.StringIO):
-    """A stream that says that people read it."""
+    """A stream that reports a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -42,7 +42,7 @@ def restored() -> Iterator[None]:
 
 @pytest.fixture
 def stream(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What goes to stdout where no terminal is."""
+    """The lines of a process without a terminal."""
     for name in SECRET_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENROUTER_API_KEY", f" {SECRET}\n")
@@ -91,15 +91,13 @@ def test_letters_of_any_script_stay_legible(lines: Lines, stream: io.StringIO) -
     assert "\u00e4rztlich \u4f60\u597d \U0001f600" in stream.getvalue()
 
 
-def test_figures_of_libraries_are_written_as_text(lines: Lines) -> None:
+def test_objects_of_libraries_are_written_as_text(lines: Lines) -> None:
     logs.get().info("wrote", path=Path("runs/a"))
     assert lines()[0]["path"] == "runs/a"
 
 
 @pytest.mark.parametrize("secret", [SECRET, *SHAPES])
-def test_a_secret_never_appears_wherever_it_stands(
-    secret: str, lines: Lines, stream: io.StringIO
-) -> None:
+def test_a_secret_appears_nowhere(secret: str, lines: Lines, stream: io.StringIO) -> None:
     logs.get().error(
         f"failed with {secret}",
         error=f"GET https://host/?key={secret}&x=1: Bearer {secret}",
@@ -111,7 +109,7 @@ def test_a_secret_never_appears_wherever_it_stands(
     assert lines()[0]["nested"]["n"] == 1
 
 
-def test_an_authorization_header_is_hidden_whatever_the_token_looks_like(
+def test_an_authorization_header_is_hidden(
     stream: io.StringIO,
 ) -> None:
     logs.get().info("sent", header="Authorization: Bearer abc.def-123~x/y+z==")
@@ -140,7 +138,7 @@ def test_a_short_or_unset_variable_hides_nothing() -> None:
     assert redact.text("no token here") == "no token here"
 
 
-def test_a_secret_that_holds_another_is_hidden_whole() -> None:
+def test_a_secret_that_contains_another_is_hidden() -> None:
     redact = Redactor({"HF_TOKEN": "abcdef", "KAGGLE_KEY": "abcdef-and-more"})
     assert redact.text("x abcdef-and-more y abcdef") == f"x {REDACTED} y {REDACTED}"
 
@@ -156,12 +154,12 @@ NESTED = st.recursive(
 
 @given(NESTED)
 @settings(deadline=None)
-def test_no_nesting_hides_a_secret_from_the_redactor(value: Any) -> None:
+def test_secrets_in_nested_values_are_redacted(value: Any) -> None:
     cleaned = Redactor({"HF_TOKEN": SECRET}).value(value)
     assert SECRET not in json.dumps(cleaned)
 
 
-def test_lines_before_the_run_has_a_place_come_first_and_once(tmp_path: Path) -> None:
+def test_lines_before_attach_come_first_and_once(tmp_path: Path) -> None:
     run_log = RunLog()
     logs.configure(run_log, io.StringIO())
     logs.get().info("first")
@@ -179,11 +177,11 @@ def test_lines_before_the_run_has_a_place_come_first_and_once(tmp_path: Path) ->
 
 
 def messages(path: Path) -> list[str]:
-    """The messages of a log as it is on disk now."""
+    """Read the messages of a log file."""
     return [json.loads(line)["message"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_file_is_redacted_as_the_terminal_is(
+def test_the_log_file_is_redacted_like_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
@@ -198,7 +196,7 @@ def test_the_file_is_redacted_as_the_terminal_is(
     assert f"hello {REDACTED}" in stream.getvalue()
 
 
-def test_people_read_a_short_line_and_not_json() -> None:
+def test_a_terminal_gets_a_short_line_without_json() -> None:
     stream = Terminal()
     logs.configure(RunLog(), stream)
     structlog.contextvars.bind_contextvars(run_id="doctor-1", stage="train")
@@ -211,12 +209,12 @@ def test_people_read_a_short_line_and_not_json() -> None:
     assert "{" not in shown
 
 
-def test_details_for_machines_only_are_left_out(stream: io.StringIO) -> None:
+def test_debug_lines_are_not_logged(stream: io.StringIO) -> None:
     logs.get().debug("noise")
     assert stream.getvalue() == ""
 
 
-def test_what_json_has_no_form_for_is_text_and_redacted(lines: Lines) -> None:
+def test_values_that_json_lacks_are_redacted_text(lines: Lines) -> None:
     error = ValueError(f"refused {SECRET}")
     logs.get().info("done", error=error, seen={SECRET: {SECRET}}, loss=float("nan"), cut="\ud800")
     (line,) = lines()

@@ -5,7 +5,7 @@ A test starts a `Service` as a context manager, points the real client at its `u
 or a connection cut in the middle of a body is shown over a socket, not assumed by a mock.
 
 Left out: TLS, HTTP/2, compression, chunked request bodies (answered 411) and multi-range
-requests. Bodies are held whole in memory, in both directions.
+requests. Bodies are held in memory, in both directions.
 """
 
 import json
@@ -29,7 +29,7 @@ _BYTE_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 @dataclass(frozen=True)
 class Request:
-    """One request as the log keeps it; `headers` are looked up without regard to case."""
+    """A logged request; the names of `headers` are case-insensitive."""
 
     method: str
     path: str
@@ -58,7 +58,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, whole or cut short; `Faults.add` describes `cut_after`."""
+    """An answer, complete or cut; `Faults.add` describes `cut_after`."""
 
     status: int = 200
     body: bytes = b""
@@ -74,12 +74,12 @@ def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None 
 
 
 def ranged_reply(data: bytes, byte_range: str | None, headers: Mapping[str, str]) -> Reply:
-    """Serve `data`, or the part of it that a single `Range` asks for: 200, 206 or 416."""
+    """Serve `data`, or the part of it that a single `Range` requests: 200, 206 or 416."""
     headers = {"Accept-Ranges": "bytes", **headers}
-    found = _BYTE_RANGE.fullmatch(byte_range or "")
-    if found is None or found.groups() == ("", ""):
+    match = _BYTE_RANGE.fullmatch(byte_range or "")
+    if match is None or match.groups() == ("", ""):
         return Reply(200, data, headers)
-    size, (first, last) = len(data), found.groups()
+    size, (first, last) = len(data), match.groups()
     start = int(first) if first else max(size - int(last), 0)
     end = min(int(last), size - 1) if first and last else size - 1
     if first and last and int(last) < int(first):

@@ -94,10 +94,10 @@ class Bucket(Service):
 
     def respond(self, request: Request, body: bytes) -> Reply:
         """Serve one call; calls take turns, so that a precondition still holds at the write."""
-        found = _ROUTE.fullmatch(request.route)
-        if found is None:
+        match = _ROUTE.fullmatch(request.route)
+        if match is None:
             return Reply(404, b"Not Found")
-        part = {name: unquote(value) for name, value in found.groupdict(default="").items()}
+        part = {name: unquote(value) for name, value in match.groupdict(default="").items()}
         with self._storage_lock:
             try:
                 return self._route(request, body, part)
@@ -141,22 +141,24 @@ class Bucket(Service):
 
     def _read(self, request: Request, bucket: str, name: str) -> Reply:
         """An object's metadata, or with `alt=media` its content."""
-        found = self._store.get(bucket, name, request.query.get("generation"))
-        if request.query.get("ifGenerationNotMatch") == str(found.generation):
+        stored = self._store.get(bucket, name, request.query.get("generation"))
+        if request.query.get("ifGenerationNotMatch") == str(stored.generation):
             return Reply(304)
-        self._store.check(request.query, found)
+        self._store.check(request.query, stored)
         if request.query.get("alt") != "media":
-            return json_reply(object_resource(self.url, bucket, name, found))
-        return ranged_reply(found.data, request.headers.get("Range"), media_headers(found))
+            return json_reply(object_resource(self.url, bucket, name, stored))
+        return ranged_reply(stored.data, request.headers.get("Range"), media_headers(stored))
 
     def _copy(self, request: Request, body: bytes, part: dict[str, str]) -> Reply:
-        """Copy an object, whole in one call, with the metadata given or else the source's."""
+        """Copy an object in one call, with the metadata given or else the source's."""
         query = request.query
         source = self._store.get(part["bucket"], part["name"], query.get("sourceGeneration"))
         self._store.check(query, source, on="ifSource")
         self._store.require_bucket(part["to_bucket"])
-        kept = {"contentType": source.content_type, "metadata": source.metadata}
-        resource = kept | {key: value for key, value in json.loads(body or b"{}").items() if value}
+        unchanged = {"contentType": source.content_type, "metadata": source.metadata}
+        resource = unchanged | {
+            key: value for key, value in json.loads(body or b"{}").items() if value
+        }
         stored = self._store.insert(
             (part["to_bucket"], part["to_name"]), source.data, resource, query
         )
@@ -181,7 +183,7 @@ class Bucket(Service):
         return json_reply(object_resource(self.url, *key, stored))
 
     def _upload(self, request: Request, body: bytes, bucket: str) -> Reply:
-        """Take a media or a multipart upload whole, or open a resumable session."""
+        """Accept a complete media or multipart upload, or open a resumable session."""
         query, content_type = request.query, request.headers.get("Content-Type", "")
         match query.get("uploadType"):
             case "media":
@@ -211,11 +213,11 @@ class Bucket(Service):
         if upload.completed:
             return upload.completed
         default = f"bytes 0-{len(body)}/{len(body)}"
-        found = _CONTENT_RANGE.fullmatch(request.headers.get("Content-Range", default))
-        if found is None or int(found["first"] or 0) > len(upload.data):
+        match = _CONTENT_RANGE.fullmatch(request.headers.get("Content-Range", default))
+        if match is None or int(match["first"] or 0) > len(upload.data):
             raise ApiError(400, "Invalid Content-Range.")
-        fresh = body[len(upload.data) - int(found["first"] or 0) :]
-        if found["total"] == str(len(upload.data) + len(fresh)):
+        fresh = body[len(upload.data) - int(match["first"] or 0) :]
+        if match["total"] == str(len(upload.data) + len(fresh)):
             resource = upload.resource | _hashes(request)
             data = bytes(upload.data + fresh)
             upload.completed = self._insert(upload.key, data, resource, upload.query)
@@ -238,12 +240,12 @@ def _hashes(request: Request) -> dict[str, str]:
 
 def _parse_multipart(content_type: str, body: bytes) -> tuple[dict[str, Any], bytes]:
     """The metadata and the content that a `multipart/related` body carries."""
-    found = _BOUNDARY.search(content_type)
-    if found is None:
+    match = _BOUNDARY.search(content_type)
+    if match is None:
         raise ApiError(400, "Missing multipart boundary.")
     # Clients end lines with CRLF, gcloud with LF alone.
-    end = b"\r\n" if b"\r\n--" + found[1].encode() in body else b"\n"
-    parts = (end + body).split(end + b"--" + found[1].encode())
+    end = b"\r\n" if b"\r\n--" + match[1].encode() in body else b"\n"
+    parts = (end + body).split(end + b"--" + match[1].encode())
     _, _, resource = parts[1].partition(end * 2)
     headers, _, data = parts[2].partition(end * 2)
     kind = re.search(rb"(?i)content-type:\s*([^\r\n]+)", headers)

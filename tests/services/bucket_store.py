@@ -61,22 +61,22 @@ class Store:
             raise ApiError(404, "The specified bucket does not exist.")
 
     def get(self, bucket: str, name: str, generation: str | None = None) -> StoredObject:
-        """The live object; where a generation is asked for, only if it is that one."""
+        """The live object; with a generation, only if it is that one."""
         self.require_bucket(bucket)
-        found = self.objects.get((bucket, name))
-        if found is None or generation not in (None, str(found.generation)):
+        stored = self.objects.get((bucket, name))
+        if stored is None or generation not in (None, str(stored.generation)):
             raise ApiError(404, f"No such object: {bucket}/{name}")
-        return found
+        return stored
 
-    def check(self, query: Mapping[str, str], found: StoredObject | None, on: str = "if") -> None:
+    def check(self, query: Mapping[str, str], stored: StoredObject | None, on: str = "if") -> None:
         """Hold a request's preconditions against an object; generation 0 is its absence."""
         for kind, now in (
-            ("Generation", found.generation if found else 0),
-            ("Metageneration", 1 if found else 0),
+            ("Generation", stored.generation if stored else 0),
+            ("Metageneration", 1 if stored else 0),
         ):
-            wanted = query.get(f"{on}{kind}Match")
-            unwanted = query.get(f"{on}{kind}NotMatch")
-            if wanted not in (None, str(now)) or unwanted == str(now):
+            expected = query.get(f"{on}{kind}Match")
+            unexpected = query.get(f"{on}{kind}NotMatch")
+            if expected not in (None, str(now)) or unexpected == str(now):
                 message = "At least one of the pre-conditions you specified did not hold."
                 raise ApiError(412, message)
 
@@ -123,8 +123,8 @@ class Store:
         page: dict[str, Any] = {"kind": "storage#objects"}
         for entry in shown:
             if (bucket, entry) in self.objects and entry == _fold(entry, prefix, delimiter):
-                found = self.objects[bucket, entry]
-                page.setdefault("items", []).append(object_resource(url, bucket, entry, found))
+                stored = self.objects[bucket, entry]
+                page.setdefault("items", []).append(object_resource(url, bucket, entry, stored))
             else:
                 page.setdefault("prefixes", []).append(entry)
         if len(shown) < len(rest):
@@ -134,8 +134,8 @@ class Store:
 
 def _fold(name: str, prefix: str, delimiter: str) -> str:
     """The name, cut behind the first delimiter that follows the prefix."""
-    head, found, _ = name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
-    return f"{prefix}{head}{found}" if found else name
+    head, separator, _ = name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
+    return f"{prefix}{head}{separator}" if separator else name
 
 
 def bucket_resource(name: str) -> dict[str, str]:
@@ -150,39 +150,39 @@ def bucket_resource(name: str) -> dict[str, str]:
     }
 
 
-def object_resource(url: str, bucket: str, name: str, found: StoredObject) -> dict[str, Any]:
+def object_resource(url: str, bucket: str, name: str, stored: StoredObject) -> dict[str, Any]:
     """An object's metadata as the API's JSON gives it."""
     path = f"storage/v1/b/{bucket}/o/{quote(name, safe='')}"
     return {
         "kind": "storage#object",
-        "id": f"{bucket}/{name}/{found.generation}",
+        "id": f"{bucket}/{name}/{stored.generation}",
         "selfLink": f"{url}/{path}",
-        "mediaLink": f"{url}/download/{path}?generation={found.generation}&alt=media",
+        "mediaLink": f"{url}/download/{path}?generation={stored.generation}&alt=media",
         "name": name,
         "bucket": bucket,
-        "generation": str(found.generation),
+        "generation": str(stored.generation),
         "metageneration": "1",
-        "contentType": found.content_type,
+        "contentType": stored.content_type,
         "storageClass": "STANDARD",
-        "size": str(len(found.data)),
-        "md5Hash": found.md5,
-        "crc32c": found.crc32c,
-        "etag": f"{found.generation}/1",
-        "timeCreated": found.created,
-        "updated": found.created,
-        **({"metadata": dict(found.metadata)} if found.metadata else {}),
+        "size": str(len(stored.data)),
+        "md5Hash": stored.md5,
+        "crc32c": stored.crc32c,
+        "etag": f"{stored.generation}/1",
+        "timeCreated": stored.created,
+        "updated": stored.created,
+        **({"metadata": dict(stored.metadata)} if stored.metadata else {}),
     }
 
 
-def media_headers(found: StoredObject) -> dict[str, str]:
+def media_headers(stored: StoredObject) -> dict[str, str]:
     """The headers that come with an object's content."""
     return {
-        "Content-Type": found.content_type,
-        "ETag": f'"{found.generation}/1"',
-        "X-Goog-Generation": str(found.generation),
+        "Content-Type": stored.content_type,
+        "ETag": f'"{stored.generation}/1"',
+        "X-Goog-Generation": str(stored.generation),
         "X-Goog-Metageneration": "1",
-        "X-Goog-Hash": f"crc32c={found.crc32c},md5={found.md5}",
+        "X-Goog-Hash": f"crc32c={stored.crc32c},md5={stored.md5}",
         "X-Goog-Stored-Content-Encoding": "identity",
-        "X-Goog-Stored-Content-Length": str(len(found.data)),
+        "X-Goog-Stored-Content-Length": str(len(stored.data)),
         "X-Goog-Storage-Class": "STANDARD",
     }

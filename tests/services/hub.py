@@ -5,7 +5,7 @@ It answers what `datasets.load_dataset` (streaming or not), `huggingface_hub.hf_
 `HF_ENDPOINT`, which they read at import: start them in a subprocess. As on the Hub, a gated
 repository shows its metadata and file list to everyone and withholds the files.
 
-Files of at least `large` bytes are kept as the Hub keeps Git LFS: the listing has their SHA-256,
+Files of at least `large` bytes are stored as in Git LFS: the listing has their SHA-256,
 and the reply to a request for one is a redirect to another origin, a `Cdn`.
 
 Left out: every write, spaces, Xet storage, the card's metadata, branches other than main, tags,
@@ -116,7 +116,7 @@ class Hub(Service):
         super().stop()
 
     def is_large(self, data: bytes) -> bool:
-        """Whether a file is kept as Git LFS keeps it."""
+        """Return whether a file is stored as in Git LFS."""
         return self._large is not None and len(data) >= self._large
 
     def add_repo(
@@ -141,10 +141,10 @@ class Hub(Service):
     def respond(self, request: Request, body: bytes) -> Reply:
         """Serve a file or an API call."""
         try:
-            if found := _API.fullmatch(request.route):
-                return self._api(request, body, found)
-            if request.method in ("GET", "HEAD") and (found := _FILE.fullmatch(request.route)):
-                return self._file(request, found)
+            if match := _API.fullmatch(request.route):
+                return self._api(request, body, match)
+            if request.method in ("GET", "HEAD") and (match := _FILE.fullmatch(request.route)):
+                return self._file(request, match)
         except HubError as error:
             return error.reply
         return json_reply({"error": "Sorry, we can't find the page you are looking for."}, 404)
@@ -168,11 +168,11 @@ class Hub(Service):
             raise HubError(401, "GatedRepo", f"{message} You must be authenticated to access it.")
         raise HubError(403, "GatedRepo", f"{message} You are not in the authorized list.")
 
-    def _file(self, request: Request, found: re.Match[str]) -> Reply:
-        repo_id, path = unquote(found["id"]), unquote(found["path"])
-        repo = self._repo(request, found["kind"].rstrip("/") or "models", repo_id)
+    def _file(self, request: Request, match: re.Match[str]) -> Reply:
+        repo_id, path = unquote(match["id"]), unquote(match["path"])
+        repo = self._repo(request, match["kind"].rstrip("/") or "models", repo_id)
         self._open_gate(request, repo, repo_id)
-        sha = _resolve(repo, found["revision"])
+        sha = _resolve(repo, match["revision"])
         data = repo.commits[sha].get(path)
         if data is None:
             raise HubError(404, "EntryNotFound", "Entry not found")
@@ -191,18 +191,18 @@ class Hub(Service):
         }
         return ranged_reply(data, request.headers.get("Range"), headers)
 
-    def _api(self, request: Request, body: bytes, found: re.Match[str]) -> Reply:
-        repo_id = unquote(found["id"])
-        repo = self._repo(request, found["kind"], repo_id)
-        sha = _resolve(repo, found["revision"] or "main")
+    def _api(self, request: Request, body: bytes, match: re.Match[str]) -> Reply:
+        repo_id = unquote(match["id"])
+        repo = self._repo(request, match["kind"], repo_id)
+        sha = _resolve(repo, match["revision"] or "main")
         files, query = repo.commits[sha], request.query
         if request.route.endswith("/auth-check"):
             self._open_gate(request, repo, repo_id)
             return json_reply({})
         headers: dict[str, str] = {}
-        if found["verb"] == "tree":
+        if match["verb"] == "tree":
             recursive = query.get("recursive", "").lower() == "true"
-            folder = unquote(found["path"] or "").strip("/")
+            folder = unquote(match["path"] or "").strip("/")
             entries = _tree(files, folder, recursive)
             first = int(query.get("cursor", 0))
             if following := entries[first + self.page_size :]:
@@ -210,13 +210,13 @@ class Hub(Service):
                 link = f"<{self.url}{request.route}?recursive={recursive}&cursor={cursor}>"
                 headers["Link"] = f'{link}; rel="next"'
             entries = entries[first : len(entries) - len(following)]
-        elif found["verb"] == "paths-info":
+        elif match["verb"] == "paths-info":
             form = _form(request, body)
             entries = [entry for path in form["paths"] for entry in _entry(files, path)]
             query = {"expand": str(form.get("expand", [""])[0])}
         else:
             blobs = query.get("blobs", "").lower() == "true"
-            return json_reply(_info(found["kind"], repo_id, repo, sha, blobs))
+            return json_reply(_info(match["kind"], repo_id, repo, sha, blobs))
         if query.get("expand", "").lower() == "true":
             commit = {"id": sha, "title": "Add files", "date": _DATE}
             entries = [{**entry, "lastCommit": commit} for entry in entries]

@@ -37,7 +37,7 @@ class Metadata(Service):
         if path == "instance/service-accounts/default/token":
             token = {"access_token": self._token, "expires_in": 3600, "token_type": "Bearer"}
             return json_reply(token, headers=flavor)
-        found = self.attributes.get(path.removeprefix("instance/attributes/"))
-        if found is None:
+        value = self.attributes.get(path.removeprefix("instance/attributes/"))
+        if value is None:
             return Reply(404, b"Not Found", flavor)
-        return Reply(200, found.encode(), flavor)
+        return Reply(200, value.encode(), flavor)

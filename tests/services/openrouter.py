@@ -105,16 +105,16 @@ class OpenRouter(Service):
             case "ok":
                 return json_reply(_completion(chat, chat_id, self.answer(chat)))
             case "no_cost":
-                whole = _completion(chat, chat_id, self.answer(chat))
-                del whole["usage"]["cost"]
-                return json_reply(whole)
+                reply = _completion(chat, chat_id, self.answer(chat))
+                del reply["usage"]["cost"]
+                return json_reply(reply)
             case "dear":
-                whole = _completion(chat, chat_id, self.answer(chat))
-                whole["usage"]["cost"] *= 1000
-                return json_reply(whole)
+                reply = _completion(chat, chat_id, self.answer(chat))
+                reply["usage"]["cost"] *= 1000
+                return json_reply(reply)
             case "cut":
-                whole = json_reply(_completion(chat, chat_id, self.answer(chat)))
-                return replace(whole, cut_after=len(whole.body) // 2)
+                complete = json_reply(_completion(chat, chat_id, self.answer(chat)))
+                return replace(complete, cut_after=len(complete.body) // 2)
             case "error":
                 return json_reply({"error": failure, "user_id": "user_stand_in"})
             case "choice_error":

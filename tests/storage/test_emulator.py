@@ -1,4 +1,4 @@
-"""The bucket store against an emulator that others wrote, for what that supports."""
+"""The bucket store against a third-party emulator, as far as that goes."""
 
 import os
 import socket
@@ -62,7 +62,7 @@ def test_small_and_large_files_are_written_read_and_listed(store: Store, tmp_pat
     assert store.size("deep/big") is None
 
 
-def test_what_is_written_is_read_and_replaced(store: Store) -> None:
+def test_a_file_is_written_read_and_replaced(store: Store) -> None:
     assert store.read("a/b.json") is None
     store.write("a/b.json", b"first")
     assert store.read("a/b.json") == b"first"

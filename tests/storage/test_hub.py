@@ -1,4 +1,4 @@
-"""The Hub is read whole and right, with the way out of every refusal."""
+"""Files of the Hub arrive complete and correct; every refusal names the way out."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def fetch(repository: Repository, folder: Path) -> dict[str, bytes]:
     return {file.path: (folder / file.path).read_bytes() for file in files}
 
 
-def test_files_come_with_their_checksums_from_wherever_they_are(hub: Hub, tmp_path: Path) -> None:
+def test_small_and_large_files_of_a_commit_are_downloaded(hub: Hub, tmp_path: Path) -> None:
     first = hub.add_repo("models", "org/m", FILES)
     second = hub.add_repo("models", "org/m", {**FILES, "config.json": b"[]"})
     assert fetch(Repository("model", "org/m"), tmp_path / "a") == {**FILES, "config.json": b"[]"}
@@ -52,7 +52,7 @@ def test_files_come_with_their_checksums_from_wherever_they_are(hub: Hub, tmp_pa
     assert len(hub.requested("/resolve/")) == before
 
 
-def test_the_token_opens_what_is_private_and_goes_to_no_other_host(
+def test_the_token_is_sent_to_no_other_host(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add_repo("datasets", "org/d", FILES, private=True)
@@ -74,7 +74,7 @@ def test_the_token_opens_what_is_private_and_goes_to_no_other_host(
         ("org/gated", None, "hf_other", SetupError, "of the account that did"),
     ],
 )  # fmt: skip
-def test_a_refusal_comes_at_once_and_names_the_way_out(
+def test_a_refusal_is_not_retried_and_names_the_way_out(
     name: str, revision: str | None, token: str | None, kind: type[JobError], words: str,
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -87,7 +87,7 @@ def test_a_refusal_comes_at_once_and_names_the_way_out(
         fetch(Repository("model", name, revision), tmp_path)
     assert token is None or token not in str(refused.value)
     routes = [request.path for request in hub.requests]
-    assert len(routes) == len(set(routes)) or name == "org/gated"  # nothing was tried again
+    assert len(routes) == len(set(routes)) or name == "org/gated"  # nothing was retried
 
 
 def test_a_cut_download_resumes(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_remains_of_a_killed_download_are_not_used(folder: bool, hub: Hub, tmp_p
     }  # fmt: skip
 
 
-def test_processes_that_want_one_file_download_it_once(hub: Hub, tmp_path: Path) -> None:
+def test_two_processes_download_a_file_once(hub: Hub, tmp_path: Path) -> None:
     hub.add_repo("models", "org/m", FILES)
     hub.cdn.faults.add("GET /", spoil="slow")
     code = (
@@ -158,7 +158,7 @@ def test_credentials_of_netrc_are_not_sent(
     assert {request.headers["Authorization"] for request in sent} == {None}
 
 
-def test_a_file_that_is_wrong_every_time_is_refused_and_not_left(hub: Hub, tmp_path: Path) -> None:
+def test_a_file_that_is_always_wrong_is_refused(hub: Hub, tmp_path: Path) -> None:
     hub.add_repo("models", "org/m", FILES)
     hub.cdn.faults.add("GET /", spoil="flip", times=99)
     with pytest.raises(StageError, match="did not have the expected checksum"):
@@ -166,7 +166,7 @@ def test_a_file_that_is_wrong_every_time_is_refused_and_not_left(hub: Hub, tmp_p
     assert not (tmp_path / "part/model.safetensors").exists()
 
 
-def test_time_is_bounded_and_the_wait_a_server_asks_for_is_kept(hub: Hub, tmp_path: Path) -> None:
+def test_retries_are_limited_and_respect_retry_after(hub: Hub, tmp_path: Path) -> None:
     hub.add_repo("models", "org/m", FILES)
     hub.faults.add("GET /api", status=429, headers={"Retry-After": "1"})
     clock = time.monotonic()
@@ -182,7 +182,7 @@ def test_time_is_bounded_and_the_wait_a_server_asks_for_is_kept(hub: Hub, tmp_pa
     assert time.monotonic() - clock < 5
 
 
-def test_waits_are_read_in_seconds_and_as_a_date() -> None:
+def test_retry_after_is_seconds_or_a_date() -> None:
     assert retry_after("7") == 7
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert retry_after(None) is retry_after("soon") is None
@@ -195,7 +195,7 @@ def test_a_listing_cannot_write_outside_the_folder(hub: Hub, tmp_path: Path) -> 
             Repository("model", "org/m").fetch("c" * 40, [HubFile(path, 1, None, "0")], tmp_path)
 
 
-def test_a_model_comes_into_the_cache_without_what_kerashub_does_not_read(
+def test_only_files_that_kerashub_reads_are_downloaded(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JOB_CACHE", str(tmp_path))

@@ -1,4 +1,4 @@
-"""A run is kept whole or not at all, in a folder and in a bucket alike."""
+"""A folder and a bucket behave the same: a write is complete or absent."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ CALLS: dict[str, Call] = {
     "take": lambda store, key, path: store.take(path, key),
 }
 OBJECTS = "/b/runs/o"
-"""What the paths of all requests for objects hold."""
+"""Part of the paths of all requests for objects."""
 OUTSIDE = ["", ".", "..", "../up", "a/../../up", "/etc/hosts", "a\\..\\b", "a\0b"]
 
 
@@ -46,7 +46,7 @@ def remote(bucket: Bucket) -> Store:
     return open_store("gs://runs/team/doctor-1")
 
 
-@pytest.fixture(params=["folder", "bucket", "whole bucket"])
+@pytest.fixture(params=["folder", "bucket", "bucket root"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "folder":
         return open_store(str(tmp_path / "runs" / "doctor-1"))
@@ -66,7 +66,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_is_written_is_read_and_replaced(store: Store) -> None:
+def test_a_file_is_written_read_and_replaced(store: Store) -> None:
     content = bytes(range(256)) * 50
     store.write("a/b.bin", content)
     store.write("empty", b"")
@@ -85,7 +85,7 @@ def test_files_are_listed_by_prefix_in_order(store: Store) -> None:
     assert len(store.list()) == 5
 
 
-def test_files_go_up_and_come_down(store: Store, file: Path, tmp_path: Path) -> None:
+def test_files_are_uploaded_and_downloaded(store: Store, file: Path, tmp_path: Path) -> None:
     store.upload(file, "deep/down/file")
     assert store.read("deep/down/file") == b"from a file"
     file.write_bytes(b"changed")
@@ -96,7 +96,7 @@ def test_files_go_up_and_come_down(store: Store, file: Path, tmp_path: Path) -> 
     assert file_sha256(target) == file_sha256(file)
 
 
-def test_a_file_that_is_taken_is_gone_from_where_it_was(store: Store, file: Path) -> None:
+def test_take_moves_the_local_file(store: Store, file: Path) -> None:
     content = file.read_bytes()
     store.write("a", b"old")
     store.take(file, "a")
@@ -104,7 +104,7 @@ def test_a_file_that_is_taken_is_gone_from_where_it_was(store: Store, file: Path
     assert not file.exists()
 
 
-def test_what_is_missing_is_none_and_deleting_it_is_no_error(store: Store, tmp_path: Path) -> None:
+def test_a_missing_file_is_none_and_can_be_deleted(store: Store, tmp_path: Path) -> None:
     assert store.list() == []
     assert store.read("a/none") is None
     assert store.size("a/none") is None
@@ -118,7 +118,7 @@ def test_what_is_missing_is_none_and_deleting_it_is_no_error(store: Store, tmp_p
     assert store.list() == []
 
 
-def test_a_part_of_a_path_is_no_file(store: Store) -> None:
+def test_a_folder_is_not_a_file(store: Store) -> None:
     store.write("a/b", b"1")
     assert store.size("a") is None
     assert store.read("a/b/c") is None
@@ -135,7 +135,7 @@ def test_a_key_that_leaves_the_folder_is_refused(call: Call, store: Store, file:
 @given(
     st.lists(st.sampled_from(["a", ".", "..", "/", "//", "\\", "b c", "~", "%2e%2e"]), max_size=6)
 )
-def test_a_key_that_is_accepted_stays_inside(parts: list[str]) -> None:
+def test_an_accepted_key_stays_inside_the_folder(parts: list[str]) -> None:
     try:
         key = check_key("/".join(parts))
     except StageError:
@@ -143,7 +143,7 @@ def test_a_key_that_is_accepted_stays_inside(parts: list[str]) -> None:
     assert os.path.normpath(f"/runs/one/{key}").startswith("/runs/one/")
 
 
-def test_a_local_write_that_fails_leaves_no_part_of_it(local: LocalStore, file: Path) -> None:
+def test_a_failed_local_write_leaves_nothing(local: LocalStore, file: Path) -> None:
     local.write("blocked", b"a file where a folder is needed")
     with pytest.raises(StageError, match=r"cannot write .*blocked/a"):
         local.write("blocked/a", b"1")
@@ -155,25 +155,25 @@ def test_a_local_write_that_fails_leaves_no_part_of_it(local: LocalStore, file: 
     assert local.read("blocked") == b"a file where a folder is needed"
 
 
-def test_a_local_write_that_fails_half_way_keeps_the_old_file(
-    local: LocalStore, tmp_path: Path
-) -> None:
-    local.write("kept", b"old")
+def test_a_failed_local_write_preserves_the_old_file(local: LocalStore, tmp_path: Path) -> None:
+    local.write("old", b"old")
     local.write("folder/in", b"1")
-    with pytest.raises(StageError, match=r"cannot write .*kept"):
-        local.upload(tmp_path / "no such file", "kept")
+    with pytest.raises(StageError, match=r"cannot write .*old"):
+        local.upload(tmp_path / "no such file", "old")
     with pytest.raises(StageError, match=r"cannot write .*folder"):
         local.write("folder", b"2")
-    assert local.read("kept") == b"old"
-    assert sorted(path.name for path in local.root.rglob("*")) == ["folder", "in", "kept"]
+    assert local.read("old") == b"old"
+    assert sorted(path.name for path in local.root.rglob("*")) == ["folder", "in", "old"]
 
 
-def test_a_file_that_was_being_written_when_the_machine_died_is_not_listed(
+def test_unfinished_files_are_not_listed(
     local: LocalStore,
 ) -> None:
-    local.write("data/whole", b"1")
-    (local.root / "data" / ".partial-x1").write_bytes(b"half")
-    assert local.list() == ["data/whole"]
+    local.write("data/complete", b"1")
+    (local.root / "data/.partial-x1").write_bytes(b"half")
+    (local.root / "data/.partial-x2").mkdir()
+    (local.root / "data/.partial-x2/x2").write_bytes(b"half")
+    assert local.list() == ["data/complete"]
 
 
 def test_a_local_file_can_be_read_by_others(local: LocalStore) -> None:
@@ -193,9 +193,7 @@ def test_a_relative_folder_stays_where_it_was(
     assert (tmp_path / "runs" / "a").read_bytes() == b"1"
 
 
-def test_objects_lie_under_the_prefix_and_others_are_not_seen(
-    bucket: Bucket, remote: Store
-) -> None:
+def test_only_objects_under_the_prefix_are_visible(bucket: Bucket, remote: Store) -> None:
     bucket.put("runs", "team/doctor-10/a", b"another run")
     bucket.put("runs", "a", b"no run")
     remote.write("a", b"mine")
@@ -204,9 +202,7 @@ def test_objects_lie_under_the_prefix_and_others_are_not_seen(
     assert bucket.names("runs") == ["a", "team/doctor-10/a"]
 
 
-def test_a_large_object_survives_an_outage_half_way(
-    bucket: Bucket, remote: Store, tmp_path: Path
-) -> None:
+def test_transfers_of_a_large_object_resume(bucket: Bucket, remote: Store, tmp_path: Path) -> None:
     content = os.urandom(9 * 1024 * 1024)
     (tmp_path / "big").write_bytes(content)
     bucket.faults.add("PUT /upload", cut_after=0)
@@ -233,7 +229,7 @@ def test_a_burst_of_503_is_survived_by_every_call(
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_a_403_names_the_object_and_the_role_that_is_missing(
+def test_a_403_names_the_object_and_the_missing_role(
     call: Call, bucket: Bucket, remote: Store, file: Path
 ) -> None:
     bucket.faults.add(OBJECTS, status=403, times=9)
@@ -244,23 +240,21 @@ def test_a_403_names_the_object_and_the_role_that_is_missing(
     assert len(bucket.requested(OBJECTS)) == 1
 
 
-def test_a_403_on_a_listing_names_the_role_too(bucket: Bucket, remote: Store) -> None:
+def test_a_403_on_a_listing_names_the_missing_role(bucket: Bucket, remote: Store) -> None:
     bucket.faults.add(OBJECTS, status=403, times=9)
     with pytest.raises(SetupError, match=r"not allowed to list .*storage\.objectUser"):
         remote.list()
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_a_bucket_that_is_not_there_is_no_missing_file(
-    call: Call, bucket: Bucket, file: Path
-) -> None:
+def test_a_missing_bucket_is_not_a_missing_file(call: Call, bucket: Bucket, file: Path) -> None:
     with pytest.raises(SetupError, match="there is no bucket gs://none; create it"):
         call(open_store("gs://none/runs"), "a", file)
     with pytest.raises(SetupError, match="there is no bucket gs://none"):
         open_store("gs://none/runs").list()
 
 
-def test_a_request_that_is_refused_for_good_is_a_stage_error(bucket: Bucket, remote: Store) -> None:
+def test_a_permanent_refusal_is_a_stage_error(bucket: Bucket, remote: Store) -> None:
     bucket.faults.add(OBJECTS, status=400)
     with pytest.raises(StageError, match="cannot write gs://runs/team/doctor-1/a"):
         remote.write("a", b"1")
@@ -285,9 +279,7 @@ def test_one_object_is_read_by_its_uri(bucket: Bucket) -> None:
         ("", "names no object"),
     ],
 )
-def test_a_uri_that_names_nothing_is_a_wrong_argument(
-    uri: str, message: str, bucket: Bucket
-) -> None:
+def test_a_uri_of_nothing_is_a_usage_error(uri: str, message: str, bucket: Bucket) -> None:
     with pytest.raises(UsageError, match=message):
         read_uri(uri)
 
@@ -309,7 +301,7 @@ def test_a_store_of_another_kind_is_refused(uri: str) -> None:
         ("/data/runs/", LocalStore, "/data/runs"),
     ],
 )
-def test_a_store_says_where_it_is(uri: str, kind: type, shown: str) -> None:
+def test_a_store_has_a_uri(uri: str, kind: type, shown: str) -> None:
     store = open_store(uri)
     assert (type(store), store.uri) == (kind, shown)
 
@@ -324,16 +316,16 @@ def test_a_store_says_where_it_is(uri: str, kind: type, shown: str) -> None:
         ("/", "/one"),
     ],
 )
-def test_a_child_lies_inside(uri: str, child: str) -> None:
+def test_child_uri_is_inside(uri: str, child: str) -> None:
     assert child_uri(uri, "one") == child
 
 
 @pytest.mark.parametrize(
     ("status", "headers"),
     [(404, {}), (410, {}), (308, {}), (308, {"Range": "bytes=0-262143"})],
-    ids=["not found", "gone", "kept nothing", "kept a part"],
+    ids=["not found", "gone", "stored nothing", "stored a part"],
 )
-def test_an_upload_that_is_lost_half_way_begins_again(
+def test_an_upload_whose_session_is_lost_restarts(
     status: int, headers: dict[str, str], bucket: Bucket, remote: Store, tmp_path: Path
 ) -> None:
     content = os.urandom(9 * 1024 * 1024)
@@ -344,7 +336,7 @@ def test_an_upload_that_is_lost_half_way_begins_again(
     assert len(bucket.requested("POST /upload")) == 2
 
 
-def test_the_project_that_pays_is_named_in_every_request(
+def test_every_request_names_the_paying_project(
     bucket: Bucket, remote: Store, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JOB_USER_PROJECT", "payer")
@@ -354,7 +346,7 @@ def test_the_project_that_pays_is_named_in_every_request(
     assert {request.query.get("userProject") for request in bucket.requests} == {"payer"}
 
 
-def test_an_emulator_is_named_with_or_without_a_scheme(
+def test_the_emulator_address_may_lack_a_scheme(
     bucket: Bucket, remote: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket.url.removeprefix("http://"))
@@ -362,7 +354,7 @@ def test_an_emulator_is_named_with_or_without_a_scheme(
     assert bucket.names("runs") == ["team/doctor-1/a"]
 
 
-def test_without_credentials_the_way_to_them_is_told(
+def test_missing_credentials_name_the_way_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
@@ -393,7 +385,7 @@ def test_only_the_bytes_of_transfers_count_as_progress(
     monkeypatch.setattr(WATCHDOG, "beat", lambda: beats.append(None))
     version = remote.write_if_version("lease", b"1", None)
     remote.write_if_version("lease", b"2", version)
-    assert not beats  # or a lease that is renewed would hide a job that hangs
+    assert not beats  # or renewing a lease would hide a stalled job
     (tmp_path / "big").write_bytes(bytes(9 * 1024 * 1024))
     remote.upload(tmp_path / "big", "big")
     sent = len(beats)
