@@ -37,7 +37,7 @@ MOMENTS: tuple[tuple[signal.Signals, str, dict[str, object]], ...] = (
     (signal.SIGTERM, "stage started", {"stage": "baseline"}),  # Keras is imported next
     (signal.SIGTERM, "step", {"step": 10}),
     (signal.SIGKILL, "step", {"step": 30}),
-    (signal.SIGTERM, "answered", {"stage": "finetuned"}),
+    (signal.SIGTERM, "task evaluated", {"stage": "finetuned"}),
 )
 TOKEN = "hf_" + "aTokenThatMustNotBeSeen" * 2
 
