@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from job.errors import StageError
 from job.storage.base import PARTIAL
@@ -23,22 +23,12 @@ _MISMATCHES = 3
 _PIECE = 1024 * 1024
 
 
-class Digest(Protocol):
-    """A running checksum, as in hashlib."""
-
-    def update(self, piece: bytes, /) -> object:
-        """Add bytes."""
-
-    def digest(self) -> bytes:
-        """Return the checksum so far."""
-
-
 @dataclass(frozen=True)
 class Content:
-    """The expected content of a file; `new_digest` starts the checksum that ends as `digest`."""
+    """The expected content of a file; `new_digest` starts a checksum like those of hashlib."""
 
     size: int
-    new_digest: Callable[[], Digest]
+    new_digest: Callable[[], Any]
     digest: bytes
 
     def matches(self, path: Path) -> bool:
@@ -49,7 +39,7 @@ class Content:
         with path.open("rb") as file:
             while piece := file.read(_PIECE):
                 digest.update(piece)
-        return digest.digest() == self.digest
+        return bool(digest.digest() == self.digest)
 
 
 def download(what: str, path: Path, content: Content, get: Callable[[Path], Path]) -> None:

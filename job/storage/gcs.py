@@ -30,7 +30,6 @@ from job.storage.retry import (
     TransientError,
     first_line,
     raise_if_transient,
-    report_progress,
     retrying,
     timeouts,
 )
@@ -126,7 +125,7 @@ class GcsStore:
             file.seek(0)
             blob = self._blob(key)
             blob.chunk_size, blob.crc32c = _CHUNK, checksum
-            retry = self._retry("write", key) if size > _CHUNK else None
+            retry = _retry(Attempts(f"write {self._place(key)}")) if size > _CHUNK else None
             try:
                 blob.upload_from_file(
                     file, size=size, if_generation_match=expected, **_options(retry), checksum=None
@@ -148,14 +147,14 @@ class GcsStore:
         what = f"read {self._place(key)}"
 
         def get(scratch: Path) -> Path:
-            attempts = Attempts(what)  # the client resumes, so each piece is progress
+            attempts = Attempts(what)
             local = scratch / path.name
             with _transient_failures(), local.open("wb") as file:
                 self._blob(key, blob.generation).download_to_file(
                     _ReportingFile(file, attempts.progress),
                     raw_download=True,
                     checksum=None,
-                    **_options(_retrying_by(attempts)),
+                    **_options(_retry(attempts)),
                 )
             return local
 
@@ -171,7 +170,7 @@ class GcsStore:
         root = f"{self._prefix}/" if self._prefix else ""
 
         def work() -> list[str]:
-            options = _options(self._retry("list", prefix))
+            options = _options(_retry(Attempts(f"list {self._place(prefix)}")))
             blobs = self._bucket().list_blobs(prefix=root + prefix, **options)
             return sorted(str(blob.name).removeprefix(root) for blob in blobs)
 
@@ -216,21 +215,6 @@ class GcsStore:
             return retrying(f"{action} {self._place(key)}", once)
         return None
 
-    def _retry(self, action: str, key: str) -> "_Retry":
-        """Return what the client takes as `retry` where each of its requests is some progress."""
-
-        def policy(request: Callable[[], Any]) -> Callable[[], Any]:
-            run = _retrying_by(Attempts(f"{action} {self._place(key)}"))(request)
-
-            def call() -> Any:
-                reply = run()
-                report_progress()
-                return reply
-
-            return call
-
-        return policy
-
     @contextlib.contextmanager
     def _refusals(self, action: str, key: str) -> Iterator[None]:
         """Turn the service's refusals within this block into errors with the way out.
@@ -269,11 +253,15 @@ class GcsStore:
 type _Retry = Callable[[Callable[[], Any]], Callable[[], Any]]
 
 
-def _retrying_by(attempts: Attempts) -> _Retry:
+def _retry(attempts: Attempts) -> _Retry:
+    """Return what the client takes as `retry` where each of its requests is progress."""
+
     def policy(request: Callable[[], Any]) -> Callable[[], Any]:
         def once() -> Any:
             with _transient_failures():
-                return request()
+                reply = request()
+            attempts.progress()
+            return reply
 
         return lambda: attempts.run(once)
 
