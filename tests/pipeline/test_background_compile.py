@@ -46,7 +46,7 @@ def test_a_stopped_job_does_not_wait_for_the_compiler(tmp_path: Path) -> None:
     ) as process:  # fmt: skip
         assert process.stdout is not None
         for line in process.stdout:
-            if '"answered"' in line:
+            if '"task evaluated"' in line:
                 process.send_signal(signal.SIGTERM)
                 break
         _, errors = process.communicate(timeout=90)

@@ -135,7 +135,7 @@ def test_missing_spec_and_damaged_results_are_written_again(smoke: Finished) -> 
 def test_a_job_stopped_during_the_baseline_resumes(tmp_path: Path) -> None:
     arguments = ("run", "smoke", "--output", str(tmp_path), "--until", "baseline")
     stopped = job_stopped(
-        *arguments, when=lambda e: e["message"] == "answered", number=signal.SIGTERM
+        *arguments, when=lambda e: e["message"] == "task evaluated", number=signal.SIGTERM
     )
     assert stopped.code == 75
     assert stopped.err == "error: stopped by SIGTERM; run the same command to resume\n"
