@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build the image and push it to the project's repository. Print its name with its digest.
 #
-# Usage: infra/push_image.sh [--extra tpu|cpu] [--cloud-build] [--dry-run]
+# Usage: infra/push_image.sh [--extra tpu|cpu|cuda] [--cloud-build] [--dry-run]
 #
 #   --extra        the hardware the image is for; default: tpu
 #   --cloud-build  build with Cloud Build instead of local Docker
