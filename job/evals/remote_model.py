@@ -123,7 +123,8 @@ class RemoteModel:
         try:
             with progress(name, len(prompts), saved) as advance:
                 while pending:
-                    advance(collect(WRITE_EVERY_SECONDS), cost_usd=self._log.cost_usd)
+                    if arrived := collect(WRITE_EVERY_SECONDS):
+                        advance(arrived, cost_usd=self._log.cost_usd)
                     self._log.write()
                     self._check()
         except BaseException:  # requests in flight are paid for: save their replies

@@ -28,6 +28,7 @@ _ADDRESS, _COUNT, _INDEX = (
 )
 
 
+_RESUME = "run the same command to resume"
 _EXITS, _HEARTBEATS = "job/left/", "job/beat/"
 
 
@@ -174,13 +175,15 @@ class ProcessGroup:
                 if last.get(key, ("", 0))[0] != value:
                     last[key] = (value, now)
                 elif now - last[key][1] > _HEARTBEAT_TIMEOUT:
-                    self._exit_after(0, EXIT_RESUMABLE, f"process {_index(key)} has died")
+                    self._exit_after(0, EXIT_RESUMABLE, f"process {_index(key)} stopped responding")
                     return
 
     def _exit_after(self, grace: float, code: int, message: str) -> None:
         """End this process unless it exits by itself within `grace` seconds."""
         if not self._exiting.wait(grace):
-            self.leave(code, f"{message}; run the same command to resume")
+            if code == EXIT_RESUMABLE and _RESUME not in message:
+                message = f"{message}; {_RESUME}"
+            self.leave(code, message)
 
     def leave(self, code: int, message: str) -> None:
         """End this process now, whatever its main thread is doing, and tell the others why."""

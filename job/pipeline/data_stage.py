@@ -78,7 +78,7 @@ def run_stage(run: Run) -> DataInfo:
     run.put(MANIFEST, json.dumps(_manifest(run, staged, info), indent=2).encode())
     seconds = time.monotonic() - clock
     logs.get().info(
-        "rows read and sampled",
+        "data split written",
         raw=info.rows.raw,
         valid=info.rows.valid,
         dropped=info.rows.dropped,

@@ -96,12 +96,12 @@ def _check_contamination(run: Run, tasks: Sequence[Task]) -> None:
     for name, overlap in overlaps.slices.items():
         if overlap.found:
             logs.get().warning(
-                "the training text contains questions; data.checks.drop: [contaminated] drops "
-                "those examples",
+                "training text contains evaluation questions",
                 eval=name,
                 contaminated=overlap.found,
                 questions=overlap.questions,
                 pairs=CONTAMINATION,
+                hint="data.checks.drop: [contaminated] drops those examples",
             )
 
 

@@ -4,15 +4,13 @@ import json
 import re
 from pathlib import Path
 
-import yaml
-
 from job.errors import SetupError, UsageError
 from job.pipeline.run import RESULTS, Preflight, Run, StageRecord, now
 from job.pipeline.stages import stage_digests
 from job.pipeline.status import earlier_preflight
 from job.runtime import logs
 from job.spec.fields import SAMPLES
-from job.spec.load import digest, run_id
+from job.spec.load import digest, run_id, spec_text
 from job.spec.pinning import resolve_all
 from job.spec.schema import Spec
 
@@ -43,7 +41,7 @@ def check_local_inputs(spec: Spec) -> None:
     preset = spec.model.preset
     if "/" in preset and "://" not in preset and not Path(preset).is_dir():
         raise UsageError(
-            f"model.preset: there is no folder {preset!r}; for a model of the Hub write "
+            f"model.preset: there is no folder {preset!r}; for a model on the Hub write "
             "hf://owner/name"
         )
     for where, source in (
@@ -58,7 +56,7 @@ def check_local_inputs(spec: Spec) -> None:
         elif not Path(source.dataset).is_file():
             raise UsageError(
                 f"{where}.dataset: there is no file {source.dataset!r}; "
-                "for a dataset of the Hub write hf://owner/name"
+                "for a dataset on the Hub write hf://owner/name"
             )
 
 
@@ -97,7 +95,8 @@ def _record_preflight(run: Run, *, resumed: bool) -> StageRecord:
     )
     run.store.delete(RESULTS)
     run.outputs = []
-    run.put(SPEC, _spec_yaml(run.spec))
+    header = "# The spec as it was run, with overrides and defaults.\n"
+    run.put(SPEC, f"{header}{spec_text(run.spec)}".encode())
     run.digests["preflight"] = digest([run.environment.model_dump(mode="json"), run.revisions])
     record = run.record_stage("preflight", started, 0.0, outcome)
     logs.get().info(
@@ -114,8 +113,3 @@ def _record_preflight(run: Run, *, resumed: bool) -> StageRecord:
         if missing := missing_key(run.spec.reference):
             logs.get().warning(missing)
     return record
-
-
-def _spec_yaml(spec: Spec) -> bytes:
-    body = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return f"# The spec as it was run, with overrides and defaults.\n{body}".encode()

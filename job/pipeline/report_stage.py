@@ -1,7 +1,6 @@
 """The report stage: assemble the results from the files of the run, and write the report pages."""
 
 import json
-from datetime import UTC, datetime
 
 from job.data.contamination import Contamination
 from job.evals.metrics import (
@@ -28,7 +27,7 @@ from job.machine.accelerators import find_accelerator
 from job.pipeline.data_stage import CONTAMINATION
 from job.pipeline.eval_stage import EvalOutcome
 from job.pipeline.reference_stage import ReferenceOutcome
-from job.pipeline.run import Preflight, Run
+from job.pipeline.run import Preflight, Run, now
 from job.pipeline.train_stage import TrainOutcome
 from job.report import model_card
 from job.report.page import Flip, render_html, render_markdown
@@ -88,7 +87,7 @@ def _run_info(run: Run, preflight: Preflight) -> RunInfo:
         name=run.spec.name,
         status="complete",
         started=preflight.first_started,
-        finished=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        finished=now(),
         seconds=round(sum(seconds.values()), 3),
         stage_seconds=seconds,
         spec_digest=digest(spec),

@@ -186,7 +186,7 @@ def hold_run_lease(run: Run, unchanged: Callable[[], bool]) -> Iterator[None]:
 
     Args:
         run: the run.
-        unchanged: whether the run is still in the state that the plan of work was made from.
+        unchanged: whether the run is still in the state from which the stages to run were chosen.
 
     Raises:
         RunStoppedError: another process is at work on this run, or was in between.

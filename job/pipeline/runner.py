@@ -93,9 +93,9 @@ class _Command:
         """Join the other processes, check the machine, and run the stale stages."""
         spec = self.loaded.spec
         processes = join_processes(spec.runtime)
-        context = contextvars.copy_context()  # log lines of other threads name the run
-        STOP.leave = lambda code, why: context.run(processes.leave, code, why)
         store = self._open_store(processes)
+        context = contextvars.copy_context()  # log lines of other threads name run and process
+        STOP.leave = lambda code, why: context.run(processes.leave, code, why)
         with processes.exit_together():
             status = RunStatus.model_validate_json(
                 processes.broadcast(lambda: self._status(store).model_dump_json())
@@ -247,7 +247,7 @@ def _explain(error: Exception, run: Run) -> StageError | RunStoppedError:
         return gone
     logs.get().error("stage failed", error=repr(error), traceback=traceback.format_exc())
     return StageError(
-        f"unexpected {type(error).__name__}: {error}; this is a defect, and its traceback "
+        f"unexpected {type(error).__name__}: {error}; this is a bug, and its traceback "
         f"is in {child_uri(run.store.uri, LOG)}"
     )
 

@@ -33,7 +33,7 @@ class Stage:
     """Parts of the spec, and identities of input files, that the outputs depend on."""
     run: Callable[[Run], BaseModel]
     has_more_to_do: Callable[[StageRecord, Spec], bool] = lambda _record, _spec: False
-    """Whether a finished stage could do work now that it could not do then."""
+    """Whether a finished stage has work left that has become possible."""
     on_all_processes: bool = False
     """Whether the stage uses the devices; other stages run on the primary process."""
 

@@ -1,4 +1,4 @@
-"""Where a run stands: the records of its stages, and which stages must run again."""
+"""The state of a run: the records of its stages, and which stages must run again."""
 
 import contextlib
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class RunStatus(BaseModel):
     stale: list[str]
     """Stages that must run, in order."""
     complete: bool
-    """Whether the results are there."""
+    """Whether results.json exists and is valid."""
 
 
 def read_run_status(spec: Spec, store: Store, *, fresh: bool = False) -> RunStatus:
@@ -27,7 +27,7 @@ def read_run_status(spec: Spec, store: Store, *, fresh: bool = False) -> RunStat
     Args:
         spec: the spec to compare the records with.
         store: of the run.
-        fresh: ignore what is there.
+        fresh: ignore existing records.
     """
     records = {} if fresh else read_stage_records(store)
     digests = stage_digests(spec, earlier_preflight(records).revisions)

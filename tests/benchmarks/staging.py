@@ -134,7 +134,7 @@ def ours(dataset: str, folder: Path, environment: dict[str, str]) -> tuple[float
             {"JAX_PLATFORMS": "cpu", "JOB_CACHE": f"{scratch}/cache", **environment},
         )  # fmt: skip
     events = [json.loads(line) for line in printed.splitlines()]
-    (event,) = [e for e in events if e["message"] == "rows read and sampled"]
+    (event,) = [e for e in events if e["message"] == "data split written"]
     return float(event["rows_per_second"]), peak, event
 
 
