@@ -12,7 +12,7 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What one side says in a conversation."""
+    """One message of a conversation."""
 
     role: Role
     content: str

@@ -38,9 +38,9 @@ class Piece(NamedTuple):
 
     text: str
     has_loss: bool = False
-    """Whether the model is trained to write it."""
+    """True if the model is trained to write it."""
     ends_turn: bool = False
-    """Whether the token that ends the model's turn follows."""
+    """True if the token that ends the model's turn follows."""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Example:
 
     @property
     def prompt_messages(self) -> tuple[Message, ...]:
-        """What a model is given to respond to."""
+        """The messages that a model responds to."""
         return self.messages[:-1]
 
     @property

@@ -97,7 +97,7 @@ _ANY = "|".join(
 """Matches every text that one of the patterns matches."""
 
 Flags = dict[str, np.ndarray]
-"""Which examples each pattern matches, bool `[examples]`, by its name."""
+"""The examples that each pattern matches, bool `[examples]`, by its name."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ class TextStats:
     text_bytes: np.ndarray
     """Bytes of prompt and response together, int `[examples]`."""
     short: np.ndarray
-    """Whether an example is too short, bool `[examples]`."""
+    """True for examples that are too short, bool `[examples]`."""
     long: np.ndarray
-    """Whether an example is too long, bool `[examples]`."""
+    """True for examples that are too long, bool `[examples]`."""
 
 
 def text_stats(examples: ExampleColumns, checks: Checks) -> TextStats:

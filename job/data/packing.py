@@ -121,7 +121,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """All rows of a dataset."""
+    """The packed rows of a dataset."""
 
     batch: Batch
     examples: list[list[str]]

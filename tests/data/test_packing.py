@@ -66,9 +66,9 @@ def tokenized(
     response: str,
     loss_on: Literal["response", "all"] = "response",
     max_length: int = 500,
-    codec: ChatTokenizer = GEMMA,
+    tokenizer: ChatTokenizer = GEMMA,
 ) -> TokenizedExamples:
-    return tokenize([conversation("a", prompt, response)], codec, max_length, loss_on)
+    return tokenize([conversation("a", prompt, response)], tokenizer, max_length, loss_on)
 
 
 def targets_of(example: TokenExample) -> list[int]:
@@ -89,21 +89,21 @@ def test_an_example_is_prompt_response_and_end_of_turn() -> None:
     assert Letters().detokenize(example.token_ids) == (
         "<bos><start_of_turn>user\nHi.<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>"
     )
-    (plain,) = tokenized("Hi.", "Yes.", codec=PLAIN).examples
+    (plain,) = tokenized("Hi.", "Yes.", tokenizer=PLAIN).examples
     assert Letters().detokenize(plain.token_ids) == "Hi.\nYes.<eos>"
 
 
-@pytest.mark.parametrize("codec", [GEMMA, PLAIN])
-def test_the_loss_is_on_the_response_and_its_end_alone(codec: ChatTokenizer) -> None:
-    (example,) = tokenized("Hi.", "Yes.", codec=codec).examples
+@pytest.mark.parametrize("tokenizer", [GEMMA, PLAIN])
+def test_the_loss_is_on_the_response_and_its_end_alone(tokenizer: ChatTokenizer) -> None:
+    (example,) = tokenized("Hi.", "Yes.", tokenizer=tokenizer).examples
     targets = targets_of(example)
     assert Letters().detokenize(targets[:-1]) == "Yes."
-    assert targets[-1] == codec.stop_ids[-1]
+    assert targets[-1] == tokenizer.stop_ids[-1]
 
 
-@pytest.mark.parametrize("codec", [GEMMA, PLAIN])
-def test_the_loss_on_all_tokens_leaves_out_only_the_first(codec: ChatTokenizer) -> None:
-    (example,) = tokenized("Hi.", "Yes.", "all", codec=codec).examples
+@pytest.mark.parametrize("tokenizer", [GEMMA, PLAIN])
+def test_the_loss_on_all_tokens_leaves_out_only_the_first(tokenizer: ChatTokenizer) -> None:
+    (example,) = tokenized("Hi.", "Yes.", "all", tokenizer=tokenizer).examples
     assert example.loss_mask == [False] + [True] * (len(example.token_ids) - 1)
 
 
@@ -159,12 +159,12 @@ def test_a_reply_of_weight_0_has_no_loss() -> None:
     assert example.token_ids == whole.token_ids
 
 
-@pytest.mark.parametrize("codec", [GEMMA, PLAIN])
-def test_training_sees_the_tokens_that_the_model_is_asked_with(codec: ChatTokenizer) -> None:
-    (example,) = tokenize([DIALOGUE], codec, 500, "response").examples
-    (prompt,) = codec.encode_prompts([DIALOGUE.prompt_messages])
-    (answer,) = codec.encode(["Rest it."])
-    assert example.token_ids == [*prompt, *answer, codec.stop_ids[-1]]
+@pytest.mark.parametrize("tokenizer", [GEMMA, PLAIN])
+def test_training_sees_the_tokens_that_the_model_is_asked_with(tokenizer: ChatTokenizer) -> None:
+    (example,) = tokenize([DIALOGUE], tokenizer, 500, "response").examples
+    (prompt,) = tokenizer.encode_prompts([DIALOGUE.prompt_messages])
+    (answer,) = tokenizer.encode(["Rest it."])
+    assert example.token_ids == [*prompt, *answer, tokenizer.stop_ids[-1]]
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
