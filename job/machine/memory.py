@@ -3,8 +3,9 @@
 Training and `job plan` share these numbers; importing them does not import JAX.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,3 +48,24 @@ def divisors(number: int) -> list[int]:
 def largest_divisor(number: int, fits: Callable[[int], bool]) -> int:
     """Return the largest divisor of `number` that fits; 1 if none does."""
     return next((n for n in divisors(number) if fits(n)), 1)
+
+
+class DeviceMemoryError(Exception):
+    """A micro-batch does not fit into a device's memory."""
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn JAX's out-of-memory errors into `DeviceMemoryError`.
+
+    Raises:
+        DeviceMemoryError: the device's memory ran out.
+    """
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise DeviceMemoryError from error
+        raise

@@ -46,7 +46,7 @@ from job.results import (
 )
 from job.spec.load import digest
 from job.spec.schema import MultipleChoiceEval
-from job.train.trainer import HISTORY
+from job.train.metrics import HISTORY
 
 HTML = "report.html"
 

@@ -41,7 +41,7 @@ from job.runtime import logs
 from job.runtime.threads import Threads
 from job.spec.schema import Model
 from job.storage.base import file_sha256
-from job.train.trainer import Trainer, TrainerConfig, TrainResult
+from job.train.trainer import TrainData, Trainer, TrainerConfig, TrainResult
 
 
 class TrainOutcome(BaseModel):
@@ -65,7 +65,7 @@ def run_stage(run: Run) -> TrainOutcome:
     matrices = exportable(model)
     trained = trainer.run()
     write_adapter(run, model, trained.lora, matrices)
-    for key, content in trainer.curves().items():
+    for key, content in trained.files.items():
         run.put(key, content)
     return TrainOutcome(
         model=_model_info(run, model),
@@ -115,8 +115,9 @@ def prepare(run: Run) -> Prepared:
         dropout=run.spec.model.lora.dropout,
         inputs=run.digests["train"],
     )
-    start = starting_lora(run.spec, model, run.revisions, run.work / "init_adapter")
-    trainer = Trainer(model, rows, validation, start, config, run.store, run.coordinated_stop)
+    initial_lora = starting_lora(run.spec, model, run.revisions, run.work / "init_adapter")
+    data = TrainData(rows, validation, initial_lora)
+    trainer = Trainer(model, data, config, run.store, run.coordinated_stop)
     return Prepared(model, tokenized, rows.fill, trainer)
 
 
@@ -130,7 +131,7 @@ def prepare_in_background(run: Run) -> None:
     if run.environment.platform == "cpu" or "train" in run.records:
         return
     prepared = prepare(run)
-    compile_step = prepared.trainer.trace_first()
+    compile_step = prepared.trainer.trace_step()
     run.prepared_training = Threads(1).submit(_compiled, prepared, compile_step)
 
 
@@ -188,19 +189,19 @@ def _training(run: Run, tokenized: TokenizedExamples, trained: TrainResult) -> T
     return Training(
         steps=progress.step,
         kept_step=after.step if run.spec.train.keep == "best" else progress.step,
-        stopped_early=progress.stopped,
+        stopped_early=progress.stopped_early,
         examples=len(tokenized.examples) * run.spec.train.epochs,
         truncated=tokenized.truncated,
         dropped=tokenized.dropped,
         tokens=TokenCounts(
             trained=progress.tokens,
-            padded=progress.slots,
+            padded=progress.padded_tokens,
             loss=progress.loss_tokens,
         ),
         seconds=Seconds(
             total=round(progress.seconds, 3), compile=round(progress.compile_seconds, 3)
         ),
-        tokens_per_second=round(progress.tokens / max(progress.busy, 1e-9), 1),
+        tokens_per_second=round(progress.tokens / max(progress.step_seconds, 1e-9), 1),
         mfu=trained.mfu,
         loss=Losses(
             train=progress.epoch_loss / progress.epoch_loss_tokens,

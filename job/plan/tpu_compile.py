@@ -31,11 +31,17 @@ from job.plan.plan import Program
 from job.plan.workload import EvalWorkload, Workload
 from job.runtime import logs
 from job.spec.schema import Spec
-from job.train.batching import held_bytes
-from job.train.blockwise_step import VALIDATION, BlockProgram, BlockwiseStep, make_step
-from job.train.loss import head_loss, slice_length
+from job.train.blockwise_step import (
+    VALIDATION_PROGRAMS,
+    BlockProgram,
+    BlockwiseStep,
+    make_step,
+)
+from job.train.loss import LossOptions, chunk_length, chunked_cross_entropy
+from job.train.memory import bytes_per_device
 from job.train.optimizer import make_optimizer
-from job.train.step import StepConfig, TrainState, make_validation, padded_loss_count, shard_input
+from job.train.state import TrainState
+from job.train.step import make_step_config, make_validation, padded_loss_count, shard_input
 
 _WIDEST = 1.1
 """Losses of the part of a step that has most of them, over the mean."""
@@ -127,21 +133,19 @@ class Compiler:
         logs.get().info("compiling", program="train", rows_at_once=micro)
         start = model.lora.init(self.spec.seed)
         optimizer, _ = make_optimizer(train, self.work.steps, start)
-        recipe = StepConfig(
-            self._forward,
-            dropout=self.spec.model.lora.dropout,
-            label_smoothing=train.label_smoothing,
-            lora_plus_ratio=train.lora_plus_ratio,
-            seed=self.spec.seed,
+        config = make_step_config(
+            train, self._forward, self.spec.model.lora.dropout, self.spec.seed
         )
         state = TrainState(
             model.abstract_lora(), model.replicate(tuple(v.value for v in optimizer.variables))
         )
-        step, _ = make_step(model, optimizer, recipe, train.compile)
+        step, _ = make_step(model, optimizer, config, train.compile)
         again, width = self.rows // micro, self._width(micro)
         batch = self._batch(micro, again, width)
         if isinstance(step, BlockwiseStep):
-            found = self._chain(list(step.links(state, model.weights, batch)), state, batch, micro)
+            found = self._chain(
+                list(step.block_programs(state, model.weights, batch)), state, batch, micro
+            )
             times = 1
         else:
             found, times = compile_program(step, state, model.weights, batch), again
@@ -153,7 +157,7 @@ class Compiler:
 
     def _chain(self, links: Sequence[BlockProgram], state: Any, batch: Any, micro: int) -> Compiled:
         """A step of several programs, and what lies on a device when most does."""
-        there, parts = [self.model.weights, state, batch], len(batch["part"])
+        there, parts = [self.model.weights, state, batch], len(batch["micro_batch"])
         for link in links:
             if link.name == "backward":
                 _, x, around, kept, total, gradient = link.arguments
@@ -163,14 +167,14 @@ class Compiler:
         self._passes[micro] = [
             (dataclasses.replace(program, seconds=0.0, cpu_seconds=0.0), times // parts)
             for link, (program, times) in zip(links, programs, strict=True)
-            if link.name in VALIDATION
+            if link.name in VALIDATION_PROGRAMS
         ]
         return self._joined(programs, there)
 
     def _joined(self, programs: Sequence[tuple[Compiled, int]], there: Any) -> Compiled:
         limit = self._chip.hbm_bytes
         assert limit
-        return joined(programs, held_bytes(jax.tree.leaves(there)), limit)
+        return joined(programs, bytes_per_device(jax.tree.leaves(there)), limit)
 
     def validation(self, micro: int) -> Compiled:
         """The sums over one part of the validation rows, after `train_step` for as many."""
@@ -248,7 +252,7 @@ class Compiler:
         return shard_input(self.model, batch, again, width)
 
     def _slice(self, width: int) -> int:
-        return slice_length(1, width, self.model.vocabulary, self.model.compute_dtype)
+        return chunk_length(1, width, self.model.vocabulary, self.model.compute_dtype)
 
     def _slices(self, width: int) -> int:
         return math.ceil(width / self._slice(width))
@@ -262,9 +266,10 @@ class Compiler:
 
         def sums(weights: Any, states: Any, targets: Any, mask: Any) -> Any:
             def loss(states: Any) -> Any:
-                return head_loss(
-                    model.logits, weights, states, targets, mask, length=length, unroll=False
-                )[0]
+                options = LossOptions(length, unroll=False)
+                return chunked_cross_entropy(
+                    model.logits, weights, states, targets, mask, options
+                ).loss
 
             return jax.grad(loss)(states) if backward else loss(states)
 

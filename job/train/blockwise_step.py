@@ -1,11 +1,12 @@
-"""The training step as a chain of programs: one for all blocks of a model that are alike.
+"""The block-wise step: a training step made of several programs, one for all identical blocks.
 
-The TPU's compiler takes longer for a step that is one program than many a training takes: it makes
-each block anew, and with the whole step to choose from, not all of them alike. A chain has
-five programs, whatever the number of blocks: what comes before them, a block, the head with its
-loss and the loss's gradient, a block's gradient, and the optimizer; two more where blocks of
-another kind are among them. Devices run them one after the other without waiting for the host.
-Validation is made of the first three, and mostly needs no program of its own.
+The TPU's compiler takes longer for a step that is one program than many trainings take to run: it
+compiles every block anew. A block-wise step has five programs, whatever the number of blocks:
+`begin` (before the first block), `forward` (a block), `end` (the loss, and its gradient by the last
+block's output), `backward` (a block's gradient) and `update` (the optimizer). A model with several
+kinds of blocks has a `forward` and a `backward` for each. Devices run the programs one after
+another without waiting for the host. Validation uses the first three, and usually needs no program
+of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,156 +23,157 @@ from job.model.narrowing import gather_positions
 from job.runtime import logs
 from job.runtime.threads import Threads
 from job.train.loss import LossSums
+from job.train.state import TrainState
 from job.train.step import (
     Arrays,
     StepConfig,
     StepMetrics,
-    TrainState,
+    ValidationStep,
     dropout_for,
-    head_sums,
+    head_loss,
     make_train_step,
     make_update,
     make_validation,
+    without_stop,
 )
 
-Compile = Literal["auto", "blocks", "step"]
+CompileMode = Literal["auto", "blocks", "step"]
 
 
 _SMALLER_TILES = {"xla_tpu_scoped_vmem_limit_kib": "10240"}
-"""A TPU's compiler takes a third less time for a block's gradient with 10 MiB of on-chip memory for
-what one operation works with, instead of 16; by its own count a step then takes 2 % more cycles."""
+"""Makes the TPU's compiler take a third less time for a block's gradient: it gives an operation
+10 MiB of on-chip memory instead of 16. By the compiler's count a step takes 2 % more cycles."""
 
 
-VALIDATION = ("begin", "forward", "end")
-"""The programs that a validation is made of."""
+VALIDATION_PROGRAMS = ("begin", "forward", "end")
 
 
 class BlockProgram(NamedTuple):
-    """One program of a chain."""
+    """One program of a block-wise step."""
 
     name: str
     function: Any
-    """As `jax.jit` gives it."""
+    """The function as `jax.jit` returns it."""
     arguments: tuple[Any, ...]
     times: int
     """How often a step runs it."""
 
 
-class Lowered:
-    """Programs that are traced and not compiled yet."""
+class LoweredPrograms:
+    """Programs that are traced but not compiled yet."""
 
     def __init__(self, programs: list[Any]) -> None:
         self._programs = programs
 
     def compile(self) -> None:
-        """Compile them, all at once; JAX keeps each with its function."""
+        """Compile all programs in parallel; JAX caches each with its function."""
         with Threads(len(self._programs)) as pool:
             for _ in pool.map(lambda program: program.compile(), self._programs):
                 pass
 
 
 class _Program:
-    """A compiled function whose results have shardings that are known beforehand."""
+    """A compiled function whose outputs have given shardings."""
 
     def __init__(
         self,
         function: Callable[..., Any],
-        results: Any,
+        out_shardings: Any,
         donated: Any = (),
         options: dict[str, str] | None = None,
     ) -> None:
         self.run = jax.jit(
-            function, out_shardings=results, donate_argnums=donated, compiler_options=options
+            function, out_shardings=out_shardings, donate_argnums=donated, compiler_options=options
         )
-        self._results = results
+        self._out_shardings = out_shardings
 
-    def shapes(self, *arguments: Any) -> Any:
-        """Its results without their values."""
+    def output_shapes(self, *arguments: Any) -> Any:
+        """Return the shapes, dtypes and shardings of the outputs."""
 
-        def placed(sharding: Any, results: Any) -> Any:
+        def with_sharding(sharding: Any, outputs: Any) -> Any:
             return jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),  # type: ignore[no-untyped-call]
-                results,
+                outputs,
             )
 
-        return jax.tree.map(placed, self._results, jax.eval_shape(self.run, *arguments))
+        outputs = jax.eval_shape(self.run, *arguments)
+        return jax.tree.map(with_sharding, self._out_shardings, outputs)
 
 
-class _Passes:
-    """The programs of the passes through the model, forward and back."""
+class BlockPrograms:
+    """The programs of the forward and the backward pass."""
 
     def __init__(
         self,
         model: LanguageModel,
         blocks: BlockwiseModel,
-        recipe: StepConfig,
-        like: "_Passes | None" = None,
+        config: StepConfig,
+        shared: "BlockPrograms | None" = None,
     ) -> None:
-        """Args: like: passes of another recipe; what is the same in them is used again."""
+        """Args: shared: programs of another config, reused where they do the same."""
         self._model = model
         self._blocks = blocks
-        self._recipe = recipe
-        whole, split = model.replicated, model.sharded
-        around = {"segment_ids": split, "part": whole}
-        begin = like.begin if like else _Program(self._begin, (split, around, split))
+        self._config = config
+        replicated, sharded = model.replicated, model.sharded
+        context = {"segment_ids": sharded, "micro_batch": replicated}
+        begin = shared.begin if shared else _Program(self._begin, (sharded, context, sharded))
         self.begin: _Program = begin
-        self.end = _Program(self._end, (split, whole))
+        self.end = _Program(self._end, (sharded, replicated))
         self.forward: dict[int, _Program] = {}
         self.backward: dict[int, _Program] = {}
-        if like is not None and like._recipe.dropout == recipe.dropout:
-            self.forward, self.backward = like.forward, like.backward
+        if shared is not None and shared._config.dropout == config.dropout:
+            self.forward, self.backward = shared.forward, shared.backward
             return
         options = _SMALLER_TILES if model.platform == "tpu" else None
         for kind in set(blocks.kinds):
-            kept = blocks.residual_shardings(kind)
-            self.forward[kind] = _Program(self._forward_of(kind), (split, kept))
-            # A gradient takes the memory of the one behind it.
-            self.backward[kind] = _Program(self._backward_of(kind), (split, whole), 5, options)
+            residuals = blocks.residual_shardings(kind)
+            self.forward[kind] = _Program(self._make_forward(kind), (sharded, residuals))
+            # The gradient of the block's output is donated to that of its input.
+            self.backward[kind] = _Program(
+                self._make_backward(kind), (sharded, replicated), 5, options
+            )
 
-    def _begin(self, outside: Weights, batch: Arrays, part: jax.Array) -> Any:
-        """A part of a batch: what the first block is given, what all are, and the losses' lists."""
-        rows = {name: array[part] for name, array in batch.items()}
-        around = {name: rows.pop(name) for name in ("segment_ids", "part")}
-        return (
-            self._blocks.embed(outside, rows.pop("token_ids"), around["segment_ids"]),
-            around,
-            rows,
-        )
+    def _begin(self, outer: Weights, batch: Arrays, index: jax.Array) -> Any:
+        """Return a micro-batch's first block input, its context and its loss positions."""
+        rows = {name: array[index] for name, array in batch.items()}
+        context = {name: rows.pop(name) for name in ("segment_ids", "micro_batch")}
+        x = self._blocks.embed(outer, rows.pop("token_ids"), context["segment_ids"])
+        return x, context, rows
 
-    def _dropout(self, around: Arrays) -> Dropout | None:
-        return dropout_for(self._recipe, around["part"])
+    def _dropout(self, context: Arrays) -> Dropout | None:
+        return dropout_for(self._config, context["micro_batch"])
 
-    def _forward_of(self, kind: int) -> Callable[..., Any]:
-        def forward(arrays: BlockArrays, x: jax.Array, around: Arrays) -> Any:
-            segment_ids, dropout = around["segment_ids"], self._dropout(around)
+    def _make_forward(self, kind: int) -> Callable[..., Any]:
+        def forward(arrays: BlockArrays, x: jax.Array, context: Arrays) -> Any:
+            segment_ids, dropout = context["segment_ids"], self._dropout(context)
             return self._blocks.forward(kind, arrays, x, segment_ids, dropout)
 
         return forward
 
-    def _backward_of(self, kind: int) -> Callable[..., Any]:
+    def _make_backward(self, kind: int) -> Callable[..., Any]:
         def backward(
             arrays: BlockArrays,
             x: jax.Array,
-            around: Arrays,
-            kept: tuple[jax.Array, ...],
+            context: Arrays,
+            residuals: tuple[jax.Array, ...],
             total: LoraWeights,
             gradient: jax.Array,
         ) -> Any:
-            segment_ids, dropout = around["segment_ids"], self._dropout(around)
-            before, own = self._blocks.backward(
-                kind, arrays, x, segment_ids, kept, gradient, dropout
+            segment_ids, dropout = context["segment_ids"], self._dropout(context)
+            x_gradient, lora_gradient = self._blocks.backward(
+                kind, arrays, x, segment_ids, residuals, gradient, dropout
             )
-            return before, jax.tree.map(jnp.add, total, own)
+            return x_gradient, jax.tree.map(jnp.add, total, lora_gradient)
 
         return backward
 
-    def _end(self, outside: Weights, x: jax.Array, lists: Arrays, total: LossSums) -> Any:
-        """The gradient of what the last block gave, and the sums with this part's."""
+    def _end(self, outer: Weights, x: jax.Array, losses: Arrays, total: LossSums) -> Any:
+        """Return the gradient of the last block's output, and the loss added to the total."""
 
         def loss(x: jax.Array) -> tuple[jax.Array, LossSums]:
-            states = gather_positions(self._blocks.final_norm(outside, x), lists["positions"])
-            smoothing = self._recipe.label_smoothing
-            sums = head_sums(self._model, self._blocks.logits, outside, states, lists, smoothing)
+            hidden = gather_positions(self._blocks.final_norm(outer, x), losses["positions"])
+            smoothing = self._config.label_smoothing
+            sums = head_loss(self._model, self._blocks.logits, outer, hidden, losses, smoothing)
             return sums.loss, sums
 
         (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(x)
@@ -179,115 +181,116 @@ class _Passes:
 
 
 class BlockwiseStep:
-    """A step, and the validation that goes with it; called as what `make_train_step` gives is."""
+    """A training step of block programs, called like the result of `make_train_step`."""
 
     def __init__(
-        self, model: LanguageModel, blocks: BlockwiseModel, optimizer: Any, recipe: StepConfig
+        self, model: LanguageModel, blocks: BlockwiseModel, optimizer: Any, config: StepConfig
     ) -> None:
         self._blocks = blocks
-        self._passes = _Passes(model, blocks, recipe)
-        plain = StepConfig(recipe.forward)
-        same = not (recipe.dropout or recipe.label_smoothing)
-        self._plain = self._passes if same else _Passes(model, blocks, plain, self._passes)
+        self.programs = BlockPrograms(model, blocks, config)
+        self._validation_programs = self.programs
+        if config.dropout or config.label_smoothing:
+            plain = StepConfig(config.forward)
+            self._validation_programs = BlockPrograms(model, blocks, plain, self.programs)
         self._update = jax.jit(
-            make_update(optimizer, recipe), donate_argnums=0, out_shardings=model.replicated
+            make_update(optimizer, config), donate_argnums=0, out_shardings=model.replicated
         )
         zero: Any = np.zeros((), np.float32)
         zeros: Any = tuple(
             tuple(np.zeros(shape, np.float32) for shape in model.lora.shapes(target))
             for target in model.lora.targets
         )
-        self._sums, self._gradients = model.replicate(
+        self._zero_sums, self._zero_gradients = model.replicate(
             (LossSums(zero, zero), [block.lora for block in blocks.arrays(model.weights, zeros)])
         )
 
     def __call__(
         self, state: TrainState, weights: Weights, batch: Arrays
     ) -> tuple[TrainState, StepMetrics]:
-        """One step; one whose loss or gradient is not finite changes nothing."""
-        run, kinds = self._passes, self._blocks.kinds
-        outside, blocks = (
-            self._blocks.outer(weights),
-            self._blocks.arrays(weights, state.lora),
-        )
-        sums, totals = self._sums, list(self._gradients)
-        for part in range(len(batch["part"])):
-            x, around, lists = run.begin.run(outside, _rows(batch), np.int32(part))
-            given, kept = [], []
+        """Run a step. A step whose loss or gradient is not finite changes nothing."""
+        programs, kinds = self.programs, self._blocks.kinds
+        outer, blocks = self._blocks.outer(weights), self._blocks.arrays(weights, state.lora)
+        sums, gradients = self._zero_sums, list(self._zero_gradients)
+        for index in range(len(batch["micro_batch"])):
+            x, context, losses = programs.begin.run(outer, without_stop(batch), np.int32(index))
+            inputs, residuals = [], []
             for kind, arrays in zip(kinds, blocks, strict=True):
-                given.append(x)
-                x, results = run.forward[kind].run(arrays, x, around)
-                kept.append(results)
-            gradient, sums = run.end.run(outside, x, lists, sums)
-            del x, results  # the lists give them away block by block
+                inputs.append(x)
+                x, activations = programs.forward[kind].run(arrays, x, context)
+                residuals.append(activations)
+            gradient, sums = programs.end.run(outer, x, losses, sums)
+            del x, activations  # so that popping the lists frees each block's arrays
             for number in reversed(range(len(blocks))):
-                gradient, totals[number] = run.backward[kinds[number]].run(
-                    blocks[number], given.pop(), around, kept.pop(), totals[number], gradient
+                backward, total = programs.backward[kinds[number]].run, gradients[number]
+                gradient, gradients[number] = backward(
+                    blocks[number], inputs.pop(), context, residuals.pop(), total, gradient
                 )
-        gradients = self._blocks.join_lora(totals)
-        done: tuple[TrainState, StepMetrics] = self._update(
-            state, gradients, sums, batch["weights"], batch["stop"]
+        joined = self._blocks.join_lora(gradients)
+        result: tuple[TrainState, StepMetrics] = self._update(
+            state, joined, sums, _update_arrays(batch)
         )
-        return done
+        return result
 
     def validate(self, lora: LoraWeights, weights: Weights, batch: Arrays) -> LossSums:
-        """The sums over one part `[1, ...]` for an adapter."""
-        run = self._plain
-        outside, blocks = self._blocks.outer(weights), self._blocks.arrays(weights, lora)
-        x, around, lists = run.begin.run(outside, _rows(batch), np.int32(0))
+        """Compute the loss of one micro-batch `[1, ...]`, without dropout or smoothing."""
+        programs = self._validation_programs
+        outer, blocks = self._blocks.outer(weights), self._blocks.arrays(weights, lora)
+        x, context, losses = programs.begin.run(outer, without_stop(batch), np.int32(0))
         for kind, arrays in zip(self._blocks.kinds, blocks, strict=True):
-            x, _ = run.forward[kind].run(arrays, x, around)
-        sums: LossSums = run.end.run(outside, x, lists, self._sums)[1]
+            x, _ = programs.forward[kind].run(arrays, x, context)
+        sums: LossSums = programs.end.run(outer, x, losses, self._zero_sums)[1]
         return sums
 
-    def links(self, state: TrainState, weights: Weights, batch: Arrays) -> Iterator[BlockProgram]:
-        """The programs of a step, in their order, with arguments of which only shapes count."""
-        run, kinds = self._passes, self._blocks.kinds
-        outside, blocks = (
-            self._blocks.outer(weights),
-            self._blocks.arrays(weights, state.lora),
-        )
-        parts = len(batch["part"])
-        first = (outside, _rows(batch), np.int32(0))
-        yield BlockProgram("begin", run.begin.run, first, parts)
-        x, around, lists = run.begin.shapes(*first)
+    def block_programs(
+        self, state: TrainState, weights: Weights, batch: Arrays
+    ) -> Iterator[BlockProgram]:
+        """Yield the programs of a step in their order; arguments may be shapes."""
+        programs, kinds = self.programs, self._blocks.kinds
+        outer, blocks = self._blocks.outer(weights), self._blocks.arrays(weights, state.lora)
+        micro_batches = len(batch["micro_batch"])
+        begin = (outer, without_stop(batch), np.int32(0))
+        yield BlockProgram("begin", programs.begin.run, begin, micro_batches)
+        x, context, losses = programs.begin.output_shapes(*begin)
         for kind in sorted(set(kinds)):
-            times = parts * kinds.count(kind)
-            forward = (blocks[kind], x, around)
-            yield BlockProgram("forward", run.forward[kind].run, forward, times)
-            _, kept = run.forward[kind].shapes(*forward)
-            backward = (blocks[kind], x, around, kept, self._gradients[kind], x)
-            yield BlockProgram("backward", run.backward[kind].run, backward, times)
-        last = (outside, x, lists, self._sums)
-        yield BlockProgram("end", run.end.run, last, parts)
-        gradients = self._blocks.join_lora(self._gradients)
-        update = (state, gradients, self._sums, batch["weights"], batch["stop"])
+            times = micro_batches * kinds.count(kind)
+            forward = (blocks[kind], x, context)
+            yield BlockProgram("forward", programs.forward[kind].run, forward, times)
+            _, residuals = programs.forward[kind].output_shapes(*forward)
+            backward = (blocks[kind], x, context, residuals, self._zero_gradients[kind], x)
+            yield BlockProgram("backward", programs.backward[kind].run, backward, times)
+        end = (outer, x, losses, self._zero_sums)
+        yield BlockProgram("end", programs.end.run, end, micro_batches)
+        gradients = self._blocks.join_lora(self._zero_gradients)
+        update = (state, gradients, self._zero_sums, _update_arrays(batch))
         yield BlockProgram("update", self._update, update, 1)
 
-    def lower(self, state: TrainState, weights: Weights, batch: Arrays) -> Lowered:
-        """The programs of a step, traced."""
-        links = self.links(state, weights, batch)
-        return Lowered([link.function.lower(*link.arguments) for link in links])
+    def lower(self, state: TrainState, weights: Weights, batch: Arrays) -> LoweredPrograms:
+        """Trace the programs of a step."""
+        programs = self.block_programs(state, weights, batch)
+        return LoweredPrograms([p.function.lower(*p.arguments) for p in programs])
 
 
-def _rows(batch: Arrays) -> Arrays:
-    return {name: array for name, array in batch.items() if name != "stop"}
+def _update_arrays(batch: Arrays) -> Arrays:
+    return {name: batch[name] for name in ("weights", "stop")}
 
 
 def make_step(
-    model: LanguageModel, optimizer: Any, recipe: StepConfig, one: Compile = "auto"
-) -> tuple[Any, Callable[[LoraWeights, Weights, Arrays], LossSums]]:
-    """The compiled step and the compiled validation, as `make_train_step` and `make_validation`.
+    model: LanguageModel, optimizer: Any, config: StepConfig, compile_mode: CompileMode = "auto"
+) -> tuple[Any, ValidationStep]:
+    """Return the compiled step and the compiled validation.
 
     Args:
-        one: what is one program; see `job.spec.Train.compile`.
+        model: the model.
+        optimizer: a Keras optimizer built for the model's LoRA weights.
+        config: the step's configuration.
+        compile_mode: what is one program (`train.compile`); auto is blocks on TPUs.
     """
-    if one == "blocks" or (one == "auto" and model.platform == "tpu"):
-        blocks = split_into_blocks(model, recipe.forward)
+    if compile_mode == "blocks" or (compile_mode == "auto" and model.platform == "tpu"):
+        blocks = split_into_blocks(model, config.forward)
         if blocks is not None:
-            chain = BlockwiseStep(model, blocks, optimizer, recipe)
-            return chain, chain.validate
+            step = BlockwiseStep(model, blocks, optimizer, config)
+            return step, step.validate
         logs.get().info(
-            "the step stays one program", family=model.family, remat=recipe.forward.remat
+            "block-wise step unavailable", family=model.family, remat=config.forward.remat
         )
-    return make_train_step(model, optimizer, recipe), make_validation(model, recipe.forward)
+    return make_train_step(model, optimizer, config), make_validation(model, config.forward)

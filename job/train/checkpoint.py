@@ -1,15 +1,16 @@
-"""Checkpoints: everything training needs to go on as if it had never stopped, in one file.
+"""Checkpoints: everything needed to resume training exactly, in one file.
 
-A checkpoint is one safetensors file (adapter and optimizer arrays; step, sums and times in
-its metadata) written whole through the store. It carries the digest of the training's inputs
-and a hash of its own arrays, so neither another training's nor a damaged file is ever used.
+A checkpoint is a safetensors file of named arrays (LoRA weights, optimizer variables, the best
+adapter so far) with the progress in its metadata. It carries the digest of the training's inputs
+and a hash of its arrays, so that a checkpoint of another training, or a damaged one, is never used.
 """
 
 import contextvars
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,23 @@ import safetensors.numpy
 from pydantic import BaseModel
 
 from job.errors import StageError
+from job.machine.distributed import ProcessGroup
 from job.runtime import logs
 from job.storage.base import Store
 
 FOLDER = "train/checkpoints/"
 
 
-KEPT = 2
+_NEWEST = 2
+"""Checkpoints that are not removed."""
+
+
+_FORMAT = "2"
+"""Format 1 had numbers for names."""
 
 
 class Validation(BaseModel):
-    """Mean loss and token accuracy over the validation rows after some step."""
+    """Mean loss and token accuracy over the validation rows after a step."""
 
     step: int
     loss: float
@@ -36,184 +43,189 @@ class Validation(BaseModel):
 
 
 class TrainProgress(BaseModel):
-    """How far training is, and the sums its figures are made of."""
+    """How far training is, and sums for its metrics."""
 
     step: int = 0
-    """Optimizer steps done; the position in the data follows from it."""
+    """Completed optimizer steps, which determine the position in the data."""
     seconds: float = 0.0
+    """Seconds of training, without validation."""
     compile_seconds: float = 0.0
+    """Seconds of these spent in the compiler."""
     tokens: int = 0
-    """Tokens passed through the model, without padding."""
-    slots: int = 0
-    """Token slots passed through the model, padding counted."""
+    """Tokens processed, without padding."""
+    padded_tokens: int = 0
+    """Tokens processed, padding included."""
     loss_tokens: int = 0
+    """Tokens with a loss."""
     epoch_loss: float = 0.0
+    """Summed loss of the current epoch."""
     epoch_correct: float = 0.0
+    """Correct predictions of the current epoch."""
     epoch_loss_tokens: float = 0.0
+    """Tokens with a loss of the current epoch."""
     validation_before: Validation | None = None
-    """Before the first step."""
+    """Validation before the first step."""
     validation: Validation | None = None
-    """The newest."""
+    """Newest validation."""
     best: Validation | None = None
-    """That of the lowest loss so far."""
-    stale: int = 0
+    """Validation with the lowest loss so far."""
+    validations_since_best: int = 0
     """Validations since the best one."""
-    stopped: bool = False
-    """Whether training ended early for want of a better validation."""
+    stopped_early: bool = False
+    """Whether training ended because validation stopped improving."""
 
     @property
-    def busy(self) -> float:
+    def step_seconds(self) -> float:
         """Seconds of training without compilation."""
         return self.seconds - self.compile_seconds
 
 
-class Checkpoint(BaseModel):
-    """A checkpoint that was read back."""
-
-    model_config = {"arbitrary_types_allowed": True}
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint: the progress, and arrays by name (see `job.train.state`)."""
 
     progress: TrainProgress
-    arrays: list[Any]
+    arrays: Mapping[str, Any]
 
 
 def _key(step: int) -> str:
     return f"{FOLDER}step-{step:08d}.checkpoint.safetensors"
 
 
-def _hash(arrays: Sequence[np.ndarray]) -> str:
+def _hash(arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for array in arrays:
-        digest.update(f"{array.dtype.str}{array.shape}".encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name}:{array.dtype.str}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 
-def save_checkpoint(
-    store: Store, inputs: str, progress: TrainProgress, arrays: Sequence[Any]
-) -> None:
+def save_checkpoint(store: Store, inputs: str, checkpoint: Checkpoint) -> None:
     """Write a checkpoint and remove all but the newest two.
 
     Args:
+        store: where checkpoints are stored.
         inputs: digest of the training's inputs.
-        arrays: adapter and optimizer arrays, in the order they are to be read back.
+        checkpoint: the checkpoint.
     """
-    values = [np.asarray(array) for array in arrays]
-    content = safetensors.numpy.save(
-        {f"{number:05d}": value for number, value in enumerate(values)},
-        metadata={"inputs": inputs, "hash": _hash(values), "progress": progress.model_dump_json()},
-    )
-    store.write(_key(progress.step), content)
-    for key in sorted(store.list(FOLDER))[:-KEPT]:
+    arrays = {name: np.asarray(array) for name, array in checkpoint.arrays.items()}
+    metadata = {
+        "format": _FORMAT,
+        "inputs": inputs,
+        "hash": _hash(arrays),
+        "progress": checkpoint.progress.model_dump_json(),
+    }
+    content = safetensors.numpy.save(arrays, metadata=metadata)
+    store.write(_key(checkpoint.progress.step), content)
+    for key in sorted(store.list(FOLDER))[:-_NEWEST]:
         store.delete(key)
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time, so that steps go on meanwhile.
+    """Writes checkpoints in the background, one at a time, while training continues.
 
-    Leaving its block waits for the last one. What went wrong is raised by the next call.
+    Leaving its block waits for the last one. Errors are raised by the next call.
     """
 
     def __init__(self, store: Store, inputs: str) -> None:
         self._store = store
         self._inputs = inputs
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._write_in_progress: Future[None] | None = None
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, *_raised: object) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self._worker.shutdown()
         self.wait()
 
     @property
     def idle(self) -> bool:
-        """Whether a checkpoint begun now would not wait for the one before."""
-        return self._pending is None or self._pending.done()
+        """Whether `save` would return without waiting for an earlier checkpoint."""
+        return self._write_in_progress is None or self._write_in_progress.done()
 
-    def save(
-        self, progress: TrainProgress, arrays: Sequence[Any], beside: Mapping[str, bytes]
-    ) -> None:
-        """Begin to write a checkpoint, once the one before is there.
+    def save(self, checkpoint: Checkpoint, files: Mapping[str, bytes]) -> None:
+        """Start writing a checkpoint, after waiting for the previous one.
 
         Args:
-            arrays: as for `save_checkpoint`, already on the host.
-            beside: files to write first, by key.
+            checkpoint: its arrays are on the host.
+            files: files to write first, by key.
         """
         self.wait()
-        copied = progress.model_copy()
+        snapshot = Checkpoint(checkpoint.progress.model_copy(), checkpoint.arrays)
         context = contextvars.copy_context()
-        self._pending = self._worker.submit(context.run, self._write, copied, arrays, beside)
+        self._write_in_progress = self._worker.submit(context.run, self._write, snapshot, files)
 
-    def _write(
-        self, progress: TrainProgress, arrays: Sequence[Any], beside: Mapping[str, bytes]
-    ) -> None:
-        for key, content in beside.items():
+    def _write(self, checkpoint: Checkpoint, files: Mapping[str, bytes]) -> None:
+        for key, content in files.items():
             self._store.write(key, content)
-        save_checkpoint(self._store, self._inputs, progress, arrays)
+        save_checkpoint(self._store, self._inputs, checkpoint)
 
     def wait(self) -> None:
-        """Return once what was begun is written; raise if it could not be."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        """Wait for the checkpoint being written; raise if that failed."""
+        write, self._write_in_progress = self._write_in_progress, None
+        if write is not None:
+            write.result()
 
 
-def newest_step(store: Store, inputs: str) -> int | None:
-    """The step of the newest whole checkpoint of this training, or None.
+def load_checkpoint(
+    store: Store, inputs: str, processes: ProcessGroup | None = None
+) -> Checkpoint | None:
+    """Return the newest valid checkpoint of this training, or None; all processes must call it.
 
-    Those of another training (other inputs) are removed; damaged ones are named and passed over.
+    Checkpoints of another training (other inputs) are removed; damaged ones are logged and removed.
+
+    Raises:
+        StageError: the checkpoint is of an earlier format, or cannot be read by this process.
     """
+    processes = processes or ProcessGroup()
+    step = json.loads(processes.broadcast(lambda: json.dumps(_newest_step(store, inputs))))
+    if step is None:
+        return None
+    try:
+        return _parse(store.read(_key(step)) or b"")
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise StageError(f"the checkpoint {_key(step)} cannot be read: {error}") from error
+
+
+def _newest_step(store: Store, inputs: str) -> int | None:
     for key in sorted(store.list(FOLDER), reverse=True):
         content = store.read(key)
         if content is None:
             continue
         try:
-            written_for, found = _read(content)
+            metadata = _metadata(content)
+            if metadata["inputs"] != inputs:
+                logs.get().info("checkpoint of another training removed", file=key)
+                store.delete(key)
+                continue
+            if metadata.get("format") != _FORMAT:
+                raise StageError(
+                    f"the checkpoint {key} was written by another version of this job, which "
+                    "cannot be resumed; run the same command with --fresh"
+                )
+            return _parse(content).progress.step
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
             logs.get().warning(
-                "checkpoint is damaged; going back to the one before", file=key, error=str(error)
+                "damaged checkpoint removed; using the one before", file=key, error=str(error)
             )
             store.delete(key)
-            continue
-        if written_for == inputs:
-            return found.progress.step
-        logs.get().info("checkpoint is of another training; removed", file=key)
-        store.delete(key)
     return None
 
 
-def read_checkpoint(store: Store, step: int) -> Checkpoint:
-    """The checkpoint of a step.
-
-    Raises:
-        StageError: it is not there, or damaged.
-    """
-    try:
-        return _read(store.read(_key(step)) or b"")[1]
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise StageError(f"the checkpoint {_key(step)} cannot be read: {error}") from error
-
-
-def load_checkpoint(store: Store, inputs: str) -> Checkpoint | None:
-    """The newest whole checkpoint of this training, or None; see `newest_step`."""
-    step = newest_step(store, inputs)
-    return None if step is None else read_checkpoint(store, step)
-
-
-def _read(content: bytes) -> tuple[str, Checkpoint]:
-    """The digest of a checkpoint's inputs, and the checkpoint, if its arrays match its hash."""
+def _parse(content: bytes) -> Checkpoint:
+    """Return the checkpoint in a file, after checking its arrays against its hash."""
     metadata = _metadata(content)
-    tensors = safetensors.numpy.load(content)
-    arrays = [tensors[name] for name in sorted(tensors)]
+    arrays = safetensors.numpy.load(content)
     progress = TrainProgress.model_validate_json(metadata["progress"])
     if metadata["hash"] != _hash(arrays):
         raise ValueError("its arrays do not match its hash")
-    return metadata["inputs"], Checkpoint(progress=progress, arrays=arrays)
+    return Checkpoint(progress, arrays)
 
 
 def _metadata(content: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file: JSON after an 8-byte little-endian length."""
+    """Return the metadata of a safetensors file: JSON after an 8-byte little-endian length."""
     length = int.from_bytes(content[:8], "little")
     header: dict[str, Any] = json.loads(content[8 : 8 + length])
     metadata: dict[str, str] = header["__metadata__"]

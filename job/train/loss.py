@@ -1,9 +1,9 @@
-"""Cross-entropy at the positions that have a loss, without ever holding all logits.
+"""Chunked cross-entropy: the loss at selected positions, without materializing all logits.
 
-The head of a language model is the widest matrix of all (262,144 columns in Gemma 3), so it
-is applied only to the hidden states that predict something, a slice at a time. Because the
-head is frozen and the loss a plain sum, each slice's gradient with respect to its hidden
-states is made in the forward pass and its logits are forgotten: nothing is computed twice.
+The output projection is the widest matrix of a model (262,144 columns in Gemma 3), so it is
+applied only to hidden states that predict a target, one chunk at a time. Because the projection is
+frozen and the loss is a plain sum, each chunk's gradient with respect to its hidden states is
+computed in the forward pass and its logits are discarded: nothing is computed twice.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from job.machine.memory import LOGITS_SLICE_BYTES
+
 Head = Callable[[Any, jax.Array], jax.Array]
-"""Float32 logits `[..., vocabulary]` of frozen weights and hidden states `[..., hidden]`."""
+"""Maps frozen weights and hidden states `[..., hidden]` to float32 logits `[..., vocabulary]`."""
 
 
-_Pair = tuple[jax.Array, jax.Array]
+_Sums = tuple[jax.Array, jax.Array]
 
 
-_Part = tuple[jax.Array, jax.Array, jax.Array]
-
-
-SLICE_BYTES = 2**30
-"""Logits held at once on a device, in bytes of their type; each slice reads the head again."""
+_Chunk = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class LossSums(NamedTuple):
@@ -34,132 +32,127 @@ class LossSums(NamedTuple):
     correct: jax.Array
 
 
-class Way(NamedTuple):
-    """How the sums are made; fixed when the program is compiled."""
+class LossOptions(NamedTuple):
+    """How the loss is computed; static, so part of the compiled program."""
 
+    chunk_length: int
+    """Positions per row in one chunk."""
     unroll: bool
-    smoothing: float
-    capped: bool
+    """Emit the chunks one after another instead of as a loop; faster on CPUs."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the vocabulary (Szegedy et al. 2015)."""
+    soft_cap: bool = False
+    """Whether the logits end in a soft cap. A TPU's compiler rounds values it fuses, such as a
+    maximum, after the cap, and values it stores before it."""
 
 
-def slice_length(rows: int, losses: int, vocabulary: int, dtype: Any) -> int:
-    """Positions of each row for which logits are held at once: a divisor-friendly bound.
+def chunk_length(rows: int, losses: int, vocabulary: int, dtype: Any) -> int:
+    """Return how many positions per row fit in `LOGITS_SLICE_BYTES`, in chunks of about equal size.
 
     Args:
-        dtype: of the hidden states, and of what is held: only sums are float32.
+        rows: rows of hidden states on a device.
+        losses: positions per row.
+        vocabulary: columns of the logits.
+        dtype: compute dtype of the logits; only sums are float32.
     """
-    fits = max(1, SLICE_BYTES // (int(jnp.dtype(dtype).itemsize) * rows * vocabulary))
-    slices = -(-losses // fits)
-    return -(-losses // slices)
+    fits = max(1, LOGITS_SLICE_BYTES // (int(jnp.dtype(dtype).itemsize) * rows * vocabulary))
+    chunks = -(-losses // fits)
+    return -(-losses // chunks)
 
 
-def head_loss(
+def chunked_cross_entropy(
     head: Head,
-    frozen: Any,
+    head_weights: Any,
     hidden: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
-    *,
-    length: int,
-    unroll: bool,
-    smoothing: float = 0.0,
-    capped: bool = False,
+    options: LossOptions,
 ) -> LossSums:
-    """Summed cross-entropy and count of right predictions.
+    """Compute the summed cross-entropy and the number of correct predictions.
 
     Args:
-        head: the frozen head, and
-        frozen: its weights; no gradient flows into them.
+        head: output projection.
+        head_weights: weights of the projection; frozen, so they get no gradient.
         hidden: `[batch, losses, hidden]`.
         targets: int32 `[batch, losses]`.
-        weights: float32 `[batch, losses]`.
-        length: positions of each row handled at once.
-        smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2015).
-        capped: whether the head ends in a soft cap. A TPU's compiler rounds what it finds on the
-            way, such as a maximum, after the cap, and what it stores before it.
-        unroll: slices one after the other in the program instead of in a loop; faster on CPUs.
+        weights: float32 `[batch, losses]`; 0 masks a position.
+        options: static options.
     """
     batch, losses = targets.shape
-    slices = -(-losses // length)
-    pad = slices * length - losses
+    length = options.chunk_length
+    chunks = -(-losses // length)
+    pad = chunks * length - losses
 
-    def cut(array: jax.Array) -> jax.Array:
+    def split(array: jax.Array) -> jax.Array:
         padded = jnp.pad(array, ((0, 0), (0, pad)) + ((0, 0),) * (array.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, slices, length, *array.shape[2:]), 1, 0)
+        return jnp.moveaxis(padded.reshape(batch, chunks, length, *array.shape[2:]), 1, 0)
 
-    sums = _sliced(
-        head, Way(unroll, smoothing, capped), frozen, cut(hidden), cut(targets), cut(weights)
-    )
-    return LossSums(*sums)
+    arrays = split(hidden), split(targets), split(weights)
+    return LossSums(*_sum_chunks(head, options, head_weights, *arrays))
 
 
-def _slice_sums(
-    head: Head,
-    way: Way,
-    frozen: Any,
-    hidden: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-) -> _Pair:
-    logits = head(frozen, hidden)
+def _chunk_sums(head: Head, options: LossOptions, head_weights: Any, *chunk: jax.Array) -> _Sums:
+    hidden, targets, weights = chunk
+    logits = head(head_weights, hidden)
     columns = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     target = targets[..., None]
-    chosen = jnp.sum(jnp.where(columns == target, logits, 0), axis=-1)
-    if way.capped:
+    target_logit = jnp.sum(jnp.where(columns == target, logits, 0), axis=-1)
+    if options.soft_cap:
         correct = jnp.argmax(logits, axis=-1) == targets
     else:
-        # The same without another look at all logits: the target is the best, none before it is.
+        # argmax without a second pass over the logits: the target has the maximum, and no
+        # earlier column has it too.
         best = jnp.max(logits, axis=-1, keepdims=True)
         earlier = jnp.sum(((logits >= best) & (columns < target)).astype(logits.dtype), axis=-1)
-        correct = (chosen >= best[..., 0]) & (earlier == 0)
-    if way.smoothing:
-        chosen = (1 - way.smoothing) * chosen + way.smoothing * jnp.mean(logits, axis=-1)
-    losses = jax.nn.logsumexp(logits, axis=-1) - chosen
+        correct = (target_logit >= best[..., 0]) & (earlier == 0)
+    if options.label_smoothing:
+        uniform = jnp.mean(logits, axis=-1)
+        share = options.label_smoothing
+        target_logit = (1 - share) * target_logit + share * uniform
+    losses = jax.nn.logsumexp(logits, axis=-1) - target_logit
     return jnp.sum(losses * weights), jnp.sum(correct.astype(jnp.float32) * weights)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sliced(
+def _sum_chunks(
     head: Head,
-    way: Way,
-    frozen: Any,
+    options: LossOptions,
+    head_weights: Any,
     hidden: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
-) -> _Pair:
-    def add(total: _Pair, part: _Part) -> tuple[_Pair, None]:
-        loss, correct = _slice_sums(head, way, frozen, *part)
+) -> _Sums:
+    def add(total: _Sums, chunk: _Chunk) -> tuple[_Sums, None]:
+        loss, correct = _chunk_sums(head, options, head_weights, *chunk)
         return (total[0] + loss, total[1] + correct), None
 
     zero = jnp.zeros((), jnp.float32)
-    total, _ = jax.lax.scan(add, (zero, zero), (hidden, targets, weights), unroll=way.unroll)
+    total, _ = jax.lax.scan(add, (zero, zero), (hidden, targets, weights), unroll=options.unroll)
     return total
 
 
-def _forward(
-    head: Head,
-    way: Way,
-    frozen: Any,
-    hidden: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-) -> tuple[_Pair, jax.Array]:
-    def add(total: _Pair, part: _Part) -> tuple[_Pair, jax.Array]:
-        states, target, weight = part
-        loss, pull, correct = jax.vjp(
-            lambda h: _slice_sums(head, way, frozen, h, target, weight), states, has_aux=True
+def _sum_chunks_forward(
+    head: Head, options: LossOptions, head_weights: Any, *chunks: jax.Array
+) -> tuple[_Sums, jax.Array]:
+    def add(total: _Sums, chunk: _Chunk) -> tuple[_Sums, jax.Array]:
+        hidden, targets, weights = chunk
+        loss, vjp, correct = jax.vjp(
+            lambda h: _chunk_sums(head, options, head_weights, h, targets, weights),
+            hidden,
+            has_aux=True,
         )
-        (gradient,) = pull(jnp.ones((), jnp.float32))
+        (gradient,) = vjp(jnp.ones((), jnp.float32))
         return (total[0] + loss, total[1] + correct), gradient
 
     zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(add, (zero, zero), (hidden, targets, weights), unroll=way.unroll)
+    hidden, targets, weights = chunks
+    return jax.lax.scan(add, (zero, zero), (hidden, targets, weights), unroll=options.unroll)
 
 
-def _backward(
-    _head: Head, _way: Way, gradients: jax.Array, cotangents: _Pair
+def _sum_chunks_backward(
+    _head: Head, _options: LossOptions, gradients: jax.Array, cotangents: _Sums
 ) -> tuple[None, jax.Array, None, None]:
     return (None, gradients * cotangents[0].astype(gradients.dtype), None, None)
 
 
-_sliced.defvjp(_forward, _backward)
+_sum_chunks.defvjp(_sum_chunks_forward, _sum_chunks_backward)

@@ -1,4 +1,4 @@
-"""The Keras optimizer of the spec, and the learning rate over the steps."""
+"""The Keras optimizer of a spec and its learning-rate schedule."""
 
 import math
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from job.spec.schema import Train
 
 @keras.saving.register_keras_serializable(package="job")
 class WarmupSchedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
-    """Linear warm-up to the peak, then constant, linear or cosine down to 0.
+    """Linear warm-up to the peak rate, then a constant, linear or cosine schedule.
 
-    Step 0 of a warm-up of n steps has 1/n of the peak: no step is wasted at a rate of 0.
-    The cosine is that of Loshchilov & Hutter 2016 (SGDR), without restarts.
+    Step 0 of an n-step warm-up already has 1/n of the peak, so no step is wasted at a rate of 0.
+    Cosine is that of Loshchilov & Hutter 2016 (SGDR), without restarts.
     """
 
     def __init__(self, peak: float, shape: str, warmup: int, steps: int) -> None:
@@ -27,16 +27,16 @@ class WarmupSchedule(keras.optimizers.schedules.LearningRateSchedule):  # type: 
 
     def __call__(self, step: Any) -> Any:
         step = ops.cast(step, "float32")
-        rising = (step + 1.0) / max(self.warmup, 1)
-        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        done = ops.clip(done, 0.0, 1.0)
+        warm = (step + 1.0) / max(self.warmup, 1)
+        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        progress = ops.clip(progress, 0.0, 1.0)
         if self.shape == "linear":
-            falling = 1.0 - done
+            decay = 1.0 - progress
         elif self.shape == "cosine":
-            falling = 0.5 * (1.0 + ops.cos(math.pi * done))
+            decay = 0.5 * (1.0 + ops.cos(math.pi * progress))
         else:
-            falling = ops.ones_like(done)
-        return self.peak * ops.where(step < self.warmup, rising, falling)
+            decay = ops.ones_like(progress)
+        return self.peak * ops.where(step < self.warmup, warm, decay)
 
     def get_config(self) -> dict[str, Any]:
         return {"peak": self.peak, "shape": self.shape, "warmup": self.warmup, "steps": self.steps}
@@ -66,10 +66,15 @@ _OPTIMIZERS: dict[str, Callable[[WarmupSchedule, Train], Any]] = {
 
 
 def make_optimizer(train: Train, steps: int, lora: LoraWeights) -> tuple[Any, WarmupSchedule]:
-    """The optimizer, built for the adapter's weights, and its schedule over `steps` steps."""
+    """Return the optimizer, built for the LoRA weights, and its schedule over `steps` steps."""
     schedule = WarmupSchedule(
         train.learning_rate, train.schedule, math.ceil(train.warmup_ratio * steps), steps
     )
     optimizer = _OPTIMIZERS[train.optimizer](schedule, train)
-    optimizer.build([keras.Variable(array, dtype="float32") for array in flatten_lora(lora)])
+    # The names appear in the optimizer's variable paths, from which checkpoints name them.
+    parameters = [
+        keras.Variable(array, dtype="float32", name=f"lora_{number}")
+        for number, array in enumerate(flatten_lora(lora))
+    ]
+    optimizer.build(parameters)
     return optimizer, schedule

@@ -1,11 +1,10 @@
-"""One optimizer step and one validation pass, each one compiled function.
+"""How a training step works: one compiled function from a state and a batch to the next state.
 
-A step takes its rows as `[accumulation, rows, ...]`: gradients of summed losses are added
-over the first axis and divided by the number of loss tokens of the whole batch, so the
-result does not depend on how the batch is cut up.
+A step takes its rows as `[gradient_accumulation_steps, rows, ...]`, one micro-batch after another.
+The gradients of summed losses are added up and divided by the number of loss tokens of the whole
+batch, so the result does not depend on how the batch is divided.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,50 +15,33 @@ import numpy as np
 from job.data.packing import Batch
 from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.lora import Dropout, LoraWeights, Weights, flatten_lora, unflatten_lora
-from job.train.loss import Head, LossSums, head_loss, slice_length
-
-
-def kept_bytes(loss: Callable[..., Any], *arguments: Any) -> int:
-    """Bytes that reverse differentiation of `loss` by its first argument keeps.
-
-    Arguments (arrays or their shapes) are not counted: they are there anyway.
-    """
-
-    def forward(*given: Any) -> Any:
-        return jax.vjp(lambda first: loss(first, *given[1:]), given[0])[1]
-
-    traced = jax.make_jaxpr(forward)(*arguments).jaxpr
-    there = {id(variable) for variable in traced.invars}
-    kept: dict[int, Any] = {
-        id(v): v.aval for v in traced.outvars if hasattr(v, "aval") and id(v) not in there
-    }
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in kept.values())
-
+from job.spec.schema import Train
+from job.train.loss import (
+    Head,
+    LossOptions,
+    LossSums,
+    chunk_length,
+    chunked_cross_entropy,
+)
+from job.train.state import TrainState
 
 Arrays = dict[str, jax.Array]
-"""A batch by field name (see `Batch`)."""
-
-
-class TrainState(NamedTuple):
-    """What a step changes: the adapter and the optimizer's variables."""
-
-    lora: LoraWeights
-    optimizer: tuple[jax.Array, ...]
+"""The arrays of a batch by name (see `shard_input`)."""
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step; sums over its loss tokens."""
+    """Metrics of one step: scalars, sums over its loss tokens."""
 
     loss: jax.Array
     correct: jax.Array
     tokens: jax.Array
     gradient_norm: jax.Array
     stop: jax.Array
-    """Above 0 where a process wants to stop."""
+    """Above 0 if a process has been told to stop."""
 
 
 class StepConfig(NamedTuple):
-    """What a training step does besides the optimizer's part."""
+    """Everything about a training step except the optimizer."""
 
     forward: ForwardConfig
     dropout: float = 0.0
@@ -68,142 +50,111 @@ class StepConfig(NamedTuple):
     seed: int = 0
 
 
+TrainStep = Callable[[TrainState, Weights, Arrays], tuple[TrainState, StepMetrics]]
+
+
+ValidationStep = Callable[[LoraWeights, Weights, Arrays], LossSums]
+
+
+def make_step_config(train: Train, forward: ForwardConfig, dropout: float, seed: int) -> StepConfig:
+    """Return the step configuration for the train section of a spec."""
+    return StepConfig(
+        forward,
+        dropout=dropout,
+        label_smoothing=train.label_smoothing,
+        lora_plus_ratio=train.lora_plus_ratio,
+        seed=seed,
+    )
+
+
 def shard_input(
     model: LanguageModel,
     batch: Batch,
-    accumulation: int,
+    gradient_accumulation_steps: int,
     losses: int,
     step: int = 0,
     *,
     stop: bool = False,
 ) -> Arrays:
-    """A batch on the devices.
+    """Put a batch on the devices, divided into micro-batches.
 
     Args:
-        accumulation: parts that go through the model one after the other.
-        losses: width of a device's list of loss positions in each part.
-        step: its number, from which the parts' dropout follows.
-        stop: whether this process wants to stop; the step's figures tell all of them.
+        model: the model, which has the mesh.
+        batch: the rows of the step.
+        gradient_accumulation_steps: micro-batches that run one after another.
+        losses: length that each device's list of loss positions is padded to, per micro-batch.
+        step: number of the step, which determines the dropout of its micro-batches.
+        stop: whether this process has been told to stop; the metrics tell all processes.
 
     Returns:
-        `token_ids` and `segment_ids` `[accumulation, rows, length]`, rows split over the devices,
-        the lists of `Batch.flat_losses` `[accumulation, devices, losses]`, split likewise, the
-        number of each part, `[accumulation]`, and `stop` `[data, model]`.
+        `token_ids` and `segment_ids` `[gradient_accumulation_steps, rows, length]`, rows sharded
+        over the devices; `positions`, `targets` and `weights` (see `Batch.flat_losses`)
+        `[gradient_accumulation_steps, devices, losses]`, sharded likewise; `micro_batch`
+        `[gradient_accumulation_steps]`, the global number of each micro-batch, replicated; and
+        `stop` `[data, model]`.
     """
+    count = gradient_accumulation_steps
     arrays = {
-        name: getattr(batch, name).reshape(accumulation, -1, batch.token_ids.shape[1])
+        name: getattr(batch, name).reshape(count, -1, batch.token_ids.shape[1])
         for name in ("token_ids", "segment_ids")
     }
-    flat = batch.flat_losses(accumulation * model.devices, losses)
-    arrays |= {name: array.reshape(accumulation, model.devices, -1) for name, array in flat.items()}
-    parts = np.arange(accumulation, dtype=np.int32) + step * accumulation
-    placed: Arrays = model.shard_batch(arrays, axis=1)
-    return placed | {"part": model.replicate(parts), "stop": model.process_local(stop)}
+    flat = batch.flat_losses(count * model.devices, losses)
+    arrays |= {name: array.reshape(count, model.devices, -1) for name, array in flat.items()}
+    numbers = np.arange(count, dtype=np.int32) + step * count
+    sharded: Arrays = model.shard_batch(arrays, axis=1)
+    return sharded | {"micro_batch": model.replicate(numbers), "stop": model.process_local(stop)}
 
 
-def padded_loss_count(most: int) -> int:
-    """A width for lists of at most `most` loss positions; a multiple of 8 suits every device."""
-    return max(8, -(-most // 8) * 8)
+def without_stop(batch: Arrays) -> Arrays:
+    """Return the arrays of a batch that have a micro-batch axis."""
+    return {name: array for name, array in batch.items() if name != "stop"}
 
 
-def dropout_for(recipe: StepConfig, part: jax.Array) -> Dropout | None:
-    """The dropout of a part of a step, by its number."""
-    if not recipe.dropout:
+def padded_loss_count(losses: int) -> int:
+    """Round the length of a list of loss positions up to a multiple of 8, at least 8."""
+    return max(8, -(-losses // 8) * 8)
+
+
+def dropout_for(config: StepConfig, micro_batch: jax.Array) -> Dropout | None:
+    """Return the dropout of a micro-batch by its global number; None without dropout."""
+    if not config.dropout:
         return None
-    return Dropout(recipe.dropout, jax.random.fold_in(jax.random.key(recipe.seed), part))
+    return Dropout(config.dropout, jax.random.fold_in(jax.random.key(config.seed), micro_batch))
 
 
-def head_sums(
+def head_loss(
     model: LanguageModel,
     head: Head,
     weights: Weights,
-    states: jax.Array,
-    lists: Arrays,
-    smoothing: float,
+    hidden: jax.Array,
+    rows: Arrays,
+    label_smoothing: float,
 ) -> LossSums:
-    """`head_loss` of the states `[devices, losses, hidden]` at a part's lists (`shard_input`)."""
-    return head_loss(
-        head,
-        weights,
-        states,
-        lists["targets"],
-        lists["weights"],
-        length=slice_length(1, states.shape[1], model.vocabulary, states.dtype),
+    """Compute the loss of a micro-batch from its hidden states `[devices, losses, hidden]`."""
+    options = LossOptions(
+        chunk_length=chunk_length(1, hidden.shape[1], model.vocabulary, hidden.dtype),
         unroll=model.platform == "cpu",
-        smoothing=smoothing,
-        capped=bool(getattr(model.backbone.token_embedding, "logit_soft_cap", None)),
+        label_smoothing=label_smoothing,
+        soft_cap=bool(getattr(model.backbone.token_embedding, "logit_soft_cap", None)),
     )
+    return chunked_cross_entropy(head, weights, hidden, rows["targets"], rows["weights"], options)
 
 
-def _sums(
-    model: LanguageModel, weights: Weights, lora: LoraWeights, rows: Arrays, recipe: StepConfig
+def loss_sums(
+    model: LanguageModel, weights: Weights, lora: LoraWeights, rows: Arrays, config: StepConfig
 ) -> LossSums:
-    dropout = dropout_for(recipe, rows["part"])
-    states = model.hidden_states(weights, rows, recipe.forward, lora, dropout)
-    return head_sums(model, model.logits, weights, states, rows, recipe.label_smoothing)
+    """Compute the loss of one micro-batch; traceable, differentiable by `lora`."""
+    dropout = dropout_for(config, rows["micro_batch"])
+    hidden = model.hidden_states(weights, rows, config.forward, lora, dropout)
+    return head_loss(model, model.logits, weights, hidden, rows, config.label_smoothing)
 
 
-def _abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
-
-
-def row_bytes(model: LanguageModel, recipe: StepConfig, length: int, losses: int) -> int:
-    """Bytes that a device keeps for the backward pass of one row; only traced."""
-    integers = {"token_ids": length, "segment_ids": length, "positions": losses, "targets": losses}
-    rows = {name: _abstract((1, width), jnp.int32) for name, width in integers.items()}
-    rows |= {"weights": _abstract((1, losses), jnp.float32), "part": _abstract((), jnp.int32)}
-    weights = tuple(_abstract(weight.shape, weight.dtype) for weight in model.weights)
-    lora = tuple(
-        tuple(_abstract(shape, jnp.float32) for shape in model.lora.shapes(target))
-        for target in model.lora.targets
-    )
-
-    def loss(lora: LoraWeights, weights: Weights, rows: Arrays) -> jax.Array:
-        return _sums(model, weights, lora, rows, recipe).loss
-
-    return kept_bytes(loss, lora, weights, rows)
-
-
-def make_update(
-    optimizer: Any, recipe: StepConfig
-) -> Callable[
-    [TrainState, LoraWeights, LossSums, jax.Array, jax.Array], tuple[TrainState, StepMetrics]
-]:
-    """What ends a step, traceable: from summed gradients and losses to the next state.
-
-    The last arguments are the weights of the losses and `stop`, as in a batch.
-    """
-
-    def update(
-        state: TrainState,
-        gradients: LoraWeights,
-        sums: LossSums,
-        weights: jax.Array,
-        stop: jax.Array,
-    ) -> tuple[TrainState, StepMetrics]:
-        tokens = jnp.sum(weights)
-        gradients = jax.tree.map(lambda g: g / tokens, gradients)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in flatten_lora(gradients)))
-        arrays, variables = optimizer.stateless_apply(
-            list(state.optimizer), flatten_lora(gradients), flatten_lora(state.lora)
-        )
-        finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
-        lora = _faster_b(state.lora, unflatten_lora(arrays), recipe.lora_plus_ratio)
-        changed = TrainState(lora, tuple(variables))
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
-        return kept, StepMetrics(sums.loss, sums.correct, tokens, norm, jnp.sum(stop))
-
-    return update
-
-
-def make_train_step(
-    model: LanguageModel, optimizer: Any, recipe: StepConfig
-) -> Callable[[TrainState, Weights, Arrays], tuple[TrainState, StepMetrics]]:
-    """The compiled step. A step whose loss or gradient is not finite changes nothing."""
-    unroll, update = model.platform == "cpu", make_update(optimizer, recipe)
+def make_train_step(model: LanguageModel, optimizer: Any, config: StepConfig) -> TrainStep:
+    """Return the compiled step. A step whose loss or gradient is not finite changes nothing."""
+    unroll, update = model.platform == "cpu", make_update(optimizer, config)
 
     def loss(lora: LoraWeights, weights: Weights, rows: Arrays) -> tuple[jax.Array, LossSums]:
-        sums = _sums(model, weights, lora, rows, recipe)
+        sums = loss_sums(model, weights, lora, rows, config)
         return sums.loss, sums
 
     def step(state: TrainState, weights: Weights, batch: Arrays) -> tuple[TrainState, StepMetrics]:
@@ -212,29 +163,57 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, (gradients, sums)), None
 
         zero = jnp.zeros((), jnp.float32)
-        start = (jax.tree.map(jnp.zeros_like, state.lora), LossSums(zero, zero))
-        parts = {name: array for name, array in batch.items() if name != "stop"}
-        (gradients, sums), _ = jax.lax.scan(accumulate, start, parts, unroll=unroll)
-        return update(state, gradients, sums, batch["weights"], batch["stop"])
+        zeros = (jax.tree.map(jnp.zeros_like, state.lora), LossSums(zero, zero))
+        total, _ = jax.lax.scan(accumulate, zeros, without_stop(batch), unroll=unroll)
+        return update(state, *total, batch)
 
     return jax.jit(step, donate_argnums=0, out_shardings=model.replicated)
 
 
-def _faster_b(before: LoraWeights, after: LoraWeights, ratio: float) -> LoraWeights:
-    """The step of B times `ratio` (LoRA+, Hayou et al. 2024)."""
+def make_update(
+    optimizer: Any, config: StepConfig
+) -> Callable[[TrainState, LoraWeights, LossSums, Arrays], tuple[TrainState, StepMetrics]]:
+    """Return the last part of a step, traceable: from summed gradients to the next state.
+
+    Its arguments are the state, the summed gradients and losses, and the batch, of which it uses
+    `weights` and `stop`.
+    """
+
+    def update(
+        state: TrainState, gradients: LoraWeights, sums: LossSums, batch: Arrays
+    ) -> tuple[TrainState, StepMetrics]:
+        tokens = jnp.sum(batch["weights"])
+        gradients = jax.tree.map(lambda g: g / tokens, gradients)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in flatten_lora(gradients)))
+        lora, variables = optimizer.stateless_apply(
+            list(state.optimizer), flatten_lora(gradients), flatten_lora(state.lora)
+        )
+        scaled = _scale_b_update(state.lora, unflatten_lora(lora), config.lora_plus_ratio)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
+        new_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            TrainState(scaled, tuple(variables)),
+            state,
+        )
+        stop = jnp.sum(batch["stop"])
+        return new_state, StepMetrics(sums.loss, sums.correct, tokens, norm, stop)
+
+    return update
+
+
+def _scale_b_update(before: LoraWeights, after: LoraWeights, ratio: float) -> LoraWeights:
+    """Multiply the update of B by `ratio` (LoRA+, Hayou et al. 2024)."""
     if ratio == 1.0:
         return after
     pairs = zip(before, after, strict=True)
     return tuple((a, old + ratio * (b - old)) for (_, old), (a, b) in pairs)
 
 
-def make_validation(
-    model: LanguageModel, settings: ForwardConfig
-) -> Callable[[LoraWeights, Weights, Arrays], LossSums]:
-    """The compiled sums over one part `[1, ...]` for an adapter."""
+def make_validation(model: LanguageModel, forward: ForwardConfig) -> ValidationStep:
+    """Return the compiled loss of one micro-batch `[1, ...]`, without dropout or smoothing."""
 
     def sums(lora: LoraWeights, weights: Weights, batch: Arrays) -> LossSums:
         rows = {name: array[0] for name, array in batch.items()}
-        return _sums(model, weights, lora, rows, StepConfig(settings))
+        return loss_sums(model, weights, lora, rows, StepConfig(forward))
 
     return jax.jit(sums, out_shardings=model.replicated)

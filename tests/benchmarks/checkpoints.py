@@ -43,7 +43,7 @@ def main() -> None:
     from job.spec.schema import Train
     from job.storage.locations import open_store
     from job.train.checkpoint import FOLDER
-    from job.train.trainer import Trainer, TrainerConfig
+    from job.train.trainer import TrainData, Trainer, TrainerConfig
 
     model = make_model("proxy", "float32", given.rank)
     examples = make_examples(given.examples, SHAPES["proxy"]["vocabulary_size"])
@@ -56,11 +56,11 @@ def main() -> None:
         store = open_store(f"gs://checkpoints/{name}")
         config = TrainerConfig(settings, seed=0, packed=True, inputs=name)
         stop = CoordinatedStop(StopSignal(), ProcessGroup())
-        trainer = Trainer(model, rows, held_out, model.lora.init(0), config, store, stop)
-        progress = trainer.run().progress
+        data = TrainData(rows, held_out, model.lora.init(0))
+        progress = Trainer(model, data, config, store, stop).run().progress
         newest = store.stat(store.list(FOLDER)[-1])
         assert newest is not None
-        return progress.busy / progress.step, newest.bytes
+        return progress.step_seconds / progress.step, newest.bytes
 
     with (
         subprocess.Popen(

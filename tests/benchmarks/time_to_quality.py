@@ -87,12 +87,12 @@ def main() -> None:
     from job.model.load import load_model
     from job.model.lora import LoraWeights, flatten_lora
     from job.spec.load import load_spec
-    from job.train.batching import BatchSchedule
     from job.train.blockwise_step import make_step
     from job.train.optimizer import make_optimizer
+    from job.train.schedule import BatchSchedule
+    from job.train.state import TrainState
     from job.train.step import (
         StepConfig,
-        TrainState,
         make_validation,
         padded_loss_count,
         shard_input,

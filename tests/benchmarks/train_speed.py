@@ -95,11 +95,11 @@ def ours(
     from job.model.language_model import ForwardConfig
     from job.model.lora import flatten_lora
     from job.spec.schema import Train
-    from job.train.batching import BatchSchedule
     from job.train.optimizer import make_optimizer
+    from job.train.schedule import BatchSchedule
+    from job.train.state import TrainState
     from job.train.step import (
         StepConfig,
-        TrainState,
         make_train_step,
         padded_loss_count,
         shard_input,

@@ -27,7 +27,8 @@ from job.model.tiny import VOCABULARY, train_tokenizer
 from job.pipeline.train_stage import to_peft
 from job.spec.schema import Lora, Model, Train
 from job.train.optimizer import make_optimizer
-from job.train.step import StepConfig, TrainState, make_train_step, padded_loss_count, shard_input
+from job.train.state import TrainState
+from job.train.step import StepConfig, make_train_step, padded_loss_count, shard_input
 from tests.conversations import token_example
 from tests.model.forward import full_logits
 from tests.peers import run_peer

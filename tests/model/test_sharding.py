@@ -12,7 +12,8 @@ from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.sharding import loading_to_shards, shard_axis
 from job.spec.schema import Train
 from job.train.optimizer import make_optimizer
-from job.train.step import StepConfig, TrainState, make_train_step, padded_loss_count, shard_input
+from job.train.state import TrainState
+from job.train.step import StepConfig, make_train_step, padded_loss_count, shard_input
 from tests.conftest import MakeModel
 from tests.train.test_step import examples, make_rows, trained_start
 

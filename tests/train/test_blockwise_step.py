@@ -1,4 +1,4 @@
-"""The step as a chain of programs is the step as one program, whatever the model and the mesh."""
+"""The block-wise step equals the step as one program, for every family of models and mesh."""
 
 import gc
 from collections.abc import Iterator
@@ -6,198 +6,153 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import keras_hub
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
-from job.data.packing import PackedRows, TokenExample, make_rows
+from job.data.packing import PackedRows, make_rows
 from job.model.blocks import split_into_blocks
-from job.model.language_model import ForwardConfig, LanguageModel, Preset
-from job.model.lora import LoraWeights, flatten_lora
-from job.spec.schema import Lora, Model, Train
+from job.model.language_model import ForwardConfig, LanguageModel
+from job.model.lora import flatten_lora
+from job.spec.schema import Train
 from job.train.blockwise_step import BlockwiseStep, make_step
 from job.train.optimizer import make_optimizer
-from job.train.step import StepConfig, TrainState, padded_loss_count, shard_input
-from tests.conftest import MakeModel
-from tests.conversations import token_example
-from tests.model.families import families_with, small_backbone
-from tests.train.test_trainer import trainer
+from job.train.step import StepConfig, padded_loss_count, shard_input
+from tests.model.families import families_with
+from tests.train.small import (
+    ATTENTION,
+    make_state,
+    make_trainer,
+    perturbed_lora,
+    random_examples,
+    small_model,
+)
+
+SGD = Train(optimizer="sgd", learning_rate=1.0, schedule="constant", warmup_ratio=0)
 
 
-class Codec:
-    """No tokenizer is needed: tokens are numbers here."""
-
-    stop_ids = (1,)
-    pad_id = 0
-
-
-class Task:
-    """A backbone as a task holds it."""
-
-    def __init__(self, backbone: Any) -> None:
-        self.backbone = backbone
-
-
-def small_model(family: str, lora: Lora, **arguments: Any) -> LanguageModel:
-    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
-    model = Model(preset="tiny", dtype="float32", lora=lora)
-    task = Task(small_backbone(family, **arguments))
-    return LanguageModel(task, Codec(), model, Preset("tiny", None), mesh)  # type: ignore[arg-type]
-
-
-def make_examples(vocabulary: int, longest: int) -> list[TokenExample]:
-    generator = np.random.default_rng(5)
-    lengths = [longest, *generator.integers(4, longest, size=11)]
-    return [
-        token_example(str(number), generator.integers(5, vocabulary, size=length).tolist(), 2)
-        for number, length in enumerate(lengths)
-    ]
-
-
-def start_of(model: LanguageModel) -> LoraWeights:
-    """An adapter that changes the model, so that no gradient is zero."""
-    generator = np.random.default_rng(2)
-    return tuple(
-        (np.asarray(a), generator.normal(0, 0.3, b.shape).astype(np.float32))
-        for a, b in model.lora.init(0)
-    )
-
-
-def one_step(
-    model: LanguageModel, rows: PackedRows, recipe: StepConfig, *, chained: bool, parts: int = 1
+def run_step(
+    model: LanguageModel, rows: PackedRows, config: StepConfig, mode: Any, micro_batches: int = 1
 ) -> tuple[list[np.ndarray], Any, Any]:
-    """The adapter after a step, the step's figures, and a validation of the first adapter."""
-    start = start_of(model)
-    train = Train(optimizer="sgd", learning_rate=1.0, schedule="constant", warmup_ratio=0)
-    optimizer, _ = make_optimizer(train, 1, start)
-    step, validate = make_step(model, optimizer, recipe, "blocks" if chained else "step")
-    assert isinstance(step, BlockwiseStep) == chained
-    variables = tuple(np.array(v.value) for v in optimizer.variables)
-    state = TrainState(*model.replicate((start, variables)))
-    batch = rows.batch.take(np.arange(8 * parts) % len(rows.batch))
-    width = padded_loss_count(int(batch.losses(parts * model.devices).max()))
+    """The LoRA weights after a step, its metrics, and a validation before it."""
+    lora = perturbed_lora(model)
+    optimizer, _ = make_optimizer(SGD, 1, lora)
+    step, validate = make_step(model, optimizer, config, mode)
+    assert isinstance(step, BlockwiseStep) == (mode == "blocks")
+    state = make_state(model, optimizer, lora)
+    batch = rows.batch.take(np.arange(8 * micro_batches) % len(rows.batch))
+    losses = padded_loss_count(int(batch.losses(micro_batches * model.devices).max()))
     first = rows.batch.take(np.arange(8) % len(rows.batch))
-    sums = validate(state.lora, model.weights, shard_input(model, first, 1, width))
-    state, figures = step(state, model.weights, shard_input(model, batch, parts, width))
-    return [np.asarray(a) for a in flatten_lora(state.lora)], figures, sums
+    sums = validate(state.lora, model.weights, shard_input(model, first, 1, losses))
+    inputs = shard_input(model, batch, micro_batches, losses)
+    state, metrics = step(state, model.weights, inputs)
+    return [np.asarray(a) for a in flatten_lora(state.lora)], metrics, sums
 
 
-def check_same(found: Any, expected: Any, atol: float = 2e-5) -> None:
-    assert any(np.abs(np.asarray(a)).max() > 1e-3 for a in found[0])
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=atol, rtol=1e-5)
-
-
-LINEAR = Lora(rank=2, alpha=4, targets="all-linear")
-ATTENTION = Lora(rank=2, alpha=4, targets=["query", "value"])
+def assert_same(ours: Any, theirs: Any) -> None:
+    assert any(np.abs(np.asarray(a)).max() > 1e-3 for a in ours[0])
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("family", "packed"),
     [("MistralBackbone", False), *((name, True) for name in families_with("blockwise"))],
 )
-def test_chain_equals_the_whole_step(family: str, packed: bool) -> None:
-    model = small_model(family, LINEAR)
+def test_block_programs_equal_the_single_program(family: str, packed: bool) -> None:
+    model = small_model(family)
     # Longer than the sliding window of 5 tokens, so that local blocks differ from global ones.
-    rows = make_rows(make_examples(64, 14), 14, packing=packed)
-    recipe = StepConfig(ForwardConfig(packed, longest=rows.longest))
-    check_same(
-        one_step(model, rows, recipe, chained=True), one_step(model, rows, recipe, chained=False)
-    )
+    rows = make_rows(random_examples(), 14, packing=packed)
+    config = StepConfig(ForwardConfig(packed, longest=rows.longest))
+    assert_same(run_step(model, rows, config, "blocks"), run_step(model, rows, config, "step"))
 
 
-@pytest.mark.parametrize(("reach", "kinds"), [(5, 1), (6, 2), (None, 2)])
-def test_blocks_whose_window_no_token_fills_are_alike(reach: int | None, kinds: int) -> None:
-    model = small_model("Gemma3Backbone", LINEAR)
-    blocks = split_into_blocks(model, ForwardConfig(packed=True, longest=reach))
+@pytest.mark.parametrize(("longest", "kinds"), [(5, 1), (6, 2), (None, 2)])
+def test_an_unfilled_window_makes_no_kind_of_its_own(longest: int | None, kinds: int) -> None:
+    model = small_model("Gemma3Backbone")
+    blocks = split_into_blocks(model, ForwardConfig(packed=True, longest=longest))
     assert blocks is not None
     assert len(set(blocks.kinds)) == kinds
 
 
-def test_alike_blocks_keep_their_own_wavelengths() -> None:
-    """Gemma 3's global blocks turn a hundred times slower; one program must do both."""
-    model = small_model("Gemma3Backbone", LINEAR, sliding_window_size=32)
-    rows = make_rows(make_examples(64, 30), 30, packing=True)
-    recipe = StepConfig(ForwardConfig(packed=True, longest=rows.longest))
-    blocks = split_into_blocks(model, recipe.forward)
+def test_identical_blocks_have_their_own_wavelengths() -> None:
+    """Gemma 3's global blocks rotate a hundred times slower; one program must do both."""
+    model = small_model("Gemma3Backbone", ATTENTION, sliding_window_size=32)
+    rows = make_rows(random_examples(longest=30), 30, packing=True)
+    config = StepConfig(ForwardConfig(packed=True, longest=rows.longest))
+    blocks = split_into_blocks(model, config.forward)
     assert blocks is not None
     assert len(set(blocks.kinds)) == 1
-    turns = [float(own.rotary[0, 0]) for own in blocks.arrays(model.weights, start_of(model))]
-    assert turns == [10_000] * 5 + [1_000_000]
-    check_same(
-        one_step(model, rows, recipe, chained=True), one_step(model, rows, recipe, chained=False)
-    )
+    arrays = blocks.arrays(model.weights, perturbed_lora(model))
+    assert [float(block.rotary[0, 0]) for block in arrays] == [10_000] * 5 + [1_000_000]
+    assert_same(run_step(model, rows, config, "blocks"), run_step(model, rows, config, "step"))
+
+
+FORWARD = ForwardConfig(packed=True, longest=14)
 
 
 @pytest.mark.parametrize(
-    "recipe",
+    "config",
     [
-        StepConfig(ForwardConfig(packed=True, remat="blocks", longest=14)),
-        StepConfig(ForwardConfig(packed=True, longest=14), dropout=0.5, seed=3),
-        StepConfig(
-            ForwardConfig(packed=True, longest=14), label_smoothing=0.2, lora_plus_ratio=4.0
-        ),
+        StepConfig(FORWARD._replace(remat="blocks")),
+        StepConfig(FORWARD, dropout=0.5, seed=3, label_smoothing=0.2, lora_plus_ratio=4.0),
     ],
-    ids=["blocks", "dropout", "smoothing and lora+"],
+    ids=["remat", "regularized"],
 )
-def test_chain_follows_the_recipe(recipe: StepConfig) -> None:
-    # In the whole step the last block's feed-forward half sees, and drops, fewer positions.
-    model = small_model("Qwen3Backbone", ATTENTION if recipe.dropout else LINEAR)
-    rows = make_rows(make_examples(64, 14), 14, packing=True)
-    found = one_step(model, rows, recipe, chained=True, parts=2)
-    check_same(found, one_step(model, rows, recipe, chained=False, parts=2))
-    plain = one_step(model, rows, StepConfig(recipe.forward), chained=True, parts=2)
-    changed = [np.abs(a - b).max() for a, b in zip(found[0], plain[0], strict=True)]
-    assert (max(changed) > 1e-3) == (recipe != StepConfig(recipe.forward))
-    # What training does besides is no part of a validation.
-    np.testing.assert_allclose(found[2], plain[2], rtol=1e-6)
+def test_block_programs_follow_the_step_config(config: StepConfig) -> None:
+    # As one program, the feed-forward half of the last block sees, and drops, fewer positions.
+    model = small_model("Qwen3Backbone", ATTENTION)
+    rows = make_rows(random_examples(), 14, packing=True)
+    result = run_step(model, rows, config, "blocks", micro_batches=2)
+    assert_same(result, run_step(model, rows, config, "step", micro_batches=2))
+    plain = run_step(model, rows, StepConfig(config.forward), "blocks", micro_batches=2)
+    changes = [np.abs(a - b).max() for a, b in zip(result[0], plain[0], strict=True)]
+    assert (max(changes) > 1e-3) == (config != StepConfig(config.forward))
+    # Validation has no dropout and no smoothing.
+    np.testing.assert_allclose(result[2], plain[2], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("data", "split"), [(8, 1), (2, 4)])
-def test_chain_over_a_mesh_equals_the_step_on_one_device(
-    make_model: MakeModel, tiny: LanguageModel, data: int, split: int
-) -> None:
-    rows = make_rows(make_examples(2000, 90), 128, packing=True)
-    recipe = StepConfig(ForwardConfig(packed=True, longest=rows.longest))
-    found = one_step(make_model(devices=data, split=split), rows, recipe, chained=True)
-    check_same(found, one_step(tiny, rows, recipe, chained=True))
+def test_block_programs_on_a_mesh_equal_those_on_one_device() -> None:
+    rows = make_rows(random_examples(), 14, packing=True)
+    config = StepConfig(ForwardConfig(packed=True, longest=rows.longest))
+    shape = {"num_query_heads": 4, "num_key_value_heads": 4}
+    one_device = run_step(small_model("LlamaBackbone", **shape), rows, config, "blocks")
+    for mesh in ((8, 1), (2, 4)):
+        model = small_model("LlamaBackbone", mesh=mesh, **shape)
+        assert_same(run_step(model, rows, config, "blocks"), one_device)
 
 
-def test_a_step_that_is_not_finite_changes_nothing(tiny: LanguageModel) -> None:
-    rows = make_rows(make_examples(2000, 90), 128, packing=True)
-    start = start_of(tiny)
-    broken: Any = ((np.full_like(start[0][0], np.nan), start[0][1]), *start[1:])
-    optimizer, _ = make_optimizer(Train(), 1, start)
-    step, _ = make_step(tiny, optimizer, StepConfig(ForwardConfig(packed=True)), "blocks")
-    variables = tuple(np.array(v.value) for v in optimizer.variables)
-    state = TrainState(*tiny.replicate((broken, variables)))
-    width = padded_loss_count(int(rows.batch.losses(1).max()))
-    state, figures = step(state, tiny.weights, shard_input(tiny, rows.batch, 1, width))
-    assert not np.isfinite(figures.loss)
+def test_a_step_that_is_not_finite_changes_nothing(small: LanguageModel) -> None:
+    rows = make_rows(random_examples(), 14, packing=True)
+    lora = perturbed_lora(small)
+    broken: Any = ((np.full_like(lora[0][0], np.nan), lora[0][1]), *lora[1:])
+    optimizer, _ = make_optimizer(Train(), 1, lora)
+    step, _ = make_step(small, optimizer, StepConfig(FORWARD), "blocks")
+    state = make_state(small, optimizer, broken)
+    losses = padded_loss_count(int(rows.batch.losses(1).max()))
+    state, metrics = step(state, small.weights, shard_input(small, rows.batch, 1, losses))
+    assert not np.isfinite(metrics.loss)
     for ours, theirs in zip(flatten_lora(state.lora), flatten_lora(broken), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("change", ["float16", "remat", "gpt2"])
-def test_what_cannot_be_taken_apart_stays_whole(change: str) -> None:
-    forward = ForwardConfig(packed=True, remat="none" if change == "remat" else "matmuls")
-    model = small_model(
-        "LlamaBackbone", LINEAR, dtype="float16" if change == "float16" else "float32"
-    )
-    if change == "gpt2":
-        import keras_hub
-
-        backbone = keras_hub.models.GPT2Backbone(
+@pytest.mark.parametrize("reason", ["float16", "remat", "gpt2"])
+def test_some_models_are_not_split_into_blocks(reason: str) -> None:
+    forward = ForwardConfig(packed=True, remat="none" if reason == "remat" else "matmuls")
+    model = small_model("LlamaBackbone", dtype="float16" if reason == "float16" else "float32")
+    if reason == "gpt2":
+        model.backbone = keras_hub.models.GPT2Backbone(
             vocabulary_size=64, num_layers=2, num_heads=2, hidden_dim=16, intermediate_dim=32,
             max_sequence_length=32, dtype="float32",
         )  # fmt: skip
-        model.backbone = backbone
     assert split_into_blocks(model, forward) is None
 
 
-def test_a_cpu_has_one_program_unless_told_otherwise(tmp_path: Path, tiny: LanguageModel) -> None:
-    assert not isinstance(trainer(tmp_path, tiny, compile="auto")[0]._step, BlockwiseStep)
-    assert isinstance(trainer(tmp_path, tiny)[0]._step, BlockwiseStep)
+def test_a_cpu_has_one_program_by_default(tmp_path: Path, small: LanguageModel) -> None:
+    assert not isinstance(
+        make_trainer(tmp_path, small, compile="auto")[0].train_step, BlockwiseStep
+    )
+    assert isinstance(make_trainer(tmp_path, small)[0].train_step, BlockwiseStep)
 
 
 @pytest.fixture
@@ -215,68 +170,67 @@ def compiled() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_programs_are_compiled_once_and_ahead(
-    tiny: LanguageModel, compiled: list[str], smoothing: float
+def test_programs_are_compiled_once_and_ahead_of_time(
+    small: LanguageModel, compiled: list[str], smoothing: float
 ) -> None:
-    """Lowered from shapes alone; the steps and validations that follow find them."""
-    rows = make_rows(make_examples(2000, 70), 96, packing=True)
-    start = start_of(tiny)
-    optimizer, _ = make_optimizer(Train(), 1, start)
-    forward = ForwardConfig(packed=True, longest=rows.longest)
-    recipe = StepConfig(forward, label_smoothing=smoothing)
-    step, validate = make_step(tiny, optimizer, recipe, "blocks")
-    variables = tuple(np.array(v.value) for v in optimizer.variables)
-    state = TrainState(*tiny.replicate((start, variables)))
-    width = padded_loss_count(int(rows.batch.losses(1).max()))
-    batch = shard_input(tiny, rows.batch, 1, width)
-    step.lower(state, tiny.weights, batch).compile()
+    """Lowered from shapes alone; the steps and validations that follow use them."""
+    rows = make_rows(random_examples(), 14, packing=True)
+    lora = perturbed_lora(small)
+    optimizer, _ = make_optimizer(Train(), 1, lora)
+    config = StepConfig(FORWARD, label_smoothing=smoothing)
+    step, validate = make_step(small, optimizer, config, "blocks")
+    state = make_state(small, optimizer, lora)
+    losses = padded_loss_count(int(rows.batch.losses(1).max()))
+    batch = shard_input(small, rows.batch, 1, losses)
+    step.lower(state, small.weights, batch).compile()
     assert len(compiled) >= 5
     compiled.clear()
     for _ in range(2):
-        state, _ = step(state, tiny.weights, batch)
+        state, _ = step(state, small.weights, batch)
     assert compiled == []
-    validate(state.lora, tiny.weights, batch)
+    validate(state.lora, small.weights, batch)
     assert [name for name in compiled if "_end" in name] == compiled
     assert len(compiled) == (1 if smoothing else 0)
 
 
-def test_validations_of_a_training_find_the_programs_of_its_steps(
-    tmp_path: Path, tiny: LanguageModel, compiled: list[str]
+@pytest.mark.parametrize("mode", ["blocks", "step"])
+def test_training_uses_the_step_compiled_ahead_of_time(
+    tmp_path: Path, small: LanguageModel, compiled: list[str], mode: str
 ) -> None:
-    made, _ = trainer(tmp_path, tiny, epochs=1, batch_size=12)  # and 4 rows to validate with
-    made.trace_first()()
+    trainer, _ = make_trainer(tmp_path, small, epochs=1, batch_size=12, compile=mode)
+    trainer.trace_step()()
+    assert compiled
     compiled.clear()
-    made.run()
-    ours = ("begin", "forward", "end", "backward", "update")
-    assert [name for name in compiled if any(one in name for one in ours)] == []
+    trainer.run()
+    # In block programs, validation (of 4 rows here) needs none of its own either.
+    programs = ("begin", "forward", "end", "backward", "update", "step")
+    assert [name for name in compiled if any(program in name for program in programs)] == []
 
 
-def test_what_a_step_held_that_did_not_fit_is_gone_when_the_next_begins(
-    tmp_path: Path, tiny: LanguageModel
-) -> None:
-    made, _ = trainer(tmp_path, tiny, epochs=1)
-    chain: Any = made._step
-    (program,) = chain._passes.backward.values()
-    run, begin = program.run, made._run_through
-    calls, there = 0, []
+def test_a_step_out_of_memory_leaves_no_arrays_behind(tmp_path: Path, small: LanguageModel) -> None:
+    trainer, _ = make_trainer(tmp_path, small, epochs=1)
+    program: Any = trainer.train_step.programs.backward[0]
+    run, load = program.run, trainer.batches.load
+    calls, live_bytes = 0, []
 
-    def full(*args: Any) -> Any:
+    def out_of_memory(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: a test")
         return run(*args)
 
-    def begins() -> Any:
-        there.append(sum(array.nbytes for array in jax.live_arrays()))
-        return begin()
+    def measuring(step: int, **options: Any) -> Any:
+        if step == 0:
+            live_bytes.append(sum(array.nbytes for array in jax.live_arrays()))
+        return load(step, **options)
 
-    program.run, made._run_through = full, begins
+    program.run, trainer.batches.load = out_of_memory, measuring  # type: ignore[method-assign]
     gc.collect()
     gc.disable()
     try:
-        made.run()
+        trainer.run()
     finally:
         gc.enable()
-    before, after = there
-    assert after - before < 100_000
+    before, after = live_bytes
+    assert after - before < 1_000

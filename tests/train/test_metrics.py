@@ -1,13 +1,21 @@
-"""The event file holds the history as TensorBoard's own format has it."""
+"""Metrics: the history as TensorBoard events, and model FLOPs utilization."""
 
 import struct
 
 import google_crc32c
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from job.train.metrics import event_file
+from job.train.checkpoint import Validation
+from job.train.metrics import (
+    HISTORY,
+    History,
+    event_file,
+    model_flops_utilization,
+    training_flops,
+)
 
-HISTORY = [
+LINES = [
     {"step": 0, "time": 100.5, "validation_loss": 2.5, "validation_token_accuracy": 0.25},
     {"step": 1, "time": 101.0, "loss": 2.0, "mfu": None, "learning_rate": 0.125, "seconds": 9},
     {"step": 2, "time": 102.0, "loss": 1.5, "mfu": 0.5, "learning_rate": 0.0625, "seconds": 10},
@@ -21,26 +29,26 @@ def masked(data: bytes) -> int:
 
 
 def records(content: bytes) -> list[bytes]:
-    found, at = [], 0
+    bodies, at = [], 0
     while at < len(content):
         (length,) = struct.unpack_from("<Q", content, at)
         header, body = content[at : at + 8], content[at + 12 : at + 12 + length]
         assert struct.unpack_from("<I", content, at + 8)[0] == masked(header)
         assert struct.unpack_from("<I", content, at + 12 + length)[0] == masked(body)
-        found.append(body)
+        bodies.append(body)
         at += 16 + length
-    return found
+    return bodies
 
 
-def test_every_figure_of_the_history_is_an_event() -> None:
-    events = [Event.FromString(record) for record in records(event_file(HISTORY))]
+def test_every_metric_of_the_history_is_an_event() -> None:
+    events = [Event.FromString(record) for record in records(event_file(LINES))]
     assert events[0].file_version == "brain.Event:2"
-    found = [
+    written = [
         (event.step, event.wall_time, value.tag, value.simple_value)
         for event in events
         for value in event.summary.value
     ]
-    assert found == [
+    assert written == [
         (0, 100.5, "loss/validation", 2.5),
         (0, 100.5, "token_accuracy/validation", 0.25),
         (1, 101.0, "loss/train", 2.0),
@@ -51,6 +59,33 @@ def test_every_figure_of_the_history_is_an_event() -> None:
     ]
 
 
-def test_a_later_file_begins_with_the_events_of_an_earlier_one() -> None:
-    early, late = (records(event_file(HISTORY[:n])) for n in (2, 3))
+def test_a_later_event_file_starts_with_the_earlier_events() -> None:
+    early, late = (records(event_file(LINES[:n])) for n in (2, 3))
     assert late[1 : len(early)] == early[1:]
+
+
+def test_history_resumes_and_replaces_a_repeated_validation() -> None:
+    history = History()
+    history.add_step(1, {"loss": 2.0})
+    history.add_validation(Validation(step=1, loss=2.5, token_accuracy=0.25))
+    history.add_step(2, {"loss": 1.5})
+    resumed = History(history.files()[HISTORY], last_step=1)
+    assert resumed.lines == history.lines[:2]
+    resumed.add_validation(Validation(step=1, loss=2.25, token_accuracy=0.5))
+    losses = [line.get("loss", line.get("validation_loss")) for line in resumed.lines]
+    assert losses == [2.0, 2.25]
+
+
+def test_training_needs_four_flops_a_parameter_and_token() -> None:
+    def flops(loss_tokens: int) -> float:
+        return training_flops(700, 300, tokens=10, loss_tokens=loss_tokens)
+
+    assert flops(10) == 4 * 1000 * 10
+    assert flops(4) == 4 * (7000 + 1200)  # the output projection is for loss tokens only
+
+
+def test_utilization_is_the_share_of_all_devices_peak() -> None:
+    assert model_flops_utilization(8 * 197e12, 2.0, "TPU v5 lite", 8) == pytest.approx(0.5)
+    assert model_flops_utilization(1e12, 2.0, "cpu", 1) is None
+    assert model_flops_utilization(1e12, 2.0, "an unknown chip", 1) is None
+    assert model_flops_utilization(1e12, 0.0, "TPU v5 lite", 8) is None

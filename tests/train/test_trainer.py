@@ -1,94 +1,75 @@
-"""Training lowers the loss, goes on exactly where it stopped, and stops when it breaks."""
+"""Training lowers the loss, resumes exactly where it was interrupted, and stops when it fails."""
 
 import json
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from job.data.packing import make_rows, tokenize
 from job.errors import RunStoppedError, StageError
-from job.machine.distributed import CoordinatedStop, ProcessGroup
 from job.model.language_model import LanguageModel
-from job.model.lora import Weights, flatten_lora
-from job.runtime.signals import StopSignal
-from job.spec.schema import Train
-from job.storage.base import Store
+from job.model.lora import flatten_lora
 from job.storage.local import LocalStore
-from job.train.batching import BatchSchedule, rows_that_fit
 from job.train.checkpoint import FOLDER, load_checkpoint
-from job.train.step import Arrays, StepMetrics, TrainState
-from job.train.trainer import HISTORY, Trainer, TrainerConfig, TrainResult
-from tests.conversations import conversation
+from job.train.memory import rows_that_fit
+from job.train.metrics import HISTORY
+from job.train.trainer import TrainResult
+from tests.train.small import before_step, make_trainer
 
-SAMPLES = [
-    conversation(str(i), f"I have had pain in my {part} for {i} days.", f"Rest your {part} well.")
-    for i, part in enumerate(["knee", "back", "neck", "hand", "foot", "head", "hip", "arm"] * 2)
-]
+SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.3}
 
 
-def trainer(
-    folder: Path, model: LanguageModel, store: Store | None = None, **train: object
-) -> tuple[Trainer, StopSignal]:
-    """A small training; compiled by blocks, because that is quicker."""
-    settings = Train.model_validate(
-        {"batch_size": 4, "learning_rate": 1e-2, "packing": False, "max_length": 64,
-         "epochs": 3, "log_every": 1, "checkpoint_every": 5, "compile": "blocks"} | train
-    )  # fmt: skip
-    stop = StopSignal()
-    found = tokenize(SAMPLES, model.tokenizer, 64, "response")
-    rows = make_rows(found.examples[:12], 64, packing=False)
-    validation = make_rows(found.examples[12:], 64, packing=False)
-    config = TrainerConfig(settings, seed=0, packed=False, inputs="inputs")
-    made = Trainer(
-        model, rows, validation, model.lora.init(0), config,
-        store or LocalStore(folder), CoordinatedStop(stop, ProcessGroup()),
-    )  # fmt: skip
-    return made, stop
+def values(result: TrainResult) -> list[np.ndarray]:
+    return [np.asarray(array) for array in flatten_lora(result.lora)]
 
 
-def values(trained: TrainResult) -> list[np.ndarray]:
-    return [np.asarray(array) for array in flatten_lora(trained.lora)]
+def history(result: TrainResult) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.files[HISTORY].splitlines()]
 
 
-def without_times(trainer: Trainer) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in trainer.curves()[HISTORY].splitlines()]
-    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+def assert_same_bytes(ours: TrainResult, theirs: TrainResult) -> None:
+    for a, b in zip(values(ours), values(theirs), strict=True):
+        assert a.tobytes() == b.tobytes()
 
 
-def test_loss_falls_and_every_step_is_in_the_history(tmp_path: Path, tiny: LanguageModel) -> None:
-    made, _ = trainer(tmp_path, tiny, validate_every=3)
-    trained = made.run()
-    lines = [json.loads(line) for line in made.curves()[HISTORY].splitlines()]
+def assert_close(ours: TrainResult, theirs: TrainResult) -> None:
+    for a, b in zip(values(ours), values(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def improvement(result: TrainResult) -> float:
+    before = result.progress.validation_before
+    assert before is not None
+    return before.loss - result.validation_after.loss
+
+
+def test_loss_falls_and_the_history_has_every_step(tmp_path: Path, small: LanguageModel) -> None:
+    result = make_trainer(tmp_path, small, validate_every=3)[0].run()
+    lines = history(result)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 10))
     assert [line["step"] for line in lines if "validation_loss" in line] == [0, 3, 6, 9]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
-    before = trained.progress.validation_before
-    assert before is not None
-    assert trained.validation_after.loss < before.loss - 0.5
-    epoch = [line for line in steps if line["step"] > 6]
-    mean = trained.progress.epoch_loss / trained.progress.epoch_loss_tokens
-    assert min(s["loss"] for s in epoch) < mean < max(s["loss"] for s in epoch)
+    assert improvement(result) > 0.5
+    epoch = [line["loss"] for line in steps if line["step"] > 6]
+    mean = result.progress.epoch_loss / result.progress.epoch_loss_tokens
+    assert min(epoch) < mean < max(epoch)
 
 
-def test_learning_rate_zero_changes_nothing(tmp_path: Path, tiny: LanguageModel) -> None:
-    made, _ = trainer(tmp_path, tiny, learning_rate=0, epochs=1)
-    trained = made.run()
-    for ours, start in zip(values(trained), flatten_lora(tiny.lora.init(0)), strict=True):
-        np.testing.assert_array_equal(ours, start)
-    before = trained.progress.validation_before
-    assert before is not None
-    assert trained.validation_after.loss == before.loss
+def test_learning_rate_zero_changes_nothing(tmp_path: Path, small: LanguageModel) -> None:
+    result = make_trainer(tmp_path, small, learning_rate=0, epochs=1)[0].run()
+    for array, initial in zip(values(result), flatten_lora(small.lora.init(0)), strict=True):
+        np.testing.assert_array_equal(array, initial)
+    assert improvement(result) == 0
 
 
 class SlowStore(LocalStore):
-    """A store that keeps checkpoints waiting until `ready`."""
+    """A store that does not write checkpoints until `ready`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -102,170 +83,155 @@ class SlowStore(LocalStore):
         super().write(key, content)
 
 
-def test_steps_do_not_wait_for_slow_storage(tmp_path: Path, tiny: LanguageModel) -> None:
+def test_steps_do_not_wait_for_slow_storage(tmp_path: Path, small: LanguageModel) -> None:
     store = SlowStore(tmp_path)
-    made, _ = trainer(tmp_path, tiny, store, checkpoint_every=2)
-    step, count = made._step, 0
-
-    def counting(*args: object) -> object:
-        nonlocal count
-        count += 1
-        if count == made._plan.steps:
-            store.ready.set()
-        return step(*args)
-
-    made._step = counting
-    assert made.run().progress.step == 9
+    trainer, _ = make_trainer(tmp_path, small, store, checkpoint_every=2)
+    last = trainer.schedule.steps
+    before_step(trainer, lambda call, _: store.ready.set() if call == last else None)
+    assert trainer.run().progress.step == 9
     assert [Path(key).name[:13] for key in store.written] == ["step-00000002", "step-00000009"]
 
 
 @pytest.mark.parametrize(
-    ("stop_after", "one"), [(1, "blocks"), (4, "blocks"), (5, "step"), (8, "blocks")]
+    ("settings", "stops"),
+    [({}, (1, 5, 8)), ({"compile": "step", "micro_batch": 2}, (4,))],
+    ids=["blocks", "step, accumulated"],
 )
-def test_stopped_and_resumed_training_ends_with_the_same_adapter(
-    tmp_path: Path, tiny: LanguageModel, stop_after: int, one: str
+def test_interrupted_training_ends_with_the_same_adapter(
+    tmp_path: Path, small: LanguageModel, trained: TrainResult,
+    settings: dict[str, Any], stops: tuple[int, ...],
+) -> None:  # fmt: skip
+    whole = make_trainer(tmp_path / "whole", small, **settings)[0].run() if settings else trained
+    store = LocalStore(tmp_path / "interrupted")
+    trainer, stop = make_trainer(tmp_path, small, store, **settings)
+
+    def interrupt(call: int, _: Any) -> None:
+        stop.requested = "SIGTERM" if call in stops else None
+
+    before_step(trainer, interrupt)
+    for step in stops:
+        with pytest.raises(RunStoppedError):
+            trainer.run()
+        checkpoint = load_checkpoint(store, "inputs")
+        assert checkpoint is not None
+        assert checkpoint.progress.step == step
+    resumed = make_trainer(tmp_path, small, store, **settings)[0].run()
+    assert_same_bytes(resumed, whole)
+    assert resumed.progress.tokens == whole.progress.tokens
+    assert resumed.progress.epoch_loss == pytest.approx(whole.progress.epoch_loss)
+    saved = [json.loads(line) for line in (store.read(HISTORY) or b"").splitlines()]
+    assert [line["step"] for line in saved if "loss" in line] == list(range(1, 10))
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_examples(
+    tmp_path: Path, small: LanguageModel
 ) -> None:
-    settings = {"compile": one, "micro_batch": 2 if stop_after == 4 else "auto"}
-    unbroken = trainer(tmp_path / "whole", tiny, **settings)[0].run()
-    broken, stop = trainer(tmp_path / "broken", tiny, **settings)
-    count = 0
-    step = broken._step
+    trainer, _ = make_trainer(tmp_path, small, checkpoint_every=1)
+    step, calls = trainer.train_step, 0
 
-    def stopping(*args: object) -> object:
-        nonlocal count
-        count += 1
-        if count == stop_after:
-            stop.requested = "SIGTERM"
-        return step(*args)
-
-    broken._step = stopping
-    with pytest.raises(RunStoppedError):
-        broken.run()
-    kept = load_checkpoint(LocalStore(tmp_path / "broken"), "inputs")
-    assert kept is not None
-    assert kept.progress.step == stop_after
-    resumed = trainer(tmp_path / "broken", tiny, **settings)[0].run()
-    for ours, theirs in zip(values(resumed), values(unbroken), strict=True):
-        assert ours.tobytes() == theirs.tobytes()
-    assert resumed.progress.tokens == unbroken.progress.tokens
-    assert resumed.progress.epoch_loss == pytest.approx(unbroken.progress.epoch_loss)
-    history = (LocalStore(tmp_path / "broken").read(HISTORY) or b"").splitlines()
-    lines = [json.loads(line) for line in history]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 10))
-
-
-def test_loss_that_is_not_finite_stops_and_names_step_and_examples(
-    tmp_path: Path, tiny: LanguageModel
-) -> None:
-    made, _ = trainer(tmp_path, tiny, checkpoint_every=1)
-    broken = made._model.weights
-    step = made._step
-
-    calls = 0
-
-    def poisoned(state: object, weights: tuple, batch: dict) -> object:
+    def poisoned(state: Any, weights: Any, batch: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:
-            weights = tuple(
-                jax.numpy.full_like(w, jax.numpy.nan) if w.ndim > 1 else w for w in broken
-            )
+            nan = jax.numpy.nan
+            weights = tuple(jax.numpy.full_like(w, nan) if w.ndim > 1 else w for w in weights)
         return step(state, weights, batch)
 
-    made._step = poisoned
+    trainer.train_step = poisoned
     with pytest.raises(StageError, match=r"step 3 has a loss of nan.*examples are \d+, \d+"):
-        made.run()
-    kept = load_checkpoint(LocalStore(tmp_path), "inputs")
-    assert kept is not None
-    assert kept.progress.step in (1, 2)  # the second waits while the first is being written
-    assert all(np.isfinite(array).all() for array in kept.arrays)
+        trainer.run()
+    checkpoint = load_checkpoint(LocalStore(tmp_path), "inputs")
+    assert checkpoint is not None
+    assert checkpoint.progress.step in (1, 2)  # the second waits while the first is written
+    assert all(np.isfinite(array).all() for array in checkpoint.arrays.values())
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "rate"), [("sgd", 3.0), ("lion", 3e-3), ("adafactor", 1.0), ("muon", 3e-2)]
+    ("optimizer", "rate"), [("sgd", 0.3), ("lion", 1e-2), ("adafactor", 1.0), ("muon", 3e-2)]
 )
 def test_every_optimizer_lowers_the_loss(
-    tmp_path: Path, tiny: LanguageModel, optimizer: str, rate: float
+    tmp_path: Path, small: LanguageModel, optimizer: str, rate: float
 ) -> None:
-    made, _ = trainer(tmp_path, tiny, optimizer=optimizer, learning_rate=rate)
-    trained = made.run()
-    before = trained.progress.validation_before
-    assert before is not None
-    assert trained.validation_after.loss < before.loss - 0.1
+    trainer, _ = make_trainer(tmp_path, small, optimizer=optimizer, learning_rate=rate)
+    assert improvement(trainer.run()) > 0.1
 
 
-def test_training_resumed_after_its_last_step_ends_the_same(
-    tmp_path: Path, tiny: LanguageModel
+def test_resuming_after_the_last_step_ends_the_same(tmp_path: Path, small: LanguageModel) -> None:
+    def without_times(result: TrainResult) -> list[dict[str, Any]]:
+        return [{k: v for k, v in line.items() if k != "time"} for line in history(result)]
+
+    trainer, _ = make_trainer(tmp_path, small, epochs=1)
+    first = trainer.run()
+    LocalStore(tmp_path).write(HISTORY, first.files[HISTORY])
+    again = trainer.run()
+    assert_same_bytes(again, first)
+    assert without_times(again) == without_times(first)
+
+
+def test_smaller_micro_batches_give_the_same_training(
+    tmp_path: Path, small: LanguageModel, trained_by_sgd: TrainResult
 ) -> None:
-    first, _ = trainer(tmp_path, tiny, epochs=1)
-    trained = first.run()
-    LocalStore(tmp_path).write(HISTORY, first.curves()[HISTORY])
-    second, _ = trainer(tmp_path, tiny, epochs=1)
-    again = second.run()
-    for ours, theirs in zip(values(again), values(trained), strict=True):
-        assert ours.tobytes() == theirs.tobytes()
-    assert without_times(second) == without_times(first)
-
-
-def test_fewer_rows_at_once_give_the_same_training(tmp_path: Path, tiny: LanguageModel) -> None:
-    whole = trainer(tmp_path / "4", tiny, optimizer="sgd")[0].run()
-    parts = trainer(tmp_path / "1", tiny, optimizer="sgd", micro_batch=1)[0].run()
-    for ours, theirs in zip(values(parts), values(whole), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert_close(make_trainer(tmp_path, small, **SGD, micro_batch=1)[0].run(), trained_by_sgd)
 
 
 @pytest.mark.parametrize("checkpoint_every", [1, 100])
-def test_out_of_memory_halves_the_rows_at_once_and_goes_on(
-    tmp_path: Path, tiny: LanguageModel, checkpoint_every: int
+def test_out_of_memory_halves_the_batch_and_continues(
+    tmp_path: Path, small: LanguageModel, trained_by_sgd: TrainResult, checkpoint_every: int
 ) -> None:
-    expected = trainer(tmp_path / "whole", tiny, optimizer="sgd")[0].run()
-    made, _ = trainer(tmp_path / "full", tiny, optimizer="sgd", checkpoint_every=checkpoint_every)
-    assert made._portions.at_once == 4
-    step, calls = made._step, 0
+    trainer, _ = make_trainer(tmp_path, small, **SGD, checkpoint_every=checkpoint_every)
+    assert trainer.batches.per_device_batch_size == 4
+    step, calls = trainer.train_step, 0
 
-    def full(state: TrainState, weights: Weights, batch: Arrays) -> tuple[TrainState, StepMetrics]:
+    def full(state: Any, weights: Any, batch: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > 2 and batch["token_ids"].shape[1] > 1:
-            # As on a device: the memory given away is gone.
+            # As on a device: the donated memory is gone.
             jax.tree.map(lambda array: array.delete(), state)
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
         return step(state, weights, batch)
 
-    made._step = full
-    trained = made.run()
-    assert made._portions.at_once == 1
-    assert trained.progress.tokens == expected.progress.tokens
-    for ours, theirs in zip(values(trained), values(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    trainer.train_step = full
+    result = trainer.run()
+    assert trainer.batches.per_device_batch_size == 1
+    assert trainer.batches.gradient_accumulation_steps == 4
+    assert result.progress.tokens == trained_by_sgd.progress.tokens
+    assert_close(result, trained_by_sgd)
 
 
-def test_one_row_that_does_not_fit_is_told(tmp_path: Path, tiny: LanguageModel) -> None:
-    made, _ = trainer(tmp_path, tiny)
+@pytest.mark.parametrize(
+    ("micro_batch", "message"),
+    [("auto", "1 row of 16 tokens do not fit.*train.remat to blocks"),
+     (2, "2 rows of 16 tokens do not fit.*lower train.micro_batch")],
+)  # fmt: skip
+def test_a_batch_that_cannot_be_halved_is_an_error(
+    tmp_path: Path, small: LanguageModel, micro_batch: Any, message: str
+) -> None:
+    trainer, _ = make_trainer(tmp_path, small, micro_batch=micro_batch)
 
     def full(*_: object) -> object:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
 
-    made._step = full
-    with pytest.raises(StageError, match=r"1 row of 64 tokens do not fit.*train.remat to blocks"):
-        made.run()
+    trainer.train_step = full
+    with pytest.raises(StageError, match=message):
+        trainer.run()
 
 
-def test_real_memory_running_out_is_noticed(tmp_path: Path) -> None:
+def test_real_out_of_memory_errors_are_recognized(tmp_path: Path) -> None:
     script = tmp_path / "full.py"
     script.write_text(OUT_OF_MEMORY)
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "noticed"
+    assert done.stdout.strip() == "recognized"
 
 
 OUT_OF_MEMORY = """
 import resource
 import jax
 import jax.numpy as jnp
-from job.train.portions import OutOfMemory, memory_errors
+from job.machine.memory import DeviceMemoryError, memory_errors
 
 outer = jax.jit(lambda x: jnp.sort(x[:, None] * x[None, :]).sum(axis=0))
 outer(jnp.ones(4)).block_until_ready()
@@ -273,89 +239,43 @@ resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 try:
     with memory_errors():
         outer(jnp.ones(60_000)).block_until_ready()
-except OutOfMemory:
-    print("noticed")
+except DeviceMemoryError:
+    print("recognized")
 """
 
 
-def test_the_estimate_of_rows_follows_the_memory() -> None:
-    assert rows_that_fit(16, row_bytes=10**9, held=10**9, memory=30 * 10**9) == 16
-    assert rows_that_fit(16, row_bytes=2 * 10**9, held=10**9, memory=30 * 10**9) == 8
-    assert rows_that_fit(12, row_bytes=10**9, held=10**9, memory=10 * 10**9) == 4
-    assert rows_that_fit(8, row_bytes=10**9, held=10**9, memory=10**9) == 1
+def test_the_estimated_batch_follows_the_memory() -> None:
+    assert rows_that_fit(16, row_bytes=10**9, resident_bytes=10**9, memory=30 * 10**9) == 16
+    assert rows_that_fit(16, row_bytes=2 * 10**9, resident_bytes=10**9, memory=30 * 10**9) == 8
+    assert rows_that_fit(12, row_bytes=10**9, resident_bytes=10**9, memory=10 * 10**9) == 4
+    assert rows_that_fit(8, row_bytes=10**9, resident_bytes=10**9, memory=10**9) == 1
 
 
-def test_training_that_gets_no_better_stops_early(tmp_path: Path, tiny: LanguageModel) -> None:
-    made, _ = trainer(tmp_path, tiny, learning_rate=0, validate_every=1, patience=4)
-    trained = made.run()
-    assert trained.progress.stopped
-    assert trained.progress.step == 4
-    kept = load_checkpoint(LocalStore(tmp_path), "inputs")
-    assert kept is not None
-    assert kept.progress.stopped
-    again = trainer(tmp_path, tiny, learning_rate=0, validate_every=1, patience=4)[0].run()
-    assert again.progress.step == 4
+def test_training_without_improvement_stops_early(tmp_path: Path, small: LanguageModel) -> None:
+    trainer, _ = make_trainer(tmp_path, small, learning_rate=0, validate_every=1, patience=4)
+    result = trainer.run()
+    assert result.progress.stopped_early
+    assert result.progress.step == 4
+    checkpoint = load_checkpoint(LocalStore(tmp_path), "inputs")
+    assert checkpoint is not None
+    assert checkpoint.progress.stopped_early
+    assert trainer.run().progress.step == 4
 
 
-def test_the_best_adapter_is_kept_through_a_stop(tmp_path: Path, tiny: LanguageModel) -> None:
-    ruin = {"learning_rate": 0.3, "schedule": "constant", "warmup_ratio": 0.0,
-            "validate_every": 1, "clip_norm": None, "keep": "best"}  # fmt: skip
-    unbroken = trainer(tmp_path / "whole", tiny, **ruin)[0].run()
-    best = unbroken.validation_after.step
+def test_the_best_adapter_survives_an_interruption(tmp_path: Path, small: LanguageModel) -> None:
+    diverging = {"learning_rate": 0.3, "schedule": "constant", "warmup_ratio": 0.0,
+                 "validate_every": 1, "clip_norm": None, "keep": "best"}  # fmt: skip
+    whole = make_trainer(tmp_path / "whole", small, **diverging)[0].run()
+    best = whole.validation_after.step
     assert 0 < best < 9
-    broken, stop = trainer(tmp_path / "broken", tiny, **ruin)
-    step, calls = broken._step, 0
+    trainer, stop = make_trainer(tmp_path / "interrupted", small, **diverging)
 
-    def stopping(*args: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == best + 1:
-            stop.requested = "SIGTERM"
-        return step(*args)
+    def interrupt(call: int, _: Any) -> None:
+        stop.requested = "SIGTERM" if call == best + 1 else None
 
-    broken._step = stopping
+    before_step(trainer, interrupt)
     with pytest.raises(RunStoppedError):
-        broken.run()
-    second = trainer(tmp_path / "broken", tiny, **ruin)[0]
-    resumed = second.run()
-    assert resumed.validation_after == unbroken.validation_after
-    second._state = second._place(flatten_lora(resumed.lora), second._start[1])
-    assert second._validate().loss == unbroken.validation_after.loss
-    for ours, theirs in zip(values(resumed), values(unbroken), strict=True):
-        assert ours.tobytes() == theirs.tobytes()
-
-
-def test_rows_of_like_lengths_share_steps_and_the_loss_stays(
-    tmp_path: Path, tiny: LanguageModel
-) -> None:
-    found = tokenize(SAMPLES, tiny.tokenizer, 64, "response").examples
-    ends = [len(e.token_ids) - 2 * (i % 4) for i, e in enumerate(found)]
-    found = [
-        replace(e, token_ids=e.token_ids[:end], loss_mask=e.loss_mask[:end])
-        for e, end in zip(found, ends, strict=True)
-    ]
-    found = [example for example in found if any(example.loss_mask)]
-    made, _ = trainer(tmp_path, tiny, epochs=2)
-    lengths = [len(example.token_ids) for example in found]
-    rows = make_rows(found, 64, packing=False, buckets=sorted({*lengths, 64}))
-    assert len(rows.buckets) > 2
-    plain = make_rows(found, 64, packing=False)
-    made._validation = plain
-    padded = made._validate()
-    made._validation = rows
-    assert made._validate().loss == pytest.approx(padded.loss, rel=1e-5)
-    assert rows.fill > 2 * plain.fill
-    assert 0.9 < rows.fill <= 1
-
-    plan = BatchSchedule(len(rows.batch), 4, 2, 0, tuple(rows.lengths.tolist()))
-    for epoch in range(2):
-        taken = [
-            plan.batch_indices(epoch * plan.steps_per_epoch + s)
-            for s in range(plan.steps_per_epoch)
-        ]
-        flat = np.concatenate(taken)
-        assert sorted(flat[flat >= 0]) == list(range(len(rows.batch)))
-    together = sum(int(rows.lengths[t[t >= 0]].max()) for t in taken[:-1])
-    chance = BatchSchedule(len(rows.batch), 4, 2, 0)
-    apart = sum(int(rows.lengths[chance.batch_indices(s)].max()) for s in range(len(taken) - 1))
-    assert together < apart
+        trainer.run()
+    resumed = trainer.run()
+    assert resumed.validation_after == whole.validation_after
+    assert_same_bytes(resumed, whole)

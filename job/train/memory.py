@@ -1,0 +1,84 @@
+"""How many rows of a step fit into a device's memory."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from job.machine.memory import LOGITS_SLICE_BYTES, USABLE_SHARE, largest_divisor
+from job.model.language_model import LanguageModel
+from job.model.lora import LoraWeights, Weights
+from job.train.step import Arrays, StepConfig, loss_sums
+
+_BACKWARD_FACTOR = 1.25
+"""Peak memory of a backward pass, over the activations saved for it."""
+
+
+def bytes_per_device(arrays: Sequence[jax.Array]) -> int:
+    """Return the bytes that arrays occupy on one device."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
+
+
+def rows_that_fit(rows: int, row_bytes: int, resident_bytes: int, memory: int) -> int:
+    """Return the largest divisor of `rows` whose activations fit into a device's memory.
+
+    Args:
+        rows: rows of a step on the device.
+        row_bytes: bytes of activations saved for the backward pass of a row.
+        resident_bytes: bytes of weights, adapter and optimizer on the device.
+        memory: bytes of the device.
+    """
+    free = USABLE_SHARE * memory - resident_bytes - 2 * LOGITS_SLICE_BYTES
+    return largest_divisor(rows, lambda n: n * row_bytes * _BACKWARD_FACTOR <= free)
+
+
+def saved_bytes(loss: Callable[..., Any], *arguments: Any) -> int:
+    """Return the bytes that reverse differentiation by a function's first argument saves.
+
+    The arguments (arrays or their shapes) themselves are not counted.
+    """
+
+    def forward(*values: Any) -> Any:
+        return jax.vjp(lambda first: loss(first, *values[1:]), values[0])[1]
+
+    jaxpr = jax.make_jaxpr(forward)(*arguments).jaxpr
+    inputs = {id(variable) for variable in jaxpr.invars}
+    residuals: dict[int, Any] = {
+        id(v): v.aval for v in jaxpr.outvars if hasattr(v, "aval") and id(v) not in inputs
+    }
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in residuals.values())
+
+
+def _abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+
+
+def activation_bytes(model: LanguageModel, config: StepConfig, length: int, losses: int) -> int:
+    """Return the bytes of activations that a device saves for one row's backward pass.
+
+    Nothing runs: the loss is traced with shapes.
+
+    Args:
+        model: the model.
+        config: the step's configuration.
+        length: tokens of the row.
+        losses: positions with a loss.
+    """
+    widths = {"token_ids": length, "segment_ids": length, "positions": losses, "targets": losses}
+    rows = {name: _abstract((1, width), jnp.int32) for name, width in widths.items()}
+    rows |= {
+        "weights": _abstract((1, losses), jnp.float32),
+        "micro_batch": _abstract((), jnp.int32),
+    }
+    weights = tuple(_abstract(weight.shape, weight.dtype) for weight in model.weights)
+    lora = tuple(
+        tuple(_abstract(shape, jnp.float32) for shape in model.lora.shapes(target))
+        for target in model.lora.targets
+    )
+
+    def loss(lora: LoraWeights, weights: Weights, rows: Arrays) -> jax.Array:
+        return loss_sums(model, weights, lora, rows, config).loss
+
+    return saved_bytes(loss, lora, weights, rows)
