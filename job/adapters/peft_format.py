@@ -9,18 +9,23 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.numpy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from job.adapters.low_rank import LowRankUpdate, pad_rank, truncate_rank
+from job.adapters.low_rank import LinearMatrix, LowRankUpdate, pad_rank, truncate_rank
 from job.adapters.safetensors_io import TensorFile
 from job.errors import StageError, UsageError
+
+if TYPE_CHECKING:
+    from job.model.language_model import LanguageModel
+    from job.model.lora import LoraWeights
+    from job.spec.schema import Model
 
 MODEL = "adapter_model.safetensors"
 
@@ -95,6 +100,30 @@ def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> fl
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
+
+
+def to_peft(
+    model: "LanguageModel", spec: "Model", lora: "LoraWeights", matrices: Sequence[LinearMatrix]
+) -> PeftAdapter:
+    """Convert LoRA weights exactly, with the layer names of the transformers model.
+
+    Args:
+        model: the base model.
+        spec: the model section of the spec.
+        lora: the LoRA weights.
+        matrices: the transformers matrix of each target (`hf_weight_map.target_matrices`).
+    """
+    layout = model.lora
+    return PeftAdapter(
+        base=spec.preset.removeprefix("hf://"),
+        revision=model.preset.revision,
+        rank=layout.rank,
+        dropout=spec.lora.dropout,
+        modules={
+            matrix.module: matrix.matrix_update(np.asarray(a), np.asarray(b), layout.scale)
+            for matrix, (a, b) in zip(matrices, lora, strict=True)
+        },
+    )
 
 
 def peft_files(adapter: PeftAdapter) -> dict[str, bytes]:

@@ -1,11 +1,13 @@
-"""The train stage: examples to rows, rows to an adapter, the adapter to its file."""
+"""The train stage: reads the examples of a run, trains, and writes the adapter and the metrics.
+
+Training itself is in `job.train`; how adapters are stored is in `job.adapters`.
+"""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from pydantic import BaseModel
 
 from job.adapters.hf_weight_map import target_matrices
@@ -20,7 +22,7 @@ from job.adapters.keras_format import (
     save_adapter,
 )
 from job.adapters.low_rank import LinearMatrix
-from job.adapters.peft_format import PeftAdapter, peft_files
+from job.adapters.peft_format import peft_files, to_peft
 from job.adapters.warm_start import starting_lora
 from job.data.packing import PackedRows, TokenizedExamples, length_buckets, make_rows, tokenize
 from job.errors import StageError, UsageError
@@ -39,44 +41,27 @@ from job.results import (
 )
 from job.runtime import logs
 from job.runtime.threads import Threads
-from job.spec.schema import Model
 from job.storage.base import file_sha256
 from job.train.trainer import TrainData, Trainer, TrainerConfig, TrainResult
 
+FOLDER = "adapter/"
+
+
+PEFT = "peft/"
+
 
 class TrainOutcome(BaseModel):
-    """What the train stage found out."""
+    """Outcome of the train stage."""
 
     model: ModelInfo
     training: Training
     fill: float
-    """Share of the token slots of the rows that hold a token."""
-
-
-def run_stage(run: Run) -> TrainOutcome:
-    """Fine-tune the model of the spec and write the adapter and the history.
-
-    Raises:
-        UsageError: no example fits the spec's lengths.
-        Interrupted, StageError: see `Trainer.run`.
-    """
-    prepared: Prepared = run.prepared_training.result() if run.prepared_training else prepare(run)
-    model, tokenized, trainer = prepared.model, prepared.tokenized, prepared.trainer
-    matrices = exportable(model)
-    trained = trainer.run()
-    write_adapter(run, model, trained.lora, matrices)
-    for key, content in trained.files.items():
-        run.put(key, content)
-    return TrainOutcome(
-        model=_model_info(run, model),
-        training=_training(run, tokenized, trained),
-        fill=prepared.fill,
-    )
+    """Share of the tokens of the rows that are not padding."""
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A training that is ready to begin."""
+class PreparedTraining:
+    """A training that is ready to run."""
 
     model: LanguageModel
     tokenized: TokenizedExamples
@@ -84,49 +69,68 @@ class Prepared:
     trainer: Trainer
 
 
-def prepare(run: Run) -> Prepared:
-    """Examples to rows, and the model to a trainer for them.
+def run_stage(run: Run) -> TrainOutcome:
+    """Fine-tune the model of the spec; write the adapter and the history.
+
+    Raises:
+        UsageError: no example fits the spec's lengths.
+        RunStoppedError, StageError: see `Trainer.run`.
+    """
+    prepared: PreparedTraining = (
+        run.prepared_training.result() if run.prepared_training else prepare(run)
+    )
+    model = prepared.model
+    matrices = exportable_matrices(model)
+    result = prepared.trainer.run()
+    write_adapter(run, model, result.lora, matrices)
+    for key, content in result.files.items():
+        run.put(key, content)
+    return TrainOutcome(
+        model=_model_info(run, model),
+        training=_training(run, prepared.tokenized, result),
+        fill=prepared.fill,
+    )
+
+
+def prepare(run: Run) -> PreparedTraining:
+    """Tokenize the examples, make rows of them, and build the trainer.
 
     Raises:
         UsageError: no example fits the spec's lengths.
     """
-    model = run.model()
-    packed = run.spec.train.packing and model.can_pack
-    if run.spec.train.packing and not packed:
-        logs.get().warning(
-            "packing is not known to be sound for this family of models: one example a row "
-            "instead, padded to the next of a few lengths",
-            family=model.family,
-        )
+    model, train = run.model(), run.spec.train
+    packed = train.packing and model.can_pack
+    if train.packing and not packed:
+        logs.get().warning("packing unavailable: one padded example a row", family=model.family)
     tokenized, rows = _rows(run, model, TRAIN, packed=packed)
-    _, validation = _rows(run, model, VALIDATION, packed=packed, lengths=rows.buckets)
+    _, validation = _rows(run, model, VALIDATION, packed=packed, buckets=rows.buckets)
     logs.get().info(
-        "examples are tokens",
+        "tokenized",
         examples=len(tokenized.examples),
         truncated=tokenized.truncated,
         dropped=tokenized.dropped,
         rows=len(rows.batch),
         fill=round(rows.fill, 4),
     )
+    initial_lora = starting_lora(run.spec, model, run.revisions, run.work / "init_adapter")
     config = TrainerConfig(
-        run.spec.train,
+        train,
         run.spec.seed,
         packed,
         dropout=run.spec.model.lora.dropout,
         inputs=run.digests["train"],
     )
-    initial_lora = starting_lora(run.spec, model, run.revisions, run.work / "init_adapter")
     data = TrainData(rows, validation, initial_lora)
     trainer = Trainer(model, data, config, run.store, run.coordinated_stop)
-    return Prepared(model, tokenized, rows.fill, trainer)
+    return PreparedTraining(model, tokenized, rows.fill, trainer)
 
 
 def prepare_in_background(run: Run) -> None:
-    """Start to compile the training step while the baseline is measured.
+    """Compile the training step in the background while the baseline is measured.
 
-    On an accelerator compilation takes longer than many a training. The step is traced before the
-    baseline begins, since two threads may not trace the same layers; then a thread compiles it,
-    and JAX keeps the program with the function. A CPU has no cores to spare for this.
+    On accelerators, compilation often takes longer than training. The step is traced before the
+    baseline starts, because two threads must not trace the same layers; then a thread compiles it,
+    and JAX caches the program with the function. A CPU has no cores to spare for this.
     """
     if run.environment.platform == "cpu" or "train" in run.records:
         return
@@ -135,7 +139,7 @@ def prepare_in_background(run: Run) -> None:
     run.prepared_training = Threads(1).submit(_compiled, prepared, compile_step)
 
 
-def _compiled(prepared: Prepared, compile_step: Callable[[], None]) -> Prepared:
+def _compiled(prepared: PreparedTraining, compile_step: Callable[[], None]) -> PreparedTraining:
     import jax
 
     begin = time.monotonic()
@@ -151,21 +155,22 @@ def _compiled(prepared: Prepared, compile_step: Callable[[], None]) -> Prepared:
 
 
 def _rows(
-    run: Run, model: LanguageModel, key: str, *, packed: bool, lengths: Sequence[int] = ()
+    run: Run, model: LanguageModel, key: str, *, packed: bool, buckets: Sequence[int] = ()
 ) -> tuple[TokenizedExamples, PackedRows]:
     train = run.spec.train
-    found = tokenize(read_examples(run, key), model.tokenizer, train.max_length, train.loss_on)
-    if not found.examples:
+    tokenized = tokenize(read_examples(run, key), model.tokenizer, train.max_length, train.loss_on)
+    examples = tokenized.examples
+    if not examples:
         raise UsageError(
             f"train.max_length: no example of {key} has a response within {train.max_length} "
             "tokens; raise it"
         )
     if packed:
-        return found, make_rows(found.examples, train.row_length, packing=True)
-    lengths = lengths or length_buckets(
-        [len(example.token_ids) for example in found.examples], train.max_length, train.buckets
+        return tokenized, make_rows(examples, train.row_length, packing=True)
+    buckets = buckets or length_buckets(
+        [len(example.token_ids) for example in examples], train.max_length, train.buckets
     )
-    return found, make_rows(found.examples, train.max_length, packing=False, buckets=lengths)
+    return tokenized, make_rows(examples, train.max_length, packing=False, buckets=buckets)
 
 
 def _model_info(run: Run, model: LanguageModel) -> ModelInfo:
@@ -182,9 +187,9 @@ def _model_info(run: Run, model: LanguageModel) -> ModelInfo:
     )
 
 
-def _training(run: Run, tokenized: TokenizedExamples, trained: TrainResult) -> Training:
-    progress = trained.progress
-    before, after = progress.validation_before, trained.validation_after
+def _training(run: Run, tokenized: TokenizedExamples, result: TrainResult) -> Training:
+    progress = result.progress
+    before, after = progress.validation_before, result.validation_after
     assert before is not None
     return Training(
         steps=progress.step,
@@ -202,7 +207,7 @@ def _training(run: Run, tokenized: TokenizedExamples, trained: TrainResult) -> T
             total=round(progress.seconds, 3), compile=round(progress.compile_seconds, 3)
         ),
         tokens_per_second=round(progress.tokens / max(progress.step_seconds, 1e-9), 1),
-        mfu=trained.mfu,
+        mfu=result.mfu,
         loss=Losses(
             train=progress.epoch_loss / progress.epoch_loss_tokens,
             validation_before=before.loss,
@@ -215,60 +220,36 @@ def _training(run: Run, tokenized: TokenizedExamples, trained: TrainResult) -> T
     )
 
 
-FOLDER = "adapter/"
-
-
-PEFT = "peft/"
-
-
-def exportable(model: LanguageModel) -> tuple[LinearMatrix, ...] | None:
-    """What the adapted kernels are in transformers; None, with a warning, where nothing."""
+def exportable_matrices(model: LanguageModel) -> tuple[LinearMatrix, ...] | None:
+    """Return the transformers matrices of the adapted kernels; None, with a warning, if none."""
     try:
         return target_matrices(model.backbone, model.lora)
     except UsageError as error:
-        logs.get().warning("the adapter will load in KerasHub only", reason=str(error))
+        logs.get().warning("adapter loads in KerasHub only", reason=str(error))
         return None
 
 
 def write_adapter(
     run: Run, model: LanguageModel, lora: LoraWeights, matrices: Sequence[LinearMatrix] | None
 ) -> None:
-    """Put a trained adapter into the run, in each format that its model has."""
-    path = run.work / H5
+    """Write a trained adapter to the run, in every format that its model supports."""
+    spec, path = run.spec.model, run.work / H5
     save_adapter(path, model.lora, lora)
     run.put_file(FOLDER + H5, path)
     files = {H5: file_sha256(path)}
     if matrices is not None:
-        adapter = to_peft(model, run.spec.model, lora, matrices)
+        adapter = to_peft(model, spec, lora, matrices)
         for name, content in peft_files(adapter).items():
             files[PEFT + name] = run.put(f"{FOLDER}{PEFT}{name}", content).sha256
-    spec = run.spec.model
     info = describe(model.lora, model.family, spec.preset, model.preset.revision, files)
     run.put(FOLDER + DESCRIPTION, (info.model_dump_json(indent=2) + "\n").encode())
 
 
-def to_peft(
-    model: LanguageModel, spec: Model, lora: LoraWeights, matrices: Sequence[LinearMatrix]
-) -> PeftAdapter:
-    """The same adapter by the names of the transformers model, exactly."""
-    layout = model.lora
-    return PeftAdapter(
-        base=spec.preset.removeprefix("hf://"),
-        revision=model.preset.revision,
-        rank=layout.rank,
-        dropout=spec.lora.dropout,
-        modules={
-            matrix.module: matrix.matrix_update(np.asarray(a), np.asarray(b), layout.scale)
-            for matrix, (a, b) in zip(matrices, lora, strict=True)
-        },
-    )
-
-
 def load_trained(run: Run, model: LanguageModel) -> tuple[LoraLayout, LoraWeights]:
-    """The adapter of the run, from its file: what is used is what was saved.
+    """Load the run's adapter from its file, so that what is evaluated is what was saved.
 
     Raises:
-        UsageError: it is of another model.
+        UsageError: it belongs to another model.
         StageError: a file is missing or damaged.
     """
     info = read_info(run.fetch(FOLDER + DESCRIPTION))
@@ -279,8 +260,8 @@ def load_trained(run: Run, model: LanguageModel) -> tuple[LoraLayout, LoraWeight
 
 
 def check_file(info: AdapterInfo, name: str, path: Path) -> None:
-    """Raise StageError unless a file has the checksum that the description gives it."""
+    """Raise StageError unless a file has the checksum in the adapter's description."""
     if info.files.get(name) != file_sha256(path):
         raise StageError(
-            f"{FOLDER}{name} does not have the checksum in {DESCRIPTION}: it is cut off or changed"
+            f"{FOLDER}{name} does not have the checksum in {DESCRIPTION}: it was cut off or changed"
         )

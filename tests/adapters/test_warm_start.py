@@ -10,14 +10,14 @@ import pytest
 
 from job.adapters.hf_weight_map import target_matrices
 from job.adapters.keras_format import load_adapter, save_adapter
-from job.adapters.peft_format import peft_files, read_peft
+from job.adapters.peft_format import peft_files, read_peft, to_peft
 from job.adapters.warm_start import starting_lora
 from job.errors import StageError, UsageError
 from job.model.language_model import LanguageModel
 from job.model.lora import LoraWeights, flatten_lora
 from job.pipeline.run import Run
 from job.pipeline.stages import stage_digests
-from job.pipeline.train_stage import load_trained, to_peft, write_adapter
+from job.pipeline.train_stage import load_trained, write_adapter
 from job.runtime.signals import StopSignal
 from job.spec.schema import Spec
 from job.storage.local import LocalStore

@@ -18,13 +18,12 @@ from jax.sharding import Mesh
 from job.adapters.hf_weight_map import target_matrices
 from job.adapters.keras_format import load_adapter, save_adapter
 from job.adapters.merge import merge_checkpoint
-from job.adapters.peft_format import peft_files, read_peft, uniform_rank
+from job.adapters.peft_format import peft_files, read_peft, to_peft, uniform_rank
 from job.chat.tokenizer import ChatTokenizer
 from job.data.packing import make_rows
 from job.model.language_model import ForwardConfig, LanguageModel, Preset
 from job.model.lora import Weights, unflatten_lora
 from job.model.tiny import VOCABULARY, train_tokenizer
-from job.pipeline.train_stage import to_peft
 from job.spec.schema import Lora, Model, Train
 from job.train.optimizer import make_optimizer
 from job.train.state import TrainState

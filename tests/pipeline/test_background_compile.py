@@ -21,7 +21,7 @@ main()
 """
 SLOW_COMPILER = """
 from job.train.trainer import Trainer
-Trainer.trace_first = lambda self: (lambda: time.sleep(100))
+Trainer.trace_step = lambda self: (lambda: time.sleep(100))
 """
 
 

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 
 from job.adapters.hf_weight_map import target_matrices
-from job.adapters.peft_format import peft_files
+from job.adapters.peft_format import peft_files, to_peft
 from job.data.packing import TokenExample, make_rows
 from job.model.language_model import ForwardConfig
 from job.model.lora import LoraWeights
 from job.model.tiny import VOCABULARY, train_tokenizer
-from job.pipeline.train_stage import to_peft
 from job.spec.schema import Lora, Model, Train
 from job.train.optimizer import make_optimizer
 from job.train.state import TrainState
