@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from job.data.packing import make_rows
 from job.errors import UsageError
 from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.sharding import loading_to_shards, shard_axis
 from job.spec.schema import Train
 from job.train.optimizer import make_optimizer
-from job.train.state import TrainState
 from job.train.step import StepConfig, make_train_step, padded_loss_count, shard_input
 from tests.conftest import MakeModel
-from tests.train.test_step import examples, make_rows, trained_start
+from tests.train.small import make_state, perturbed_lora, random_examples, small_model
 
 
 def mesh(data: int, model: int) -> Mesh:
@@ -79,33 +79,31 @@ def test_no_device_holds_all_of_a_split_weight_while_loading() -> None:
     np.testing.assert_array_equal(layer.kernel.value, np.ones((512, 1024)))
 
 
-@pytest.mark.parametrize(("data", "split"), [(1, 8), (2, 4), (4, 2)])
-def test_a_step_over_split_weights_equals_one_on_one_device(
-    make_model: MakeModel, tiny: LanguageModel, data: int, split: int
-) -> None:
-    def step(model: LanguageModel) -> tuple[float, list[np.ndarray]]:
-        rows = make_rows(examples(16), 128, packing=True)
-        rows = rows.batch.take(np.arange(8) % len(rows.batch))
-        start = trained_start(model)
+def test_a_step_over_split_weights_equals_one_on_one_device() -> None:
+    def step(mesh: tuple[int, int]) -> tuple[float, list[np.ndarray]]:
+        model = small_model(mesh=mesh)
+        rows = make_rows(random_examples(16), 14, packing=True)
+        batch = rows.batch.take(np.arange(8) % len(rows.batch))
+        lora = perturbed_lora(model)
         train = Train(optimizer="sgd", learning_rate=0.1, schedule="constant", warmup_ratio=0)
-        optimizer, _ = make_optimizer(train, 1, start)
-        variables = tuple(v.value for v in optimizer.variables)
-        state = model.replicate(jax.tree.map(lambda a: np.array(a), TrainState(start, variables)))
+        optimizer, _ = make_optimizer(train, 1, lora)
         function = make_train_step(model, optimizer, StepConfig(ForwardConfig(packed=True)))
-        width = padded_loss_count(int(rows.losses(model.devices).max()))
-        state, figures = function(state, model.weights, shard_input(model, rows, 1, width))
-        return float(figures.loss), [np.asarray(a) for pair in state.lora for a in pair]
+        losses = padded_loss_count(int(batch.losses(model.devices).max()))
+        inputs = shard_input(model, batch, 1, losses)
+        state, metrics = function(make_state(model, optimizer, lora), model.weights, inputs)
+        return float(metrics.loss), [np.asarray(a) for pair in state.lora for a in pair]
 
-    loss, arrays = step(make_model(devices=data, split=split))
-    expected_loss, expected = step(tiny)
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    for ours, theirs in zip(arrays, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    expected_loss, expected = step((1, 1))
+    for mesh in ((1, 8), (2, 4), (4, 2)):
+        loss, arrays = step(mesh)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        for ours, theirs in zip(arrays, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_merged_weights_stay_split(make_model: MakeModel) -> None:
     model = make_model(split=8)
-    tuned = model.merged_weights(model.lora, trained_start(model))
+    tuned = model.merged_weights(model.lora, perturbed_lora(model))
     for ours, frozen in zip(tuned, model.weights, strict=True):
         assert ours.sharding.is_equivalent_to(frozen.sharding, ours.ndim)
 
