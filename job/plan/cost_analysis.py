@@ -1,9 +1,8 @@
-"""One program through the TPU compiler: does it fit, what does it cost, how fast can it be.
+"""Memory, costs and roofline time of one program, from the TPU compiler.
 
-The figures are the compiler's own (`memory_analysis`, `cost_analysis`), a device's. Its bytes
-count every operand of every operation, on-chip memory included, so that the seconds of the
-roofline are rather too many where a program is bound by them. It counts the body of a loop once:
-callers add what loops do beyond that.
+Figures are the compiler's (`memory_analysis`, `cost_analysis`), per device. Its bytes count every
+operand of every operation, on-chip memory included, so roofline times bound by memory are too high
+rather than too low. It counts the body of a loop once: callers add the other iterations.
 """
 
 import dataclasses
@@ -40,14 +39,14 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclass(frozen=True)
 class Costs:
-    """What a program does, on each device."""
+    """FLOPs and bytes of a program, per device."""
 
     flops: float
     bytes_accessed: float
     collective_bytes: float = 0.0
 
     def plus(self, other: "Costs", times: float = 1.0) -> "Costs":
-        """These and `times` the others; negative times take them away."""
+        """Return these costs plus `times` the others; negative `times` subtract them."""
         return Costs(
             max(0.0, self.flops + times * other.flops),
             max(0.0, self.bytes_accessed + times * other.bytes_accessed),
@@ -55,7 +54,7 @@ class Costs:
         )
 
     def bounds(self, chip: Accelerator) -> dict[str, float]:
-        """Seconds that arithmetic, memory and links need at least."""
+        """Return the least seconds for arithmetic, memory and links (the roofline)."""
         assert chip.peak_flops
         assert chip.hbm_bandwidth
         assert chip.interconnect_bandwidth
@@ -67,25 +66,25 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """One program, compiled or refused for want of memory."""
+class CompiledProgram:
+    """One program, compiled or rejected because it does not fit in memory."""
 
     fits: bool
     memory: int
-    """Bytes of arguments, results and temporaries; 0 where a refusal does not say."""
+    """Bytes of arguments, outputs and temporaries; 0 if a rejection does not tell."""
     temporary: int
     costs: Costs
     seconds: float
-    """Of the compiler; tracing is not in them."""
+    """Wall time of compilation, without tracing."""
     cpu_seconds: float
-    """The same in seconds of a processor core, which other processes do not lengthen."""
+    """CPU time of compilation, which does not depend on other processes."""
     collectives: dict[str, int] = field(default_factory=dict)
     text: str = field(default="", repr=False)
-    """The optimized program."""
+    """Text of the optimized program."""
 
 
-def compile_program(function: Callable[..., Any], *arguments: Any) -> Compiled:
-    """Trace and compile a jitted function for arguments that are shapes."""
+def compile_program(function: Callable[..., Any], *arguments: Any) -> CompiledProgram:
+    """Trace and compile a jitted function for abstract arguments."""
     lowered = function.lower(*arguments)  # type: ignore[attr-defined]
     begin, used = time.perf_counter(), time.process_time()
     try:
@@ -94,12 +93,12 @@ def compile_program(function: Callable[..., Any], *arguments: Any) -> Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         clocks = time.perf_counter() - begin, time.process_time() - used
-        return Compiled(False, needed_bytes(str(error)), 0, Costs(0, 0), *clocks)
+        return CompiledProgram(False, needed_bytes(str(error)), 0, Costs(0, 0), *clocks)
     clocks = time.perf_counter() - begin, time.process_time() - used
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     text = compiled.as_text()
     kinds, moved = collectives(text)
-    return Compiled(
+    return CompiledProgram(
         fits=True,
         memory=memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
@@ -115,16 +114,16 @@ def compile_program(function: Callable[..., Any], *arguments: Any) -> Compiled:
 
 
 def needed_bytes(message: str) -> int:
-    """The memory that the compiler says a refused program needs; 0 where it does not."""
+    """Return the bytes a rejected program needs, from the compiler's message; 0 if not given."""
     sizes = [float(number) * _UNITS[unit] for number, unit in _NEEDED.findall(message)]
     return int(max(sizes, default=0))
 
 
 def collectives(text: str) -> tuple[dict[str, int], float]:
-    """Operations between devices in a program's text, and the bytes that a device sends.
+    """Return the number of collectives in a program's text by kind, and the bytes a device sends.
 
-    Over n devices a ring sends 2 (n-1)/n of what it sums and (n-1)/n of what it gathers or
-    scatters (Thakur et al. 2005); n is large enough here to count 2 and 1.
+    Over n devices a ring sends 2 (n-1)/n of the bytes it all-reduces and (n-1)/n of those it
+    gathers or scatters (Thakur et al. 2005); n is large enough here to count 2 and 1.
     """
     kinds: Counter[str] = Counter()
     moved = 0.0
@@ -132,7 +131,7 @@ def collectives(text: str) -> tuple[dict[str, int], float]:
         kind = match["kind"]
         kinds[kind] += 1
         arrays = [_bytes(*array) for array in _ARRAY.findall(match["shape"])]
-        # What starts an operation names its operands too; the larger half are the results.
+        # A `-start` operation lists its operands too; the results are the larger ones.
         size = max(arrays, default=0) if match["start"] else sum(arrays)
         moved += (2 if kind == "all-reduce" else 1) * size
     return dict(kinds), moved
@@ -142,26 +141,27 @@ def _bytes(dtype: str, shape: str) -> int:
     return _SIZES.get(dtype, 0) * math.prod(int(size) for size in shape.split(",") if size)
 
 
-def joined(programs: Sequence[tuple[Compiled, int]], kept: int, limit: int) -> Compiled:
-    """Programs that run one after the other as one.
+def combine(
+    programs: Sequence[tuple[CompiledProgram, int]], resident: int, limit: int
+) -> CompiledProgram:
+    """Return programs that run one after the other as one program.
 
     Args:
-        programs: each with how often it runs.
-        kept: bytes that lie on a device besides what a program works with.
-        limit: bytes that it has.
+        programs: programs with the number of times each runs.
+        resident: bytes on a device besides the temporaries of the running program.
+        limit: bytes of memory of a device.
     """
     costs, kinds = Costs(0, 0), Counter[str]()
     for program, times in programs:
         costs = costs.plus(program.costs, times)
         kinds.update({kind: times * count for kind, count in program.collectives.items()})
-    working = max(program.temporary for program, _ in programs)
-    refused = [program for program, _ in programs if not program.fits]
-    memory = max(kept + working, *(program.memory for program, _ in programs))
-    fits = not refused and memory <= limit
-    return Compiled(
+    temporary = max(program.temporary for program, _ in programs)
+    memory = max(resident + temporary, *(program.memory for program, _ in programs))
+    fits = memory <= limit and all(program.fits for program, _ in programs)
+    return CompiledProgram(
         fits=fits,
         memory=memory,
-        temporary=working,
+        temporary=temporary,
         costs=costs if fits else Costs(0, 0),
         seconds=sum(program.seconds for program, _ in programs),
         cpu_seconds=sum(program.cpu_seconds for program, _ in programs),
@@ -170,6 +170,6 @@ def joined(programs: Sequence[tuple[Compiled, int]], kept: int, limit: int) -> C
     )
 
 
-def with_costs(program: Compiled, costs: Costs) -> Compiled:
-    """The program with what its loops do counted in full."""
+def with_costs(program: CompiledProgram, costs: Costs) -> CompiledProgram:
+    """Return the program with other costs, such as with all iterations of its loops."""
     return dataclasses.replace(program, costs=costs)

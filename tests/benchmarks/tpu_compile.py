@@ -34,7 +34,7 @@ class Step:
     parameters: int
     chips: int
     program: Any
-    """`job.plan.cost_analysis.Compiled`."""
+    """`job.plan.cost_analysis.CompiledProgram`."""
     seconds: float
     """By the roofline."""
 

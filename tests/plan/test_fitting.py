@@ -2,8 +2,8 @@
 
 import pytest
 
-from job.plan.cost_analysis import Compiled, Costs
-from job.plan.tpu_compile import most_that_fit
+from job.plan.cost_analysis import CompiledProgram, Costs
+from job.plan.tpu_compile import largest_that_fits
 
 SIZES = [1, 2, 4, 8, 16]
 
@@ -13,11 +13,11 @@ SIZES = [1, 2, 4, 8, 16]
 def test_any_estimate_leads_to_the_largest_that_fits(limit: int, estimate: int) -> None:
     tried: list[int] = []
 
-    def attempt(size: int) -> Compiled:
+    def attempt(size: int) -> CompiledProgram:
         tried.append(size)
-        return Compiled(size <= limit, size, 0, Costs(0, 0), 0.0, 0.0)
+        return CompiledProgram(size <= limit, size, 0, Costs(0, 0), 0.0, 0.0)
 
-    found, size = most_that_fit(SIZES, estimate, attempt)
+    found, size = largest_that_fits(SIZES, estimate, attempt)
     assert size == max((n for n in SIZES if n <= limit), default=1)
     assert (found.fits, found.memory) == (limit > 0, size)
     assert len(tried) == len(set(tried))

@@ -86,8 +86,8 @@ def test_a_validation_is_that_of_the_rows_that_fit(monkeypatch: pytest.MonkeyPat
         small, large = alone.train_step(1), compiler().train_step(2)
         expected = alone.validation(1)
         limit = (small.memory + large.memory) // 2
-        real = tpu_compile.joined
-        monkeypatch.setattr(tpu_compile, "joined", lambda *args: real(*args[:2], limit))
+        real = tpu_compile.combine
+        monkeypatch.setattr(tpu_compile, "combine", lambda *args: real(*args[:2], limit))
         tried = compiler()
         found, micro = tried.fitting_step(1)
         assert (found.fits, micro) == (True, 1)
