@@ -1,7 +1,7 @@
 """How a training step works: one compiled function from a state and a batch to the next state.
 
 A step takes its rows as `[gradient_accumulation_steps, rows, ...]`, one micro-batch after another.
-The gradients of summed losses are added up and divided by the number of loss tokens of the whole
+The gradients of summed losses are added up and divided by the number of loss tokens of the full
 batch, so the result does not depend on how the batch is divided.
 """
 

@@ -1,10 +1,10 @@
-"""What checkpoints cost: training that keeps many of them against training that keeps one.
+"""What checkpoints cost: training that saves many of them against training that saves one.
 
-The same training, twice in turn with a checkpoint every few steps and without, each into a bucket
-on loopback, which another process serves. The adapter is wide, so that a checkpoint is as large
-as that of Gemma 3 1B at rank 16. Seconds are those of training without compilation, the last
-checkpoint and the loop's waits counted. On the CPU, writing takes the step's own cores: an
-accelerator's steps go on beside it.
+The same training runs in turn with a checkpoint every few steps and with only the last one, each
+into a bucket on loopback that another process serves. The adapter is wide, so that a checkpoint is
+as large as that of Gemma 3 1B at rank 16. Seconds are training without compilation, including the
+last checkpoint and any wait of the loop. On the CPU, writing competes with the step for cores; on
+an accelerator, steps continue meanwhile.
 
     uv run python -m tests.benchmarks.checkpoints [--every 10] [--json FILE]
 """
@@ -29,7 +29,7 @@ with Bucket("checkpoints") as bucket:
 
 
 def main() -> None:
-    """Train both ways and print what checkpoints cost."""
+    """Train with and without frequent checkpoints and print what they cost."""
     parser = report.arguments(__doc__ or "")
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
     parser.add_argument("--examples", type=int, default=100)
@@ -51,7 +51,7 @@ def main() -> None:
     held_out = make_rows(examples[:2], 512, packing=True)
 
     def train(name: str, every: int) -> tuple[float, int]:
-        """Seconds a step, and bytes of the newest checkpoint."""
+        """Return seconds per step, and bytes of the newest checkpoint."""
         settings = Train(batch_size=1, checkpoint_every=every, log_every=10**6)
         store = open_store(f"gs://checkpoints/{name}")
         config = TrainerConfig(settings, seed=0, packed=True, inputs=name)

@@ -1,6 +1,6 @@
 """The published notebook's loop: KerasHub's task and `fit`, rows of one padded example, SGD.
 
-Its loss is over all tokens, by logits for every position.
+Its loss covers all tokens, and it computes logits for every position.
 """
 
 from typing import Any
@@ -32,16 +32,16 @@ class Notebook:
         )
 
     def rows(self, count: int) -> tuple[dict[str, Any], Any, Any]:
-        """Inputs, labels and weights of the first rows."""
+        """Return inputs, labels and sample weights of the first rows."""
         inputs = {name: array[:count] for name, array in self.inputs.items()}
         return inputs, self.labels[:count], self.weights[:count]
 
     def fit(self, count: int, batch: int) -> float:
-        """One pass over the first rows; the mean loss."""
+        """Train on the first rows once; return the mean loss."""
         import keras
 
         inputs, labels, weights = self.rows(count)
-        # The plain method: a KerasHub task's own wants another library just for arrays.
+        # Not the KerasHub task's own method, which needs TensorFlow just for arrays.
         history = keras.Model.fit(
             self.task, inputs, labels, sample_weight=weights, batch_size=batch, epochs=1,
             shuffle=False, verbose=0,

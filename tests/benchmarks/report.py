@@ -1,4 +1,4 @@
-"""How a benchmark says what it found: a table for people, one flat JSON object for tools."""
+"""How a benchmark reports: a table for people, and one flat JSON object for tools."""
 
 import argparse
 import json
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """A parser with the option every benchmark has."""
+    """Return a parser with the option that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the metrics to this file")
     return parser
 
 
@@ -24,13 +24,13 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
         print("  ".join(padded).rstrip())
 
 
-def finish(figures: Mapping[str, Any], path: Path | None) -> None:
-    """Print the figures, and write them where `--json` says."""
+def finish(metrics: Mapping[str, Any], path: Path | None) -> None:
+    """Print the metrics, and write them to the file of `--json`."""
     print()
-    for name, value in figures.items():
+    for name, value in metrics.items():
         print(f"{name} = {_cell(value)}")
     if path is not None:
-        path.write_text(json.dumps(dict(figures), indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(dict(metrics), indent=2) + "\n", encoding="utf-8")
 
 
 def _cell(value: Any) -> str:

@@ -1,9 +1,9 @@
-"""Scaling: the same training on 1 to 8 devices and on 2 processes, and what a device holds.
+"""Scaling: the same training on 1 to 8 devices and on 2 processes, and memory per device.
 
-One short training of the shipped smoke spec's model each way, plain SGD so that rounding is not
-magnified: the largest relative difference between its losses and those of one device. Then the
-bytes of frozen weights a device holds when they are split over 8, beside all of them. Devices
-are virtual, on the CPU: this shows that the results agree, not how fast real chips are.
+The model of the shipped smoke spec is trained briefly on each mesh, with plain SGD so that rounding
+is not magnified. Reported are the largest relative difference of its losses from those of one
+device, and the bytes of frozen weights on a device when they are sharded over 8. Devices are
+virtual, on the CPU: this shows that the results agree, not how fast real chips are.
 
     uv run python -m tests.benchmarks.scaling [--json FILE]
 """
@@ -28,7 +28,7 @@ SPEC = (
 
 
 def train(output: Path, devices: int, processes: int = 1, model: int = 1) -> list[float]:
-    """Losses of the steps and validations, with `devices` shared out over the processes."""
+    """Return the losses of steps and validations, with `devices` divided among the processes."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -55,12 +55,12 @@ def train(output: Path, devices: int, processes: int = 1, model: int = 1) -> lis
 
 
 def frozen_bytes(parts: int) -> int:
-    """The most bytes of frozen weights that any of `parts` devices holds."""
+    """Return the most bytes of frozen weights on any of `parts` devices."""
     program = (
-        "from job import runtime; runtime.set_environment(); import jax, numpy as np\n"
-        "from job.model.language_model import load; from job.spec import Model\n"
+        "from job.machine import devices; devices.set_environment(); import jax\n"
+        "from job.model.load import load_model; from job.spec.schema import Model\n"
         f"mesh = jax.make_mesh((1, {parts}), ('data', 'model'))\n"
-        "model = load(Model(preset='tiny', dtype='float32'), 0, mesh)\n"
+        "model = load_model(Model(preset='tiny', dtype='float32'), 0, mesh)\n"
         "held = {}\n"
         "for weight in model.weights:\n"
         "    for shard in weight.addressable_shards:\n"
@@ -79,38 +79,38 @@ def frozen_bytes(parts: int) -> int:
 
 
 def main() -> None:
-    """Train each way and print the differences."""
+    """Train on each mesh and print the differences."""
     given = report.arguments(__doc__ or "").parse_args()
-    ways = {
+    meshes = {
         "1 device": (1, 1, 1),
         "8 devices": (8, 1, 1),
-        "8 devices, weights split over 4": (8, 1, 4),
+        "8 devices, weights sharded over 4": (8, 1, 4),
         "2 processes, 4 devices each": (8, 2, 1),
     }
-    found = {}
+    losses = {}
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, way) in enumerate(ways.items()):
-            found[name] = train(Path(folder) / str(number), *way)
-    one = found["1 device"]
+        for number, (name, mesh) in enumerate(meshes.items()):
+            losses[name] = train(Path(folder) / str(number), *mesh)
+    one = losses["1 device"]
     differences = {
-        name: max(abs(a - b) / abs(b) for a, b in zip(losses, one, strict=True))
-        for name, losses in found.items()
+        name: max(abs(a - b) / abs(b) for a, b in zip(values, one, strict=True))
+        for name, values in losses.items()
     }
-    whole, split = frozen_bytes(1), frozen_bytes(8)
+    replicated, sharded = frozen_bytes(1), frozen_bytes(8)
     report.show(
         f"{len(one)} losses of the same training",
-        ("way", "last loss", "largest relative difference"),
-        [(name, losses[-1], differences[name]) for name, losses in found.items()],
+        ("mesh", "last loss", "largest relative difference"),
+        [(name, values[-1], differences[name]) for name, values in losses.items()],
     )
     report.show(
-        "frozen weights on a device",
-        ("way", "MB"),
-        [("whole", whole / 1e6), ("split over 8", split / 1e6)],
+        "frozen weights per device",
+        ("weights", "MB"),
+        [("replicated", replicated / 1e6), ("sharded over 8", sharded / 1e6)],
     )
     report.finish(
         {
             "loss_max_difference": max(differences.values()),
-            "frozen_bytes_ratio": split / whole,
+            "frozen_bytes_ratio": sharded / replicated,
         },
         given.json,
     )

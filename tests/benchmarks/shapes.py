@@ -1,4 +1,4 @@
-"""The models that benchmarks measure: random Gemma 3 of two shapes."""
+"""The models of the benchmarks: random Gemma 3 in two shapes."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make_task(shape: str, dtype: str) -> Any:
-    """A random Gemma 3 of the shape, the same every time."""
+    """Return a seeded random Gemma 3 of a shape."""
     import keras
     import keras_hub
 
@@ -31,9 +31,9 @@ def make_task(shape: str, dtype: str) -> Any:
 
 
 def make_model(shape: str, dtype: str, rank: int = 16) -> "LanguageModel":
-    """The same as this project holds it, on one device, with LoRA on query and value.
+    """Return the model of `make_task` as a `LanguageModel`, with LoRA on query and value.
 
-    Its tokenizer is that of the `tiny` preset, and knows a part of the vocabulary only.
+    It is on one device. Its tokenizer is that of the `tiny` preset, with a smaller vocabulary.
     """
     import jax
     import keras_hub

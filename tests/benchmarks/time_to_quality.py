@@ -1,11 +1,11 @@
-"""Time to quality: how soon the recommended recipe is where the published one ends.
+"""Time to quality: how soon the recommended recipe reaches the published one's final loss.
 
 The published recipe is the notebook's loop: KerasHub's `fit`, one example a step padded to 256
-tokens, SGD at 1e-4, loss on every token, one pass over the examples. The recommended one is that
-of the shipped spec `chatdoctor-gemma3-1b`, packed and by this project's step. Both train LoRA of
-rank 16 on the `tiny` preset and the same examples, made of the shipped dialogues at the lengths
-of real ones. After each of our steps the loss on held-out responses is measured, until it is
-what the published recipe ends with. Seconds are those of training, without compilation.
+tokens, SGD at 1e-4, loss on every token, one pass over the examples. The recommended recipe is the
+shipped spec `chatdoctor-gemma3-1b`, with packing and this project's step. Both train LoRA of rank
+16 on the `tiny` preset with the same examples, made of the shipped dialogues at the lengths of real
+ones. The loss on held-out responses is measured after each of our steps. Seconds are training
+without compilation.
 
     uv run python -m tests.benchmarks.time_to_quality [--json FILE] [--set KEY=VALUE]
 """
@@ -23,7 +23,7 @@ HELD_OUT = 100
 
 
 def make_examples(count: int, codec: Any) -> list[Any]:
-    """Examples of the shipped dialogues' sentences, as long as real dialogues."""
+    """Return examples made of the shipped dialogues, as long as real dialogues."""
     import json
     from importlib import resources
 
@@ -43,16 +43,16 @@ def make_examples(count: int, codec: Any) -> list[Any]:
         return tokens[:length]
 
     made = []
-    for number, drawn in enumerate(generator.normal(225, 60, size=count)):
-        length = int(np.clip(drawn, 40, LENGTH))
-        asked = length - int(0.43 * length)
-        tokens = fill(prompts, asked) + fill(responses, length - asked)
-        made.append(token_example(str(number), tokens, asked))
+    for number, size in enumerate(generator.normal(225, 60, size=count)):
+        length = int(np.clip(size, 40, LENGTH))
+        prompt = length - int(0.43 * length)
+        tokens = fill(prompts, prompt) + fill(responses, length - prompt)
+        made.append(token_example(str(number), tokens, prompt))
     return made
 
 
 def published(folder: str, examples: list[Any]) -> tuple[list[Any], float]:
-    """The notebook's loop over the examples: the adapter it ends with, and its seconds."""
+    """Run the notebook's loop; return its adapter and its seconds."""
     import keras_hub
 
     from job.machine.devices import CompileClock
@@ -69,7 +69,7 @@ def published(folder: str, examples: list[Any]) -> tuple[list[Any], float]:
 
 
 def main() -> None:
-    """Run both recipes and print how much sooner the recommended one is there."""
+    """Run both recipes and print how much sooner the recommended one gets there."""
     parser = report.arguments(__doc__ or "")
     parser.add_argument("--examples", type=int, default=1800)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
@@ -148,11 +148,11 @@ def main() -> None:
         [
             ("published", len(examples), their_seconds, goal),
             *(("recommended", *line[1:]) for line in curve[:: max(1, len(curve) // 8)]),
-            ("recommended, at its end", *curve[-1][1:]),
+            ("recommended, final", *curve[-1][1:]),
         ],
     )
     if reached is None:
-        raise SystemExit("the recommended recipe never got there")
+        raise SystemExit("the recommended recipe never reached that loss")
     report.finish(
         {
             "time_ratio": their_seconds / reached[1],

@@ -1,10 +1,10 @@
 """Training speed: the published notebook's loop against this project's step, on one machine.
 
-The published loop is KerasHub's task `fit`: one example a step padded to 256 tokens, logits for
-every position, SGD; and the same at batch 8. Both sides train the same LoRA on the same random
-examples with the lengths of real dialogues (mean 210 tokens of at most 256, 43 % response).
-Only tokens that are not padding count. FLOPs and memory are the compiler's own figures, the
-same on every machine; seconds are this machine's.
+The published loop is KerasHub's task `fit` with SGD: one example a step, padded to 256 tokens, with
+logits for every position; and the same at batch size 8. Both sides train the same LoRA on the same
+random examples with the lengths of real dialogues (mean 210 tokens of at most 256, 43 % response).
+Padding does not count. FLOPs and memory are reported by the compiler, the same on every machine;
+seconds are this machine's.
 
     uv run python -m tests.benchmarks.train_speed [--shape proxy|1b] [--dtype float32]
 """
@@ -23,8 +23,8 @@ os.environ["KERAS_BACKEND"] = "jax"
 
 
 @dataclass
-class Figures:
-    """What one way of training costs; FLOPs an example, memory in bytes."""
+class Metrics:
+    """What one loop costs: FLOPs per example, memory in bytes."""
 
     tokens_per_second: float
     flops: float
@@ -34,7 +34,7 @@ class Figures:
 
 
 def make_examples(count: int, vocabulary: int) -> list[Any]:
-    """Random tokens with the lengths of real dialogues."""
+    """Return random tokens with the lengths of real dialogues."""
     import numpy as np
 
     from tests.conversations import token_example
@@ -49,8 +49,8 @@ def make_examples(count: int, vocabulary: int) -> list[Any]:
     ]
 
 
-def published(shape: str, dtype: str, examples: list[Any], batch: int, repeats: int) -> Figures:
-    """The notebook's loop at a batch size."""
+def published(shape: str, dtype: str, examples: list[Any], batch: int, repeats: int) -> Metrics:
+    """Measure the notebook's loop at a batch size."""
     import jax
 
     from job.machine.devices import CompileClock
@@ -74,7 +74,7 @@ def published(shape: str, dtype: str, examples: list[Any], batch: int, repeats: 
     )
     program = jax.jit(task.train_step, donate_argnums=0)
     costs = program.lower(state, notebook.rows(batch)).compile()
-    return Figures(
+    return Metrics(
         tokens_per_second=sum(len(e.token_ids) for e in examples) / min(seconds),
         flops=costs.cost_analysis()["flops"] / batch,
         temporary=costs.memory_analysis().temp_size_in_bytes,
@@ -84,10 +84,10 @@ def published(shape: str, dtype: str, examples: list[Any], batch: int, repeats: 
 
 
 def ours(
-    shape: str, dtype: str, examples: list[Any], rows_a_step: int, length: int, remat: Any,
+    shape: str, dtype: str, examples: list[Any], batch_size: int, length: int, remat: Any,
     repeats: int,
-) -> Figures:  # fmt: skip
-    """This project's step on packed rows."""
+) -> Metrics:  # fmt: skip
+    """Measure this project's step on packed rows."""
     import jax
 
     from job.data.packing import make_rows
@@ -107,7 +107,7 @@ def ours(
 
     model = make_model(shape, dtype)
     rows = make_rows(examples, length, packing=True)
-    plan = BatchSchedule(len(rows.batch), rows_a_step, 1, 0)
+    plan = BatchSchedule(len(rows.batch), batch_size, 1, 0)
     start = model.lora.init(0)
     train = Train(optimizer="sgd", learning_rate=1e-4, schedule="constant", warmup_ratio=0)
     optimizer, _ = make_optimizer(train, plan.steps, start)
@@ -122,19 +122,19 @@ def ours(
     clock.listen()
     program = step.lower(state, model.weights, shard_input(model, batches[0], 1, width)).compile()
     compiled = clock.seconds
-    state, figures = program(state, model.weights, shard_input(model, batches[0], 1, width))
+    state, metrics = program(state, model.weights, shard_input(model, batches[0], 1, width))
     jax.block_until_ready(flatten_lora(state.lora))
     seconds, loss = [], 0.0
     for _ in range(repeats):
         sums = []
         begin = time.perf_counter()
         for batch in batches:
-            state, figures = program(state, model.weights, shard_input(model, batch, 1, width))
-            sums.append(figures)
+            state, metrics = program(state, model.weights, shard_input(model, batch, 1, width))
+            sums.append(metrics)
         jax.block_until_ready(flatten_lora(state.lora))
         seconds.append(time.perf_counter() - begin)
         loss = sum(float(f.loss) for f in sums) / sum(float(f.tokens) for f in sums)
-    return Figures(
+    return Metrics(
         tokens_per_second=sum(len(e.token_ids) for e in examples) / min(seconds),
         flops=program.cost_analysis()["flops"] * plan.steps / len(examples),
         temporary=program.memory_analysis().temp_size_in_bytes,
@@ -144,7 +144,7 @@ def ours(
 
 
 def main() -> None:
-    """Measure all ways and print the ratios."""
+    """Measure all loops and print the ratios."""
     parser = report.arguments(__doc__ or "")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="proxy")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -100,13 +100,13 @@ def sides(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> Si
         model, optimizer, StepConfig(ForwardConfig(packed=True, longest=max(LENGTHS)))
     )
     variables = tuple(model.replicate([v.value for v in optimizer.variables]))
-    # The step gives its state's memory away.
+    # The step donates the memory of its state.
     state = TrainState(jax.tree.map(jnp.array, model.replicate(start)), variables)
     batch = shard_input(model, rows.batch, 1, padded_loss_count(int(rows.batch.losses(1).max())))
     losses, first = [], None
     for _ in range(STEPS):
-        state, figures = step(state, model.weights, batch)
-        losses.append(float(figures.loss / figures.tokens))
+        state, metrics = step(state, model.weights, batch)
+        losses.append(float(metrics.loss / metrics.tokens))
         first = jax.device_get(state.lora) if first is None else first
     gradients = {
         name: (value - after) / RATE

@@ -101,7 +101,9 @@ def test_interrupted_training_ends_with_the_same_adapter(
     tmp_path: Path, small: LanguageModel, trained: TrainResult,
     settings: dict[str, Any], stops: tuple[int, ...],
 ) -> None:  # fmt: skip
-    whole = make_trainer(tmp_path / "whole", small, **settings)[0].run() if settings else trained
+    expected = trained
+    if settings:
+        expected = make_trainer(tmp_path / "expected", small, **settings)[0].run()
     store = LocalStore(tmp_path / "interrupted")
     trainer, stop = make_trainer(tmp_path, small, store, **settings)
 
@@ -116,9 +118,9 @@ def test_interrupted_training_ends_with_the_same_adapter(
         assert checkpoint is not None
         assert checkpoint.progress.step == step
     resumed = make_trainer(tmp_path, small, store, **settings)[0].run()
-    assert_same_bytes(resumed, whole)
-    assert resumed.progress.tokens == whole.progress.tokens
-    assert resumed.progress.epoch_loss == pytest.approx(whole.progress.epoch_loss)
+    assert_same_bytes(resumed, expected)
+    assert resumed.progress.tokens == expected.progress.tokens
+    assert resumed.progress.epoch_loss == pytest.approx(expected.progress.epoch_loss)
     saved = [json.loads(line) for line in (store.read(HISTORY) or b"").splitlines()]
     assert [line["step"] for line in saved if "loss" in line] == list(range(1, 10))
 
@@ -265,8 +267,8 @@ def test_training_without_improvement_stops_early(tmp_path: Path, small: Languag
 def test_the_best_adapter_survives_an_interruption(tmp_path: Path, small: LanguageModel) -> None:
     diverging = {"learning_rate": 0.3, "schedule": "constant", "warmup_ratio": 0.0,
                  "validate_every": 1, "clip_norm": None, "keep": "best"}  # fmt: skip
-    whole = make_trainer(tmp_path / "whole", small, **diverging)[0].run()
-    best = whole.validation_after.step
+    expected = make_trainer(tmp_path / "expected", small, **diverging)[0].run()
+    best = expected.validation_after.step
     assert 0 < best < 9
     trainer, stop = make_trainer(tmp_path / "interrupted", small, **diverging)
 
@@ -277,5 +279,5 @@ def test_the_best_adapter_survives_an_interruption(tmp_path: Path, small: Langua
     with pytest.raises(RunStoppedError):
         trainer.run()
     resumed = trainer.run()
-    assert resumed.validation_after == whole.validation_after
-    assert_same_bytes(resumed, whole)
+    assert resumed.validation_after == expected.validation_after
+    assert_same_bytes(resumed, expected)
