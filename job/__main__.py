@@ -9,8 +9,8 @@ from job.runtime.signals import STOP, exit_now
 def main() -> NoReturn:
     """Run the command line; signal handling starts before anything slow is imported.
 
-    After an error the process ends at once, because compiler threads and the other processes of a
-    slice may still be busy.
+    After an error the process ends immediately, because compiler threads and the other processes
+    of a slice may still be busy.
     """
     STOP.install()
     from job import cli

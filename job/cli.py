@@ -1,7 +1,7 @@
 """The commands of `job`: arguments in, exit code out, nothing else.
 
 Heavy imports (keras, jax, datasets) are inside the command that needs them, so that `--help`,
-`validate`, `plan` and `schema` answer at once.
+`validate`, `plan` and `schema` answer immediately.
 """
 
 import json
@@ -97,7 +97,7 @@ def validate(
         typer.Option(metavar="FILE", help="Write the spec with defaults and overrides."),
     ] = None,
 ) -> None:
-    """Check a spec; report all problems at once, each with its path and line."""
+    """Check a spec; report all problems, each with its path and line."""
     from job.spec.load import check_portable, load_spec, run_id, write_spec
 
     loaded = load_spec(spec, overrides or [])
@@ -159,19 +159,19 @@ def accelerators(
     """List machines with their cloud names, quotas and list prices."""
     from dataclasses import asdict
 
-    from job.machine.accelerators import ACCELERATORS, machine_order, machine_sizes, parse_machine
+    from job.machine.accelerators import ACCELERATORS, machine_sizes, machine_spec, parse_machine
 
     machines = [parse_machine(name) for name in names or ()]
     machines = machines or [size for a in ACCELERATORS for size in machine_sizes(a)]
-    orders = [machine_order(machine) for machine in machines]
+    specs = [machine_spec(machine) for machine in machines]
     if as_json:
-        typer.echo(json.dumps([asdict(order) for order in orders], indent=2))
+        typer.echo(json.dumps([asdict(spec) for spec in specs], indent=2))
         return
-    for order in orders:
-        name = order.accelerator_type or order.machine_type or "not in a cloud"
-        price = "no price" if order.usd_per_hour is None else f"{order.usd_per_hour:.2f} USD/h"
-        spot = "" if order.spot_usd_per_hour is None else f", spot {order.spot_usd_per_hour:.2f}"
-        typer.echo(f"{order.machine:<10} {order.hosts:>3} host(s)  {name:<18} {price}{spot}")
+    for spec in specs:
+        name = spec.accelerator_type or spec.machine_type or "not in a cloud"
+        price = "no price" if spec.usd_per_hour is None else f"{spec.usd_per_hour:.2f} USD/h"
+        spot = "" if spec.spot_usd_per_hour is None else f", spot {spec.spot_usd_per_hour:.2f}"
+        typer.echo(f"{spec.machine:<10} {spec.hosts:>3} host(s)  {name:<18} {price}{spot}")
 
 
 @app.command()
@@ -213,7 +213,7 @@ def compare(
         return
     from rich.console import Console
 
-    from job.report.compare_text import show
+    from job.report.compare_render import show
 
     show(comparison, Console(width=None if sys.stdout.isatty() else 160))
 

@@ -122,7 +122,7 @@ class Training(Record):
 
 
 class ModelScore(Record):
-    """One model on one multiple-choice slice."""
+    """One model on one multiple-choice task."""
 
     correct: int
     unparsed: int
@@ -242,8 +242,10 @@ class Dialogue(Record):
     max_new_tokens: int
     models: dict[str, DialogueScore]
     nulls: TrivialBaselines
+    """The public name of the trivial baselines."""
     comparison: DialogueComparison
     markers: list[StyleTrait] = []
+    """The public name of the style traits."""
     reference_comparison: DialogueComparison | None = None
     """The reference compared with the fine-tuned model, if it answered."""
 

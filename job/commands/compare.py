@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from job.commands.fetch import read_artifact, read_results
+from job.commands.fetch import open_finished_run, read_artifact
 from job.errors import StageError, UsageError
 from job.evals.predictions import (
     DIALOGUE,
@@ -29,7 +29,7 @@ def compare_finished(uris: Sequence[str], html: str | None = None) -> RunCompari
     """
     logs.configure(logs.RunLog())
     if len(uris) < 2:
-        raise UsageError("name two runs or more; a run is <output>/<run-id>")
+        raise UsageError("name at least two runs; a run is <output>/<run-id>")
     runs = [read_finished(uri) for uri in uris]
     places = [run.uri for run in runs]
     for place in places:
@@ -37,7 +37,7 @@ def compare_finished(uris: Sequence[str], html: str | None = None) -> RunCompari
             raise UsageError(f"{place} is named twice; name different runs")
     comparison = compare_runs(runs)
     if html is not None:
-        from job.report.compare_text import render_page
+        from job.report.compare_render import render_page
 
         try:
             Path(html).write_text(render_page(comparison), encoding="utf-8")
@@ -48,7 +48,7 @@ def compare_finished(uris: Sequence[str], html: str | None = None) -> RunCompari
 
 def read_finished(uri: str) -> FinishedRun:
     """Load a finished run with the predictions of its fine-tuned model, and check checksums."""
-    store, _, results = read_results(uri)
+    store, _, results = open_finished_run(uri)
     return FinishedRun(
         uri=store.uri if uri.startswith("gs://") else os.path.realpath(uri),
         results=results,

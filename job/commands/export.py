@@ -17,7 +17,7 @@ from job.runtime import logs
 Format = Literal["peft", "merged-keras", "merged-transformers"]
 
 
-FORMATS: tuple[str, ...] = get_args(Format)
+EXPORT_FORMATS: tuple[str, ...] = get_args(Format)
 
 
 def export_run(uri: str, to: str, folder: str, rank: str) -> None:
@@ -25,7 +25,7 @@ def export_run(uri: str, to: str, folder: str, rank: str) -> None:
 
     Args:
         uri: the run.
-        to: one of FORMATS.
+        to: one of EXPORT_FORMATS.
         folder: the target folder; missing or empty.
         rank: for `peft`: `exact`, `uniform` or a number.
 
@@ -33,8 +33,10 @@ def export_run(uri: str, to: str, folder: str, rank: str) -> None:
         UsageError: the arguments are wrong, or the model has no such format.
         StageError: files of the run or the model are missing or damaged.
     """
-    if to not in FORMATS:
-        raise UsageError(f"--to {to}: there is no such format; write one of {', '.join(FORMATS)}")
+    if to not in EXPORT_FORMATS:
+        raise UsageError(
+            f"--to {to}: there is no such format; write one of {', '.join(EXPORT_FORMATS)}"
+        )
     _check_rank(rank, to)
     logs.configure(logs.RunLog())
     with _new_folder(Path(folder)) as target, tempfile.TemporaryDirectory(prefix="job-") as work:
@@ -50,7 +52,7 @@ def _check_rank(rank: str, to: str) -> None:
     if rank not in ("exact", "uniform") and not re.fullmatch(r"[1-9]\d{0,3}", rank):
         raise UsageError(f"--rank {rank}: write exact, uniform or a number")
     if rank != "exact" and to != "peft":
-        raise UsageError("--rank applies to --to peft only; a merged model is always exact")
+        raise UsageError("--rank applies to --to peft only; a merged model has no rank")
 
 
 @contextlib.contextmanager
@@ -84,12 +86,12 @@ def _export_peft(source: TrainedRun, target: Path, rank: str) -> None:
         for path in folder.iterdir():
             shutil.copyfile(path, target / path.name)
         ranks = sorted({factors.rank for factors in adapter.modules.values()})
-        logs.get().info("exact; set vLLM's --max-lora-rank to the highest", ranks=ranks)
+        logs.get().info("exported at exact ranks", ranks=ranks)
         return
     if rank == "uniform":
         adapter = uniform_rank(adapter)
         highest = max(factors.rank for factors in adapter.modules.values())
-        logs.get().info("padded to one rank, exact", rank=highest)
+        logs.get().info("padded to a uniform rank", rank=highest)
     else:
         adapter, loss = compress(adapter, int(rank))
         logs.get().info(

@@ -1,6 +1,6 @@
 """`job fetch`: download a finished run, with every checksum verified.
 
-Also `read_results` and `read_artifact`, with which other commands read finished runs.
+Also `open_finished_run` and `read_artifact`, with which other commands read finished runs.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ def fetch_run(uri: str, folder: str) -> None:
         StageError: a file is missing, or does not have its checksum.
     """
     logs.configure(logs.RunLog())
-    source, content, results = read_results(uri)
+    source, content, results = open_finished_run(uri)
     target = LocalStore(Path(folder))
     if target.read("results.json") != content:
         target.delete("results.json")
@@ -75,7 +75,7 @@ def fetch_run(uri: str, folder: str) -> None:
     )
 
 
-def read_results(uri: str) -> tuple[Store, bytes, Results]:
+def open_finished_run(uri: str) -> tuple[Store, bytes, Results]:
     """Return the store of a finished run, the bytes of its results.json, and the results.
 
     Raises:

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from job.errors import JobError, UsageError
 from job.machine.accelerators import Machine, machine_sizes, parse_machine
-from job.pipeline.run import Preflight, StageRecord
+from job.pipeline.run import StageRecord
 from job.pipeline.stages import STAGES, stage_digests
-from job.pipeline.status import read_stage_records, stale_stages
+from job.pipeline.status import earlier_preflight, read_stage_records, stale_stages
 from job.plan.estimate import MFU
 from job.plan.model_shape import Config, find_config
 from job.plan.plan import MachinePlan, Plan, PlanInput, default_machine, make_plan
@@ -81,7 +81,8 @@ def _progress(spec: Spec, store: Store) -> tuple[list[str], DataInfo | None, tup
     """
     try:
         records = read_stage_records(store)
-        stale = stale_stages(spec, store, records, stage_digests(spec, _revisions(records)))
+        revisions = earlier_preflight(records).revisions
+        stale = stale_stages(spec, store, records, stage_digests(spec, revisions))
     except JobError as error:
         return [stage.name for stage in STAGES], None, (f"nothing is done yet ({error})",)
     return stale, _data_info(records) if "data" not in stale else None, ()
@@ -120,12 +121,6 @@ def _with_programs(spec: Spec, config: Config, plan: MachinePlan, work: Workload
 def _all_sizes(machines: Sequence[Machine]) -> list[Machine]:
     kinds = {m.accelerator.name: m.accelerator for m in machines}
     return [size for kind in kinds.values() for size in machine_sizes(kind)]
-
-
-def _revisions(records: dict[str, StageRecord]) -> dict[str, str]:
-    with contextlib.suppress(ValidationError, KeyError):
-        return Preflight.model_validate(records["preflight"].outcome).revisions
-    return {}
 
 
 def _data_info(records: dict[str, StageRecord]) -> DataInfo | None:

@@ -14,7 +14,7 @@ from typing import Literal
 from job.data.blocks import Row
 from job.data.readers import format_of, read_blocks
 from job.errors import UsageError
-from job.spec.fields import FORMATS, SAMPLES
+from job.spec.fields import FILE_EXTENSIONS, SAMPLES
 from job.spec.pinning import NONE, Revisions, resolve_commit, source_key
 from job.spec.schema import Source
 from job.storage.base import Store, file_sha256
@@ -88,7 +88,8 @@ def _local_files(source: Source) -> list[SourceFile]:
         return [_local_file(path / name, str(path / name)) for name in _choose(source, inside)]
     if format_of(path.name) is None:
         raise UsageError(
-            f"{source.dataset}: cannot tell the format; name it {', '.join(sorted(FORMATS))}"
+            f"{source.dataset}: cannot tell the format; name it "
+            f"{', '.join(sorted(FILE_EXTENSIONS))}"
         )
     if not path.is_file():
         raise UsageError(f"there is no file {source.dataset}")

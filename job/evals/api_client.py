@@ -27,7 +27,7 @@ API_KEY_VARIABLE = "OPENROUTER_API_KEY"
 
 _RETRYABLE = (408, 409, 425, 429, 500, 502, 503, 504)
 
-_FATAL = {401: "the key is refused", 402: "the account has no credit left"}
+_FATAL = {401: "the API key was rejected", 402: "the account is out of credit"}
 
 _MAX_WAIT_SECONDS = 60.0
 
@@ -287,11 +287,11 @@ def missing_key(reference: Reference) -> str | None:
     """Return what to tell the user if the API key is not set.
 
     Raises:
-        SetupError: the key has characters that no key has.
+        SetupError: the key contains invalid characters.
     """
     key = os.environ.get(API_KEY_VARIABLE, "").strip()
     if key and not (key.isascii() and key.isprintable()):
-        raise SetupError(f"{API_KEY_VARIABLE} contains characters that no key has; set it again")
+        raise SetupError(f"{API_KEY_VARIABLE} contains invalid characters; set it again")
     if key:
         return None
     return f"{API_KEY_VARIABLE} is not set: the comparison with {reference.model} will be skipped"

@@ -17,7 +17,7 @@ class Budget:
     def __init__(
         self, max_usd: float | None, spent: float = 0.0, max_cost: float | None = None
     ) -> None:
-        """Args: spent: dollars spent so far; max_cost: of one request so far, None if unknown."""
+        """Resume with the dollars spent and the cost of the most expensive request, if known."""
         self.max_usd = max_usd
         self._spent = spent
         self._max_cost = max_cost

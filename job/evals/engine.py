@@ -61,7 +61,7 @@ class Engine:
         max_prompt_tokens: int,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Args: check: called before each batch; it may raise to stop."""
+        """Prepare the engine; `check` is called before each batch and may raise to stop."""
         self._model = model
         self.batch_size = per_device_batch_size * model.devices
         """Maximum number of prompts in a batch."""

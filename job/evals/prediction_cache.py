@@ -12,8 +12,8 @@ from job.runtime import logs
 from job.spec.load import digest
 from job.storage.base import Store
 
-WRITE_EVERY_SECONDS = 20.0
-"""Minimum time between two writes: the work lost to a kill, besides the current batch."""
+CACHE_SECONDS = 20.0
+"""Minimum seconds between two writes: the work lost to a kill, besides the current batch."""
 
 Broadcast = Callable[[Callable[[], str]], str]
 """Calls a function on the primary process and returns its text on every process."""
@@ -56,7 +56,7 @@ class PredictionCache:
         """Add the results of a batch, and write the file if the last write was long ago."""
         self._batches[str(batch)] = results
         self._has_changes = True
-        if time.monotonic() - self._written >= WRITE_EVERY_SECONDS:
+        if time.monotonic() - self._written >= CACHE_SECONDS:
             self.write()
 
     def write(self) -> None:

@@ -17,7 +17,7 @@ from job.evals.predictions import (
     SideLine,
     choice_line,
 )
-from job.evals.reply_log import WRITE_EVERY_SECONDS, ReplyLog
+from job.evals.reply_log import REPLY_SECONDS, ReplyLog
 from job.evals.tasks import SideBySidePrompt, Task, question_messages
 from job.runtime import logs
 from job.runtime.threads import Threads
@@ -33,7 +33,7 @@ class RemoteModel:
     def __init__(
         self, client: ChatClient, log: ReplyLog, concurrency: int, check: Callable[[], None]
     ) -> None:
-        """Args: concurrency: requests at the same time; check: raises when the job must stop."""
+        """Send up to `concurrency` requests at a time; `check` raises when the job must stop."""
         self._client = client
         self._log = log
         self._concurrency = concurrency
@@ -123,7 +123,7 @@ class RemoteModel:
         try:
             with progress(name, len(prompts), saved) as advance:
                 while pending:
-                    if arrived := collect(WRITE_EVERY_SECONDS):
+                    if arrived := collect(REPLY_SECONDS):
                         advance(arrived, cost_usd=self._log.cost_usd)
                     self._log.write()
                     self._check()

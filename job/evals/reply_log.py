@@ -19,8 +19,8 @@ REPLIES_KEY = "evals/reference/replies.jsonl"
 
 PARTIAL_FOLDER = "evals/reference/partial/"
 
-WRITE_EVERY_SECONDS = 0.2
-"""Minimum time between two files."""
+REPLY_SECONDS = 0.2
+"""Minimum seconds between two files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,8 @@ class ReplyLog:
         return logged
 
     def write(self, *, force: bool = False) -> None:
-        """Save new replies if the last write was `WRITE_EVERY_SECONDS` ago, or if forced."""
-        if self._unwritten and (force or time.monotonic() - self._written >= WRITE_EVERY_SECONDS):
+        """Save new replies if the last write was `REPLY_SECONDS` ago, or if forced."""
+        if self._unwritten and (force or time.monotonic() - self._written >= REPLY_SECONDS):
             key = f"{PARTIAL_FOLDER}{self._unwritten[0].number:08d}.jsonl"
             self._store.write(key, _format(self._unwritten))
             self._partial_keys.append(key)

@@ -1,6 +1,6 @@
 """Confidence intervals, paired tests, power, and the correction for multiple tests.
 
-scipy does the arithmetic where it can. Intervals are 95 %; tests are two-sided at the 5 % level.
+scipy does the arithmetic where it can. Intervals are 95%; tests are two-sided at the 5% level.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -116,7 +116,7 @@ def _estimate(array: np.ndarray, means: np.ndarray) -> Estimate:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for multiple tests (Holm 1979), in the given order.
 
-    Rejecting adjusted p-values below 5 % keeps the family-wise error rate below 5 %, however
+    Rejecting adjusted p-values below 5% keeps the family-wise error rate below 5%, however
     the tests depend on each other.
     """
     adjusted = [0.0] * len(p_values)
@@ -143,7 +143,7 @@ def mcnemar_power(questions: int, discordant: float, difference: float) -> float
     weights = stats.binom.pmf(changed, questions, discordant)
     likely = weights > _NEGLIGIBLE
     changed, weights = changed[likely], weights[likely]
-    # The largest count of the rarer kind with p below 5 %; -1 where there is none.
+    # The largest count of the rarer kind with p below 5%; -1 where there is none.
     critical = stats.binom.ppf(ALPHA / 2, changed, 0.5) - 1
     gained = (discordant + difference) / (2 * discordant)
     detected = stats.binom.cdf(critical, changed, gained) + stats.binom.cdf(
@@ -153,9 +153,9 @@ def mcnemar_power(questions: int, discordant: float, difference: float) -> float
 
 
 def minimum_detectable_effect(questions: int, discordant: float) -> float | None:
-    """Return the smallest change of accuracy that McNemar's test detects with 80 % power.
+    """Return the smallest change of accuracy that McNemar's test detects with 80% power.
 
-    With 100 questions and 20 % of them discordant it is 0.128; with 4,183 it is 0.020.
+    With 100 questions and 20% of them discordant it is 0.128; with 4,183 it is 0.020.
 
     Args:
         questions: number of questions both models answer.
@@ -179,7 +179,7 @@ def minimum_detectable_effect(questions: int, discordant: float) -> float | None
 
 
 def finding_of_test(difference: float, p_value: float) -> Finding:
-    """Return the finding of a paired test at the 5 % level."""
+    """Return the finding of a paired test at the 5% level."""
     if p_value >= ALPHA or difference == 0:
         return "no measurable change"
     return "improved" if difference > 0 else "worse"

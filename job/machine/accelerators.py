@@ -81,19 +81,19 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """Return the name that `parse_machine` reads."""
+        """The name that `parse_machine` reads."""
         if self.accelerator.platform == "cpu" and self.chips == 1:
             return self.accelerator.name
         return f"{self.accelerator.name}-{self.chips * self.accelerator.cores}"
 
     @property
     def hosts(self) -> int:
-        """Return the number of hosts, which run one process each."""
+        """Number of hosts, which run one process each."""
         return math.ceil(self.chips / self.chips_per_host)
 
     @property
     def chips_per_host(self) -> int:
-        """Return the chips per host; a multi-host TPU slice has 4 on each."""
+        """Chips per host; a multi-host TPU slice has 4 on each."""
         sizes = self.accelerator.machines or {self.chips: ""}
         if self.chips in sizes:
             return self.chips
@@ -101,29 +101,29 @@ class Machine:
 
     @property
     def machine_type(self) -> str | None:
-        """Return the Compute Engine machine type of each host."""
+        """The Compute Engine machine type of each host."""
         return self.accelerator.machines.get(self.chips_per_host)
 
     @property
     def accelerator_type(self) -> str | None:
-        """Return gcloud's --accelerator-type of a TPU VM."""
+        """gcloud's --accelerator-type of a TPU VM."""
         if self.accelerator.platform != "tpu":
             return None
         return f"{self.accelerator.gcloud}-{self.chips * self.accelerator.cores}"
 
     @property
     def topology(self) -> str | None:
-        """Return the topology of the slice, like 2x4."""
+        """The topology of the slice, like 2x4."""
         return self.accelerator.topologies.get(self.chips)
 
     @property
     def topology_name(self) -> str | None:
-        """Return the TPU compiler's name of the slice, like v5e:2x4."""
+        """The TPU compiler's name of the slice, like v5e:2x4."""
         return f"{self.accelerator.name}:{self.topology}" if self.topology else None
 
     @property
     def quota(self) -> Quota | None:
-        """Return the quota the machine counts against."""
+        """The quota the machine counts against."""
         if self.hosts == 1 and self.accelerator.serving_quota is not None:
             return self.accelerator.serving_quota
         return self.accelerator.quota
@@ -335,7 +335,7 @@ def machine_sizes(kind: Accelerator, most: int = 256) -> list[Machine]:
 
 
 @dataclass(frozen=True)
-class Order:
+class MachineSpec:
     """Cloud names, quotas and USD per hour of a machine, for the scripts that start it."""
 
     machine: str
@@ -355,10 +355,10 @@ class Order:
     prices_of: str | None
 
 
-def machine_order(machine: Machine) -> Order:
-    """Return the order of a machine."""
+def machine_spec(machine: Machine) -> MachineSpec:
+    """Return the cloud names, quotas and prices of a machine."""
     kind, quota = machine.accelerator, machine.quota
-    return Order(
+    return MachineSpec(
         machine=machine.name,
         platform=kind.platform,
         chips=machine.chips,

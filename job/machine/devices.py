@@ -174,8 +174,8 @@ def check_devices(runtime: Runtime, platform: str, devices: int, kind: str) -> N
     mesh = runtime.mesh
     if devices % mesh.model and mesh.data == "auto":
         raise SetupError(
-            f"runtime.mesh.model is {mesh.model}, which does not divide them: JAX {actual}; "
-            "set runtime.mesh.data too, or another runtime.mesh.model"
+            f"runtime.mesh.model is {mesh.model}, which does not divide the number of devices: "
+            f"JAX {actual}; set runtime.mesh.data too, or another runtime.mesh.model"
         )
     if data_parallel(runtime, devices) * mesh.model > devices:
         model = f" times runtime.mesh.model {mesh.model}" if mesh.model > 1 else ""

@@ -68,7 +68,7 @@ class ProcessGroup:
 
     @property
     def is_primary(self) -> bool:
-        """Return whether this is the process that writes."""
+        """Whether this is the process that writes."""
         return self.index == 0
 
     def broadcast(self, make: Callable[[], str], check: Callable[[], None] = lambda: None) -> str:
@@ -207,7 +207,7 @@ class CoordinatedStop:
 
     @property
     def requested(self) -> bool:
-        """Return whether this process has a stop request."""
+        """Whether this process has a stop request."""
         return self.signal.requested is not None
 
     def check(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from job.machine.memory import ATTENTION_CHUNK
+from job.machine.limits import ATTENTION_CHUNK
 from job.model.patching import Patch, patched
 
 _MASK_METHODS = ("_compute_attention_mask", "_compute_self_attention_mask")

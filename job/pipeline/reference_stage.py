@@ -71,7 +71,7 @@ def _evaluate(run: Run, reference: Reference, remote: RemoteModel) -> list[Line]
         write_predictions(run, "reference", name, lines)
         evaluated.extend(lines)
 
-    for entry in run.spec.reference_slices:
+    for entry in run.spec.reference_tasks:
         write(entry.name, remote.answer_questions(load_task(entry, run.revisions)))
     dialogue = run.spec.evals.dialogue
     if reference.dialogue and dialogue is not None:

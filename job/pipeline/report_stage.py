@@ -30,7 +30,7 @@ from job.pipeline.reference_stage import ReferenceOutcome
 from job.pipeline.run import Preflight, Run, now
 from job.pipeline.train_stage import TrainOutcome
 from job.report import model_card
-from job.report.page import Flip, render_html, render_markdown
+from job.report.render import Flip, render_html, render_markdown
 from job.report.verdict import decide
 from job.results import (
     Cost,
@@ -125,7 +125,7 @@ def _bootstrap(run: Run) -> Bootstrap:
 def _multiple_choice(
     run: Run, entry: MultipleChoiceEval, *, has_reference: bool
 ) -> MultipleChoiceResult:
-    has_reference = has_reference and entry in run.spec.reference_slices
+    has_reference = has_reference and entry in run.spec.reference_tasks
     models = _predictions(run, entry.name, ChoiceLine, has_reference=has_reference)
     revision = run.outcome("baseline", EvalOutcome).slices[entry.name].revision
     overlaps = _overlapping_questions(run, entry.name)

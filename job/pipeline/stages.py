@@ -122,7 +122,7 @@ def _reference_inputs(spec: Spec, revisions: Revisions) -> object:
         dialogue = spec.evals.dialogue.model_dump(
             mode="json", include={"examples", "max_new_tokens"}
         )
-    return [reference, side_by_side, dialogue, _tasks(spec.reference_slices, revisions)]
+    return [reference, side_by_side, dialogue, _tasks(spec.reference_tasks, revisions)]
 
 
 def _report_inputs(spec: Spec, _revisions: Revisions) -> object:

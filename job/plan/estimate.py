@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 from job.machine.accelerators import Machine
-from job.machine.memory import (
+from job.machine.limits import (
     ATTENTION_CHUNK,
     LOGITS_SLICE_BYTES,
     USABLE_SHARE,
@@ -89,7 +89,7 @@ class MachineEstimate:
 
     @property
     def seconds(self) -> float | None:
-        """Return the seconds of all stages that use the devices."""
+        """Seconds of all stages that use the devices."""
         return None if self.stage_seconds is None else sum(self.stage_seconds.values())
 
 

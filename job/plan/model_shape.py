@@ -59,7 +59,7 @@ class Layer:
 
     @property
     def kernels(self) -> int:
-        """Return the parameters that multiply every token."""
+        """Parameters that multiply every token."""
         return sum(linear.parameters for linear in self.linears.values()) + self.experts
 
 
@@ -75,17 +75,17 @@ class ModelShape:
 
     @property
     def head(self) -> int:
-        """Return the parameters of the head, which are as many as of the embeddings."""
+        """Parameters of the head, as many as of the embeddings."""
         return self.hidden * self.vocabulary
 
     @property
     def kernels(self) -> int:
-        """Return the parameters of all blocks that multiply every token."""
+        """Parameters of all blocks that multiply every token."""
         return sum(layer.kernels for layer in self.layers)
 
     @property
     def parameters(self) -> int:
-        """Return the number of all parameters."""
+        """Number of all parameters."""
         blocks = sum(layer.kernels + layer.others for layer in self.layers)
         return blocks + self.head * (1 if self.tied else 2) + self.hidden
 

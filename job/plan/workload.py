@@ -72,17 +72,17 @@ class Workload:
 
     @property
     def steps(self) -> int:
-        """Return the number of optimizer steps."""
+        """Number of optimizer steps."""
         return math.ceil(self.rows / self.batch_size) * self.epochs
 
     @property
     def tokens(self) -> int:
-        """Return the tokens trained on, without padding."""
+        """Tokens trained on, without padding."""
         return self.examples * self.tokens_per_example * self.epochs
 
     @property
     def slots_a_step(self) -> int:
-        """Return the tokens of a step, padding included, over all devices."""
+        """Tokens of a step, padding included, over all devices."""
         return self.batch_size * self.row_length
 
 

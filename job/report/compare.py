@@ -19,7 +19,7 @@ class FinishedRun:
     uri: str
     results: Results
     choices: dict[str, list[ChoiceLine]] = field(default_factory=dict)
-    """Predictions by the name of the slice."""
+    """Predictions by the name of the task."""
     dialogues: list[DialogueLine] = field(default_factory=list)
 
 
@@ -48,7 +48,7 @@ class PairTest(Record):
     only_b: int
 
 
-class SliceTest(PairTest):
+class TaskTest(PairTest):
     """The fine-tuned models of two runs on the questions that both answered."""
 
     eval: str
@@ -68,7 +68,7 @@ class RunComparison(Record):
     schema_version: Literal[1] = 1
     runs: list[RunSummary]
     figures: list[Figure]
-    multiple_choice: list[SliceTest]
+    multiple_choice: list[TaskTest]
     dialogue: list[DialogueTest]
     settings: dict[str, list[Any]]
     """Values of the specs that differ, by path: one per run, null if it is not set."""
@@ -91,19 +91,19 @@ def compare_runs(runs: Sequence[FinishedRun]) -> RunComparison:
     """
     labels = labels_of(runs)
     first, *others = zip(labels, runs, strict=True)
-    slices: list[SliceTest] = []
+    tasks: list[TaskTest] = []
     dialogues: list[DialogueTest] = []
     notes: list[str] = []
     for other in others:
         pair = _Pair(first, other)
-        slice_tests, dialogue_tests = list(pair.slices()), list(pair.dialogues())
-        if not slice_tests and not dialogue_tests:
+        task_tests, dialogue_tests = list(pair.tasks()), list(pair.dialogues())
+        if not task_tests and not dialogue_tests:
             why = f" ({'; '.join(pair.notes)})" if pair.notes else ""
             raise UsageError(
                 f"{other[1].uri} shares no question and no dialogue with {first[1].uri}, so "
                 f"there is nothing to compare them on{why}"
             )
-        slices += slice_tests
+        tasks += task_tests
         dialogues += dialogue_tests
         notes += pair.notes
     return apply_holm(
@@ -123,7 +123,7 @@ def compare_runs(runs: Sequence[FinishedRun]) -> RunComparison:
                 for figure in _figures([run.results for run in runs])
                 if any(value is not None for value in figure.values)
             ],
-            multiple_choice=slices,
+            multiple_choice=tasks,
             dialogue=dialogues,
             settings=differing([run.results.run.spec for run in runs]),
             notes=notes,
@@ -148,8 +148,8 @@ class _Pair:
         self._bootstrap = Bootstrap(samples, seed=int(spec.get("seed", 0)))
         self.notes: list[str] = []
 
-    def slices(self) -> Iterator[SliceTest]:
-        """Yield tests of slices with the same name and scoring."""
+    def tasks(self) -> Iterator[TaskTest]:
+        """Yield tests of tasks with the same name and scoring."""
         theirs = {c.name: c for c in self._second.results.evaluation.multiple_choice}
         for ours in self._first.results.evaluation.multiple_choice:
             other = theirs.get(ours.name)
@@ -167,7 +167,7 @@ class _Pair:
                 if test is None:
                     self._note(f"{ours.name} has no question that both answered")
                 else:
-                    yield SliceTest(
+                    yield TaskTest(
                         eval=ours.name,
                         scoring=ours.scoring,
                         only_a=unmatched[0],
@@ -249,11 +249,11 @@ def _figures(results: Sequence[Results]) -> Iterator[Figure]:
     )
     names = dict.fromkeys(c.name for r in results for c in r.evaluation.multiple_choice)
     for name in names:
-        slices = [
+        tasks = [
             next((c for c in r.evaluation.multiple_choice if c.name == name), None) for r in results
         ]
         for model in _MODELS:
-            scores = [c.models.get(model) if c else None for c in slices]
+            scores = [c.models.get(model) if c else None for c in tasks]
             yield Figure(
                 name=f"{name}, {model}",
                 values=[f"{s.accuracy:.1%} ({_span(s.ci95, 100)}%)" if s else None for s in scores],

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from job.report.page import caveats, code_block, template_environment, trivial_baselines
+from job.report.render import caveats, code_block, template_environment, trivial_baselines
 from job.results import Results
 from job.runtime.text import legible
 

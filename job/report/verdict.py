@@ -6,11 +6,11 @@ from job.results import Comparison, Dialogue, Evaluation, Finding, MultipleChoic
 def decide(evaluation: Evaluation) -> Verdict:
     """Return the verdict of a run.
 
-    The benchmark is the slice with the most questions, which can show the smallest change. The
+    The benchmark is the task with the most questions, which can show the smallest change. The
     style is ROUGE-L of the answers to held-out prompts.
     """
-    slices = [(s, c) for s in evaluation.multiple_choice if (c := _before_after(s)) is not None]
-    largest = max(slices, key=lambda pair: pair[1].questions, default=None)
+    tasks = [(t, c) for t in evaluation.multiple_choice if (c := _before_after(t)) is not None]
+    largest = max(tasks, key=lambda pair: pair[1].questions, default=None)
     dialogue = evaluation.dialogue
     benchmark = largest[1].finding if largest else None
     style = dialogue.comparison.finding if dialogue else None
@@ -66,15 +66,15 @@ def _below_trivial(dialogue: Dialogue) -> bool:
 def _benchmark(largest: tuple[MultipleChoiceResult, Comparison] | None) -> str | None:
     if largest is None:
         return None
-    slice_, comparison = largest
-    before, after = slice_.models["baseline"], slice_.models["finetuned"]
+    task, comparison = largest
+    before, after = task.models["baseline"], task.models["finetuned"]
     low, high = comparison.ci95
     return (
-        f"{slice_.name} accuracy ({slice_.scoring}) went from {before.accuracy:.1%} to "
+        f"{task.name} accuracy ({task.scoring}) went from {before.accuracy:.1%} to "
         f"{after.accuracy:.1%} on {comparison.questions} questions, a change of "
         f"{100 * comparison.difference:+.1f} points (95% interval {100 * low:+.1f} to "
         f"{100 * high:+.1f}, {_p_value(comparison)}; always answering "
-        f"{slice_.majority_letter} scores {slice_.majority_accuracy:.1%})"
+        f"{task.majority_letter} scores {task.majority_accuracy:.1%})"
     )
 
 

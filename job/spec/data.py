@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from job.spec.fields import (
-    FORMATS,
+    FILE_EXTENSIONS,
     SAMPLES,
     Dataset,
     OptionalTemplate,
@@ -54,7 +54,7 @@ class Source(Section):
         if self.data_files is None and not is_file:
             raise ValueError(
                 f"`dataset`: cannot tell the format of {self.dataset!r}; a file ends in "
-                f"{', '.join(FORMATS)}, a folder needs `data_files`, "
+                f"{', '.join(FILE_EXTENSIONS)}, a folder needs `data_files`, "
                 "a dataset on the Hub is hf://owner/name"
             )
         return self
@@ -82,7 +82,7 @@ class Checks(Section):
     )
     drop: list[Fault] = Field(
         [],
-        description="Flags that drop an example; the others are only counted. contaminated: "
+        description="Checks whose matches are dropped; the others are only counted. contaminated: "
         "shares a passage with an evaluation question.",
     )
 

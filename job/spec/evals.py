@@ -37,7 +37,7 @@ class FewShot(Section):
 
 
 class MultipleChoiceEval(Source):
-    name: Name = Field(description="Name of the slice in results.json and evals/<model>/<name>/.")
+    name: Name = Field(description="Name of the task in results.json and evals/<model>/<name>/.")
     scoring: Literal["letters", "generate"] = Field(
         "letters",
         description="letters: compare the logits of the letters after one forward pass; generate: "
@@ -115,7 +115,7 @@ class DialogueEval(Section):
 
     @property
     def max_examples(self) -> int:
-        """Return the most held-out examples to answer."""
+        """Maximum number of held-out examples to answer."""
         return self.examples or 200
 
 
@@ -129,7 +129,7 @@ class SideBySideEval(Section):
 
     @property
     def max_examples(self) -> int:
-        """Return the most held-out prompts to show."""
+        """Maximum number of held-out prompts to show."""
         return 4 if self.examples is None else self.examples
 
 
@@ -141,7 +141,7 @@ class Evals(Section):
     bootstrap_samples: Annotated[int, Field(ge=100, strict=True)] = Field(
         2000, description="Bootstrap resamples per interval."
     )
-    multiple_choice: list[MultipleChoiceEval] = Field([], description="Multiple-choice slices.")
+    multiple_choice: list[MultipleChoiceEval] = Field([], description="Multiple-choice tasks.")
     dialogue: DialogueEval | None = Field(
         DialogueEval(), description="ROUGE on held-out examples; null: none."
     )
@@ -176,7 +176,7 @@ class Reference(Section):
     )
     evals: list[str] | None = Field(
         None,
-        description="Names of the multiple-choice slices to answer; unset: those with `scoring: "
+        description="Names of the multiple-choice tasks to answer; unset: those with `scoring: "
         "generate`.",
     )
     dialogue: bool = Field(
@@ -216,7 +216,7 @@ class Reference(Section):
 
     @property
     def is_openrouter(self) -> bool:
-        """Return whether the endpoint has OpenRouter's extensions."""
+        """Whether the endpoint has OpenRouter's extensions."""
         if self.api != "auto":
             return self.api == "openrouter"
         host = re.sub(r"^https?://|[:/].*$", "", self.base_url)

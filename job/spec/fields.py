@@ -18,7 +18,7 @@ SAMPLES = "samples"
 """Value of `dataset` for the data shipped with the package."""
 
 
-FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+FILE_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 """Extensions of files that rows can be read from."""
 
 
@@ -78,7 +78,7 @@ def template_parts(template: str) -> tuple[list[str], list[str]]:
 def names_a_file(dataset: str) -> bool:
     """Return whether a path has the extension of a file that rows can be read from."""
     text = dataset.lower()
-    return any(text.endswith(f + c) for f in FORMATS for c in COMPRESSIONS)
+    return any(text.endswith(f + c) for f in FILE_EXTENSIONS for c in COMPRESSIONS)
 
 
 def _check_template(value: object) -> object:

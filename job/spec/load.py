@@ -1,4 +1,4 @@
-"""From YAML text to a checked `Spec`, or to every problem at once with its path and line.
+"""From YAML text to a checked `Spec`, or to all of its problems, each with its path and line.
 
 A spec is a path, a gs:// URI, or the name of a shipped spec. `--set a.b=c` replaces a value
 before validation, and a problem with it is reported at the flag instead of a line. There is no
@@ -38,11 +38,6 @@ class LoadedSpec:
 
     spec: Spec
     source: str
-
-    @property
-    def digest(self) -> str:
-        """Return the SHA-256 of the spec's canonical JSON, in hex."""
-        return digest(self.spec.model_dump(mode="json"))
 
 
 def digest(value: object) -> str:

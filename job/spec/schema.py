@@ -220,7 +220,7 @@ class Train(Section):
 
     @property
     def row_length(self) -> int:
-        """Return the tokens of a row of a batch."""
+        """Tokens per row of a batch."""
         if not self.packing:
             return self.max_length
         return self.pack_length or max(1024, self.max_length)
@@ -276,11 +276,11 @@ class Spec(Section):
         return self
 
     @property
-    def reference_slices(self) -> list[MultipleChoiceEval]:
-        """Return the slices the reference model answers: `reference.evals`, or all generated."""
+    def reference_tasks(self) -> list[MultipleChoiceEval]:
+        """The tasks the reference model answers: `reference.evals`, or all generated ones."""
         if self.reference is None:
             return []
-        slices = self.evals.multiple_choice
+        tasks = self.evals.multiple_choice
         if self.reference.evals is None:
-            return [item for item in slices if item.scoring == "generate"]
-        return [item for item in slices if item.name in self.reference.evals]
+            return [item for item in tasks if item.scoring == "generate"]
+        return [item for item in tasks if item.name in self.reference.evals]

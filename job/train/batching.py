@@ -7,7 +7,7 @@ import numpy as np
 
 from job.data.packing import Batch, PackedRows
 from job.errors import StageError
-from job.machine.memory import device_memory, divisors
+from job.machine.limits import device_memory, divisors
 from job.model.language_model import LanguageModel
 from job.runtime import logs
 from job.spec.schema import Train

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from job.machine.memory import LOGITS_SLICE_BYTES
+from job.machine.limits import LOGITS_SLICE_BYTES
 
 Head = Callable[[Any, jax.Array], jax.Array]
 """Maps frozen weights and hidden states `[..., hidden]` to float32 logits `[..., vocabulary]`."""

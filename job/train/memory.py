@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from job.machine.memory import LOGITS_SLICE_BYTES, USABLE_SHARE, largest_divisor
+from job.machine.limits import LOGITS_SLICE_BYTES, USABLE_SHARE, largest_divisor
 from job.model.language_model import LanguageModel
 from job.model.lora import LoraWeights, Weights
 from job.train.step import Arrays, StepConfig, loss_sums

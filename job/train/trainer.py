@@ -18,7 +18,7 @@ from job.data.packing import Batch, PackedRows
 from job.errors import StageError
 from job.machine.devices import COMPILE_CLOCK
 from job.machine.distributed import CoordinatedStop
-from job.machine.memory import DeviceMemoryError, memory_errors
+from job.machine.limits import DeviceMemoryError, memory_errors
 from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.lora import LoraWeights
 from job.runtime import logs

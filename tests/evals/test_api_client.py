@@ -340,8 +340,8 @@ def test_waits_grow_up_to_a_minute(
 def test_after_a_refused_key_nothing_more_is_sent(service: OpenRouter, waits: list[float]) -> None:
     client = client_of(service, waits, key="sk-or-v1-stranger-0123456789")
     first, second = client.complete(turns("hello")), client.complete(turns("again"))
-    assert first == Reply(None, error="HTTP 401: the key is refused")
-    assert second == Reply(None, error="HTTP 401: the key is refused", sent=False)
+    assert first == Reply(None, error="HTTP 401: the API key was rejected")
+    assert second == Reply(None, error="HTTP 401: the API key was rejected", sent=False)
     assert (len(service.requests), waits) == (1, [])
 
 
@@ -349,7 +349,7 @@ def test_without_credit_nothing_more_is_sent(
     client: ChatClient, service: OpenRouter, waits: list[float]
 ) -> None:
     service.script.append("402")
-    assert client.complete(turns("hello")).error == "HTTP 402: the account has no credit left"
+    assert client.complete(turns("hello")).error == "HTTP 402: the account is out of credit"
     assert not client.complete(turns("again")).sent
     assert (len(service.chats), waits) == (1, [])
 

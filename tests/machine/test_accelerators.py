@@ -10,7 +10,7 @@ import pytest
 
 from job.cli import app
 from job.errors import UsageError
-from job.machine.accelerators import ACCELERATORS, find_accelerator, machine_order, parse_machine
+from job.machine.accelerators import ACCELERATORS, find_accelerator, machine_spec, parse_machine
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_the_registry_imports_nothing_heavy() -> None:
 
 
 def test_an_order_has_what_scripts_ask_for() -> None:
-    found = machine_order(parse_machine("v5e-8"))
+    found = machine_spec(parse_machine("v5e-8"))
     assert found.machine == "v5e-8"
     assert (found.platform, found.chips, found.hosts) == ("tpu", 8, 1)
     assert found.accelerator_type == "v5litepod-8"
@@ -149,8 +149,8 @@ def test_an_order_has_what_scripts_ask_for() -> None:
     assert found.spot_quota == "TPUV5sPreemptibleLitepodServingPerProjectPerZoneForTPUAPI"
     assert found.usd_per_hour == pytest.approx(9.60)
     assert found.spot_usd_per_hour == pytest.approx(1.96)
-    assert machine_order(parse_machine("v4-8")).image_family is None
-    assert machine_order(parse_machine("cpu")).usd_per_hour is None
+    assert machine_spec(parse_machine("v4-8")).image_family is None
+    assert machine_spec(parse_machine("cpu")).usd_per_hour is None
 
 
 def test_the_command_prints_orders(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from job.report.page import Flip
+from job.report.render import Flip
 
 EVIL = (
     "a: <script>alert(1)</script> \"'><img src=http://evil.example/x onerror=alert(2)>\x1b[31m\x00"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
-from job.report.page import render_html
+from job.report.render import render_html
 from job.results import Results
 from tests.report import EVIL_FLIPS, FLIPS, HISTORY, evil, full
 

@@ -16,7 +16,7 @@ from job.commands.compare import compare_finished
 from job.errors import StageError, UsageError
 from job.evals.statistics import holm, mcnemar
 from job.report.compare import RunComparison, differing
-from job.report.compare_text import render_page, show
+from job.report.compare_render import render_page, show
 from job.storage.base import Store
 from job.storage.local import LocalStore
 from job.storage.locations import open_store
@@ -112,7 +112,7 @@ def longer(results: dict[str, Any]) -> None:
         (renamed, "one and two: medmcqa is not an evaluation of two"),
     ],
 )
-def test_slices_scored_or_named_otherwise_are_not_compared(
+def test_tasks_scored_or_named_otherwise_are_not_compared(
     change: Callable[[dict[str, Any]], None], note: str, tmp_path: Path
 ) -> None:
     first = local(tmp_path, "one", answers("AB"), talks([0.1] * 3))
@@ -156,7 +156,7 @@ def test_runs_of_the_same_name_are_called_by_their_place(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
-        (["one"], "name two runs or more"),
+        (["one"], "name at least two runs"),
         (["one", "one/"], "is named twice"),
         (["one", "none"], "has no results.json: it is not a run, or not finished"),
         (["one", "stranger"], "shares no question and no dialogue with"),

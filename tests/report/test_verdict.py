@@ -92,19 +92,17 @@ def test_headline_states_the_finding_of_each_test(
     assert (verdict.benchmark, verdict.style) == (benchmark, style)
 
 
-def test_benchmark_is_the_slice_with_the_most_questions() -> None:
-    slices = [questions("improved", 100, "small"), questions(SAME, 4183, "large")]
-    verdict = decide(Evaluation(multiple_choice=slices, dialogue=None, side_by_side=[]))
+def test_benchmark_is_the_task_with_the_most_questions() -> None:
+    tasks = [questions("improved", 100, "small"), questions(SAME, 4183, "large")]
+    verdict = decide(Evaluation(multiple_choice=tasks, dialogue=None, side_by_side=[]))
     assert verdict.benchmark == SAME
     assert "large accuracy (letters)" in verdict.sentence
     assert "on 4183 questions" in verdict.sentence
 
 
 def test_scores_are_compared_with_trivial_baselines() -> None:
-    slices = [questions(SAME)]
-    high = decide(
-        Evaluation(multiple_choice=slices, dialogue=dialogue("improved"), side_by_side=[])
-    )
+    tasks = [questions(SAME)]
+    high = decide(Evaluation(multiple_choice=tasks, dialogue=dialogue("improved"), side_by_side=[]))
     assert "30.0% to 34.0%" in high.sentence
     assert "p = 0.42; always answering A scores 32.2%" in high.sentence
     assert "trivial baselines score 0.106" in high.sentence
@@ -115,8 +113,8 @@ def test_scores_are_compared_with_trivial_baselines() -> None:
 
 
 def test_a_corrected_p_value_follows_the_raw_one() -> None:
-    slices = [questions(SAME, p_holm=0.84)]
-    verdict = decide(Evaluation(multiple_choice=slices, dialogue=None, side_by_side=[]))
+    tasks = [questions(SAME, p_holm=0.84)]
+    verdict = decide(Evaluation(multiple_choice=tasks, dialogue=None, side_by_side=[]))
     assert "p = 0.42, 0.84 corrected for the other tests; always" in verdict.sentence
 
 

@@ -233,7 +233,7 @@ OUT_OF_MEMORY = """
 import resource
 import jax
 import jax.numpy as jnp
-from job.machine.memory import DeviceMemoryError, memory_errors
+from job.machine.limits import DeviceMemoryError, memory_errors
 
 outer = jax.jit(lambda x: jnp.sort(x[:, None] * x[None, :]).sum(axis=0))
 outer(jnp.ones(4)).block_until_ready()

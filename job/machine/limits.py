@@ -1,4 +1,4 @@
-"""Memory of a device: how much of it an estimate may fill, and the largest batch that fits.
+"""Limits of a device: its memory, the share an estimate may fill, chunk sizes, batches that fit.
 
 Training and `job plan` share these numbers; importing them does not import JAX.
 """

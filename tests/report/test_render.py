@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from job.report.page import Flip, render_html, render_markdown
 from job.report.plots import accuracy_bars, loss_curve
+from job.report.render import Flip, render_html, render_markdown
 from job.results import Results
 from job.runtime.text import legible
 from tests.report import EVIL_FLIPS, FLIPS, HISTORY, evil, full, minimal

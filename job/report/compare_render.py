@@ -6,8 +6,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from job.report.compare import DialogueTest, RunComparison, SliceTest
-from job.report.page import template_environment
+from job.report.compare import DialogueTest, RunComparison, TaskTest
+from job.report.render import template_environment
 from job.runtime.text import legible
 
 _MOST_SETTINGS = 24
@@ -33,7 +33,7 @@ def rows_of(comparison: RunComparison) -> list[Row]:
     ]
 
 
-def _choice_row(result: SliceTest) -> Row:
+def _choice_row(result: TaskTest) -> Row:
     test = result.test
     low, high = (f"{100 * end:+.1f}" for end in test.ci95)
     counts = f"{test.gained} gained, {test.lost} lost"
