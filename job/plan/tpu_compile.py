@@ -22,7 +22,7 @@ from job.data.packing import Batch
 from job.evals.batching import even_batch_size, packed_length, packed_rows, round_length
 from job.evals.engine import Engine
 from job.machine.accelerators import Accelerator, Machine
-from job.machine.memory import divisors
+from job.machine.limits import divisors
 from job.model.abstract import AbstractModel, abstract_model
 from job.model.language_model import ForwardConfig
 from job.plan.cost_analysis import CompiledProgram, Costs, combine, compile_program, with_costs
