@@ -68,7 +68,7 @@ def test_an_unreadable_bucket_counts_as_empty() -> None:
     done = job("plan", "smoke", "--set", "output=gs://bucket-of-someone/runs", **nobody)
     assert done.returncode == 0, done.stderr
     assert "data -> baseline -> train" in done.stdout
-    assert "assumed     nothing is done yet (no Google Cloud credentials" in done.stdout
+    assert "assumed     nothing is done yet (no usable Google Cloud credentials" in done.stdout
 
 
 @pytest.mark.parametrize(
