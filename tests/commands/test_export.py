@@ -1,4 +1,4 @@
-"""`job export`: what it writes is the tuned model, or there is one clear error."""
+"""`job export`: what it writes is the fine-tuned model; wrong input ends in one clear error."""
 
 import json
 import os
@@ -218,5 +218,5 @@ def test_adapter_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
 def test_adapter_of_another_rank_is_refused(run: Path, tmp_path: Path) -> None:
     path = run / "spec.yaml"
     path.write_text(path.read_text().replace("rank: 4", "rank: 2"))
-    with pytest.raises(StageError, match="is of rank 4, and the spec says 2"):
+    with pytest.raises(StageError, match="has rank 4, but the spec says 2"):
         export_run(str(run), "merged-keras", str(tmp_path / "out"), "exact")
