@@ -119,7 +119,7 @@ def write_multi(work: Path) -> None:
 def tokenized(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the training and validation examples as the train stage tokenizes them."""
     from job.data.packing import tokenize
-    from job.data.sample_files import iter_examples
+    from job.data.split_files import iter_examples
     from job.machine import devices
     from job.model.load import load_model
     from job.spec.load import load_spec

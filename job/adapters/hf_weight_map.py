@@ -1,7 +1,7 @@
-"""Where each weight of a backbone is in a transformers checkpoint, and in which axis order.
+"""Map each backbone weight to its tensor and axis order in a transformers checkpoint.
 
 There is no table of names here. KerasHub's converter of the family, the code that loads such a
-checkpoint, is run with a loader that only records which variable is made of which tensor, and by
+checkpoint, is run with a loader that only records which variable comes from which tensor, and by
 which function. The axis order follows from the layer's einsum and is then verified against that
 function, so a family that stacks or permutes its weights is refused rather than exported wrongly.
 """
@@ -20,11 +20,11 @@ Hook = Callable[[np.ndarray, list[int]], np.ndarray]
 
 
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
-"""What checkpoints put before a text model's names, the longest first."""
+"""Prefixes of tensor names in text and multimodal checkpoints, longest first."""
 
 
 class CheckpointTensor(NamedTuple):
-    """A tensor of a transformers checkpoint, and the KerasHub variable made of it."""
+    """A tensor of a transformers checkpoint, and the KerasHub variable computed from it."""
 
     variable: Any
     name: str
@@ -139,22 +139,25 @@ def target_matrices(backbone: Any, layout: LoraLayout) -> tuple[LinearMatrix, ..
         layer = layers[target.layer_index]
         tensor, axes = tensors.get(id(layer._kernel)), linear_axes(layer)
         if tensor is None or axes is None or not tensor.name.endswith(".weight"):
-            raise UsageError(f"{target.path} has no layer of its own in the transformers model")
+            raise UsageError(
+                f"{target.path} has no matching layer in the transformers model (it may be fused)"
+            )
         matrix = LinearMatrix(tensor.name.removesuffix(".weight"), target.kernel_shape, *axes)
         if len(target.kernel_shape) - 1 not in matrix.out_axes:
-            raise UsageError(f"{target.path}: its adapter is not that of a linear layer")
+            raise UsageError(f"{target.path} cannot be written as the adapter of one linear layer")
         kind = (layer.name, target.kernel_shape)
         if kind not in verified:
             verified[kind] = tensor.hook is not None and _inverts(matrix.from_kernel, tensor)
         if not verified[kind]:
             raise UsageError(
-                f"{target.path} has another axis order in the transformers model than its "
-                "equation says"
+                f"{target.path}: the axis order in transformers differs from the layer's einsum"
             )
         matrices.append(matrix)
     names = [matrix.module for matrix in matrices]
     if repeated := {name for name in names if names.count(name) > 1}:
-        raise UsageError(f"several adapted kernels are made of {', '.join(sorted(repeated))}")
+        raise UsageError(
+            f"several adapted kernels come from the same tensor: {', '.join(sorted(repeated))}"
+        )
     return tuple(matrices)
 
 
@@ -195,4 +198,4 @@ def inverse_hook(tensor: CheckpointTensor, layer: Any) -> Callable[[np.ndarray],
     for candidate in candidates:
         if _inverts(candidate, tensor):
             return candidate
-    raise UsageError(f"{tensor.name} cannot be made of {tensor.variable.path}")
+    raise UsageError(f"{tensor.name} cannot be computed from {tensor.variable.path}")

@@ -52,7 +52,7 @@ class AdapterInfo(BaseModel):
     """Class name of the KerasHub backbone."""
     rank: int
     alpha: float
-    """As trained. In the h5 file the factor is multiplied into B: there alpha equals the rank."""
+    """Alpha used in training; the h5 file has it folded into B, so its alpha equals its rank."""
     rslora: bool
     targets: list[str]
     """Layer names, for `backbone.enable_lora(rank, targets)` before loading."""
@@ -146,7 +146,7 @@ def load_adapter(path: Path, layout: "LoraLayout") -> "tuple[LoraLayout, LoraWei
     with _open(path) as file:
         rank = int(file["lora/vars/rank"][()])
         if rank != layout.rank:
-            raise StageError(f"{path.name} has rank {rank}, but the spec says {layout.rank}")
+            raise StageError(f"{path.name} has rank {rank}, but model.lora.rank is {layout.rank}")
         pairs = []
         for target in layout.targets:
             a, b = _pair(file, target.layer_index)

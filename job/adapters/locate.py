@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from job.adapters.keras_format import DESCRIPTION, H5
-from job.adapters.peft_format import CONFIG, MODEL
+from job.adapters.peft_format import PEFT_CONFIG, PEFT_WEIGHTS
 from job.errors import StageError, UsageError
 from job.spec.pinning import Revisions, resolve_commit, revision_key
 from job.storage.base import Store
@@ -20,7 +20,7 @@ from job.storage.locations import open_store
 _KERAS = (DESCRIPTION, H5)
 
 
-_PEFT = (CONFIG, MODEL)
+_PEFT = (PEFT_CONFIG, PEFT_WEIGHTS)
 
 
 AdapterFormat = Literal["keras", "peft"]

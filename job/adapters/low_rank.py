@@ -2,9 +2,9 @@
 
 Keras factors a kernel on its last axis: `[..., last] = A [..., rank] @ B [rank, last]`. In
 attention that is one A per head and one B that the heads share. PEFT factors the matrix
-`[out, in]` of a linear layer: `B [out, rank] @ A [rank, in]`. Keras to PEFT is exact at heads
-times the rank: the heads' A are stacked, and B is repeated along the diagonal. PEFT to Keras is
-exact too, at the rank it takes for the heads to share B.
+`[out, in]` of a linear layer: `B [out, rank] @ A [rank, in]`. Keras to PEFT is exact at
+rank x heads: the heads' A are stacked, and B is repeated along the diagonal. PEFT to Keras is
+exact at the lowest rank at which all heads share one B.
 """
 
 import math
@@ -77,7 +77,7 @@ class LinearMatrix:
     def matrix_update(self, a: np.ndarray, b: np.ndarray, scale: float) -> LowRankUpdate:
         """Convert a kernel's factors, `a` `[..., rank]` and `b` `[rank, last]`, to the matrix's.
 
-        The rank becomes heads times the rank. Nothing is rounded.
+        The rank becomes rank x heads. Nothing is rounded.
         """
         rank, last = b.shape
         heads = self._size(self._head_axes)

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from job.model.lora import LoraWeights
     from job.spec.schema import Model
 
-MODEL = "adapter_model.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
-CONFIG = "adapter_config.json"
+PEFT_CONFIG = "adapter_config.json"
 
 
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -134,8 +134,8 @@ def peft_files(adapter: PeftAdapter) -> dict[str, bytes]:
         tensors[f"base_model.model.{module}.lora_B.weight"] = update.b
     text = json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n"
     return {
-        MODEL: safetensors.numpy.save(tensors, metadata={"format": "pt"}),
-        CONFIG: text.encode(),
+        PEFT_WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}),
+        PEFT_CONFIG: text.encode(),
     }
 
 
@@ -204,33 +204,34 @@ def read_peft(folder: Path) -> PeftAdapter:
         StageError: its files are missing or damaged.
     """
     try:
-        config = _Config.model_validate_json((folder / CONFIG).read_bytes())
+        config = _Config.model_validate_json((folder / PEFT_CONFIG).read_bytes())
     except OSError as error:
-        raise StageError(f"{folder / CONFIG} cannot be read: {error.strerror}") from error
+        raise StageError(f"{folder / PEFT_CONFIG} cannot be read: {error.strerror}") from error
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, item["loc"])) or "JSON" for item in error.errors())
-        raise StageError(f"{folder / CONFIG} is not PEFT's: see {fields}") from error
+        raise StageError(f"{folder / PEFT_CONFIG} is not PEFT's: see {fields}") from error
     if (unsupported := config.unsupported()) is not None:
         raise UsageError(
             f"{folder}: an adapter with {unsupported} cannot be loaded, only plain LoRA"
         )
-    file = TensorFile(folder / MODEL)
+    file = TensorFile(folder / PEFT_WEIGHTS)
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for name in file.shapes:
         match = _KEY.fullmatch(name)
         if match is None:
             raise UsageError(
-                f"{folder / MODEL}: {name} is not A or B of a linear layer, and cannot be loaded"
+                f"{folder / PEFT_WEIGHTS}: {name} is not A or B of a linear layer, and cannot be "
+                "loaded"
             )
         pairs.setdefault(match[1], {})[match[2]] = file.floats(name)
     modules = {}
     for module, pair in pairs.items():
         a, b = pair.get("A"), pair.get("B")
         if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise StageError(f"{folder / MODEL}: A and B of {module} do not match")
+            raise StageError(f"{folder / PEFT_WEIGHTS}: A and B of {module} do not match")
         modules[module] = LowRankUpdate(a, b, config.scale(module, a.shape[0]))
     if not modules:
-        raise StageError(f"{folder / MODEL} has no adapter")
+        raise StageError(f"{folder / PEFT_WEIGHTS} has no adapter")
     return PeftAdapter(
         base=config.base_model_name_or_path or "",
         revision=config.revision,

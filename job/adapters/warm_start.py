@@ -62,7 +62,7 @@ def _from_keras(folder: Path, spec: Spec, model: LanguageModel) -> KernelFactors
     check_model(info, spec.model.preset, model.family, _WHERE)
     if info.revision != model.preset.revision:
         logs.get().warning(
-            "adapter has another model revision",
+            "adapter was trained on a different model revision",
             adapter=info.revision,
             model=model.preset.revision,
         )

@@ -12,12 +12,12 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a conversation."""
+    """A message of the conversation."""
 
     role: Role
     content: str
     weight: int = 1
-    """0 keeps training from having a loss on this message of the assistant."""
+    """0 excludes this assistant message from the loss."""
 
 
 Conversation = Sequence[Message]

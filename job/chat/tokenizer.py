@@ -13,7 +13,7 @@ from job.errors import UsageError
 class OptionTokens:
     """The letters of options as tokens."""
 
-    shared: list[int]
+    prefix: list[int]
     """The tokens that all letters begin with."""
     ids: list[int]
     """The last token of each letter."""
@@ -98,14 +98,14 @@ class ChatTokenizer:
         """
         start = len(self.encode([before])[0]) if before else 0
         tokens = [ids[start:] for ids in self.encode([before + space + each for each in letters])]
-        shared = tokens[0][:-1]
+        prefix = tokens[0][:-1]
         ids = [each[-1] for each in tokens if each]
-        if any(each[:-1] != shared for each in tokens) or len(set(ids)) != len(letters):
+        if any(each[:-1] != prefix for each in tokens) or len(set(ids)) != len(letters):
             raise UsageError(
                 "evals: this model's tokenizer does not have the letters as single tokens; "
                 "use scoring: generate"
             )
-        return OptionTokens(shared, ids)
+        return OptionTokens(prefix, ids)
 
 
 def choose_template(tokenizer: Any, name: str) -> ChatTemplate:

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from job.adapters.keras_format import H5, check_model
 from job.chat.conversation import Message
 from job.commands.trained_run import TrainedRun
-from job.data.sample_files import iter_examples
+from job.data.split_files import iter_examples
 from job.errors import UsageError
 from job.machine import devices
 from job.pipeline.data_stage import VALIDATION
 from job.runtime import logs
+from job.runtime.logs import legible
 from job.runtime.signals import STOP
-from job.runtime.text import legible
 from job.spec.fields import template_fields
 from job.spec.schema import Mesh, Runtime
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from job.adapters.keras_format import DESCRIPTION, read_info
 from job.adapters.locate import find_adapter
-from job.adapters.peft_format import CONFIG, MODEL
+from job.adapters.peft_format import PEFT_CONFIG, PEFT_WEIGHTS
 from job.errors import StageError, UsageError
 from job.spec.load import parse_spec
 from job.spec.pinning import Revisions, model_key
@@ -72,11 +72,11 @@ class TrainedRun:
             UsageError: the run has no such adapter.
             StageError: its files are missing or damaged.
         """
-        if f"peft/{MODEL}" not in self.info.files:
+        if f"peft/{PEFT_WEIGHTS}" not in self.info.files:
             raise UsageError(
                 f"this run has no PEFT adapter: KerasHub knows no transformers counterpart of "
                 f"{self.info.family} (the run's log says why). Use --to merged-keras, or "
                 "adapter/adapter.lora.h5"
             )
-        self.file(f"peft/{CONFIG}")
-        return self.file(f"peft/{MODEL}").parent
+        self.file(f"peft/{PEFT_CONFIG}")
+        return self.file(f"peft/{PEFT_WEIGHTS}").parent

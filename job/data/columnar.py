@@ -1,4 +1,4 @@
-"""Blocks of rows to columns of examples: at once for text columns, else row by row.
+"""Blocks of rows to columns of examples: vectorized for text columns, otherwise row by row.
 
 Both ways give the same examples; `examples` defines what a row means.
 """
@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from job.chat.conversation import Message, Role
-from job.data.blocks import Block, Row
 from job.data.examples import SEPARATOR, Example, ExampleMapper, RowDroppedError, turns_text
+from job.data.row_blocks import Block, Row
 from job.spec.fields import template_parts
 
 HISTORY = pa.list_(pa.struct([("prompt", pa.string()), ("response", pa.string())]))
@@ -76,7 +76,7 @@ def example_from_columns(
     response: str,
     history: Iterable[Mapping[str, str]] | None,
 ) -> Example:
-    """Return the example of one row of a staged or sample file."""
+    """Return the example of one row of a staged or split file."""
     before = [Message("system", system)] if system else []
     texts = turn_texts(history, prompt, response)
     roles: tuple[Role, ...] = ("user", "assistant")

@@ -83,9 +83,9 @@ class Passages:
             return
         ends = np.cumsum([len(numbers) + 1 for numbers in per_text])
         rolling = _rolling(np.array(ids, np.uint64))
-        places = np.minimum(np.searchsorted(self._starts, rolling), len(self._starts) - 1)
+        indices = np.minimum(np.searchsorted(self._starts, rolling), len(self._starts) - 1)
         seen: set[tuple[int, int]] = set()
-        for at in np.flatnonzero(self._starts[places] == rolling).tolist():
+        for at in np.flatnonzero(self._starts[indices] == rolling).tolist():
             for passage, question in self._passages[int(rolling[at])]:
                 text = int(np.searchsorted(ends, at, side="right"))
                 pair = (text, question)

@@ -26,7 +26,7 @@ from huggingface_hub import DatasetCard
 
 from job.data.readers import format_of
 from job.errors import UsageError
-from job.storage.hub import README
+from job.storage.hub import CARD_FILE
 
 _ROOT = "listing://files"
 _JSON = (".json", ".jsonl", ".ndjson")
@@ -116,7 +116,9 @@ def choose_files(
     readable = sorted(path for path in paths if format_of(path))
     if data_files is not None:
         if config is not None:
-            raise UsageError(f"data_files replace a config of {where}; remove one of them")
+            raise UsageError(
+                f"data_files and config cannot both be set for {where}; remove one of them"
+            )
         return _split_files(_Files(readable), {"train": list(data_files)}, "", split, where)
     configs = _configs(readme, where)
     if configs:
@@ -127,7 +129,7 @@ def choose_files(
         chosen = {}
     folder = str(chosen.get("data_dir") or "").removeprefix("./").strip("/")
     if listed := chosen.get("data_files"):
-        with _as_usage_error(where, f"`configs` of the {README}"):
+        with _as_usage_error(where, f"`configs` of the {CARD_FILE}"):
             patterns = sanitize_patterns(listed)
         return _split_files(_Files(readable), patterns, folder, split, where)
     files = _Files(_most_common_format(_Files(readable).matching("**", folder)))
@@ -142,7 +144,7 @@ def _configs(readme: bytes | None, where: str) -> MetadataConfigs:
     text = (readme or b"").decode("utf-8-sig", "replace").lstrip()
     if not text.startswith("---"):
         return MetadataConfigs()
-    with _as_usage_error(where, f"header of the {README}"):
+    with _as_usage_error(where, f"header of the {CARD_FILE}"):
         card = DatasetCard(text, ignore_metadata_errors=True)
         return MetadataConfigs.from_dataset_card_data(card.data)
 

@@ -1,8 +1,8 @@
 """A staged dataset on disk: shards of checked examples, their records, and a manifest.
 
 A shard is complete once its record exists, the dataset once its manifest exists. A dataset is
-named by a key of everything it depends on, so that runs share it, and one run may finish what
-another started.
+named by a key of everything it depends on, so that jobs share it, and one may finish what another
+started.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
-from job.data.blocks import Place
 from job.data.columnar import HISTORY
+from job.data.row_blocks import FilePosition
 from job.errors import StageError
 from job.runtime.threads import Threads, prefetch_map
 from job.storage.base import Store, file_sha256
@@ -30,7 +30,7 @@ _PERCENTILES = (50, 90, 99)
 
 
 class Lengths(BaseModel):
-    """A histogram of lengths in characters, exact up to 511, then in steps below 0.4 %."""
+    """A histogram of lengths in characters, exact up to 511, then in steps below 0.4%."""
 
     counts: dict[int, int] = {}
     largest: int = 0
@@ -66,12 +66,12 @@ class Lengths(BaseModel):
             return {}
         percentiles: dict[str, Any] = {"mean": round(self.total / int(running[-1]), 1)}
         for mark in _PERCENTILES:
-            place = np.searchsorted(running, running[-1] * mark / 100)
-            percentiles[f"p{mark}"] = steps[min(int(place), len(steps) - 1)]
+            index = np.searchsorted(running, running[-1] * mark / 100)
+            percentiles[f"p{mark}"] = steps[min(int(index), len(steps) - 1)]
         return percentiles | {"max": self.largest}
 
 
-class RowStats(BaseModel):
+class RowTally(BaseModel):
     """Counts of kept, dropped and flagged rows."""
 
     raw: int = 0
@@ -104,7 +104,7 @@ class RowStats(BaseModel):
                 text[:_SAMPLE_CHARACTERS].encode("utf-8", "backslashreplace").decode()
             )
 
-    def merge(self, other: "RowStats") -> None:
+    def merge(self, other: "RowTally") -> None:
         """Add the counts of later rows."""
         self.raw += other.raw
         self.kept += other.kept
@@ -141,7 +141,7 @@ class Shard(BaseModel):
     bytes: int
     sha256: str
     rows: int
-    tally: RowStats
+    tally: RowTally
     """The outcome of the rows that were read for it."""
     file: int
     """Index of the source's file in which the next shard begins."""
@@ -149,9 +149,9 @@ class Shard(BaseModel):
     line: int
 
     @property
-    def place(self) -> Place:
-        """The place in that file where the next shard begins."""
-        return Place(self.offset, self.line)
+    def position(self) -> FilePosition:
+        """The position in that file where the next shard begins."""
+        return FilePosition(self.offset, self.line)
 
 
 class FileInfo(BaseModel):
@@ -170,7 +170,7 @@ class Manifest(BaseModel):
     key: str
     files: list[FileInfo]
     columns: list[str]
-    tally: RowStats
+    tally: RowTally
     shards: list[Shard]
 
     @property
@@ -216,7 +216,7 @@ class ShardFiles:
     """The shards of a dataset as local files, their checksums verified."""
 
     def __init__(self, store: Store, work: Path) -> None:
-        """Args: store: the dataset's; work: a scratch folder for downloads."""
+        """Open the shards in the dataset's `store`; downloads go into the scratch folder `work`."""
         self.store = store
         self._work = work
         self._hashes: dict[tuple[int, int, int, int], str] = {}
@@ -234,8 +234,8 @@ class ShardFiles:
         """Give a local file with the content of a shard, for the time of the block.
 
         Raises:
-            StageError: it is missing or damaged; its record is deleted, so that the next run
-                stages it again.
+            StageError: it is missing or damaged; its record is deleted, so that it is
+                staged again next time.
         """
         if isinstance(self.store, LocalStore):
             path = self.store.root / shard.path

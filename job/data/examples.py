@@ -1,7 +1,7 @@
-"""Rows to examples: fill in templates or read a list of messages, and name what is wrong.
+"""Convert rows to examples, or give the reason a row is dropped.
 
 This module defines what one row means, for values of any type; `columnar` does the same for
-columns of plain text at once.
+columns of plain text, vectorized.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 
 from job.chat.conversation import Message, Role
-from job.data.blocks import Row
+from job.data.row_blocks import Row
 from job.spec.fields import template_fields
 from job.spec.schema import Data
 

@@ -41,8 +41,8 @@ class HashSet:
         """Return which hashes are in the set: bool `[n]`; fastest if they are sorted."""
         present = np.zeros(len(hashes), bool)
         for run in self._runs:
-            place = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
-            present |= run[place] == hashes
+            index = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
+            present |= run[index] == hashes
         return present
 
     def add(self, hashes: np.ndarray) -> None:
@@ -83,7 +83,7 @@ PATTERNS = {
 _CONTEXT_BYTES = 60
 """Bytes shown before a match."""
 
-_ANY = "|".join(
+_PREFILTER = "|".join(
     (
         PATTERNS["control_characters"],
         r"[<@\[]",
@@ -136,7 +136,7 @@ def text_stats(examples: ExampleColumns, checks: Checks) -> TextStats:
 
 
 def find_flags(stats: TextStats) -> Flags:
-    """Match the patterns; nearly all of this is done by Arrow, without Python's lock."""
+    """Match the patterns; nearly all of this is done by Arrow, without the GIL."""
     flags = _matches(stats.dialogues)
     for name, matches in _matches(stats.system.dictionary).items():
         if matches.any():
@@ -194,7 +194,7 @@ def _mask(array: pa.Array) -> np.ndarray:
 
 
 def _matches(texts: pa.Array) -> Flags:
-    suspects = np.flatnonzero(_mask(pc.match_substring_regex(texts, _ANY)))
+    suspects = np.flatnonzero(_mask(pc.match_substring_regex(texts, _PREFILTER)))
     flags = {name: np.zeros(len(texts), bool) for name in PATTERNS}
     if len(suspects):
         texts = texts.take(pa.array(suspects))

@@ -1,4 +1,4 @@
-"""Readers of JSON: one object a line, or one array of objects.
+"""Readers of JSON: one object per line, or one array of objects.
 
 An array is streamed, never held in memory. If the caller needs only some columns, Arrow's parser
 reads them without creating a Python object for each value; blocks it cannot read are read row by
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.data.blocks import (
+from job.data.row_blocks import (
     MAX_BYTES,
     MAX_ROW_BYTES,
     MAX_ROWS,
     ArrowBlock,
     Block,
-    Place,
+    FilePosition,
     Row,
     RowBlock,
     open_text,
@@ -109,7 +109,7 @@ class _Cursor:
 
 
 def read_json(
-    path: Path, name: str, start: Place, columns: Sequence[str] | None
+    path: Path, name: str, start: FilePosition, columns: Sequence[str] | None
 ) -> Iterator[Block]:
     """Read an array of objects, or objects that follow each other."""
     text, line = _Cursor(path, name, 0), start.line
@@ -152,11 +152,11 @@ def read_json(
         line += 1
         if len(rows) == MAX_ROWS or text.characters() - block_start >= MAX_BYTES:
             block_start = text.characters()
-            yield RowBlock(rows, Place(text.byte(), line))
+            yield RowBlock(rows, FilePosition(text.byte(), line))
             rows = []
     if not line and not in_array:
         raise UsageError(f"{name}: not valid JSON: the file is empty")
-    end = Place(text.byte(), line)
+    end = FilePosition(text.byte(), line)
     if in_array:
         text.at += 1
         if text.skip_space():
@@ -185,8 +185,8 @@ def _next_row(text: _Cursor, name: str, line: int, *, in_array: bool, first: boo
 
 def _may_be_incomplete(error: ValueError, text: str) -> bool:
     """Return whether the error may only be that the row is not read to its end."""
-    message, place = getattr(error, "msg", ""), getattr(error, "pos", len(text))
-    return message.startswith("Unterminated string") or place > len(text) - 16
+    message, position = getattr(error, "msg", ""), getattr(error, "pos", len(text))
+    return message.startswith("Unterminated string") or position > len(text) - 16
 
 
 def _array_columns(text: _Cursor, columns: Sequence[str], line: int, name: str) -> Block | None:
@@ -205,7 +205,7 @@ def _array_columns(text: _Cursor, columns: Sequence[str], line: int, name: str) 
     if batch is None:
         return None
     text.at += piece.rindex("}", 0, len(piece) - len(rest)) + 1
-    end = Place(text.byte(), line + len(rows))
+    end = FilePosition(text.byte(), line + len(rows))
 
     def read() -> list[Row]:
         return _objects("},".join(rows) + "}", f"{name}: row ", line)
@@ -233,9 +233,9 @@ def _objects(text: str, where: str, line: int) -> list[Row]:
 
 
 def read_json_lines(
-    path: Path, name: str, start: Place, columns: Sequence[str] | None
+    path: Path, name: str, start: FilePosition, columns: Sequence[str] | None
 ) -> Iterator[Block]:
-    """Read an object a line; blank lines are skipped."""
+    """Read one object per line; blank lines are skipped."""
     file = open_text(path, name, start.offset)
     offset, line = start
     unread, at_end = b"", False
@@ -250,10 +250,10 @@ def read_json_lines(
             return
         size = _block_size(unread)
         lines, unread = unread[:size], unread[size:]
-        end = Place(offset + size, line + lines.count(b"\n") + (not lines.endswith(b"\n")))
+        end = FilePosition(offset + size, line + lines.count(b"\n") + (not lines.endswith(b"\n")))
         if not line:
             lines = lines.removeprefix(_BOM)
-        yield from _line_blocks(lines, name, Place(offset, line), end, columns)
+        yield from _line_blocks(lines, name, FilePosition(offset, line), end, columns)
         offset, line = end
 
 
@@ -267,7 +267,7 @@ def _block_size(text: bytes) -> int:
 
 
 def _line_blocks(
-    text: bytes, name: str, begin: Place, end: Place, columns: Sequence[str] | None
+    text: bytes, name: str, begin: FilePosition, end: FilePosition, columns: Sequence[str] | None
 ) -> Iterator[Block]:
     lines = text.split(b"\n")
     count = sum(1 for line in lines if line and not line.isspace())
@@ -292,7 +292,7 @@ def _line_blocks(
                 rows.append(_as_row(_parse(line, where), where))
             except UsageError:
                 if rows:  # a caller that stops after these never sees the error
-                    yield RowBlock(rows, Place(offset, number - 1))
+                    yield RowBlock(rows, FilePosition(offset, number - 1))
                 raise
         offset += len(raw) + 1
     if rows:
@@ -317,7 +317,7 @@ class LazyBlock(ArrowBlock):
 
 
 def text_columns(lines: bytes, count: int, columns: Sequence[str]) -> "pa.RecordBatch | None":
-    """Parse columns of text from objects, one a line; missing fields are null.
+    """Parse columns of text from objects, one per line; missing fields are null.
 
     Returns:
         None if there are not `count` objects, or a column holds anything but text and nulls.

@@ -1,6 +1,6 @@
-"""Tokenize examples and pack them into rows of one shape, several examples a row or one.
+"""Tokenize examples and pack them into rows of one shape, several examples per row or one.
 
-All rows have the same shape, so that one compiled program serves the run. The positions with a
+All rows have the same shape, so that one compiled program serves all steps. The positions with a
 loss are listed, so that the head, the widest part of the model, is applied only to them.
 """
 
@@ -44,18 +44,18 @@ class TokenizedExamples:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens with their losses, as arrays."""
+    """Rows of tokens with the positions that have a loss, as arrays."""
 
     token_ids: np.ndarray
     """int32 `[rows, length]`."""
     segment_ids: np.ndarray
     """int32 `[rows, length]`: the number of the example in its row, from 1; 0 is padding."""
-    positions: np.ndarray
-    """int32 `[rows, losses]`: positions whose hidden states predict `targets`."""
+    loss_positions: np.ndarray
+    """int32 `[rows, loss_tokens]`: positions whose hidden states predict `targets`."""
     targets: np.ndarray
-    """int32 `[rows, losses]`: the tokens to predict."""
-    weights: np.ndarray
-    """float32 `[rows, losses]`: 1 for a loss, 0 for padding of the lists."""
+    """int32 `[rows, loss_tokens]`: the tokens to predict."""
+    loss_weights: np.ndarray
+    """float32 `[rows, loss_tokens]`: 1 for a loss, 0 for padding of the lists."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -72,9 +72,9 @@ class Batch:
         return Batch(
             token_ids=pick(self.token_ids, length),
             segment_ids=pick(self.segment_ids, length),
-            positions=pick(self.positions),
+            loss_positions=pick(self.loss_positions),
             targets=pick(self.targets),
-            weights=pick(self.weights),
+            loss_weights=pick(self.loss_weights),
         )
 
     @property
@@ -82,16 +82,18 @@ class Batch:
         """The number of tokens that are not padding."""
         return int(np.count_nonzero(self.segment_ids))
 
-    def losses(self, groups: int) -> np.ndarray:
-        """Count the losses in each of `groups` equal parts of the rows: int `[groups]`."""
-        counts: np.ndarray = np.count_nonzero(self.weights, axis=1).reshape(groups, -1).sum(axis=1)
+    def count_loss_tokens(self, groups: int) -> np.ndarray:
+        """Count the positions with a loss in each of `groups` equal parts: int `[groups]`."""
+        counts: np.ndarray = (
+            np.count_nonzero(self.loss_weights, axis=1).reshape(groups, -1).sum(axis=1)
+        )
         return counts
 
-    def flat_losses(self, groups: int, width: int) -> dict[str, np.ndarray]:
-        """List the losses of each part of the rows together, padded to `width`.
+    def group_loss_positions(self, groups: int, width: int) -> dict[str, np.ndarray]:
+        """List each part's positions with a loss together, padded to `width`.
 
         Each device holds one part of the rows. A list for each part lets a device apply the head
-        to its own tokens only, and averages out the losses of its rows.
+        to its own tokens only, and averages out how many its rows have.
 
         Returns:
             `positions` (in the part's tokens, row after row), `targets` and `weights`,
@@ -106,13 +108,13 @@ class Batch:
             "weights": np.zeros((groups, width), np.float32),
         }
         sources = {
-            "positions": self.positions + offsets,
+            "positions": self.loss_positions + offsets,
             "targets": self.targets,
-            "weights": self.weights,
+            "weights": self.loss_weights,
         }
         for group in range(groups):
             rows_of_part = slice(group * part, (group + 1) * part)
-            has_loss = self.weights[rows_of_part] > 0
+            has_loss = self.loss_weights[rows_of_part] > 0
             for name, array in sources.items():
                 values = array[rows_of_part][has_loss]
                 flat[name][group, : len(values)] = values
@@ -163,7 +165,7 @@ def tokenize(
         truncated += len(token_ids) > max_length
         token_ids, loss_mask = token_ids[:max_length], loss_mask[:max_length]
         if loss_on == "all":
-            loss_mask = [place > 0 for place in range(len(token_ids))]
+            loss_mask = [index > 0 for index in range(len(token_ids))]
         if any(loss_mask):
             usable.append(TokenExample(example.id, token_ids, loss_mask))
     return TokenizedExamples(usable, truncated, len(examples) - len(usable))
@@ -187,12 +189,12 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         length = lengths[item]
         if length > capacity:
             raise ValueError(f"item {item} of length {length} does not fit into {capacity}")
-        place = bisect.bisect_left(free, (length, -1))
-        if place == len(free):
+        index = bisect.bisect_left(free, (length, -1))
+        if index == len(free):
             bins.append([item])
             space, number = capacity - length, len(bins) - 1
         else:
-            space, number = free.pop(place)
+            space, number = free.pop(index)
             bins[number].append(item)
             space -= length
         bisect.insort(free, (space, number))
@@ -211,7 +213,7 @@ def make_rows(
     length: int,
     *,
     packing: bool,
-    losses: int | None = None,
+    max_loss_tokens: int | None = None,
     buckets: Sequence[int] = (),
 ) -> PackedRows:
     """Make rows of `length` tokens.
@@ -220,7 +222,7 @@ def make_rows(
         examples: the tokenized examples.
         length: tokens of a row.
         packing: put several examples into a row, instead of one.
-        losses: width of the lists of loss positions; default: the most losses of a row, rounded
+        max_loss_tokens: width of the lists of loss positions; default: the most of a row, rounded
             up to a multiple of 8.
         buckets: shorter lengths to which rows are padded if they fit; ignored with packing.
     """
@@ -230,13 +232,17 @@ def make_rows(
         bins = [[number] for number in range(len(examples))]
     targets = [np.flatnonzero(example.loss_mask) for example in examples]
     needed = max((sum(len(targets[i]) for i in row) for row in bins), default=1)
-    width = -(-needed // _LOSS_MULTIPLE) * _LOSS_MULTIPLE if losses is None else losses
+    width = (
+        -(-needed // _LOSS_MULTIPLE) * _LOSS_MULTIPLE
+        if max_loss_tokens is None
+        else max_loss_tokens
+    )
     batch = Batch(
         token_ids=np.zeros((len(bins), length), np.int32),
         segment_ids=np.zeros((len(bins), length), np.int32),
-        positions=np.zeros((len(bins), width), np.int32),
+        loss_positions=np.zeros((len(bins), width), np.int32),
         targets=np.zeros((len(bins), width), np.int32),
-        weights=np.zeros((len(bins), width), np.float32),
+        loss_weights=np.zeros((len(bins), width), np.float32),
     )
     for row, numbers in enumerate(bins):
         at = count = 0
@@ -245,12 +251,12 @@ def make_rows(
             end = at + len(example.token_ids)
             batch.token_ids[row, at:end] = example.token_ids
             batch.segment_ids[row, at:end] = segment
-            places = targets[number]
-            losses_here = slice(count, count + len(places))
-            batch.targets[row, losses_here] = np.asarray(example.token_ids, np.int32)[places]
-            batch.positions[row, losses_here] = at + places - 1
-            batch.weights[row, losses_here] = 1.0
-            at, count = end, count + len(places)
+            loss_tokens = targets[number]
+            here = slice(count, count + len(loss_tokens))
+            batch.targets[row, here] = np.asarray(example.token_ids, np.int32)[loss_tokens]
+            batch.loss_positions[row, here] = at + loss_tokens - 1
+            batch.loss_weights[row, here] = 1.0
+            at, count = end, count + len(loss_tokens)
     used = np.count_nonzero(batch.segment_ids, axis=1)
     sizes = np.array([length] if packing else sorted({*buckets, length}), np.int32)
     lengths = sizes[np.searchsorted(sizes, used)]

@@ -1,7 +1,7 @@
 """Read the rows of a file in blocks, in constant memory, from the end of any earlier block.
 
 Where a block ends depends only on the rows, not on where reading began, so reading a file in
-parts gives the blocks that reading it at once gives. Bytes of text files that are not UTF-8
+parts gives the same blocks as reading it in one pass. Bytes of text files that are not UTF-8
 become lone surrogates: then the row is dropped and counted, instead of refusing the file.
 """
 
@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from job.data.blocks import (
+from job.data.json_reader import read_json, read_json_lines
+from job.data.row_blocks import (
     BEGIN,
     CODECS,
     MAX_BYTES,
@@ -18,12 +19,11 @@ from job.data.blocks import (
     MAX_ROWS,
     ArrowBlock,
     Block,
-    Place,
+    FilePosition,
     Row,
     RowBlock,
     open_text,
 )
-from job.data.json_reader import read_json, read_json_lines
 from job.errors import UsageError
 
 
@@ -37,14 +37,14 @@ def format_of(name: str) -> str | None:
 
 
 def read_blocks(
-    path: Path, name: str, start: Place = BEGIN, columns: Sequence[str] | None = None
+    path: Path, name: str, start: FilePosition = BEGIN, columns: Sequence[str] | None = None
 ) -> Iterator[Block]:
     """Yield the blocks of a file.
 
     Args:
         path: the file.
         name: its name in messages; the extension tells the format.
-        start: the place to begin at, the `end` of an earlier block.
+        start: the position to begin at, the `end` of an earlier block.
         columns: the columns that are needed; others may be missing from the blocks.
 
     Raises:
@@ -57,7 +57,9 @@ def read_blocks(
         raise UsageError(f"{name}: cannot be read: {error}") from None
 
 
-def _parquet(path: Path, name: str, start: Place, columns: Sequence[str] | None) -> Iterator[Block]:
+def _parquet(
+    path: Path, name: str, start: FilePosition, columns: Sequence[str] | None
+) -> Iterator[Block]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -87,9 +89,9 @@ def _parquet(path: Path, name: str, start: Place, columns: Sequence[str] | None)
                     merged = pa.concat_batches(pending)
                     line, rows = line + size, rows - size
                     pending = [merged.slice(size)]
-                    yield ArrowBlock(merged.slice(0, size), Place(0, line))
+                    yield ArrowBlock(merged.slice(0, size), FilePosition(0, line))
             if rows:
-                yield ArrowBlock(pa.concat_batches(pending), Place(0, line + rows))
+                yield ArrowBlock(pa.concat_batches(pending), FilePosition(0, line + rows))
     except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{name}: not a readable Parquet file: {error}") from None
 
@@ -100,7 +102,7 @@ def _block_rows(metadata: Any) -> int:
     return int(min(MAX_ROWS, max(1, MAX_BYTES * max(1, metadata.num_rows) // max(1, total))))
 
 
-def _csv(path: Path, name: str, start: Place, _: Sequence[str] | None) -> Iterator[Block]:
+def _csv(path: Path, name: str, start: FilePosition, _: Sequence[str] | None) -> Iterator[Block]:
     """Read rows under a header; a row that ends early has nulls."""
     csv.field_size_limit(MAX_ROW_BYTES)
     offset = 0
@@ -141,15 +143,15 @@ def _csv(path: Path, name: str, start: Place, _: Sequence[str] | None) -> Iterat
             rows.append(row)
             if len(rows) == MAX_ROWS or offset - block_start >= MAX_BYTES:
                 block_start = offset
-                yield RowBlock(rows, Place(offset, lines_before + reader.line_num))
+                yield RowBlock(rows, FilePosition(offset, lines_before + reader.line_num))
                 rows = []
         if rows:
-            yield RowBlock(rows, Place(offset, lines_before + reader.line_num))
+            yield RowBlock(rows, FilePosition(offset, lines_before + reader.line_num))
     except csv.Error as error:
         raise UsageError(f"{name}: not a readable CSV file: {error}") from None
 
 
-Reader = Callable[[Path, str, Place, Sequence[str] | None], Iterator[Block]]
+Reader = Callable[[Path, str, FilePosition, Sequence[str] | None], Iterator[Block]]
 
 _READERS: dict[str, Reader] = {
     ".json": read_json,

@@ -8,16 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from job.data.blocks import Place
 from job.data.columnar import ExampleColumns
-from job.data.dataset import SCHEMA, RowStats, Shard, ShardFiles, shard_key
+from job.data.dataset import SCHEMA, RowTally, Shard, ShardFiles, shard_key
+from job.data.row_blocks import FilePosition
 from job.runtime.threads import Threads
 
 _GROUP_BYTES = 8 * 1024 * 1024
 """Bytes of a row group, about."""
 
 _PENDING_WRITES = 6
-"""Blocks that may wait to be written, because a row group is compressed at once."""
+"""Blocks that may wait to be written, because a row group is compressed in one piece."""
 
 
 class OpenShard:
@@ -26,9 +26,9 @@ class OpenShard:
     def __init__(self, work: Path, number: int, thread: Threads) -> None:
         self.number = number
         self.path = work / shard_key(number, "parquet")
-        self.tally = RowStats()
+        self.tally = RowTally()
         self.file = 0
-        self.place = Place()
+        self.position = FilePosition()
         self.lengths: list[np.ndarray] = []
         """Characters of the prompts and responses, int `[2, examples]` each."""
         self._thread = thread
@@ -63,8 +63,8 @@ class OpenShard:
             rows=self.tally.kept,
             tally=self.tally,
             file=self.file,
-            offset=self.place.offset,
-            line=self.place.line,
+            offset=self.position.offset,
+            line=self.position.line,
         )
 
 

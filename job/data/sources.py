@@ -11,15 +11,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from job.data.blocks import Row
 from job.data.readers import format_of, read_blocks
+from job.data.row_blocks import Row
 from job.errors import UsageError
 from job.spec.fields import FILE_EXTENSIONS, SAMPLES
 from job.spec.pinning import NONE, Revisions, resolve_commit, source_key
 from job.spec.schema import Source
 from job.storage.base import Store, file_sha256
 from job.storage.cache_folder import cache_folder
-from job.storage.hub import README, SCHEME, HubFile, Repository
+from job.storage.hub import CARD_FILE, SCHEME, HubFile, Repository
 from job.storage.locations import open_store
 
 Samples = Literal["dialogues", "questions"]
@@ -146,9 +146,9 @@ def _hub_source(source: Source, revisions: Revisions) -> RowSource:
     by_path = {file.path: file for file in repository.files(commit)}
     folder = cache_folder("datasets", name.replace("/", "--"), commit)
     readme = None
-    if README in by_path:
-        repository.fetch(commit, [by_path[README]], folder)
-        readme = (folder / README).read_bytes()
+    if CARD_FILE in by_path:
+        repository.fetch(commit, [by_path[CARD_FILE]], folder)
+        readme = (folder / CARD_FILE).read_bytes()
     chosen = _choose(source, list(by_path), readme)
 
     def hub_file(file: HubFile) -> SourceFile:

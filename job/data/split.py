@@ -2,7 +2,7 @@
 
 Each example has a key, a seeded hash of its letters and digits. The examples with the smallest
 keys are held out, the next are trained on. The choice does not depend on the order or storage of
-the rows, and needs a few bytes an example. Near-duplicates, which differ only in case, spacing or
+the rows, and needs a few bytes per example. Near-duplicates, which differ only in case, spacing or
 punctuation, share a key: no training example has a near-duplicate among the held-out ones.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from job.errors import UsageError
 
 _CHUNK = 65_536
-"""Keys computed at once, to keep intermediate arrays small."""
+"""Keys computed at a time, to keep intermediate arrays small."""
 
 
 def sample_keys(seed: int, groups: np.ndarray) -> np.ndarray:
@@ -24,7 +24,7 @@ def sample_keys(seed: int, groups: np.ndarray) -> np.ndarray:
     groups never share a key.
 
     Args:
-        seed: the run's.
+        seed: of the random order.
         groups: uint64 `[n]`, the hash of each example's letters and digits.
 
     Returns:
@@ -66,7 +66,7 @@ def split(
     """Choose training and held-out examples.
 
     Args:
-        seed: the run's.
+        seed: of the random order.
         hashes: uint64 `[n]`, of each example's content.
         groups: uint64 `[n]`, of its letters and digits.
         train: number of training examples.
@@ -88,7 +88,7 @@ def split(
         raise UsageError(
             f"data: the spec requests {train} training and {validation} held-out examples, but "
             f"the dataset has {len(hashes)} usable rows, {len(held_out) + len(trained)} of them "
-            "without near-duplicates on the other side; lower data.train_examples or "
+            "after near-duplicates across the split are left out; lower data.train_examples or "
             "data.validation_examples"
         )
     return Split(trained if train == "all" else trained[:train], held_out)

@@ -16,13 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from job.data.blocks import Block, Place, Row
 from job.data.columnar import ExampleColumns, to_columns
 from job.data.dataset import (
     MANIFEST,
     FileInfo,
     Manifest,
-    RowStats,
+    RowTally,
     Shard,
     ShardFiles,
     complete_shards,
@@ -40,6 +39,7 @@ from job.data.filters import (
     text_stats,
 )
 from job.data.readers import read_blocks
+from job.data.row_blocks import Block, FilePosition, Row
 from job.data.shard_writer import OpenShard
 from job.data.sources import RowSource
 from job.errors import UsageError
@@ -122,7 +122,7 @@ def stage_rows(
     hashes, read = stager.hashes, stager.rows_read
     del stager  # its sets of hashes need as much memory as the hashes
     logs.get().info(
-        "staged",
+        "dataset staged",
         rows=read,
         shards=len(manifest.shards),
         rows_per_second=round(read / max(seconds, 1e-9)),
@@ -142,7 +142,7 @@ def _concatenate(pairs: list[np.ndarray]) -> np.ndarray:
 
 @contextlib.contextmanager
 def _dataset_lease(store: Store, check_stop: CheckStop) -> Iterator[Lease]:
-    """Hold the dataset's lease, after waiting while another run stages the dataset."""
+    """Hold the dataset's lease, after waiting while another process stages the dataset."""
     logged = False
     with contextlib.ExitStack() as stack:
         while True:
@@ -151,7 +151,9 @@ def _dataset_lease(store: Store, check_stop: CheckStop) -> Iterator[Lease]:
                 break
             except LeaseHeldError as held:
                 if not logged:
-                    logs.get().info("waiting for another run to stage", reason=str(held))
+                    logs.get().info(
+                        "waiting while another run stages this dataset", reason=str(held)
+                    )
                 logged = True
             deadline = time.monotonic() + _LEASE_POLL_SECONDS
             while time.monotonic() < deadline:
@@ -214,7 +216,7 @@ class _Stager:
         for number, checked in delay(self._checked(blocks, threads.check), _PENDING_CHECKS):
             self._check_stop()
             if checked is None:  # the end of a file
-                shard.file, shard.place = number + 1, Place()
+                shard.file, shard.position = number + 1, FilePosition()
                 continue
             if self._is_full(shard):
                 shard = self._next(shard, threads)
@@ -224,7 +226,7 @@ class _Stager:
             self.hashes.append(hashes)
             shard.write(checked.examples.take(result.keep), *hashes)
             shard.lengths.append(checked.stats.lengths[:, result.keep])
-            shard.file, shard.place = number, checked.block.end
+            shard.file, shard.position = number, checked.block.end
             self.rows_read += len(checked.block)
             advance(len(checked.block))
             self._require_examples(shard, _MAX_UNUSABLE_ROWS)
@@ -238,15 +240,15 @@ class _Stager:
 
     def _blocks(self) -> Iterator[tuple[int, Block | None]]:
         """Yield the blocks after the last complete shard, and None at the end of each file."""
-        first, place = 0, Place()
+        first, position = 0, FilePosition()
         if self._shards:
-            first, place = self._shards[-1].file, self._shards[-1].place
+            first, position = self._shards[-1].file, self._shards[-1].position
         for number in range(first, len(self._rows.files)):
             file = self._rows.files[number]
-            for block in read_blocks(file.fetch(), file.name, place, self._mapper.fields):
+            for block in read_blocks(file.fetch(), file.name, position, self._mapper.fields):
                 yield number, block
             yield number, None
-            place = Place()
+            position = FilePosition()
 
     def _checked(
         self, blocks: Iterator[tuple[int, Block | None]], thread: Threads
@@ -261,7 +263,7 @@ class _Stager:
                 flags = thread.submit(find_flags, stats)
                 yield number, _CheckedBlock(block, examples, stats, flags, content_hashes(stats))
 
-    def _count(self, tally: RowStats, checked: "_CheckedBlock", result: FilterResult) -> None:
+    def _count(self, tally: RowTally, checked: "_CheckedBlock", result: FilterResult) -> None:
         block, examples, stats = checked.block, checked.examples, checked.stats
         tally.raw += len(block)
         tally.kept += int(result.keep.sum())
@@ -285,7 +287,7 @@ class _Stager:
         if not shard.number and not shard.tally.kept and shard.tally.raw >= after:
             raise UsageError(self._no_example_message(shard.tally))
 
-    def _no_example_message(self, tally: RowStats) -> str:
+    def _no_example_message(self, tally: RowTally) -> str:
         if not tally.raw:
             return f"data.dataset: {self._data.dataset} has no rows"
         most = sorted(tally.dropped.items(), key=lambda item: -item[1])[:3]
@@ -317,7 +319,7 @@ class _Stager:
         logs.get().info("shard staged", shard=record.path, rows=record.rows, bytes=record.bytes)
 
     def _finish(self) -> Manifest:
-        tally = RowStats()
+        tally = RowTally()
         for shard in self._shards:
             tally.merge(shard.tally)
         if not tally.kept:

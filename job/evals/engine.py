@@ -182,13 +182,13 @@ class Engine:
                 segment_ids,
                 ends,
                 option_ids,
-                shared_length=len(options.shared),
+                shared_length=len(options.prefix),
                 max_length=max_length,
             )
             values: list[Any] = np.asarray(scores)[batch.end_indices].tolist()
             return values
 
-        extended = [[*prompt, *options.shared] for prompt in prompts]
+        extended = [[*prompt, *options.prefix] for prompt in prompts]
         max_length = round_length(max(map(len, extended), default=0))
         batches = batch_packed(
             extended, self.batch_size, model.devices, self._compile_tokens, packing=model.can_pack

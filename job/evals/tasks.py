@@ -12,8 +12,8 @@ from itertools import islice
 from typing import Any
 
 from job.chat.conversation import Conversation, Message
-from job.data.blocks import Row
 from job.data.examples import Example, RowDroppedError, field_text, fill
+from job.data.row_blocks import Row
 from job.data.sources import open_source
 from job.errors import UsageError
 from job.runtime import logs

@@ -1,5 +1,5 @@
 """A KerasHub causal language model as pure functions of its weights: loading, LoRA, attention over
 packed rows, decoding, sharding over a mesh.
 
-Not for adapter files (job.adapters), losses and optimizers (job.train), or scoring (job.evals).
+Not here: adapter files (job.adapters), losses and optimizers (job.train), or scoring (job.evals).
 """

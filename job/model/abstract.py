@@ -23,11 +23,8 @@ from job.model.language_model import LanguageModel, Preset
 from job.model.load import task_class
 from job.model.lora import LoraWeights, Weights
 from job.model.patching import Patch, patched
-from job.model.sharding import weight_sharding
+from job.model.sharding import DATA_AXIS, LARGE_VARIABLE, weight_sharding
 from job.spec.schema import Model
-
-_LARGE = 1 << 16
-"""Elements from which a new variable gets no value; small ones may be read while tracing."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class AbstractModel(LanguageModel):
 
     def shard_batch(self, tree: Any, axis: int = 0) -> Any:
         """Return the shapes of arrays split over the data-parallel devices along `axis`."""
-        sharding = self._sharding(*([None] * axis), "data")
+        sharding = self._sharding(*([None] * axis), DATA_AXIS)
         return jax.tree.map(lambda array: abstract_array(array.shape, array.dtype, sharding), tree)
 
     def process_local(self, value: int) -> jax.Array:
@@ -140,7 +137,7 @@ def _without_values() -> AbstractContextManager[None]:
     original = JaxVariable._initialize_with_initializer
 
     def initialize(variable: Any, initializer: Any) -> None:
-        if math.prod(variable._shape) < _LARGE:
+        if math.prod(variable._shape) < LARGE_VARIABLE:  # small ones may be read while tracing
             original(variable, initializer)
             return
         variable._value = None

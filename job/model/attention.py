@@ -1,4 +1,4 @@
-"""Attention inside packed and padded rows, by replacing the masks that KerasHub's layers build.
+"""Attention for packed and padded rows: replaces the masks that KerasHub's layers build.
 
 KerasHub's decoder blocks build their attention mask from the padding mask in one method. Within
 `segment_attention` that method also looks at segment ids, which travel in place of the padding
@@ -70,12 +70,12 @@ def left_padded_attention(backbone: Any, starts: jax.Array) -> AbstractContextMa
 
 
 class Chunking(NamedTuple):
-    """How rows are cut into chunks of queries that share their keys."""
+    """Chunk size, and when chunking pays off."""
 
     queries: int
     """Queries in a chunk."""
     gain: float
-    """Chunk only if that leaves at most 1 / gain of a row's keys for each query."""
+    """Minimum factor by which chunking must shrink the keys per query."""
 
     def before(self, longest: int) -> int:
         """Count the keys in front of a chunk that its queries can see, in full chunks.
@@ -91,7 +91,7 @@ class Chunking(NamedTuple):
 
 
 ACCELERATOR = Chunking(ATTENTION_CHUNK, 2.0)
-"""With more keys the TPU's compiler moves more bytes for the chunks than it saves."""
+"""Below this gain, XLA on TPU moves more bytes than chunking saves."""
 
 
 CPU = Chunking(32, 1.0)

@@ -1,4 +1,4 @@
-"""What this project may do with each model family: the one table to extend for a new family.
+"""Capabilities of model families: the table to extend for a new one.
 
 KerasHub's families differ in where their blocks add the residual and how they build attention
 masks. A capability is listed here only where a test shows that it leaves the numbers as they
@@ -15,7 +15,8 @@ The tests that take every family of the table must then pass:
   (`tests/model/test_narrowing.py`).
 - `blockwise`: the block-wise step equals the step in one program
   (`tests/train/test_blockwise_step.py`).
-- exporting to transformers and PEFT, which needs no entry here: `tests/model/test_families.py`.
+
+Exporting to transformers and PEFT needs no entry here; `tests/model/test_families.py` tests it.
 """
 
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Family:
-    """What tests have shown to be exact for a family.
+    """Optimizations that tests have shown to be exact.
 
     Attributes:
         packable: several examples may share a row, each attending only to itself; prompts may be

@@ -1,10 +1,10 @@
 """Batched decoding over KerasHub's key-value cache.
 
-Prompts are left-padded, so that all of them end at the same index and one turn of the loop makes
-one token of every row. Tokens see no key before the start of their own prompt, and positions need
-no shift, since rotary embeddings are relative. KerasHub's own loop begins at the end of the
-shortest prompt and runs to the end of the buffer; this one takes as many turns as there are new
-tokens, and its prefill does not cover the room for them.
+Prompts are left-padded, so that all of them end at the same index and each loop iteration
+generates one token per row. Tokens see no key before the start of their own prompt, and positions
+need no shift, since rotary embeddings are relative. KerasHub's own loop begins at the end of the
+shortest prompt and continues to the end of the buffer; this one runs one iteration per new token,
+and its prefill does not cover the room for them.
 """
 
 import inspect
@@ -130,7 +130,7 @@ def decode(
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is sampled.
+    """Sampling settings.
 
     Attributes:
         temperature: above 0; logits are divided by it.

@@ -33,7 +33,7 @@ from job.model.lora import (
 from job.model.narrowing import can_narrow, gather_positions, narrow_last_block
 from job.model.remat import Remat, remat_blocks
 from job.model.rotary import fast_rotary
-from job.model.sharding import check_shardable, device_put, weight_sharding
+from job.model.sharding import DATA_AXIS, check_shardable, device_put, weight_sharding
 from job.spec.schema import Model
 
 
@@ -46,7 +46,7 @@ class Preset:
 
 
 class ForwardConfig(NamedTuple):
-    """How rows go through the backbone."""
+    """Options of a forward pass."""
 
     packed: bool
     """Rows may have several examples; otherwise `segment_ids` are an ordinary padding mask."""
@@ -89,7 +89,7 @@ class LanguageModel:
 
     @property
     def vocabulary(self) -> int:
-        """The width of the head."""
+        """The vocabulary size."""
         return int(self.backbone.token_embedding.embeddings.shape[0])
 
     @property
@@ -107,7 +107,7 @@ class LanguageModel:
     @property
     def devices(self) -> int:
         """The number of data-parallel devices, over which a batch is split."""
-        return int(self.mesh.shape["data"])
+        return int(self.mesh.shape[DATA_AXIS])
 
     @property
     def replicated(self) -> NamedSharding:
@@ -117,7 +117,7 @@ class LanguageModel:
     @property
     def sharded(self) -> NamedSharding:
         """The sharding of an array whose first axis is split over the data-parallel devices."""
-        return self._sharding("data")
+        return self._sharding(DATA_AXIS)
 
     def replicate(self, tree: Any) -> Any:
         """Copy a tree of arrays to every device of the mesh."""
@@ -128,7 +128,7 @@ class LanguageModel:
 
         Each process copies only the rows of its own devices.
         """
-        sharding = self._sharding(*([None] * axis), "data")
+        sharding = self._sharding(*([None] * axis), DATA_AXIS)
         return jax.tree.map(lambda array: device_put(array, sharding), tree)
 
     def process_local(self, value: int) -> jax.Array:
@@ -158,7 +158,7 @@ class LanguageModel:
                 attend only to earlier tokens of their own segment. `positions` `[groups, n]`, see
                 `gather_positions`.
             config: whether rows are packed, and what is saved for the backward pass.
-            lora: an adapter for `self.lora`; the states are differentiable by it.
+            lora: an adapter for `self.lora`; the states are differentiable with respect to it.
             dropout: of the adapter's inputs.
 
         Returns:

@@ -31,7 +31,9 @@ def load_model(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE)
     tokenizer = ChatTokenizer(hub_tokenizer, model.chat_template)
     loaded = LanguageModel(task, tokenizer, model, preset, mesh)
     if max(*tokenizer.stop_ids, tokenizer.pad_id) >= loaded.vocabulary:
-        raise UsageError(f"model.preset: the tokenizer of {model.preset} is not this model's")
+        raise UsageError(
+            f"model.preset: {model.preset}'s tokenizer has token ids outside the model's vocabulary"
+        )
     logs.get().info(
         "model loaded",
         family=loaded.family,

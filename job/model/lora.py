@@ -48,7 +48,7 @@ class LoraTarget:
 
 @dataclass(frozen=True)
 class LoraLayout:
-    """Which kernels of a backbone are adapted, and how."""
+    """The adapted kernels of a backbone, with rank and scaling."""
 
     rank: int
     alpha: float
@@ -165,7 +165,7 @@ def unflatten_lora(arrays: Sequence[Any]) -> LoraWeights:
 
 
 class Dropout(NamedTuple):
-    """Dropout of the adapters' inputs."""
+    """Dropout on adapter inputs."""
 
     rate: float
     """Share of the inputs to drop."""

@@ -20,7 +20,7 @@ class Patch(NamedTuple):
     name: str
     """Attribute name, usually a method's."""
     replacement: Any
-    """On an instance called without `self`; on a class with it."""
+    """A function; receives `self` only when the target is a class."""
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def remat_blocks(backbone: Any, remat: Remat) -> AbstractContextManager[None]:
         policy = policies.save_only_these_names(_RESULT)
         named = [layer for block in blocks for layer in kernel_layers(block)]
     elif remat == "matmuls":
-        # Mixtures of experts multiply by kernels in layers of their own.
+        # Mixtures of experts use custom layers for their kernels.
         policy = policies.dots_with_no_batch_dims_saveable
     return patched([
         *(Patch(layer, "call", _named(layer.call)) for layer in named),

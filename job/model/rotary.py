@@ -20,8 +20,8 @@ def rotary_layers(layer: Any) -> list[Any]:
 def fast_rotary(backbone: Any) -> AbstractContextManager[None]:
     """Make the backbone's rotary embeddings multiply each half of the features separately.
 
-    KerasHub computes cosines and sines twice, once for each half. The result is the same to the
-    bit.
+    KerasHub computes cosines and sines twice, once for each half. The result is the same bit
+    for bit.
     """
     name = "_apply_rotary_pos_emb"
     return patched([
@@ -40,7 +40,7 @@ def _rotate_halves(x: Any, cosines: Any, sines: Any) -> Any:
     return jnp.concatenate(rotated, axis=-1)
 
 
-def is_linear(rotary: Any) -> bool:
+def has_linear_scaling(rotary: Any) -> bool:
     """Tell whether wavelength and scaling factor determine a rotary embedding."""
     default = type(rotary)._get_inverse_freq is RotaryEmbedding._get_inverse_freq
     return default and rotary.rope_type == "linear"
@@ -57,6 +57,6 @@ def with_rotary_constants(layer: Any, constants: jax.Array) -> AbstractContextMa
     return patched([
         Patch(part, name, value)
         for part, values in pairs
-        if is_linear(part)
+        if has_linear_scaling(part)
         for name, value in zip(("max_wavelength", "scaling_factor"), values, strict=True)
     ])  # fmt: skip

@@ -1,8 +1,8 @@
-"""Frozen weights over the `model` axis of the mesh, each loaded straight to its shards.
+"""Shard frozen weights over the mesh's `model` axis, loading each one directly into its shards.
 
-The rule needs no table of model families. A vector is replicated. Of a kernel with three axes the
-heads are split if they divide (they are its shortest axis); of any other kernel, or if they do
-not, the longest axis that divides. XLA inserts the communication.
+The rule needs no table of model families. A vector is replicated. A kernel with three axes is
+split by heads (its shortest axis) if divisible. Otherwise, and for any other kernel, the longest
+divisible axis is split. XLA inserts the communication.
 """
 
 import math
@@ -18,15 +18,16 @@ from job.errors import UsageError
 from job.model.patching import Patch, patched
 from job.runtime import logs
 
+DATA_AXIS = "data"
 MODEL_AXIS = "model"
 
 
-_LARGE = 1 << 16
-"""Elements from which a new variable starts as zeros instead of random numbers."""
+LARGE_VARIABLE = 1 << 16
+"""Variables with at least this many elements get no initial value of their own."""
 
 
 _NEGLIGIBLE = 0.01
-"""Share of all parameters that kernels which cannot be split may have."""
+"""Maximum share of parameters in kernels that cannot be split."""
 
 
 def shard_axis(shape: Sequence[int], parts: int) -> int | None:
@@ -77,7 +78,7 @@ def loading_to_shards(mesh: Mesh) -> AbstractContextManager[None]:
 
     def initialize(variable: Any, initializer: Callable[..., Any]) -> None:
         shape, dtype = variable._shape, jax.numpy.dtype(variable._dtype)
-        if math.prod(shape) >= _LARGE:
+        if math.prod(shape) >= LARGE_VARIABLE:
             value = np.broadcast_to(np.zeros((), dtype), shape)
         else:
             value = np.asarray(initializer(shape, dtype=variable._dtype))
@@ -97,7 +98,7 @@ def check_shardable(variables: Sequence[Any], mesh: Mesh) -> None:
     """Log which share of the frozen weights each device holds.
 
     Raises:
-        UsageError: kernels that matter cannot be split over the `model` axis.
+        UsageError: too many parameters cannot be split over the `model` axis.
     """
     parts = mesh.shape[MODEL_AXIS]
     if parts == 1:
@@ -108,8 +109,8 @@ def check_shardable(variables: Sequence[Any], mesh: Mesh) -> None:
     if unsplit > _NEGLIGIBLE * total:
         largest = max(kernels, key=lambda v: math.prod(v.shape))
         raise UsageError(
-            f"runtime.mesh.model: no axis of {largest.path} {tuple(largest.shape)} divides by "
-            f"{parts}; use a smaller power of two"
+            f"runtime.mesh.model: no axis of {largest.path} {tuple(largest.shape)} is divisible "
+            f"by {parts}; use a smaller power of two"
         )
     logs.get().info(
         "frozen weights sharded",

@@ -42,7 +42,7 @@ SHAPE: dict[str, Any] = {
     "sliding_window_size": 64,
     "vision_encoder": None,
 }
-"""Gemma 3's own proportions: five sliding-window layers, then a global one."""
+"""Gemma 3's layer pattern: five sliding-window layers, then a global one."""
 
 
 def tiny_preset() -> Path:

@@ -11,9 +11,9 @@ import numpy as np
 from job.data.contamination import clean_rows
 from job.data.examples import Example
 from job.data.filters import CHAT_MARKUP, CONTAMINATED
-from job.data.sample_files import iter_examples, write_samples
 from job.data.sources import open_source
 from job.data.split import split
+from job.data.split_files import iter_examples, write_split_files
 from job.data.staging import StagedDataset, stage_rows, staging_key
 from job.evals.tasks import load_task
 from job.pipeline.run import Run
@@ -59,7 +59,7 @@ def run_stage(run: Run) -> DataInfo:
     if usable is not None:
         samples = {key: usable[indices] for key, indices in samples.items()}
     paths = {key: run.work / Path(key).name for key in samples}
-    write_samples(staged, {paths[key]: samples[key] for key in samples}, run.stop.check)
+    write_split_files(staged, {paths[key]: samples[key] for key in samples}, run.stop.check)
     for key, path in paths.items():
         run.put_file(key, path)
     info = DataInfo(

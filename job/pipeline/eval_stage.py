@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from job.data.contamination import find_overlap
-from job.data.sample_files import iter_examples
+from job.data.split_files import iter_examples
 from job.evals.batching import BATCHING_VERSION
 from job.evals.engine import Engine
 from job.evals.local_model import LocalModel

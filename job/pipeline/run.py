@@ -23,7 +23,7 @@ from job.runtime.signals import StopSignal
 from job.spec.pinning import Revisions
 from job.spec.schema import Spec
 from job.storage.base import Store, file_sha256
-from job.storage.lease import Lease, hold_lease
+from job.storage.lease import Lease, LeaseHeldError, hold_lease
 
 if TYPE_CHECKING:
     from job.model.language_model import LanguageModel
@@ -198,7 +198,12 @@ def hold_run_lease(run: Run, unchanged: Callable[[], bool]) -> Iterator[None]:
     def on_lost(reason: str) -> None:
         run.stop.requested = reason
 
-    with hold_lease(run.store, f"the run {run.id}", on_lost) as run.lease:
+    with contextlib.ExitStack() as stack:
+        try:
+            lease = stack.enter_context(hold_lease(run.store, f"the run {run.id}", on_lost))
+        except LeaseHeldError as held:
+            raise LeaseHeldError(f"{held}, or use another --run-id") from held
+        run.lease = lease
         if not unchanged():
             raise RunStoppedError(
                 "another process worked on this run while this one began; "

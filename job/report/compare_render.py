@@ -8,7 +8,7 @@ from rich.text import Text
 
 from job.report.compare import DialogueTest, RunComparison, TaskTest
 from job.report.render import template_environment
-from job.runtime.text import legible
+from job.runtime.logs import legible
 
 _MOST_SETTINGS = 24
 """Most settings shown on a terminal; JSON and page have all."""

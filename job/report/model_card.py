@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from job.report.render import caveats, code_block, template_environment, trivial_baselines
 from job.results import Results
-from job.runtime.text import legible
+from job.runtime.logs import legible
 
 KEY = "adapter/README.md"
 

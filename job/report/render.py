@@ -26,7 +26,7 @@ from job.results import (
     Results,
     TrivialBaselines,
 )
-from job.runtime.text import legible
+from job.runtime.logs import legible
 
 SHOWN_FLIPS = 40
 """Most changed questions on the page, gained and lost; all are in predictions.jsonl."""

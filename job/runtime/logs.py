@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Mapping, MutableMapping
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -39,7 +40,7 @@ class RunLog:
         self._file = file
 
     def detach(self) -> None:
-        """Hold further lines in memory again."""
+        """Stop writing to the file; later lines go to the terminal only."""
         self._file = None
 
     def discard(self) -> None:
@@ -202,3 +203,18 @@ class Redactor:
         if isinstance(value, list | tuple | set | frozenset):
             return [self.value(item) for item in value]
         return self.text(str(value))
+
+
+def legible(text: str) -> str:
+    """Return the text with every invisible or direction-changing character shown by its code.
+
+    Line breaks, tabs and the joiners that scripts and emoji need stay.
+    """
+
+    def shown(char: str) -> str:
+        if char.isprintable() or char in "\n\t\u200c\u200d" or unicodedata.category(char) == "Zs":
+            return char
+        # Not Unicode's control pictures: few fonts have them.
+        return f"\u2039U+{ord(char):04X}\u203a"
+
+    return text if text.isprintable() else "".join(map(shown, text.replace("\r\n", "\n")))

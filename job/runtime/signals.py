@@ -42,7 +42,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested: str | None = None
         self.muted = False
-        """Whether `check` raises no more, for the last writes before the exit."""
+        """If true, `check` does not raise, so that final writes can finish."""
         self.grace = 0.0
         """Seconds; 0 outside of a run."""
         self.leave: Callable[[int, str], None] = exit_now
@@ -77,11 +77,11 @@ class StopSignal:
         while (number := signal.sigwait(_SIGNALS)) == signal.SIGINT and self._interactive:
             signal.pthread_kill(threading.main_thread().ident or 0, number)
         self.requested = signal.Signals(number).name
-        threading.Thread(target=self._leave_at_ctrl_c, name="stop-now", daemon=True).start()
+        threading.Thread(target=self._exit_on_second_sigint, name="stop-now", daemon=True).start()
         time.sleep(self.grace)
         self.leave(EXIT_RESUMABLE, self._message)
 
-    def _leave_at_ctrl_c(self) -> None:
+    def _exit_on_second_sigint(self) -> None:
         while signal.sigwait(_SIGNALS) != signal.SIGINT:
             continue
         self.leave(EXIT_RESUMABLE, self._message)

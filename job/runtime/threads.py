@@ -47,7 +47,7 @@ def delay[T](items: Iterator[T], by: int) -> Iterator[T]:
 def prefetch_map[A, B](
     call: Callable[[A], B], items: Iterable[A], pool: Threads, most: int
 ) -> Iterator[B]:
-    """Yield the result of `call` for each item, in order, with at most `most` calls at once."""
+    """Yield the result of `call` for each item, in order, with at most `most` calls at a time."""
     waiting: deque[Future[B]] = deque()
     for item in items:
         waiting.append(pool.submit(call, item))

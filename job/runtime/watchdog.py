@@ -44,12 +44,14 @@ class Watchdog:
     @contextlib.contextmanager
     def task(self, label: str, total: int | None, start: int) -> Iterator[None]:
         """Describe this work in the log lines within this block."""
+        outer = self._label, self._total, self._done, self._logged, self._figures
         self._label, self._total, self._done, self._logged = label, total, start, start
+        self._figures = {}
         self.beat()
         try:
             yield
         finally:
-            self._label, self._figures = "", {}
+            self._label, self._total, self._done, self._logged, self._figures = outer
             self.beat()
 
     def advance(self, done: int, figures: dict[str, float | str]) -> None:

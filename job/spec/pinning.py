@@ -6,12 +6,9 @@ same weights, so the preflight stage resolves names to commits once and records 
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
 
 from job.spec.schema import Source, Spec
-
-Kind = Literal["dataset", "model"]
-
+from job.storage.hub import RepoType
 
 Revisions = Mapping[str, str]
 """Commit by `revision_key`."""
@@ -24,7 +21,7 @@ NONE: Revisions = MappingProxyType({})
 _SCHEME = "hf://"
 
 
-def revision_key(kind: Kind, repository: str, revision: str | None) -> str:
+def revision_key(kind: RepoType, repository: str, revision: str | None) -> str:
     """Return the key a commit is recorded under."""
     return f"{kind}:{repository}@{revision or ''}"
 
@@ -51,7 +48,7 @@ def adapter_key(spec: Spec) -> str | None:
     return revision_key("model", adapter.removeprefix(_SCHEME), None)
 
 
-def resolve_commit(kind: Kind, repository: str, revision: str | None) -> str:
+def resolve_commit(kind: RepoType, repository: str, revision: str | None) -> str:
     """Return the commit that a revision names now.
 
     Raises:
@@ -64,7 +61,7 @@ def resolve_commit(kind: Kind, repository: str, revision: str | None) -> str:
 
 def resolve_all(spec: Spec, known: Revisions) -> dict[str, str]:
     """Return the commits of everything the spec names on the Hub, reusing those already known."""
-    revisions: dict[str, tuple[Kind, str, str | None]] = {}
+    revisions: dict[str, tuple[RepoType, str, str | None]] = {}
     for source in (spec.data, *spec.evals.multiple_choice):
         if key := source_key(source):
             revisions[key] = ("dataset", source.dataset.removeprefix(_SCHEME), source.revision)

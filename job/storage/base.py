@@ -75,7 +75,7 @@ def check_key(key: str) -> str:
     """
     parts = PurePosixPath(key).parts
     if not parts or key.startswith("/") or ".." in parts or "\\" in key or "\0" in key:
-        raise StageError(f"'{key}' is not a path inside the run's folder")
+        raise StageError(f"'{key}' is not a relative path inside the folder")
     return key
 
 

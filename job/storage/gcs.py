@@ -125,7 +125,7 @@ class GcsStore:
             file.seek(0)
             blob = self._blob(key)
             blob.chunk_size, blob.crc32c = _CHUNK, checksum
-            retry = _retry(Attempts(f"write {self._place(key)}")) if size > _CHUNK else None
+            retry = _retry(Attempts(f"write {self._key_uri(key)}")) if size > _CHUNK else None
             try:
                 blob.upload_from_file(
                     file, size=size, if_generation_match=expected, **_options(retry), checksum=None
@@ -144,7 +144,7 @@ class GcsStore:
         blob = self._metadata(key)
         if blob is None or version not in (None, str(blob.generation)):
             return False
-        what = f"read {self._place(key)}"
+        what = f"read {self._key_uri(key)}"
 
         def get(scratch: Path) -> Path:
             attempts = Attempts(what)
@@ -170,7 +170,7 @@ class GcsStore:
         root = f"{self._prefix}/" if self._prefix else ""
 
         def work() -> list[str]:
-            options = _options(_retry(Attempts(f"list {self._place(prefix)}")))
+            options = _options(_retry(Attempts(f"list {self._key_uri(prefix)}")))
             blobs = self._bucket().list_blobs(prefix=root + prefix, **options)
             return sorted(str(blob.name).removeprefix(root) for blob in blobs)
 
@@ -197,7 +197,7 @@ class GcsStore:
         path = f"{self._prefix}/{check_key(key)}".lstrip("/")
         return self._bucket().blob(path, generation=generation)
 
-    def _place(self, key: str) -> str:
+    def _key_uri(self, key: str) -> str:
         return f"{self.uri}/{key}".rstrip("/")
 
     def _call[Result](self, action: str, key: str, work: Callable[[], Result]) -> Result | None:
@@ -212,7 +212,7 @@ class GcsStore:
                 return work()
 
         with contextlib.suppress(NotFound), self._refusals(action, key):
-            return retrying(f"{action} {self._place(key)}", once)
+            return retrying(f"{action} {self._key_uri(key)}", once)
         return None
 
     @contextlib.contextmanager
@@ -234,11 +234,11 @@ class GcsStore:
             reason = first_line(error.response.text) or error.response.reason
             if error.code in (401, 403):
                 raise SetupError(
-                    f"not allowed to {action} {self._place(key)}: the account in use needs "
+                    f"not allowed to {action} {self._key_uri(key)}: the account in use needs "
                     f"roles/storage.objectUser on the bucket ({error.code}: {reason})"
                 ) from error
             raise StageError(
-                f"cannot {action} {self._place(key)}: {error.code}: {reason}"
+                f"cannot {action} {self._key_uri(key)}: {error.code}: {reason}"
             ) from error
         except GoogleAuthError as error:
             raise SetupError(

@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-Kind = Literal["dataset", "model"]
+RepoType = Literal["dataset", "model"]
+"""The type of a repository of the Hub."""
 
 SCHEME = "hf://"
-README = "README.md"
+CARD_FILE = "README.md"
 """The card of a repository."""
 
 _THREADS = 4
@@ -70,7 +71,7 @@ class HubFile:
 class Repository:
     """A repository of the Hub; `revision` is the spec's name for the commit, for messages."""
 
-    kind: Kind
+    kind: RepoType
     name: str
     revision: str | None = None
 
@@ -120,7 +121,7 @@ class Repository:
         return sorted(files, key=lambda file: file.path)
 
     def fetch(self, commit: str, files: Sequence[HubFile], folder: Path) -> None:
-        """Download files to a local folder, several at once; correct local copies are not repeated.
+        """Download files to a local folder, several at a time; correct local copies stay.
 
         A file appears under its name only when it is complete and correct.
 
@@ -191,7 +192,7 @@ class Repository:
     def _error(self, error: "HfHubHTTPError") -> Exception:
         from huggingface_hub import errors, get_token
 
-        token = "HF_TOKEN is set" if get_token() else "HF_TOKEN is not set"
+        token = "a token is set" if get_token() else "no token is set"
         reason = f"{error.response.status_code}: {first_line(error.server_message or str(error))}"
         if isinstance(error, errors.GatedRepoError):
             return SetupError(
@@ -227,7 +228,7 @@ def check_paths(files: Sequence[HubFile]) -> None:
     for file in files:
         parts = file.path.split("/")
         if file.path.startswith("/") or ".." in parts or parts[-1].startswith(PARTIAL):
-            raise StageError(f"the repository lists {file.path!r}, which is no path inside it")
+            raise StageError(f"the repository lists {file.path!r}, which is outside the repository")
 
 
 def _endpoint() -> str:
@@ -261,8 +262,8 @@ def _install_client() -> None:
                 return send()
             connect, stall = timeouts()
             request.extensions["timeout"] = httpx2.Timeout(stall, connect=connect).as_dict()
-            place = request.url.copy_with(query=None, fragment=None)
-            return retrying(f"{request.method} {place}", lambda: _send_once(send))
+            url = request.url.copy_with(query=None, fragment=None)
+            return retrying(f"{request.method} {url}", lambda: _send_once(send))
 
     def factory() -> httpx2.Client:
         return Client(event_hooks=hooks, follow_redirects=True, timeout=None)

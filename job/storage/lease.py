@@ -1,8 +1,8 @@
 """The lease of a folder: a small file that is taken, renewed and released by its one writer.
 
 It is written only if it is unchanged since it was read (a generation precondition in a bucket, a
-lock in a folder). It may be taken over once it has expired, or at once if its owner was a process
-of this machine that has ended.
+lock in a folder). It may be taken over once it has expired, or immediately if its owner was a
+process of this machine that has ended.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from job.runtime import logs
 from job.storage.base import Store
 from job.storage.retry import seconds_from
 
-KEY = "lease.json"
+LEASE_KEY = "lease.json"
 _SECONDS = 60.0
 
 
@@ -60,7 +60,7 @@ class Lease:
         Raises:
             LeaseHeldError: another process has it.
         """
-        current = self._store.read_version(KEY)
+        current = self._store.read_version(LEASE_KEY)
         if current is not None:
             held = _parsed(current[0])
             if held and held.expires > time.time() and not _is_gone(held):
@@ -69,7 +69,7 @@ class Lease:
                 logs.get().warning("taking over a lease", host=held.host)
         begun = time.monotonic()
         version = self._store.write_if_version(
-            KEY, self._content(), current[1] if current else None
+            LEASE_KEY, self._content(), current[1] if current else None
         )
         if version is None:
             raise LeaseHeldError(
@@ -81,7 +81,7 @@ class Lease:
         when = datetime.fromtimestamp(held.expires, UTC).strftime("%H:%M:%S UTC")
         return (
             f"{self._what} is in use by another process ({held.host}), which holds its lease "
-            f"until {when} and renews it; wait for it to end, or use another --run-id"
+            f"until {when} and renews it; wait for it to end"
         )
 
     def _content(self) -> bytes:
@@ -98,7 +98,7 @@ class Lease:
         while not self._ended.wait(self._seconds / 3):
             begun = time.monotonic()
             try:
-                version = self._store.write_if_version(KEY, self._content(), self._version)
+                version = self._store.write_if_version(LEASE_KEY, self._content(), self._version)
             except JobError as error:
                 logs.get().warning("lease not renewed", reason=str(error))
                 version = self._version
@@ -107,7 +107,7 @@ class Lease:
                 return
             if version is None or time.monotonic() > self._until:
                 self._until = 0.0
-                self._lost("the loss of its lease")
+                self._lost("a lost lease")
                 return
             self._version, self._until = version, begun + self._seconds
 
@@ -128,11 +128,11 @@ class Lease:
         self._ended.set()
         with contextlib.suppress(JobError):
             for _ in range(2):  # a concurrent renewal may have changed the version
-                current = self._store.read_version(KEY)
+                current = self._store.read_version(LEASE_KEY)
                 held = current and _parsed(current[0])
                 if not current or not held or held.owner != self._owner:
                     return
-                if self._store.write_if_version(KEY, None, current[1]) is not None:
+                if self._store.write_if_version(LEASE_KEY, None, current[1]) is not None:
                     return
 
 

@@ -93,7 +93,7 @@ class LocalStore:
             handle = os.open(folder, os.O_RDONLY)
         except OSError as error:
             raise SetupError(
-                f"cannot write to {folder}: {error.strerror}; choose another --output"
+                f"cannot write to {folder}: {error.strerror}; choose another folder"
             ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)

@@ -98,7 +98,7 @@ class Attempts:
     """The attempts at one piece of work, counted from the first failure since its last progress."""
 
     def __init__(self, what: str) -> None:
-        """Args: what: completes "cannot ...", for the log and the final message."""
+        """Count attempts at `what`, which completes "cannot ..." in messages."""
         self._what = what
         self._patience = seconds_from("JOB_RETRY_SECONDS", _RETRY_SECONDS)
         self._count = 0

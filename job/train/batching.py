@@ -49,7 +49,7 @@ class BatchLoader:
         if self._fixed:
             return
         length = self._rows.buckets[-1]
-        losses = int(np.count_nonzero(self._rows.batch.weights, axis=1).max(initial=1))
+        losses = int(np.count_nonzero(self._rows.batch.loss_weights, axis=1).max(initial=1))
         row = activation_bytes(self._model, config, length, padded_loss_count(losses))
         resident = bytes_per_device([*self._model.weights, *state])
         memory = device_memory(self._model.mesh.local_devices[0])
@@ -105,7 +105,7 @@ class BatchLoader:
         key = (self.per_device_batch_size, length)
         if key not in self._loss_counts:
             groups = self.gradient_accumulation_steps * self._model.devices
-            counts = np.append(np.count_nonzero(self._rows.batch.weights, axis=1), 0)
+            counts = np.append(np.count_nonzero(self._rows.batch.loss_weights, axis=1), 0)
             steps = map(self._schedule.batch_indices, range(self._schedule.steps))
             most = (
                 int(counts[indices].reshape(groups, -1).sum(axis=1).max())

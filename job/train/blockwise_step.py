@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from job.model.blocks import BlockArrays, BlockwiseModel, split_into_blocks
+from job.model.decoder_blocks import BlockArrays, BlockwiseModel, split_into_blocks
 from job.model.language_model import LanguageModel
 from job.model.lora import Dropout, LoraWeights, Weights
 from job.model.narrowing import gather_positions

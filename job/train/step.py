@@ -88,7 +88,7 @@ def shard_input(
 
     Returns:
         `token_ids` and `segment_ids` `[gradient_accumulation_steps, rows, length]`, rows sharded
-        over the devices; `positions`, `targets` and `weights` (see `Batch.flat_losses`)
+        over the devices; `positions`, `targets` and `weights` (see `Batch.group_loss_positions`)
         `[gradient_accumulation_steps, devices, losses]`, sharded likewise; `micro_batch`
         `[gradient_accumulation_steps]`, the global number of each micro-batch, replicated; and
         `stop` `[data, model]`.
@@ -98,7 +98,7 @@ def shard_input(
         name: getattr(batch, name).reshape(count, -1, batch.token_ids.shape[1])
         for name in ("token_ids", "segment_ids")
     }
-    flat = batch.flat_losses(count * model.devices, losses)
+    flat = batch.group_loss_positions(count * model.devices, losses)
     arrays |= {name: array.reshape(count, model.devices, -1) for name, array in flat.items()}
     numbers = np.arange(count, dtype=np.int32) + step * count
     sharded: Arrays = model.shard_batch(arrays, axis=1)

@@ -34,13 +34,13 @@ class Validator:
         for batch in self._load_batches():
             sums = jax.device_get(self._validation_step(lora, self._model.weights, batch))
             loss, correct = loss + float(sums.loss), correct + float(sums.correct)
-        tokens = float(self._rows.batch.weights.sum())
+        tokens = float(self._rows.batch.loss_weights.sum())
         return Validation(step=step, loss=loss / tokens, token_accuracy=correct / tokens)
 
     def _load_batches(self) -> Iterator[Arrays]:
         rows, per_device = self._rows, self._batches.per_device_batch_size
         batch_size = self._model.devices * per_device
-        counts = np.count_nonzero(rows.batch.weights, axis=1)
+        counts = np.count_nonzero(rows.batch.loss_weights, axis=1)
         for length in rows.buckets:
             bucket = np.flatnonzero(rows.lengths == length)
             most = int(np.sort(counts[bucket])[::-1][:per_device].sum())

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from job.adapters.hf_weight_map import target_matrices
 from job.adapters.low_rank import LinearMatrix, LowRankUpdate, pad_rank, truncate_rank
 from job.adapters.peft_format import (
-    CONFIG,
-    MODEL,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
     PeftAdapter,
     compress,
     peft_files,
@@ -65,7 +65,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def changed(folder: Path, **values: Any) -> Path:
-    path = write(folder, peft_files(adapter())) / CONFIG
+    path = write(folder, peft_files(adapter())) / PEFT_CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     return folder
 
@@ -119,7 +119,7 @@ def test_compression_is_the_nearest_and_reports_its_loss() -> None:
 
 def test_files_have_ranks_by_layer_and_round_trip(tmp_path: Path) -> None:
     files = peft_files(adapter())
-    config = json.loads(files[CONFIG])
+    config = json.loads(files[PEFT_CONFIG])
     assert config["target_modules"] == ["q_proj", "up_proj"]
     assert (config["r"], config["lora_alpha"]) == (2, 3)
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({"q_proj": 6}, {"q_proj": 9})
@@ -131,16 +131,16 @@ def test_layers_that_differ_are_named_in_full() -> None:
     made = adapter()
     first = "model.layers.0.self_attn.q_proj"
     partly = replace(made, modules={name: f for name, f in made.modules.items() if name != first})
-    config = json.loads(peft_files(partly)[CONFIG])
+    config = json.loads(peft_files(partly)[PEFT_CONFIG])
     assert config["target_modules"] == sorted(partly.modules)
     padded_first = {**made.modules, first: pad_rank(made.modules[first], 8)}
-    config = json.loads(peft_files(replace(made, modules=padded_first))[CONFIG])
+    config = json.loads(peft_files(replace(made, modules=padded_first))[PEFT_CONFIG])
     assert config["rank_pattern"] == {first: 8, "model.layers.1.self_attn.q_proj": 6}
 
 
 def test_one_rank_for_all_is_the_same_update() -> None:
     made = adapter()
-    config = json.loads(peft_files(uniform_rank(made))[CONFIG])
+    config = json.loads(peft_files(uniform_rank(made))[PEFT_CONFIG])
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (6, 9, {})
     for name, factors in uniform_rank(made).modules.items():
         np.testing.assert_array_equal(factors.delta(), made.modules[name].delta())
@@ -164,7 +164,7 @@ def test_half_precision_and_rslora_of_others_are_read(tmp_path: Path) -> None:
         for name, update in made.modules.items()
         for letter, array in (("A", update.a), ("B", update.b))
     }
-    save_file(halves, folder / MODEL)
+    save_file(halves, folder / PEFT_WEIGHTS)
     read = read_peft(folder).modules["model.layers.0.self_attn.q_proj"]
     assert read.scale == pytest.approx(8 / 6**0.5)
     expected = made.modules["model.layers.0.self_attn.q_proj"].a
@@ -191,15 +191,19 @@ def test_adapters_that_are_more_than_lora_are_refused(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (MODEL, b"", "not a valid safetensors file"),
+        (PEFT_WEIGHTS, b"", "not a valid safetensors file"),
         (
-            MODEL,
-            peft_files(adapter())[MODEL][:-100],
+            PEFT_WEIGHTS,
+            peft_files(adapter())[PEFT_WEIGHTS][:-100],
             "valid safetensors file: .*not fully covered",
         ),
-        (MODEL, peft_files(adapter())[MODEL][:100], "valid safetensors file: .*header"),
-        (CONFIG, b"{", "is not PEFT's"),
-        (CONFIG, b'{"peft_type": "LORA", "r": 0, "lora_alpha": 1}', "is not PEFT's: see r"),
+        (
+            PEFT_WEIGHTS,
+            peft_files(adapter())[PEFT_WEIGHTS][:100],
+            "valid safetensors file: .*header",
+        ),
+        (PEFT_CONFIG, b"{", "is not PEFT's"),
+        (PEFT_CONFIG, b'{"peft_type": "LORA", "r": 0, "lora_alpha": 1}', "is not PEFT's: see r"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

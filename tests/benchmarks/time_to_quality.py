@@ -109,7 +109,9 @@ def main() -> None:
     forward = ForwardConfig(packed=True, remat=train.remat, longest=LENGTH)
     validate = make_validation(model, forward)
     unseen = make_rows(held_out, train.row_length, packing=True).batch
-    placed = shard_input(model, unseen, 1, padded_loss_count(int(unseen.losses(1).max())))
+    placed = shard_input(
+        model, unseen, 1, padded_loss_count(int(unseen.count_loss_tokens(1).max()))
+    )
 
     def measure(lora: LoraWeights) -> float:
         return float(validate(lora, model.weights, placed).loss) / float(unseen.weights.sum())
@@ -126,7 +128,7 @@ def main() -> None:
     variables = tuple(variable.value for variable in optimizer.variables)
     state = TrainState(*jax.tree.map(lambda a: jax.numpy.array(a, copy=True), (start, variables)))
     batches = [rows.batch.take(plan.batch_indices(step)) for step in range(plan.steps)]
-    width = padded_loss_count(max(int(batch.losses(1).max()) for batch in batches))
+    width = padded_loss_count(max(int(batch.count_loss_tokens(1).max()) for batch in batches))
     step, _ = make_step(model, optimizer, StepConfig(forward))
     step.lower(state, model.weights, shard_input(model, batches[0], 1, width)).compile()
 

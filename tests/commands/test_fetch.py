@@ -120,7 +120,7 @@ def test_a_path_outside_the_folder_is_refused(
 ) -> None:
     (tmp_path / "evil").write_bytes(b"kept")
     run.write("results.json", results(artifact(path, b"evil")))
-    with pytest.raises(StageError, match="not a path inside the run's folder"):
+    with pytest.raises(StageError, match="not a relative path inside the folder"):
         fetch_run(run.uri, target.uri)
     assert target.list() == []
     assert (tmp_path / "evil").read_bytes() == b"kept"

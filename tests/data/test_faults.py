@@ -15,7 +15,7 @@ import pytest
 from job.data import staging
 from job.errors import JobError
 from job.storage import gcs as bucket_module
-from job.storage.lease import KEY
+from job.storage.lease import LEASE_KEY
 from tests.data.staged import spec_of, stage
 from tests.services.base import Service
 from tests.services.bucket import GRANULE, Bucket
@@ -89,7 +89,7 @@ class World:
     def outputs(self) -> Mapping[str, bytes]:
         """All objects but leases, which expire if a run cannot remove them."""
         objects = self.bucket.objects.items()
-        return {name: item.data for (_, name), item in objects if not name.endswith(KEY)}
+        return {name: item.data for (_, name), item in objects if not name.endswith(LEASE_KEY)}
 
 
 @pytest.fixture(scope="module")

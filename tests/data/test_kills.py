@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from job.storage.lease import KEY
+from job.storage.lease import LEASE_KEY
 from tests.data.staged import spec_of
 from tests.services.bucket import Bucket
 from tests.services.hub import Hub
@@ -52,7 +52,7 @@ def finish(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
 
 def outputs(bucket: Bucket) -> dict[str, bytes]:
     objects = bucket.objects.items()
-    return {name: item.data for (_, name), item in objects if not name.endswith(KEY)}
+    return {name: item.data for (_, name), item in objects if not name.endswith(LEASE_KEY)}
 
 
 def records(bucket: Bucket) -> int:

@@ -183,10 +183,10 @@ def test_rows_have_the_losses_of_their_examples() -> None:
     rows = make_rows(found, 400, packing=True)
     by_id = {example.id: example for example in found}
     for row, ids in enumerate(rows.examples):
-        held = rows.batch.weights[row] > 0
+        held = rows.batch.loss_weights[row] > 0
         expected = [token for i in ids for token in targets_of(by_id[i])]
         assert rows.batch.targets[row][held].tolist() == expected
-        at = rows.batch.positions[row][held] + 1
+        at = rows.batch.loss_positions[row][held] + 1
         assert rows.batch.token_ids[row][at].tolist() == expected
 
 
@@ -266,17 +266,17 @@ def test_a_loss_position_precedes_its_target_in_the_example(
     examples: list[TokenExample], length: int, packing: bool
 ) -> None:
     batch = make_rows(examples, length, packing=packing).batch
-    row, place = np.nonzero(batch.weights)
-    at = batch.positions[row, place]
+    row, place = np.nonzero(batch.loss_weights)
+    at = batch.loss_positions[row, place]
     assert (batch.token_ids[row, at + 1] == batch.targets[row, place]).all()
     assert (batch.segment_ids[row, at + 1] == batch.segment_ids[row, at]).all()
     assert (batch.segment_ids[row, at] > 0).all()
     wanted = sorted(token for e in examples for token in targets_of(e))
     assert sorted(batch.targets[row, place].tolist()) == wanted
-    assert set(np.unique(batch.weights)) <= {0.0, 1.0}
-    empty = batch.weights == 0
+    assert set(np.unique(batch.loss_weights)) <= {0.0, 1.0}
+    empty = batch.loss_weights == 0
     assert (batch.targets[empty] == 0).all()
-    assert (batch.positions[empty] == 0).all()
+    assert (batch.loss_positions[empty] == 0).all()
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -285,14 +285,14 @@ def test_the_number_of_losses_follows_from_what_they_are_on(packing: bool) -> No
     found = {}
     for loss_on in ("response", "all"):
         examples = tokenize(source, GEMMA, 200, loss_on).examples
-        found[loss_on] = make_rows(examples, 256, packing=packing).batch.weights.sum()
+        found[loss_on] = make_rows(examples, 256, packing=packing).batch.loss_weights.sum()
     tokens = sum(len(example.token_ids) for example in tokenize(source, GEMMA, 200, "all").examples)
     assert found == {"response": 4 * (1 + 2 + 3 + 4 + 5) + 5, "all": tokens - 5}
 
 
 def three_rows(losses: int | None = None) -> PackedRows:
     examples = [token_example(str(n), [7, 8, 9], 1) for n in range(3)]
-    return make_rows(examples, 4, packing=False, losses=losses)
+    return make_rows(examples, 4, packing=False, max_loss_tokens=losses)
 
 
 def test_loss_lists_are_as_wide_as_given_or_a_multiple_of_8() -> None:

@@ -494,7 +494,7 @@ TWO_CONFIGS = "---\nconfigs:\n- config_name: x\n- config_name: y\n---\n"
         ({"data_files": ["/etc/hosts"]}, r"no readable file '/etc/hosts'; it has a\.jsonl"),
         ({"data_files": ["https://a.b/c.jsonl"]}, r"no readable file 'https://a\.b/c\.jsonl'"),
         ({"data_files": ["../a.jsonl"]}, r"no readable file '\.\./a\.jsonl'"),
-        ({"data_files": ["a.jsonl"], "config": "x"}, r"data_files replace a config"),
+        ({"data_files": ["a.jsonl"], "config": "x"}, r"data_files and config cannot both be set"),
         ({"readme": b"---\nconfigs: 5\n---\n"}, r"README\.md cannot be used: .*in data_files"),
         ({"readme": b"---\nconfigs: [a: [\n---\n"}, r"README\.md cannot be used: .*in data_files"),
         ({"readme": TWO_CONFIGS.encode()}, r"several configs; write one of x, y in config"),

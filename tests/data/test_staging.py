@@ -11,9 +11,9 @@ import pytest
 
 from job.data import staging
 from job.data.readers import read_blocks
-from job.data.sample_files import iter_examples
+from job.data.split_files import iter_examples
 from job.errors import StageError, UsageError
-from job.storage.lease import KEY
+from job.storage.lease import LEASE_KEY
 from job.storage.local import LocalStore
 from tests.data.staged import left_in, spec_of, stage
 
@@ -129,7 +129,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def staged_files(folder: Path) -> Mapping[str, bytes]:
-    return {name: data for name, data in left_in(folder).items() if not name.endswith(KEY)}
+    return {name: data for name, data in left_in(folder).items() if not name.endswith(LEASE_KEY)}
 
 
 FILES = ["a.json", "b.jsonl", "c.json"]
@@ -230,7 +230,7 @@ def test_a_damaged_shard_is_detected_and_staged_again(several: Path, tmp_path: P
 def test_all_examples_are_written_in_the_order_of_their_keys(
     several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("job.data.sample_files.PIECE_ROWS", 300)
+    monkeypatch.setattr("job.data.split_files.PIECE_ROWS", 300)
     every = stage(spec_of(str(tmp_path), str(several), data_files=FILES))
     assert (every.train, every.validation) == (4890, 10)
     some = spec_of(str(tmp_path), str(several), data_files=FILES, train_examples=1234)

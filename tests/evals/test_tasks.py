@@ -235,4 +235,4 @@ def test_letters_after_a_space_differ_in_their_last_token(tiny: LanguageModel) -
     options = tiny.tokenizer.letter_tokens("ABCD", "Answer:", " ")
     context = tiny.tokenizer.encode(["Answer:"])[0]
     for letter, last in zip("ABCD", options.ids, strict=True):
-        assert tiny.tokenizer.encode([f"Answer: {letter}"])[0] == [*context, *options.shared, last]
+        assert tiny.tokenizer.encode([f"Answer: {letter}"])[0] == [*context, *options.prefix, last]

@@ -86,7 +86,9 @@ def train(model: LanguageModel) -> TrainState:
     step = make_train_step(model, optimizer, StepConfig(ForwardConfig(packed=False, remat="none")))
     variables = tuple(model.replicate([v.value for v in optimizer.variables]))
     state = TrainState(model.replicate(start), variables)
-    batch = shard_input(model, rows.batch, 1, padded_loss_count(int(rows.batch.losses(1).max())))
+    batch = shard_input(
+        model, rows.batch, 1, padded_loss_count(int(rows.batch.count_loss_tokens(1).max()))
+    )
     # Compiled in a hurry: three steps need no fast code.
     quick = step.lower(state, model.weights, batch).compile({"xla_backend_optimization_level": 0})
     for _ in range(3):

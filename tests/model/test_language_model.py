@@ -96,9 +96,9 @@ def test_letter_scores_equal_those_of_unpacked_prompts(tiny: LanguageModel) -> N
     letters = OptionTokens([7, 8], [20, 21, 22])
     packed = Engine(tiny, 8, 512).loglikelihood(tiny.weights, prompts, letters, "t")
     for prompt, scores in zip(prompts, packed, strict=True):
-        tokens = np.array([[*prompt, *letters.shared]], np.int32)
+        tokens = np.array([[*prompt, *letters.prefix]], np.int32)
         scored = np.asarray(jax.nn.log_softmax(full_logits(tiny, tiny.weights, tokens)[0]))
-        shared = sum(float(scored[len(prompt) - 1 + n, t]) for n, t in enumerate(letters.shared))
+        shared = sum(float(scored[len(prompt) - 1 + n, t]) for n, t in enumerate(letters.prefix))
         expected = scored[-1, letters.ids] + shared
         np.testing.assert_allclose(scores, expected, atol=2e-5)
 

@@ -94,7 +94,7 @@ def test_same_weights_give_the_same_bytes(tiny: LanguageModel, tmp_path: Path) -
 def test_a_truncated_file_or_another_rank_is_refused(tiny: LanguageModel, tmp_path: Path) -> None:
     path = tmp_path / "a.lora.h5"
     save_adapter(path, tiny.lora, random_lora(tiny.lora))
-    with pytest.raises(StageError, match="rank 4, but the spec says 8"):
+    with pytest.raises(StageError, match="rank 4, but model.lora.rank is 8"):
         load_adapter(path, replace(tiny.lora, rank=8))
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(StageError, match="not a LoRA file"):

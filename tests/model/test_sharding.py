@@ -88,7 +88,7 @@ def test_a_step_over_split_weights_equals_one_on_one_device() -> None:
         train = Train(optimizer="sgd", learning_rate=0.1, schedule="constant", warmup_ratio=0)
         optimizer, _ = make_optimizer(train, 1, lora)
         function = make_train_step(model, optimizer, StepConfig(ForwardConfig(packed=True)))
-        losses = padded_loss_count(int(batch.losses(model.devices).max()))
+        losses = padded_loss_count(int(batch.count_loss_tokens(model.devices).max()))
         inputs = shard_input(model, batch, 1, losses)
         state, metrics = function(make_state(model, optimizer, lora), model.weights, inputs)
         return float(metrics.loss), [np.asarray(a) for pair in state.lora for a in pair]

@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from job.report.plots import accuracy_bars, loss_curve
 from job.report.render import Flip, render_html, render_markdown
 from job.results import Results
-from job.runtime.text import legible
+from job.runtime.logs import legible
 from tests.report import EVIL_FLIPS, FLIPS, HISTORY, evil, full, minimal
 
 Render = Callable[[Results, list[dict[str, Any]], list[Flip]], str]

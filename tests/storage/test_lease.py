@@ -13,7 +13,7 @@ import pytest
 
 from job.errors import RunStoppedError
 from job.storage.base import Store
-from job.storage.lease import KEY, Lease, LeaseHeldError, LeaseRecord, hold_lease
+from job.storage.lease import LEASE_KEY, Lease, LeaseHeldError, LeaseRecord, hold_lease
 from job.storage.locations import open_store
 from tests.command import COMMAND, job
 from tests.services.bucket import Bucket
@@ -48,7 +48,7 @@ def test_a_second_writer_is_refused_and_told_who_is_at_work(store: Store) -> Non
         time.sleep(1.0)  # longer than it lasts: it was renewed
         with pytest.raises(LeaseHeldError):
             take(store)
-    assert store.read(KEY) is None
+    assert store.read(LEASE_KEY) is None
     take(store).release()
 
 
@@ -60,9 +60,9 @@ def test_what_has_expired_is_taken_over_and_its_owner_notices(store: Store) -> N
         first.check()
     second = take(store)
     first.renew()
-    assert lost == ["the loss of its lease"]
+    assert lost == ["a lost lease"]
     first.release()
-    held = LeaseRecord.model_validate_json(store.read(KEY) or b"")
+    held = LeaseRecord.model_validate_json(store.read(LEASE_KEY) or b"")
     assert held.owner == second._owner
     second.check()
     second.release()
@@ -78,14 +78,14 @@ def test_a_dead_process_of_this_machine_holds_nothing(
         "Lease(open_store(sys.argv[1]), 'the run', print).take()"
     )
     subprocess.run([sys.executable, "-c", code, store.uri], check=True, timeout=60)
-    assert store.read(KEY) is not None
+    assert store.read(LEASE_KEY) is not None
     take(store).release()
 
 
 def test_a_lease_that_cannot_be_read_is_taken_over(store: Store) -> None:
-    store.write(KEY, b"{")
+    store.write(LEASE_KEY, b"{")
     take(store).release()
-    assert store.read(KEY) is None
+    assert store.read(LEASE_KEY) is None
 
 
 def test_of_many_that_try_at_once_one_gets_it(store: Store) -> None:
@@ -120,10 +120,11 @@ def test_two_jobs_with_one_run_id_one_runs_and_one_refuses(tmp_path: Path) -> No
         second = job(*arguments)
         assert second.code == 75, second.err
         assert "error: the run r is in use by another process" in second.err
+        assert "or use another --run-id" in second.err
         first.send_signal(signal.SIGCONT)
         _, err = first.communicate(timeout=60)
         assert first.returncode == 0, err
-    assert not (tmp_path / "r" / KEY).exists()
+    assert not (tmp_path / "r" / LEASE_KEY).exists()
 
 
 def test_a_process_that_was_away_too_long_gives_up_and_changes_nothing(tmp_path: Path) -> None:

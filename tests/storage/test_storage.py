@@ -128,7 +128,7 @@ def test_a_folder_is_not_a_file(store: Store) -> None:
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_a_key_that_leaves_the_folder_is_refused(call: Call, store: Store, file: Path) -> None:
     for key in OUTSIDE:
-        with pytest.raises(StageError, match="not a path inside the run's folder"):
+        with pytest.raises(StageError, match="not a relative path inside the folder"):
             call(store, key, file)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from job.data.packing import PackedRows, make_rows
-from job.model.blocks import split_into_blocks
+from job.model.decoder_blocks import split_into_blocks
 from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.lora import flatten_lora
 from job.spec.schema import Train
@@ -41,7 +41,7 @@ def run_step(
     assert isinstance(step, BlockwiseStep) == (mode == "blocks")
     state = make_state(model, optimizer, lora)
     batch = rows.batch.take(np.arange(8 * micro_batches) % len(rows.batch))
-    losses = padded_loss_count(int(batch.losses(micro_batches * model.devices).max()))
+    losses = padded_loss_count(int(batch.count_loss_tokens(micro_batches * model.devices).max()))
     first = rows.batch.take(np.arange(8) % len(rows.batch))
     sums = validate(state.lora, model.weights, shard_input(model, first, 1, losses))
     inputs = shard_input(model, batch, micro_batches, losses)
@@ -129,7 +129,7 @@ def test_a_step_that_is_not_finite_changes_nothing(small: LanguageModel) -> None
     optimizer, _ = make_optimizer(Train(), 1, lora)
     step, _ = make_step(small, optimizer, StepConfig(FORWARD), "blocks")
     state = make_state(small, optimizer, broken)
-    losses = padded_loss_count(int(rows.batch.losses(1).max()))
+    losses = padded_loss_count(int(rows.batch.count_loss_tokens(1).max()))
     state, metrics = step(state, small.weights, shard_input(small, rows.batch, 1, losses))
     assert not np.isfinite(metrics.loss)
     for ours, theirs in zip(flatten_lora(state.lora), flatten_lora(broken), strict=True):
@@ -180,7 +180,7 @@ def test_programs_are_compiled_once_and_ahead_of_time(
     config = StepConfig(FORWARD, label_smoothing=smoothing)
     step, validate = make_step(small, optimizer, config, "blocks")
     state = make_state(small, optimizer, lora)
-    losses = padded_loss_count(int(rows.batch.losses(1).max()))
+    losses = padded_loss_count(int(rows.batch.count_loss_tokens(1).max()))
     batch = shard_input(small, rows.batch, 1, losses)
     step.lower(state, small.weights, batch).compile()
     assert len(compiled) >= 5

@@ -102,7 +102,9 @@ def sides(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> Si
     variables = tuple(model.replicate([v.value for v in optimizer.variables]))
     # The step donates the memory of its state.
     state = TrainState(jax.tree.map(jnp.array, model.replicate(start)), variables)
-    batch = shard_input(model, rows.batch, 1, padded_loss_count(int(rows.batch.losses(1).max())))
+    batch = shard_input(
+        model, rows.batch, 1, padded_loss_count(int(rows.batch.count_loss_tokens(1).max()))
+    )
     losses, first = [], None
     for _ in range(STEPS):
         state, metrics = step(state, model.weights, batch)

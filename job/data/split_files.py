@@ -1,4 +1,4 @@
-"""Sample files: the examples chosen from a staged dataset, as Parquet, in the order of training.
+"""Split files: the training or held-out examples of a staged dataset, as Parquet, in their order.
 
 A pass over the shards distributes the examples to pieces of the final order, each small enough to
 be sorted in memory. The same examples give the same bytes.
@@ -20,7 +20,7 @@ from job.data.staging import StagedDataset
 from job.runtime.threads import Threads, prefetch_map
 
 PIECE_ROWS = 16_384
-"""Examples that are sorted at once."""
+"""Examples that are sorted at a time."""
 
 _SCHEMA = pa.schema(
     [
@@ -34,25 +34,25 @@ _SCHEMA = pa.schema(
 
 
 def iter_examples(path: Path) -> Iterator[Example]:
-    """Yield the examples of a sample file."""
+    """Yield the examples of a split file."""
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(1024):
             for row in batch.to_pylist():
                 yield example_from_columns(**row)
 
 
-def write_samples(
-    staged: StagedDataset, samples: Mapping[Path, np.ndarray], check_stop: Callable[[], None]
+def write_split_files(
+    staged: StagedDataset, splits: Mapping[Path, np.ndarray], check_stop: Callable[[], None]
 ) -> None:
-    """Write sample files.
+    """Write split files.
 
     Args:
         staged: the dataset.
-        samples: for each file the indices of its examples, int64, in their order.
+        splits: for each file the indices of its examples, int64, in their order.
         check_stop: called for each shard; it may raise.
     """
-    writers = [_SampleWriter(path, indices) for path, indices in samples.items()]
-    parts = list(_parts(staged.manifest.shards, np.sort(np.concatenate(list(samples.values())))))
+    writers = [_SplitWriter(path, indices) for path, indices in splits.items()]
+    parts = list(_parts(staged.manifest.shards, np.sort(np.concatenate(list(splits.values())))))
 
     def read(part: tuple[Shard, int, np.ndarray]) -> pa.Table:
         shard, first, indices = part
@@ -93,8 +93,8 @@ def _read_rows(files: ShardFiles, shard: Shard, rows: np.ndarray) -> pa.Table:
     return pa.table([pa.array(ids), *(table[name] for name in _SCHEMA.names[1:])], schema=_SCHEMA)
 
 
-class _SampleWriter:
-    """Collects the examples of a sample file in any order, and writes them in theirs."""
+class _SplitWriter:
+    """A split file whose examples are collected in any order, and written in theirs."""
 
     def __init__(self, path: Path, indices: np.ndarray) -> None:
         self._path = path
@@ -104,13 +104,13 @@ class _SampleWriter:
         self._pieces = [_Piece(path.with_name(f"{path.name}.{n}")) for n in range(count)]
 
     def add(self, table: pa.Table, indices: np.ndarray) -> None:
-        """Add those of the examples that belong to the sample; `indices` are sorted."""
+        """Add those of the examples that belong to the split; `indices` are sorted."""
         low, high = np.searchsorted(self._indices, [indices[0], indices[-1] + 1])
         rows = np.searchsorted(indices, self._indices[low:high])
-        places = self._order[low:high]
-        for number in np.unique(places // PIECE_ROWS):
-            mask = places // PIECE_ROWS == number
-            self._pieces[number].add(table.take(pa.array(rows[mask])), places[mask])
+        positions = self._order[low:high]
+        for number in np.unique(positions // PIECE_ROWS):
+            mask = positions // PIECE_ROWS == number
+            self._pieces[number].add(table.take(pa.array(rows[mask])), positions[mask])
 
     def write(self) -> None:
         """Write the file."""
@@ -120,15 +120,15 @@ class _SampleWriter:
 
 
 class _Piece:
-    """Examples of a range of places, collected in a temporary file."""
+    """Examples of a range of positions, collected in a temporary file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._writer: Any = None
 
-    def add(self, table: pa.Table, places: np.ndarray) -> None:
-        """Add examples with their places in the sample file, int64 `[examples]`."""
-        table = table.append_column("place", pa.array(places))
+    def add(self, table: pa.Table, positions: np.ndarray) -> None:
+        """Add examples with their positions in the split file, int64 `[examples]`."""
+        table = table.append_column("position", pa.array(positions))
         if self._writer is None:
             self._writer = pyarrow.ipc.new_file(str(self._path), table.schema)
         self._writer.write_table(table)
@@ -139,4 +139,4 @@ class _Piece:
         with pyarrow.ipc.open_file(str(self._path)) as reader:
             table = reader.read_all()
         self._path.unlink()
-        return table.sort_by("place").drop_columns(["place"]).combine_chunks()
+        return table.sort_by("position").drop_columns(["position"]).combine_chunks()

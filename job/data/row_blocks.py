@@ -1,4 +1,4 @@
-"""Blocks of rows: what the readers yield and staging checks at once."""
+"""Blocks of rows: what the readers yield and staging checks at a time."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ MAX_ROWS = 2048
 """Maximum number of rows in a block."""
 
 MAX_BYTES = 2 * 1024 * 1024
-"""Bytes read at once; a block of text holds about as much."""
+"""Bytes read at a time; a block of text holds about as much."""
 
 Row = dict[str, Any]
 
@@ -39,7 +39,7 @@ def open_text(path: Path, name: str, offset: int) -> Any:
     return stream
 
 
-class Place(NamedTuple):
+class FilePosition(NamedTuple):
     """A position in a file where a row begins."""
 
     offset: int = 0
@@ -48,15 +48,15 @@ class Place(NamedTuple):
     """Lines before it, or rows in JSON arrays and Parquet."""
 
 
-BEGIN = Place()
+BEGIN = FilePosition()
 
 
 class Block(Protocol):
     """Consecutive rows of a file."""
 
     @property
-    def end(self) -> Place:
-        """The place where the next block begins."""
+    def end(self) -> FilePosition:
+        """The position where the next block begins."""
 
     def __len__(self) -> int: ...
 
@@ -72,7 +72,7 @@ class RowBlock:
     """A block of rows read one by one."""
 
     values: list[Row]
-    end: Place
+    end: FilePosition
 
     def __len__(self) -> int:
         return len(self.values)
@@ -99,7 +99,7 @@ class ArrowBlock:
     """A block read as columns."""
 
     batch: "pa.RecordBatch"
-    end: Place
+    end: FilePosition
 
     def __len__(self) -> int:
         return int(self.batch.num_rows)

@@ -32,12 +32,12 @@ from job.model.patching import Patch, patched
 from job.model.remat import kernel_layers
 from job.model.rotary import (
     fast_rotary,
-    is_linear,
+    has_linear_scaling,
     rotary_constants,
     rotary_layers,
     with_rotary_constants,
 )
-from job.model.sharding import MODEL_AXIS, shard_axis
+from job.model.sharding import DATA_AXIS, MODEL_AXIS, shard_axis
 
 
 class BlockArrays(NamedTuple):
@@ -278,7 +278,7 @@ class BlockwiseModel:
             return ()
         mesh = self._model.mesh
         return tuple(
-            NamedSharding(mesh, jax.P("data", *_output_axes(layer, mesh.shape[MODEL_AXIS])))  # type: ignore[no-untyped-call]
+            NamedSharding(mesh, jax.P(DATA_AXIS, *_output_axes(layer, mesh.shape[MODEL_AXIS])))  # type: ignore[no-untyped-call]
             for layer in kernel_layers(self._blocks[kind].layer)
         )
 
@@ -318,7 +318,7 @@ def split_into_blocks(model: LanguageModel, config: ForwardConfig) -> BlockwiseM
 def _kinds(layers: Sequence[Any], longest: int | None) -> list[int]:
     """Return, for each block, the index of one that differs only in its arrays."""
     signatures = [_signature(layer, longest) for layer in layers]
-    # A mask without a window costs less than one with a window that changes nothing.
+    # Prefer a block without a window as representative: its mask is cheaper.
     order = sorted(range(len(layers)), key=lambda index: _has_window(layers[index]))
     first = {signatures[index]: index for index in reversed(order)}
     return [first[signature] for signature in signatures]
@@ -328,7 +328,7 @@ def _signature(layer: Any, longest: int | None) -> tuple[Any, ...]:
     """Return what distinguishes the functions of two blocks of one family."""
     shapes = tuple(tuple(variable.shape) for variable in layer.variables)
     constants = rotary_constants(layer)
-    if all(is_linear(part) for part in rotary_layers(layer)):
+    if all(has_linear_scaling(part) for part in rotary_layers(layer)):
         constants = []
     window = layer.sliding_window_size if _has_window(layer) else None
     if window is not None and longest is not None and longest <= window:
