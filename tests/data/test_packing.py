@@ -306,7 +306,7 @@ def test_rows_are_taken_unchanged_and_minus_one_is_empty() -> None:
     batch = three_rows().batch
     taken = batch.take(np.array([2, -1, 0, -1]))
     assert len(taken) == 4
-    for name in ("token_ids", "segment_ids", "positions", "targets", "weights"):
+    for name in ("token_ids", "segment_ids", "loss_positions", "targets", "loss_weights"):
         before, after = getattr(batch, name), getattr(taken, name)
         assert after.dtype == before.dtype
         assert (after[[0, 2]] == before[[2, 0]]).all()

@@ -99,7 +99,9 @@ def loss_and_gradients(
 ) -> tuple[float, list[jax.Array]]:
     """Summed loss and gradients by plain differentiation of the validation step."""
     function = make_validation(model, ForwardConfig(packed, longest=rows.longest))
-    batch = shard_input(model, rows.batch, 1, padded_loss_count(int(rows.batch.count_loss_tokens(1).max())))
+    batch = shard_input(
+        model, rows.batch, 1, padded_loss_count(int(rows.batch.count_loss_tokens(1).max()))
+    )
 
     def loss(lora: LoraWeights) -> jax.Array:
         return function(lora, model.weights, batch).loss
@@ -133,7 +135,9 @@ def step_of(model: LanguageModel, micro_batches: int = 1, **config: Any) -> RunS
     optimizer, _ = make_optimizer(train, 1, lora)
     forward = ForwardConfig(packed=True, remat=config.pop("remat", "matmuls"))
     step = make_train_step(model, optimizer, StepConfig(forward, **config))
-    losses = padded_loss_count(int(rows.batch.count_loss_tokens(micro_batches * model.devices).max()))
+    losses = padded_loss_count(
+        int(rows.batch.count_loss_tokens(micro_batches * model.devices).max())
+    )
     batch = shard_input(model, rows.batch, micro_batches, losses)
 
     def run() -> tuple[Values, StepMetrics]:
