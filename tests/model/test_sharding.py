@@ -109,5 +109,5 @@ def test_merged_weights_stay_split(make_model: MakeModel) -> None:
 
 
 def test_a_kernel_that_cannot_be_split_is_named(make_model: MakeModel) -> None:
-    with pytest.raises(UsageError, match=r"runtime.mesh.model: no axis of .*divides by 7"):
+    with pytest.raises(UsageError, match=r"runtime.mesh.model: no axis of .*is divisible by 7"):
         make_model(split=7)
