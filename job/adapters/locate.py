@@ -1,7 +1,7 @@
-"""Finding an adapter: in a run, in a folder in KerasHub's or PEFT's format, on the Hub.
+"""Find an adapter in KerasHub's or PEFT's format: in a folder, in a bucket, on the Hub.
 
-Importing this module imports neither JAX nor Keras: the inputs of a stage are known before
-anything heavy is loaded.
+Importing this module imports neither JAX nor Keras: callers compare the digests of an adapter
+before anything heavy is loaded.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from job.adapters.keras_format import DESCRIPTION, H5
 from job.adapters.peft_format import PEFT_CONFIG, PEFT_WEIGHTS
 from job.errors import StageError, UsageError
-from job.spec.pinning import Revisions, resolve_commit, revision_key
+from job.spec.pinning import NONE, Revisions, resolve_commit, revision_key
 from job.storage.base import Store
 from job.storage.cache_folder import cache_folder
 from job.storage.hub import SCHEME, Repository
@@ -55,49 +55,37 @@ class AdapterFiles(NamedTuple):
         return folder
 
 
-def find_adapter(uri: str, where: str) -> AdapterFiles:
-    """Find the adapter at a local folder or gs:// URI: a run's, or the folder itself.
-
-    Raises:
-        UsageError: there is no adapter; `where` begins the message.
-    """
-    store = open_store(uri)
-    kinds: tuple[tuple[AdapterFormat, str], ...] = (("keras", _KERAS[0]), ("peft", _PEFT[0]))
-    for folder in ("adapter/", ""):
-        for kind, name in kinds:
-            if store.size(folder + name) is not None:
-                return AdapterFiles(kind, store, folder)
-    raise UsageError(
-        f"{where}: {uri} has no adapter: it is neither a trained run (adapter/{_KERAS[0]}) nor a "
-        f"folder with {_KERAS[0]} or PEFT's {_PEFT[0]}"
-    )
-
-
-def fetch_adapter(
-    uri: str, where: str, revisions: Revisions, folder: Path
-) -> tuple[AdapterFormat, Path]:
-    """Download an adapter's files.
+def find_adapter(
+    uri: str, where: str, subfolder: str = "", revisions: Revisions = NONE
+) -> AdapterFiles:
+    """Find an adapter's files; those of a Hub repository are downloaded to the cache.
 
     Args:
         uri: a local folder, a gs:// URI or hf://owner/name.
         where: begins error messages.
+        subfolder: prefix of the keys to look at first, ending with a slash.
         revisions: pinned commits of Hub repositories.
-        folder: where to put the files.
-
-    Returns:
-        The adapter's format, and the folder.
 
     Raises:
         UsageError, SetupError, StageError: there is no adapter, or it cannot be read.
     """
-    if uri.startswith(SCHEME):
-        name = uri.removeprefix(SCHEME)
-        key = revision_key("model", name, None)
-        commit = revisions.get(key) or resolve_commit("model", name, None)
-        repository = Repository("model", name, None)
-        files = [file for file in repository.files(commit) if file.path in (*_KERAS, *_PEFT)]
-        cached = cache_folder("adapters", name.replace("/", "--"), commit)
-        repository.fetch(commit, files, cached)
-        uri = str(cached)
-    adapter = find_adapter(uri, where)
-    return adapter.kind, adapter.fetch(folder)
+    store = open_store(_cached_snapshot(uri, revisions) if uri.startswith(SCHEME) else uri)
+    kinds: tuple[tuple[AdapterFormat, str], ...] = (("keras", _KERAS[0]), ("peft", _PEFT[0]))
+    for folder in (subfolder, ""):
+        for kind, name in kinds:
+            if store.size(folder + name) is not None:
+                return AdapterFiles(kind, store, folder)
+    raise UsageError(
+        f"{where}: {uri} has no adapter: it has neither {subfolder}{_KERAS[0]} nor {_KERAS[0]} nor "
+        f"PEFT's {_PEFT[0]}"
+    )
+
+
+def _cached_snapshot(uri: str, revisions: Revisions) -> str:
+    name = uri.removeprefix(SCHEME)
+    commit = revisions.get(revision_key("model", name, None)) or resolve_commit("model", name, None)
+    repository = Repository("model", name, None)
+    files = [file for file in repository.files(commit) if file.path in (*_KERAS, *_PEFT)]
+    cached = cache_folder("adapters", name.replace("/", "--"), commit)
+    repository.fetch(commit, files, cached)
+    return str(cached)

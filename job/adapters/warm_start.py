@@ -12,13 +12,12 @@ import numpy as np
 
 from job.adapters.hf_weight_map import bare_name, target_matrices
 from job.adapters.keras_format import DESCRIPTION, H5, check_model, load_layers, read_info
-from job.adapters.locate import fetch_adapter
+from job.adapters.locate import AdapterFiles
 from job.adapters.peft_format import PeftAdapter, read_peft
 from job.errors import UsageError
 from job.model.language_model import LanguageModel
 from job.model.lora import LoraLayout, LoraWeights
 from job.runtime import logs
-from job.spec.pinning import Revisions
 from job.spec.schema import Spec
 
 _WHERE = "train.init_adapter"
@@ -29,14 +28,14 @@ KernelFactors = Mapping[int, tuple[np.ndarray, np.ndarray, float]]
 
 
 def starting_lora(
-    spec: Spec, model: LanguageModel, revisions: Revisions, work: Path
+    spec: Spec, model: LanguageModel, earlier: AdapterFiles | None, work: Path
 ) -> LoraWeights:
     """Return the adapter that training starts from: fresh weights, or an earlier adapter.
 
     Args:
-        spec: names the earlier adapter, if any, in `train.init_adapter`.
+        spec: names the earlier adapter in `train.init_adapter`.
         model: the model to adapt.
-        revisions: pinned commits of Hub repositories.
+        earlier: the files of the earlier adapter, if the spec names one.
         work: a folder for local copies.
 
     Raises:
@@ -44,15 +43,19 @@ def starting_lora(
         StageError: its files are damaged.
     """
     layout, start = model.lora, model.lora.init(spec.seed)
-    uri = spec.train.init_adapter
-    if uri is None:
+    if earlier is None:
         return start
-    kind, folder = fetch_adapter(uri, _WHERE, revisions, work)
-    if kind == "keras":
+    folder = earlier.fetch(work)
+    if earlier.kind == "keras":
         factors = _from_keras(folder, spec, model)
     else:
         factors = _from_peft(read_peft(folder), model)
-    logs.get().info("starting from adapter", adapter=uri, format=kind, layers=len(factors))
+    logs.get().info(
+        "starting from adapter",
+        adapter=spec.train.init_adapter,
+        format=earlier.kind,
+        layers=len(factors),
+    )
     return _fit(layout, start, factors)
 
 

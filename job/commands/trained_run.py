@@ -28,7 +28,7 @@ class TrainedRun:
             UsageError: the run does not exist, or it has no adapter.
             StageError: its description is damaged.
         """
-        adapter = find_adapter(uri, where)
+        adapter = find_adapter(uri, where, "adapter/")
         if adapter.kind != "keras" or adapter.folder != "adapter/":
             raise UsageError(f"{uri} is not a run; a run is <output>/<run-id>")
         self.store: Store = open_store(uri)

@@ -220,4 +220,4 @@ def _init_adapter(spec: Spec, revisions: Revisions) -> object:
         return revisions.get(key)
     from job.adapters.locate import find_adapter
 
-    return find_adapter(spec.train.init_adapter, "train.init_adapter").digests()
+    return find_adapter(spec.train.init_adapter, "train.init_adapter", "adapter/").digests()

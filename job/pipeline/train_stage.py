@@ -21,6 +21,7 @@ from job.adapters.keras_format import (
     read_info,
     save_adapter,
 )
+from job.adapters.locate import find_adapter
 from job.adapters.low_rank import LinearMatrix
 from job.adapters.peft_format import peft_files, to_peft
 from job.adapters.warm_start import starting_lora
@@ -112,7 +113,9 @@ def prepare(run: Run) -> PreparedTraining:
         rows=len(rows.batch),
         fill=round(rows.fill, 4),
     )
-    initial_lora = starting_lora(run.spec, model, run.revisions, run.work / "init_adapter")
+    uri = train.init_adapter
+    earlier = find_adapter(uri, "train.init_adapter", "adapter/", run.revisions) if uri else None
+    initial_lora = starting_lora(run.spec, model, earlier, run.work / "init_adapter")
     config = TrainerConfig(
         train,
         run.spec.seed,

@@ -27,7 +27,7 @@ class Store(Protocol):
 
     @property
     def uri(self) -> str:
-        """The place of the tree: an absolute path or gs://bucket/prefix."""
+        """The address of the tree: an absolute path or gs://bucket/prefix."""
 
     def read(self, key: str) -> bytes | None:
         """Return the content of a file, or None if there is no such file."""

@@ -10,6 +10,7 @@ import pytest
 
 from job.adapters.hf_weight_map import target_matrices
 from job.adapters.keras_format import load_adapter, save_adapter
+from job.adapters.locate import find_adapter
 from job.adapters.peft_format import peft_files, read_peft, to_peft
 from job.adapters.warm_start import starting_lora
 from job.errors import StageError, UsageError
@@ -41,7 +42,10 @@ def make_run(
 
 
 def start_from(run: Run, model: LanguageModel) -> LoraWeights:
-    return starting_lora(run.spec, model, run.revisions, run.work / "init_adapter")
+    uri = run.spec.train.init_adapter
+    assert uri is not None
+    earlier = find_adapter(uri, "train.init_adapter", "adapter/")
+    return starting_lora(run.spec, model, earlier, run.work / "init_adapter")
 
 
 def trained(model: LanguageModel) -> LoraWeights:
@@ -131,7 +135,10 @@ def test_a_mismatch_is_refused_with_the_way_out(
         refused(folder, "needs rank 4 here, and model.lora.rank is 2; raise it to 4", rank=2)
         refused(folder, r"adapts .*value|adapts .*v_proj.* add them", targets=("query",))
     refused(earlier, r"trained on tiny .* but the model is hf://a/b", preset="hf://a/b")
-    refused(tmp_path / "nowhere", r"nowhere has no adapter: it is neither a trained run")
+    refused(
+        tmp_path / "nowhere",
+        r"nowhere has no adapter: it has neither adapter/adapter.json nor adapter.json nor PEFT",
+    )
 
 
 def test_peft_adapter_of_another_model_is_refused(

@@ -87,8 +87,8 @@ def test_run_in_a_bucket_is_exported_and_gone_on_from(
         for key in local.list():
             store.write(key, local.read(key) or b"")
         export_run(store.uri, "peft", str(tmp_path / "out"), "exact")
-        there = find_adapter(store.uri, "init_adapter").digests()
-    assert there == find_adapter(str(run), "init_adapter").digests()
+        there = find_adapter(store.uri, "init_adapter", "adapter/").digests()
+    assert there == find_adapter(str(run), "init_adapter", "adapter/").digests()
     assert len(list((tmp_path / "out").iterdir())) == 2
     with pytest.raises(UsageError, match="is not a local folder"):
         export_run(str(run), "peft", "gs://runs/out", "exact")
@@ -97,9 +97,10 @@ def test_run_in_a_bucket_is_exported_and_gone_on_from(
 def test_adapter_on_the_hub_is_read_at_its_commit(run: Path, tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in (run / "adapter/peft").iterdir()}
     script = (
-        "import sys; from pathlib import Path; from job.adapters.locate import fetch_adapter\n"
+        "import sys; from pathlib import Path; from job.adapters.locate import find_adapter\n"
         "known = {'model:clinic/adapter@': sys.argv[1]}\n"
-        "print(*fetch_adapter('hf://clinic/adapter', 'init_adapter', known, Path(sys.argv[2])))"
+        "files = find_adapter('hf://clinic/adapter', 'init_adapter', revisions=known)\n"
+        "print(files.kind, files.fetch(Path(sys.argv[2])))"
     )
     with Hub("hf_token") as hub:
         commit = hub.add_repo("models", "clinic/adapter", files)
