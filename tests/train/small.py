@@ -95,7 +95,11 @@ def make_state(model: LanguageModel, optimizer: Any, lora: LoraWeights) -> Train
 
 
 def make_trainer(
-    folder: Path, model: LanguageModel, store: Store | None = None, **train: object
+    folder: Path,
+    model: LanguageModel,
+    store: Store | None = None,
+    lora: LoraWeights | None = None,
+    **train: object,
 ) -> tuple[Trainer, StopSignal]:
     """A trainer of 9 steps, in block programs, and what stops it."""
     settings = Train.model_validate(
@@ -105,7 +109,7 @@ def make_trainer(
     stop, examples = StopSignal(), learnable_examples()
     rows = make_rows(examples[:12], 16, packing=False)
     validation = make_rows(examples[12:], 16, packing=False)
-    data = TrainData(rows, validation, model.lora.init(0))
+    data = TrainData(rows, validation, model.lora.init(0) if lora is None else lora)
     config = TrainerConfig(settings, seed=0, packed=False, inputs="inputs")
     coordinated = CoordinatedStop(stop, ProcessGroup())
     return Trainer(model, data, config, store or LocalStore(folder), coordinated), stop
