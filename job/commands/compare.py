@@ -12,8 +12,8 @@ from job.evals.predictions import (
     DialogueLine,
     Line,
     parse_predictions,
-    predictions_key,
 )
+from job.pipeline import layout
 from job.report.compare import FinishedRun, RunComparison, compare_runs
 from job.results import Results
 from job.runtime import logs
@@ -61,5 +61,5 @@ def read_finished(uri: str) -> FinishedRun:
 
 
 def _lines[L: Line](store: Store, results: Results, name: str, kind: type[L]) -> list[L]:
-    content = read_artifact(store, results, predictions_key("finetuned", name))
+    content = read_artifact(store, results, layout.predictions("finetuned", name))
     return [] if content is None else parse_predictions(content, kind)

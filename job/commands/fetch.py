@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from job.errors import StageError, UsageError
+from job.pipeline.layout import LOGS, RESULTS, STAGES
 from job.results import Artifact, Results
 from job.runtime import logs
 from job.runtime.threads import Threads
@@ -54,8 +55,8 @@ def fetch_run(uri: str, folder: str) -> None:
     logs.configure(logs.RunLog())
     source, content, results = open_finished_run(uri)
     target = LocalStore(Path(folder))
-    if target.read("results.json") != content:
-        target.delete("results.json")
+    if target.read(RESULTS) != content:
+        target.delete(RESULTS)
     checked = {check_key(item.path): item for item in results.artifacts}
     with Threads(_DOWNLOADS) as pool:
         jobs = [pool.submit(_fetch_one, source, target, item) for item in checked.values()]
@@ -65,11 +66,11 @@ def fetch_run(uri: str, folder: str) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     for key in source.list():
-        if key not in checked and key.startswith(("logs/", "stages/")):
+        if key not in checked and key.startswith((LOGS, STAGES)):
             extra = source.read(check_key(key))
             if extra is not None:
                 target.write(key, extra)
-    target.write("results.json", content)
+    target.write(RESULTS, content)
     logs.get().info(
         "fetched, checksums verified", files=len(checked), unchanged=unchanged, folder=target.uri
     )
@@ -83,7 +84,7 @@ def open_finished_run(uri: str) -> tuple[Store, bytes, Results]:
         StageError: results.json is of another version, or damaged.
     """
     store = open_store(uri)
-    content = store.read("results.json")
+    content = store.read(RESULTS)
     if content is None:
         raise UsageError(
             f"{uri} has no results.json: it is not a run, or not finished; "

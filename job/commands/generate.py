@@ -20,7 +20,7 @@ from job.commands.trained_run import TrainedRun
 from job.data.split_files import iter_examples
 from job.errors import UsageError
 from job.machine import devices
-from job.pipeline.data_stage import VALIDATION
+from job.pipeline.layout import VALIDATION_EXAMPLES
 from job.runtime import logs
 from job.runtime.logs import legible
 from job.runtime.signals import STOP
@@ -190,7 +190,7 @@ def _training_system_prompt(run: TrainedRun, work: Path) -> str | None:
     if system is not None and not template_fields(system):
         return system
     path = work / "validation.parquet"
-    if not run.store.download(VALIDATION, path):
+    if not run.store.download(VALIDATION_EXAMPLES, path):
         return None
     prompts = {example.system for example in iter_examples(path)}
     if len(prompts) > 1:

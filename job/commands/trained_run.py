@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from job.adapters.keras_format import DESCRIPTION, read_info
+from job.adapters.keras_format import DESCRIPTION, H5, read_info
 from job.adapters.locate import find_adapter
 from job.adapters.peft_format import PEFT_CONFIG, PEFT_WEIGHTS
 from job.errors import StageError, UsageError
+from job.pipeline.layout import ADAPTER, PEFT_ADAPTER, SPEC
 from job.spec.load import parse_spec
 from job.spec.pinning import Revisions, model_key
 from job.spec.schema import Spec
@@ -28,20 +29,20 @@ class TrainedRun:
             UsageError: the run does not exist, or it has no adapter.
             StageError: its description is damaged.
         """
-        adapter = find_adapter(uri, where, "adapter/")
-        if adapter.kind != "keras" or adapter.folder != "adapter/":
+        adapter = find_adapter(uri, where, ADAPTER)
+        if adapter.kind != "keras" or adapter.folder != ADAPTER:
             raise UsageError(f"{uri} is not a run; a run is <output>/<run-id>")
         self.store: Store = open_store(uri)
         self._work = work
         self.spec = self._read_spec(uri)
-        self.store.download(f"adapter/{DESCRIPTION}", work / DESCRIPTION)
+        self.store.download(ADAPTER + DESCRIPTION, work / DESCRIPTION)
         self.info = read_info(work / DESCRIPTION)
 
     def _read_spec(self, uri: str) -> Spec:
-        text = self.store.read("spec.yaml")
+        text = self.store.read(SPEC)
         if text is None:
-            raise UsageError(f"{uri} has no spec.yaml: it is not a run")
-        return parse_spec(text.decode("utf-8", "replace"), child_uri(uri, "spec.yaml"))
+            raise UsageError(f"{uri} has no {SPEC}: it is not a run")
+        return parse_spec(text.decode("utf-8", "replace"), child_uri(uri, SPEC))
 
     @property
     def revisions(self) -> Revisions:
@@ -56,12 +57,12 @@ class TrainedRun:
             StageError: it is missing or damaged.
         """
         path = self._work / name
-        if not self.store.download(f"adapter/{name}", path):
-            raise StageError(f"{self.store.uri}: the file adapter/{name} is missing")
+        if not self.store.download(ADAPTER + name, path):
+            raise StageError(f"{self.store.uri}: the file {ADAPTER}{name} is missing")
         if file_sha256(path) != self.info.files.get(name):
             raise StageError(
-                f"{self.store.uri}: adapter/{name} does not have the checksum in adapter.json: "
-                "it is truncated or was changed"
+                f"{self.store.uri}: {ADAPTER}{name} does not have the checksum in {DESCRIPTION}: "
+                "it was truncated or modified"
             )
         return path
 
@@ -72,11 +73,11 @@ class TrainedRun:
             UsageError: the run has no such adapter.
             StageError: its files are missing or damaged.
         """
-        if f"peft/{PEFT_WEIGHTS}" not in self.info.files:
+        if PEFT_ADAPTER + PEFT_WEIGHTS not in self.info.files:
             raise UsageError(
                 f"this run has no PEFT adapter: KerasHub knows no transformers counterpart of "
                 f"{self.info.family} (the run's log says why). Use --to merged-keras, or "
-                "adapter/adapter.lora.h5"
+                f"{ADAPTER}{H5}"
             )
-        self.file(f"peft/{PEFT_CONFIG}")
-        return self.file(f"peft/{PEFT_WEIGHTS}").parent
+        self.file(PEFT_ADAPTER + PEFT_CONFIG)
+        return self.file(PEFT_ADAPTER + PEFT_WEIGHTS).parent

@@ -22,18 +22,18 @@ Broadcast = Callable[[Callable[[], str]], str]
 class PredictionCache:
     """The finished batches of one evaluation of one model (an `engine.BatchCache`)."""
 
-    def __init__(self, store: Store, key: str, inputs: str, broadcast: Broadcast) -> None:
+    def __init__(self, store: Store, key: str, inputs_digest: str, broadcast: Broadcast) -> None:
         """Load the batches that an earlier start finished.
 
         Args:
             store: where the file is; read-only except on the primary process.
             key: key of the file.
-            inputs: digest of everything the results depend on; a file with another is ignored.
+            inputs_digest: of everything the results depend on; a file with another is ignored.
             broadcast: makes all processes agree on which batches are left.
         """
         self.key = key
         self._store = store
-        self._inputs = inputs
+        self._inputs_digest = inputs_digest
         self._written = time.monotonic()
         self._has_changes = False
         self._batches: dict[str, list[Any]] = json.loads(broadcast(self._read))
@@ -44,7 +44,7 @@ class PredictionCache:
         content = self._store.read(self.key)
         with contextlib.suppress(ValueError, KeyError, TypeError):
             document = json.loads(content or b"")
-            if document["inputs"] == self._inputs:
+            if document["inputs"] == self._inputs_digest:
                 return json.dumps(dict(document["batches"]))
         return "{}"
 
@@ -62,7 +62,7 @@ class PredictionCache:
     def write(self) -> None:
         """Write the file if there are new results."""
         if self._has_changes:
-            content = {"inputs": self._inputs, "batches": self._batches}
+            content = {"inputs": self._inputs_digest, "batches": self._batches}
             self._store.write(self.key, json.dumps(content, ensure_ascii=False).encode())
         self._has_changes = False
         self._written = time.monotonic()
@@ -71,11 +71,20 @@ class PredictionCache:
 class PredictionCaches:
     """The caches of all evaluations of one model: written on an error, deleted on success."""
 
-    def __init__(self, store: Store, model: str, inputs: object, broadcast: Broadcast) -> None:
-        """Args: inputs: everything that the results, and how they are batched, depend on."""
+    def __init__(
+        self, store: Store, key_of: Callable[[str], str], inputs: object, broadcast: Broadcast
+    ) -> None:
+        """Prepare to open caches.
+
+        Args:
+            store: where the files are; read-only except on the primary process.
+            key_of: returns the key of an evaluation's file.
+            inputs: everything that the results, and how they are batched, depend on.
+            broadcast: see `PredictionCache`.
+        """
         self._store = store
-        self._model = model
-        self._inputs = digest(inputs)
+        self._key_of = key_of
+        self._inputs_digest = digest(inputs)
         self._broadcast = broadcast
         self._open: list[PredictionCache] = []
 
@@ -83,8 +92,8 @@ class PredictionCaches:
         """Return the cache of one evaluation."""
         for cache in self._open:
             cache.write()
-        key = f"evals/{self._model}/{name}/partial.json"
-        cache = PredictionCache(self._store, key, self._inputs, self._broadcast)
+        key = self._key_of(name)
+        cache = PredictionCache(self._store, key, self._inputs_digest, self._broadcast)
         self._open.append(cache)
         return cache
 

@@ -70,11 +70,6 @@ class SideLine(Line):
     answer: str | None
 
 
-def predictions_key(model: ModelName, name: str) -> str:
-    """Return the key of the predictions of a model on an evaluation."""
-    return f"evals/{model}/{name}/predictions.jsonl"
-
-
 def format_predictions(lines: Iterable[Line]) -> bytes:
     """Return the content of a predictions file."""
     return "".join(
@@ -89,9 +84,9 @@ def parse_predictions[L: Line](content: bytes, kind: type[L]) -> list[L]:
     return [kind.model_validate_json(line) for line in content.decode().split("\n") if line]
 
 
-def read_predictions[L: Line](store: Store, model: ModelName, name: str, kind: type[L]) -> list[L]:
-    """Return the lines of a predictions file; empty if the model has none."""
-    content = store.read(predictions_key(model, name))
+def read_predictions[L: Line](store: Store, key: str, kind: type[L]) -> list[L]:
+    """Return the lines of a predictions file; empty if there is none."""
+    content = store.read(key)
     return [] if content is None else parse_predictions(content, kind)
 
 

@@ -1,9 +1,8 @@
 """Replies of the remote model, saved as they arrive, so that nothing is paid for twice.
 
-Object stores cannot append, so replies that arrive together become a small file of their own,
-`evals/reference/partial/<number>.jsonl`. At the end one file replaces them,
-`evals/reference/replies.jsonl`: every request with its answer or error, its provider, and its
-cost. Each reply carries a digest of the inputs it belongs to; replies to other inputs are ignored.
+Object stores cannot append, so replies that arrive together become a small file of their own. At
+the end one file replaces them: every request with its answer or error, its provider, and its cost.
+Each reply carries a digest of the inputs it belongs to; replies to other inputs are ignored.
 """
 
 import time
@@ -15,10 +14,6 @@ from pydantic import TypeAdapter, ValidationError
 from job.evals.api_client import Reply
 from job.storage.base import Store
 
-REPLIES_KEY = "evals/reference/replies.jsonl"
-
-PARTIAL_FOLDER = "evals/reference/partial/"
-
 REPLY_SECONDS = 0.2
 """Minimum seconds between two files."""
 
@@ -28,6 +23,7 @@ class LoggedReply(Reply):
     """A line of the files: the reply to one question of an evaluation."""
 
     inputs: str
+    """Digest of the inputs."""
     number: int
     """Position in the order of arrival."""
     eval: str
@@ -45,20 +41,23 @@ _LINE = TypeAdapter(LoggedReply)
 class ReplyLog:
     """All replies of a run to the same inputs, in order of arrival."""
 
-    def __init__(self, store: Store, inputs: str) -> None:
+    def __init__(self, store: Store, key: str, partial_folder: str, inputs_digest: str) -> None:
         """Read the replies saved by earlier starts.
 
         Args:
             store: where the files are.
-            inputs: digest of what the replies depend on.
+            key: of the file with all replies.
+            partial_folder: prefix of the partial files.
+            inputs_digest: of what the replies depend on.
         """
         self._store = store
-        self._inputs = inputs
-        self._partial_keys = store.list(PARTIAL_FOLDER)
+        self._partial_folder = partial_folder
+        self._inputs_digest = inputs_digest
+        self._partial_keys = store.list(partial_folder)
         replies = {}
-        for key in (REPLIES_KEY, *self._partial_keys):
-            for reply in _parse(store.read(key)):
-                if reply.inputs == inputs:
+        for saved in (key, *self._partial_keys):
+            for reply in _parse(store.read(saved)):
+                if reply.inputs == inputs_digest:
                     replies[reply.number] = reply
         self.replies = [replies[number] for number in sorted(replies)]
         self._unwritten: list[LoggedReply] = []
@@ -79,7 +78,7 @@ class ReplyLog:
         """Add a reply; the next `write` saves it."""
         number = self.replies[-1].number + 1 if self.replies else 0
         logged = LoggedReply(
-            inputs=self._inputs, number=number, eval=name, id=question_id, **vars(reply)
+            inputs=self._inputs_digest, number=number, eval=name, id=question_id, **vars(reply)
         )
         self.replies.append(logged)
         self._unwritten.append(logged)
@@ -88,7 +87,7 @@ class ReplyLog:
     def write(self, *, force: bool = False) -> None:
         """Save new replies if the last write was `REPLY_SECONDS` ago, or if forced."""
         if self._unwritten and (force or time.monotonic() - self._written >= REPLY_SECONDS):
-            key = f"{PARTIAL_FOLDER}{self._unwritten[0].number:08d}.jsonl"
+            key = f"{self._partial_folder}{self._unwritten[0].number:08d}.jsonl"
             self._store.write(key, _format(self._unwritten))
             self._partial_keys.append(key)
             self._unwritten = []

@@ -16,16 +16,11 @@ from job.data.split import split
 from job.data.split_files import iter_examples, write_split_files
 from job.data.staging import StagedDataset, stage_rows, staging_key
 from job.evals.tasks import load_task
+from job.pipeline.layout import DATA_MANIFEST, TRAIN_EXAMPLES, VALIDATION_EXAMPLES
 from job.pipeline.run import Run
 from job.results import DataInfo, RowCounts
 from job.runtime import logs
 from job.storage.locations import child_uri, open_store
-
-TRAIN = "data/train.parquet"
-VALIDATION = "data/validation.parquet"
-MANIFEST = "data/manifest.json"
-CONTAMINATION = "evals/contamination.json"
-"""Written by the baseline stage: which questions occur in the training text."""
 
 
 def run_stage(run: Run) -> DataInfo:
@@ -55,7 +50,7 @@ def run_stage(run: Run) -> DataInfo:
     chosen = split(
         run.spec.seed, hashes[0], hashes[1], data.train_examples, data.validation_examples
     )
-    samples = {TRAIN: chosen.train, VALIDATION: chosen.validation}
+    samples = {TRAIN_EXAMPLES: chosen.train, VALIDATION_EXAMPLES: chosen.validation}
     if usable is not None:
         samples = {key: usable[indices] for key, indices in samples.items()}
     paths = {key: run.work / Path(key).name for key in samples}
@@ -75,7 +70,7 @@ def run_stage(run: Run) -> DataInfo:
         neutralised=tally.found.get(CHAT_MARKUP, 0),
         found=dict(sorted(tally.found.items())),
     )
-    run.put(MANIFEST, json.dumps(_manifest(run, staged, info), indent=2).encode())
+    run.put(DATA_MANIFEST, json.dumps(_manifest(run, staged, info), indent=2).encode())
     seconds = time.monotonic() - clock
     logs.get().info(
         "data split written",
@@ -111,5 +106,5 @@ def _manifest(run: Run, staged: StagedDataset, info: DataInfo) -> dict[str, Any]
 
 
 def read_examples(run: Run, key: str, limit: int | None = None) -> list[Example]:
-    """Return the first `limit` examples of TRAIN or VALIDATION."""
+    """Return the first `limit` training or validation examples, by the key of their file."""
     return list(itertools.islice(iter_examples(run.fetch(key)), limit))

@@ -4,6 +4,7 @@ The tuned model is loaded from the adapter's file, so the evaluation covers what
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Literal
 
 from pydantic import BaseModel
@@ -20,10 +21,10 @@ from job.evals.predictions import (
     Line,
     ModelName,
     format_predictions,
-    predictions_key,
 )
 from job.evals.tasks import Task, load_task, side_by_side_prompts
-from job.pipeline.data_stage import CONTAMINATION, TRAIN, VALIDATION, read_examples
+from job.pipeline import layout
+from job.pipeline.data_stage import read_examples
 from job.pipeline.run import Run
 from job.pipeline.train_stage import load_trained
 from job.runtime import logs
@@ -56,16 +57,17 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     if name == "baseline" and tasks and run.processes.is_primary:
         _check_contamination(run, tasks)
     inputs = [run.digests[name], engine.batch_size, BATCHING_VERSION]
-    with PredictionCaches(run.store, name, inputs, run.processes.broadcast) as caches:
+    key_of = partial(layout.partial_predictions, name)
+    with PredictionCaches(run.store, key_of, inputs, run.processes.broadcast) as caches:
         local = LocalModel(engine, model.tokenizer, weights, caches)
         outcomes = {task.entry.name: _evaluate_task(run, name, local, task) for task in tasks}
         if evals.dialogue is not None:
-            examples = read_examples(run, VALIDATION, evals.dialogue.max_examples)
+            examples = read_examples(run, layout.VALIDATION_EXAMPLES, evals.dialogue.max_examples)
             lines, truncated = local.answer_examples(examples, evals.dialogue.max_new_tokens)
             write_predictions(run, name, DIALOGUE, lines)
             logs.get().info("dialogue evaluated", examples=len(lines), truncated=truncated)
         section = evals.side_by_side
-        examples = read_examples(run, VALIDATION, section.max_examples)
+        examples = read_examples(run, layout.VALIDATION_EXAMPLES, section.max_examples)
         prompts = side_by_side_prompts(examples, section)
         answers = local.answer_side_by_side(prompts, section.max_new_tokens)
         write_predictions(run, name, SIDE_BY_SIDE, answers)
@@ -86,13 +88,13 @@ def _evaluate_task(run: Run, name: ModelName, local: LocalModel, task: Task) -> 
 
 
 def _check_contamination(run: Run, tasks: Sequence[Task]) -> None:
-    """Write the overlaps of the training examples with the questions, and warn of them."""
+    """Write the overlaps of the training examples with the questions, and warn about them."""
     questions = {
         task.entry.name: {question.id: question.text for question in task.questions}
         for task in tasks
     }
-    overlaps = find_overlap(questions, iter_examples(run.fetch(TRAIN)))
-    run.put(CONTAMINATION, overlaps.model_dump_json(indent=2).encode())
+    overlaps = find_overlap(questions, iter_examples(run.fetch(layout.TRAIN_EXAMPLES)))
+    run.put(layout.CONTAMINATION, overlaps.model_dump_json(indent=2).encode())
     for name, overlap in overlaps.slices.items():
         if overlap.found:
             logs.get().warning(
@@ -100,11 +102,11 @@ def _check_contamination(run: Run, tasks: Sequence[Task]) -> None:
                 eval=name,
                 contaminated=overlap.found,
                 questions=overlap.questions,
-                pairs=CONTAMINATION,
+                pairs=layout.CONTAMINATION,
                 hint="data.checks.drop: [contaminated] drops those examples",
             )
 
 
 def write_predictions(run: Run, model: ModelName, name: str, lines: Iterable[Line]) -> None:
     """Write a predictions file as an output of the stage."""
-    run.put(predictions_key(model, name), format_predictions(lines))
+    run.put(layout.predictions(model, name), format_predictions(lines))

@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 from job.errors import SetupError, UsageError
-from job.pipeline.run import RESULTS, Preflight, Run, StageRecord, now
+from job.pipeline.layout import RESULTS, SPEC
+from job.pipeline.run import Preflight, Run, StageRecord, now
 from job.pipeline.stages import stage_digests
 from job.pipeline.status import earlier_preflight
 from job.runtime import logs
@@ -13,8 +14,6 @@ from job.spec.fields import SAMPLES
 from job.spec.load import digest, run_id, spec_text
 from job.spec.pinning import resolve_all
 from job.spec.schema import Spec
-
-SPEC = "spec.yaml"
 
 
 def check_run_id(given: str | None, spec: Spec) -> str:

@@ -15,10 +15,11 @@ from job.evals.api_client import API_KEY_VARIABLE, ChatClient, missing_key
 from job.evals.budget import Budget
 from job.evals.predictions import DIALOGUE, SIDE_BY_SIDE, Line
 from job.evals.remote_model import RemoteModel
-from job.evals.reply_log import REPLIES_KEY, LoggedReply, ReplyLog
+from job.evals.reply_log import LoggedReply, ReplyLog
 from job.evals.tasks import load_task, side_by_side_prompts
-from job.pipeline.data_stage import VALIDATION, read_examples
+from job.pipeline.data_stage import read_examples
 from job.pipeline.eval_stage import write_predictions
+from job.pipeline.layout import PARTIAL_REPLIES, REPLIES, VALIDATION_EXAMPLES
 from job.pipeline.run import Run
 from job.results import ReferenceResult, ReferenceTokens
 from job.runtime import logs
@@ -44,11 +45,11 @@ def run_stage(run: Run) -> ReferenceOutcome:
     if missing:
         logs.get().warning(missing)
         return _skipped(reference.model, f"{API_KEY_VARIABLE} is not set", can_retry=True)
-    log = ReplyLog(run.store, run.digests["reference"])
+    log = ReplyLog(run.store, REPLIES, PARTIAL_REPLIES, run.digests["reference"])
     client = _client(reference, log)
     remote = RemoteModel(client, log, reference.concurrency, run.stop.check)
     lines = _evaluate(run, reference, remote)
-    run.put(REPLIES_KEY, log.content())
+    run.put(REPLIES, log.content())
     log.delete_partial()
     return ReferenceOutcome(
         result=_result(reference.model, log, lines),
@@ -75,18 +76,18 @@ def _evaluate(run: Run, reference: Reference, remote: RemoteModel) -> list[Line]
         write(entry.name, remote.answer_questions(load_task(entry, run.revisions)))
     dialogue = run.spec.evals.dialogue
     if reference.dialogue and dialogue is not None:
-        examples = read_examples(run, VALIDATION, dialogue.max_examples)
+        examples = read_examples(run, VALIDATION_EXAMPLES, dialogue.max_examples)
         # A model that reasons needs its own limit: reasoning counts.
         limit = dialogue.max_new_tokens if reference.reasoning == "none" else None
         write(DIALOGUE, remote.answer_examples(examples, limit))
     section = run.spec.evals.side_by_side
-    examples = read_examples(run, VALIDATION, section.max_examples)
+    examples = read_examples(run, VALIDATION_EXAMPLES, section.max_examples)
     write(SIDE_BY_SIDE, remote.answer_side_by_side(side_by_side_prompts(examples, section)))
     return evaluated
 
 
 def _result(model: str, log: ReplyLog, lines: Sequence[Line]) -> ReferenceResult:
-    """Return the figures of all starts of the stage together."""
+    """Return the totals over all starts of the stage."""
     errors = Counter(line.error for line in lines if line.error)
     failed = errors.total()
     reason = None

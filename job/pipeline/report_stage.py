@@ -24,12 +24,12 @@ from job.evals.predictions import (
 from job.evals.statistics import Bootstrap, apply_holm
 from job.evals.tasks import format_options
 from job.machine.accelerators import find_accelerator
-from job.pipeline.data_stage import CONTAMINATION
+from job.pipeline import layout
 from job.pipeline.eval_stage import EvalOutcome
 from job.pipeline.reference_stage import ReferenceOutcome
 from job.pipeline.run import Preflight, Run, now
 from job.pipeline.train_stage import TrainOutcome
-from job.report import model_card
+from job.report.model_card import render_card
 from job.report.render import Flip, render_html, render_markdown
 from job.report.verdict import decide
 from job.results import (
@@ -47,11 +47,6 @@ from job.results import (
 from job.spec.load import digest
 from job.spec.schema import MultipleChoiceEval
 from job.train.metrics import HISTORY
-
-HTML = "report.html"
-
-
-MARKDOWN = "report.md"
 
 
 def run_stage(run: Run) -> Results:
@@ -71,11 +66,12 @@ def run_stage(run: Run) -> Results:
         artifacts=[artifact for record in run.records.values() for artifact in record.outputs],
         cost=_cost(run, trained.training, reference),
     )
-    history = [json.loads(line) for line in (run.store.read(HISTORY) or b"").splitlines()]
+    lines = (run.store.read(layout.TRAINING + HISTORY) or b"").splitlines()
+    history = [json.loads(line) for line in lines]
     flips = _flips(run)
-    run.put(HTML, render_html(results, history, flips).encode())
-    run.put(MARKDOWN, render_markdown(results, history, flips).encode())
-    run.put(model_card.KEY, model_card.render_card(results).encode())
+    run.put(layout.REPORT_HTML, render_html(results, history, flips).encode())
+    run.put(layout.REPORT_MARKDOWN, render_markdown(results, history, flips).encode())
+    run.put(layout.MODEL_CARD, render_card(results).encode())
     return results
 
 
@@ -115,7 +111,11 @@ def _predictions[L: Line](
     models: list[ModelName] = ["baseline", "finetuned"]
     if has_reference:
         models.append("reference")
-    return {model: read_predictions(run.store, model, name, kind) for model in models}
+    return {model: _lines(run, model, name, kind) for model in models}
+
+
+def _lines[L: Line](run: Run, model: ModelName, name: str, kind: type[L]) -> list[L]:
+    return read_predictions(run.store, layout.predictions(model, name), kind)
 
 
 def _bootstrap(run: Run) -> Bootstrap:
@@ -134,7 +134,7 @@ def _multiple_choice(
 
 def _overlapping_questions(run: Run, name: str) -> int | None:
     """Return how many questions of a task overlap the training text, if that was checked."""
-    content = run.store.read(CONTAMINATION)
+    content = run.store.read(layout.CONTAMINATION)
     if content is None:
         return None
     overlap = Contamination.model_validate_json(content).slices.get(name)
@@ -187,8 +187,8 @@ def _flips(run: Run) -> list[Flip]:
     """Return the questions that exactly one of the baseline and the tuned model got right."""
     flips = []
     for entry in run.spec.evals.multiple_choice:
-        before = read_predictions(run.store, "baseline", entry.name, ChoiceLine)
-        after = answered(read_predictions(run.store, "finetuned", entry.name, ChoiceLine))
+        before = _lines(run, "baseline", entry.name, ChoiceLine)
+        after = answered(_lines(run, "finetuned", entry.name, ChoiceLine))
         flips += [
             Flip(
                 eval=entry.name,

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from job.errors import RunStoppedError, StageError
 from job.machine.distributed import CoordinatedStop, ProcessGroup
+from job.pipeline import layout
 from job.results import Artifact, EnvironmentInfo, Results
 from job.runtime.signals import StopSignal
 from job.spec.pinning import Revisions
@@ -27,8 +28,6 @@ from job.storage.lease import Lease, LeaseHeldError, hold_lease
 
 if TYPE_CHECKING:
     from job.model.language_model import LanguageModel
-
-RESULTS = "results.json"
 
 
 class StageRecord(BaseModel):
@@ -75,6 +74,8 @@ class Run:
     """The commit of each Hub repository that the spec names."""
     lease: Lease | None = None
     """The lease of the run, in the process that writes."""
+    pending: frozenset[str] = frozenset()
+    """Stages that this start of the run executes: requested and not up to date."""
     outputs: list[Artifact] = field(default_factory=list)
     """Files that the current stage has written."""
     prepared_training: "Future[Any] | None" = None
@@ -175,7 +176,7 @@ class Run:
             outcome=outcome.model_dump(mode="json"),
         )
         content = record.model_dump_json(indent=2).encode()
-        self.commit(f"stages/{name}.json", content, replace=name == "preflight")
+        self.commit(layout.stage_record(name), content, replace=name == "preflight")
         self.records[name] = record
         return record
 
@@ -219,7 +220,7 @@ def now() -> str:
 
 def read_results(store: Store) -> Results | None:
     """Return the results of a finished run; unreadable ones count as absent."""
-    content = store.read(RESULTS)
+    content = store.read(layout.RESULTS)
     if content is None:
         return None
     try:

@@ -4,11 +4,10 @@ import contextlib
 from pathlib import Path
 
 from job.errors import JobError, SetupError
+from job.pipeline.layout import LOG
 from job.runtime import logs
 from job.storage.base import Store
 from job.storage.local import LocalStore
-
-LOG = "logs/job.jsonl"
 
 
 class RunLogFile:

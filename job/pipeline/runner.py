@@ -18,12 +18,14 @@ from pathlib import Path
 
 import structlog
 
+from job.adapters.keras_format import H5
 from job.errors import JobError, RunStoppedError, SetupError, StageError, UsageError
 from job.machine import devices
 from job.machine.distributed import ProcessGroup, join_processes
-from job.pipeline.preflight import SPEC, check_local_inputs, check_run_id, run_preflight
-from job.pipeline.run import RESULTS, Run, StageRecord, hold_run_lease, now, read_results
-from job.pipeline.run_log import LOG, RunLogFile
+from job.pipeline import layout
+from job.pipeline.preflight import check_local_inputs, check_run_id, run_preflight
+from job.pipeline.run import Run, StageRecord, hold_run_lease, now, read_results
+from job.pipeline.run_log import RunLogFile
 from job.pipeline.stages import NAMES, STAGES, Stage, dependents
 from job.pipeline.status import RunStatus, read_run_status
 from job.results import Results
@@ -33,9 +35,6 @@ from job.runtime.watchdog import WATCHDOG
 from job.spec.load import LoadedSpec
 from job.storage.base import ReadOnlyStore, Store
 from job.storage.locations import child_uri, open_store
-
-_OWNED = (RESULTS, SPEC, "report.", "stages/", "data/", "evals/", "train/", "adapter/", "logs/")
-"""Everything that a run writes into its folder, and that --fresh deletes from it."""
 
 
 def run_job(
@@ -117,7 +116,7 @@ class _Command:
             with tempfile.TemporaryDirectory(prefix="job-") as work:
                 run = Run(
                     self.run_id, spec, store, Path(work), STOP, environment, processes,
-                    records=status.records,
+                    records=status.records, pending=frozenset(stage.name for stage in stale),
                 )  # fmt: skip
                 unchanged = partial(self._is_unchanged, status, store)
                 with STOP.graceful(), hold_run_lease(run, unchanged):
@@ -192,9 +191,9 @@ class _Command:
             return
         log.info(f"verdict: {results.verdict.sentence}")
         for what, key in (
-            ("results", RESULTS),
-            ("report", "report.html"),
-            ("adapter", "adapter/adapter.lora.h5"),
+            ("results", layout.RESULTS),
+            ("report", layout.REPORT_HTML),
+            ("adapter", layout.ADAPTER + H5),
         ):
             log.info(f"{what}: {child_uri(store.uri, key)}")
 
@@ -203,7 +202,7 @@ def _run_stage(run: Run, stage: Stage, save_log: Callable[[], None]) -> None:
     """Run one stage and record it; every process ends up with the record."""
     run.coordinated_stop.check()
     for name in (*dependents(stage.name), stage.name):
-        run.store.delete(f"stages/{name}.json")
+        run.store.delete(layout.stage_record(name))
         run.records.pop(name, None)
     logs.get().info("stage started")
     started, clock = now(), time.monotonic()
@@ -237,18 +236,18 @@ def _write_results(run: Run) -> None:
             "run": results.run.model_copy(update=timing),
         }
     )
-    run.commit(RESULTS, complete.model_dump_json(indent=2).encode())
+    run.commit(layout.RESULTS, complete.model_dump_json(indent=2).encode())
 
 
 def _explain(error: Exception, run: Run) -> StageError | RunStoppedError:
-    """Return what to raise for an error that no one expected."""
+    """Return the error to raise for an unexpected exception."""
     if gone := run.processes.peer_error(error):
         logs.get().error(str(gone), error=repr(error))
         return gone
     logs.get().error("stage failed", error=repr(error), traceback=traceback.format_exc())
     return StageError(
         f"unexpected {type(error).__name__}: {error}; this is a bug, and its traceback "
-        f"is in {child_uri(run.store.uri, LOG)}"
+        f"is in {child_uri(run.store.uri, layout.LOG)}"
     )
 
 
@@ -261,6 +260,6 @@ def _enter_stage(name: str) -> None:
 
 def _delete_outputs(store: Store) -> None:
     """Delete the outputs of an earlier run, its results first, and nothing else."""
-    keys = (key for key in store.list() if key.startswith(_OWNED))
-    for key in sorted(keys, key=lambda key: (key != RESULTS, not key.startswith("stages/"))):
+    keys = (key for key in store.list() if key.startswith(layout.OWNED))
+    for key in sorted(keys, key=lambda k: (k != layout.RESULTS, not k.startswith(layout.STAGES))):
         store.delete(key)

@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from job.evals.tasks import few_shot_source
+from job.pipeline.layout import ADAPTER
 from job.pipeline.run import Run, StageRecord
 from job.spec.fields import SAMPLES
 from job.spec.load import digest
@@ -220,4 +221,4 @@ def _init_adapter(spec: Spec, revisions: Revisions) -> object:
         return revisions.get(key)
     from job.adapters.locate import find_adapter
 
-    return find_adapter(spec.train.init_adapter, "train.init_adapter", "adapter/").digests()
+    return find_adapter(spec.train.init_adapter, "train.init_adapter", ADAPTER).digests()

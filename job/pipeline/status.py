@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ValidationError
 
+from job.pipeline import layout
 from job.pipeline.run import Preflight, StageRecord, now, read_results
 from job.pipeline.stages import NAMES, STAGES, stage_digests
 from job.spec.schema import Spec
@@ -42,7 +43,7 @@ def read_stage_records(store: Store) -> dict[str, StageRecord]:
     """Return the records of a run by stage; an unreadable record counts as absent."""
     records = {}
     for name in NAMES:
-        content = store.read(f"stages/{name}.json")
+        content = store.read(layout.stage_record(name))
         if content is not None:
             with contextlib.suppress(ValidationError):
                 records[name] = StageRecord.model_validate_json(content)

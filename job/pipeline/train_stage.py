@@ -1,4 +1,4 @@
-"""The train stage: reads the examples of a run, trains, and writes the adapter and the metrics.
+"""The train stage: trains the adapter and writes it in every format the model supports.
 
 Training itself is in `job.train`; how adapters are stored is in `job.adapters`.
 """
@@ -29,7 +29,14 @@ from job.data.packing import PackedRows, TokenizedExamples, length_buckets, make
 from job.errors import StageError, UsageError
 from job.model.language_model import LanguageModel
 from job.model.lora import LoraLayout, LoraWeights
-from job.pipeline.data_stage import TRAIN, VALIDATION, read_examples
+from job.pipeline.data_stage import read_examples
+from job.pipeline.layout import (
+    ADAPTER,
+    PEFT_ADAPTER,
+    TRAIN_EXAMPLES,
+    TRAINING,
+    VALIDATION_EXAMPLES,
+)
 from job.pipeline.run import Run
 from job.results import (
     Accuracies,
@@ -44,11 +51,6 @@ from job.runtime import logs
 from job.runtime.threads import Threads
 from job.storage.base import file_sha256
 from job.train.trainer import TrainData, Trainer, TrainerConfig, TrainResult
-
-FOLDER = "adapter/"
-
-
-PEFT = "peft/"
 
 
 class TrainOutcome(BaseModel):
@@ -102,11 +104,14 @@ def prepare(run: Run) -> PreparedTraining:
     model, train = run.model(), run.spec.train
     packed = train.packing and model.can_pack
     if train.packing and not packed:
-        logs.get().warning("packing unavailable: one padded example a row", family=model.family)
-    tokenized, rows = _rows(run, model, TRAIN, packed=packed)
-    _, validation = _rows(run, model, VALIDATION, packed=packed, buckets=rows.buckets)
+        logs.get().warning(
+            "packing is not supported for this model family; rows hold one example each",
+            family=model.family,
+        )
+    tokenized, rows = _rows(run, model, TRAIN_EXAMPLES, packed=packed)
+    _, validation = _rows(run, model, VALIDATION_EXAMPLES, packed=packed, buckets=rows.buckets)
     logs.get().info(
-        "tokenized",
+        "examples tokenized",
         examples=len(tokenized.examples),
         truncated=tokenized.truncated,
         dropped=tokenized.dropped,
@@ -114,14 +119,15 @@ def prepare(run: Run) -> PreparedTraining:
         fill=round(rows.fill, 4),
     )
     uri = train.init_adapter
-    earlier = find_adapter(uri, "train.init_adapter", "adapter/", run.revisions) if uri else None
+    earlier = find_adapter(uri, "train.init_adapter", ADAPTER, run.revisions) if uri else None
     initial_lora = starting_lora(run.spec, model, earlier, run.work / "init_adapter")
     config = TrainerConfig(
         train,
         run.spec.seed,
         packed,
         dropout=run.spec.model.lora.dropout,
-        inputs=run.digests["train"],
+        inputs_digest=run.digests["train"],
+        folder=TRAINING,
     )
     data = TrainData(rows, validation, initial_lora)
     trainer = Trainer(model, data, config, run.store, run.coordinated_stop)
@@ -131,11 +137,12 @@ def prepare(run: Run) -> PreparedTraining:
 def prepare_in_background(run: Run) -> None:
     """Compile the training step in the background while the baseline is measured.
 
-    On accelerators, compilation often takes longer than training. The step is traced before the
+    Nothing is compiled if this start of the run does not train. On accelerators, compilation can
+    take longer than the training itself. The step is traced before the
     baseline starts, because two threads must not trace the same layers; then a thread compiles it,
     and JAX caches the program with the function. A CPU has no cores to spare for this.
     """
-    if run.environment.platform == "cpu" or "train" in run.records:
+    if run.environment.platform == "cpu" or "train" not in run.pending:
         return
     prepared = prepare(run)
     compile_step = prepared.trainer.trace_step()
@@ -165,8 +172,8 @@ def _rows(
     examples = tokenized.examples
     if not examples:
         raise UsageError(
-            f"train.max_length: no example of {key} has a response within {train.max_length} "
-            "tokens; raise it"
+            f"no example in {key} has a response token within the first {train.max_length} tokens; "
+            "raise train.max_length"
         )
     if packed:
         return tokenized, make_rows(examples, train.row_length, packing=True)
@@ -238,14 +245,14 @@ def write_adapter(
     """Write a trained adapter to the run, in every format that its model supports."""
     spec, path = run.spec.model, run.work / H5
     save_adapter(path, model.lora, lora)
-    run.put_file(FOLDER + H5, path)
+    run.put_file(ADAPTER + H5, path)
     files = {H5: file_sha256(path)}
     if matrices is not None:
         adapter = to_peft(model, spec, lora, matrices)
         for name, content in peft_files(adapter).items():
-            files[PEFT + name] = run.put(f"{FOLDER}{PEFT}{name}", content).sha256
+            files[PEFT_ADAPTER + name] = run.put(f"{ADAPTER}{PEFT_ADAPTER}{name}", content).sha256
     info = describe(model.lora, model.family, spec.preset, model.preset.revision, files)
-    run.put(FOLDER + DESCRIPTION, (info.model_dump_json(indent=2) + "\n").encode())
+    run.put(ADAPTER + DESCRIPTION, (info.model_dump_json(indent=2) + "\n").encode())
 
 
 def load_trained(run: Run, model: LanguageModel) -> tuple[LoraLayout, LoraWeights]:
@@ -255,9 +262,9 @@ def load_trained(run: Run, model: LanguageModel) -> tuple[LoraLayout, LoraWeight
         UsageError: it belongs to another model.
         StageError: a file is missing or damaged.
     """
-    info = read_info(run.fetch(FOLDER + DESCRIPTION))
-    check_model(info, run.spec.model.preset, model.family, FOLDER + DESCRIPTION)
-    path = run.fetch(FOLDER + H5)
+    info = read_info(run.fetch(ADAPTER + DESCRIPTION))
+    check_model(info, run.spec.model.preset, model.family, ADAPTER + DESCRIPTION)
+    path = run.fetch(ADAPTER + H5)
     check_file(info, H5, path)
     return load_adapter(path, model.lora)
 
@@ -266,5 +273,6 @@ def check_file(info: AdapterInfo, name: str, path: Path) -> None:
     """Raise StageError unless a file has the checksum in the adapter's description."""
     if info.files.get(name) != file_sha256(path):
         raise StageError(
-            f"{FOLDER}{name} does not have the checksum in {DESCRIPTION}: it was cut off or changed"
+            f"{ADAPTER}{name} does not have the checksum in {DESCRIPTION}: "
+            "it was truncated or modified"
         )

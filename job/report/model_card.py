@@ -16,10 +16,7 @@ from job.report.render import caveats, code_block, template_environment, trivial
 from job.results import Results
 from job.runtime.logs import legible
 
-KEY = "adapter/README.md"
-
-
-PEFT = "adapter/peft/adapter_config.json"
+PEFT_CONFIG = "adapter/peft/adapter_config.json"
 
 
 TINY = "tiny"
@@ -40,7 +37,7 @@ _MEDICAL = re.compile(
 
 def render_card(results: Results) -> str:
     """Render the card: YAML front matter for the hub, then Markdown."""
-    has_peft = any(item.path == PEFT for item in results.artifacts)
+    has_peft = any(item.path == PEFT_CONFIG for item in results.artifacts)
     is_tiny = results.model.preset == TINY
     front = yaml.safe_dump(_front(results, has_peft), sort_keys=False, width=10_000)
     body = (

@@ -23,7 +23,7 @@ from job.machine.distributed import ProcessGroup
 from job.runtime import logs
 from job.storage.base import Store
 
-FOLDER = "train/checkpoints/"
+CHECKPOINTS = "checkpoints/"
 
 
 _NEWEST = 2
@@ -88,8 +88,19 @@ class Checkpoint:
     arrays: Mapping[str, Any]
 
 
-def _key(step: int) -> str:
-    return f"{FOLDER}step-{step:08d}.checkpoint.safetensors"
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """The folder of a training's checkpoints in a store."""
+
+    store: Store
+    prefix: str
+    """Prefix of the keys, with a slash at the end."""
+    inputs_digest: str
+    """Digest of the training's inputs; checkpoints of other inputs are ignored."""
+
+    def key(self, step: int) -> str:
+        """Return the key of the checkpoint after a step."""
+        return f"{self.prefix}step-{step:08d}.checkpoint.safetensors"
 
 
 def _hash(arrays: Mapping[str, np.ndarray]) -> str:
@@ -100,24 +111,19 @@ def _hash(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(store: Store, inputs: str, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint and remove all but the newest two.
-
-    Args:
-        store: where checkpoints are stored.
-        inputs: digest of the training's inputs.
-        checkpoint: the checkpoint.
-    """
+def save_checkpoint(folder: CheckpointFolder, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint and remove all but the newest two."""
     arrays = {name: np.asarray(array) for name, array in checkpoint.arrays.items()}
     metadata = {
         "format": _FORMAT,
-        "inputs": inputs,
+        "inputs": folder.inputs_digest,
         "hash": _hash(arrays),
         "progress": checkpoint.progress.model_dump_json(),
     }
     content = safetensors.numpy.save(arrays, metadata=metadata)
-    store.write(_key(checkpoint.progress.step), content)
-    for key in sorted(store.list(FOLDER))[:-_NEWEST]:
+    store = folder.store
+    store.write(folder.key(checkpoint.progress.step), content)
+    for key in sorted(store.list(folder.prefix))[:-_NEWEST]:
         store.delete(key)
 
 
@@ -127,9 +133,8 @@ class CheckpointWriter:
     Leaving its block waits for the last one. Errors are raised by the next call.
     """
 
-    def __init__(self, store: Store, inputs: str) -> None:
-        self._store = store
-        self._inputs = inputs
+    def __init__(self, folder: CheckpointFolder) -> None:
+        self._folder = folder
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write_in_progress: Future[None] | None = None
 
@@ -159,8 +164,8 @@ class CheckpointWriter:
 
     def _write(self, checkpoint: Checkpoint, files: Mapping[str, bytes]) -> None:
         for key, content in files.items():
-            self._store.write(key, content)
-        save_checkpoint(self._store, self._inputs, checkpoint)
+            self._folder.store.write(key, content)
+        save_checkpoint(self._folder, checkpoint)
 
     def wait(self) -> None:
         """Wait for the checkpoint being written; raise if that failed."""
@@ -170,7 +175,7 @@ class CheckpointWriter:
 
 
 def load_checkpoint(
-    store: Store, inputs: str, processes: ProcessGroup | None = None
+    folder: CheckpointFolder, processes: ProcessGroup | None = None
 ) -> Checkpoint | None:
     """Return the newest valid checkpoint of this training, or None; all processes must call it.
 
@@ -180,23 +185,24 @@ def load_checkpoint(
         StageError: the checkpoint is of an earlier format, or cannot be read by this process.
     """
     processes = processes or ProcessGroup()
-    step = json.loads(processes.broadcast(lambda: json.dumps(_newest_step(store, inputs))))
+    step = json.loads(processes.broadcast(lambda: json.dumps(_newest_step(folder))))
     if step is None:
         return None
     try:
-        return _parse(store.read(_key(step)) or b"")
+        return _parse(folder.store.read(folder.key(step)) or b"")
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise StageError(f"the checkpoint {_key(step)} cannot be read: {error}") from error
+        raise StageError(f"the checkpoint {folder.key(step)} cannot be read: {error}") from error
 
 
-def _newest_step(store: Store, inputs: str) -> int | None:
-    for key in sorted(store.list(FOLDER), reverse=True):
+def _newest_step(folder: CheckpointFolder) -> int | None:
+    store = folder.store
+    for key in sorted(store.list(folder.prefix), reverse=True):
         content = store.read(key)
         if content is None:
             continue
         try:
             metadata = _metadata(content)
-            if metadata["inputs"] != inputs:
+            if metadata["inputs"] != folder.inputs_digest:
                 logs.get().info("checkpoint of another training removed", file=key)
                 store.delete(key)
                 continue

@@ -1,6 +1,6 @@
 """Training metrics: the history file, the same as TensorBoard events, throughput and MFU.
 
-`tensorboard --logdir <run>/train/tensorboard` shows the events, also during training: the file is
+`tensorboard --logdir` on their folder shows the events, also during training: the file is
 rewritten from the history with each checkpoint, and grows. TensorFlow is not needed.
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 from job.machine import accelerators
 from job.train.checkpoint import Validation
 
-HISTORY = "train/history.jsonl"
+HISTORY = "history.jsonl"
 
 
-EVENTS = "train/tensorboard/events.out.tfevents.0000000000.job"
+EVENTS = "tensorboard/events.out.tfevents.0000000000.job"
 
 
 _TAGS = {
@@ -58,7 +58,7 @@ class History:
         self.add_step(step, metrics)
 
     def files(self) -> dict[str, bytes]:
-        """Return the history and the TensorBoard events as files, by key."""
+        """Return the history and the TensorBoard events as files, by name."""
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         return {HISTORY: text.encode(), EVENTS: event_file(self.lines)}
 

@@ -29,7 +29,9 @@ from job.storage.base import Store
 from job.train.batching import BatchLoader
 from job.train.blockwise_step import make_step
 from job.train.checkpoint import (
+    CHECKPOINTS,
     Checkpoint,
+    CheckpointFolder,
     CheckpointWriter,
     TrainProgress,
     Validation,
@@ -53,7 +55,9 @@ class TrainerConfig:
     """Whether rows hold several examples."""
     dropout: float = 0.0
     """Share of the LoRA branches' inputs that is dropped."""
-    inputs: str = ""
+    folder: str = ""
+    """Prefix of the files of the training in its store: empty, or ending with a slash."""
+    inputs_digest: str = ""
     """Digest of everything the training depends on; checkpoints of other inputs are ignored."""
 
 
@@ -111,6 +115,9 @@ class Trainer:
         self._data = data
         self._config = config
         self._store = store
+        self._checkpoints = CheckpointFolder(
+            store, config.folder + CHECKPOINTS, config.inputs_digest
+        )
         self._stop = stop
         train, rows = config.train, data.rows
         lengths = tuple(rows.lengths.tolist()) if len(rows.buckets) > 1 else ()
@@ -176,7 +183,7 @@ class Trainer:
         if progress.validation_before is None:
             progress.validation_before = self._validate()
         with (
-            CheckpointWriter(self._store, self._config.inputs) as writer,
+            CheckpointWriter(self._checkpoints) as writer,
             show_progress("training", self.schedule.steps, progress.step) as advance,
         ):
             self._loop(writer, advance)
@@ -186,13 +193,12 @@ class Trainer:
         if self._config.train.keep == "last" or validation is None:
             lora, validation = jax.device_get(self._state.lora), progress.validation
         assert validation is not None
-        return TrainResult(lora, progress, validation, self._mfu(), self._history.files())
+        return TrainResult(lora, progress, validation, self._mfu(), self._files())
 
     def _resume(self) -> None:
         """Restore the newest checkpoint, or go back to the start if there is none."""
         self._reset()
-        inputs, processes = self._config.inputs, self._stop.processes
-        checkpoint = load_checkpoint(self._store, inputs, processes)
+        checkpoint = load_checkpoint(self._checkpoints, self._stop.processes)
         if checkpoint is None:
             return
         best = self._config.train.keep == "best"
@@ -201,7 +207,7 @@ class Trainer:
         self._best_lora = best_lora or self._best_lora
         self._progress = checkpoint.progress
         step = checkpoint.progress.step
-        self._history = History(self._store.read(HISTORY) or b"", step)
+        self._history = History(self._store.read(self._config.folder + HISTORY) or b"", step)
         logs.get().info("resumed from a checkpoint", step=step, of=self.schedule.steps)
 
     def _loop(self, writer: CheckpointWriter, advance: Advance) -> None:
@@ -243,7 +249,12 @@ class Trainer:
         best = self._best_lora if self._config.train.keep == "best" else None
         arrays = jax.device_get(self._names.to_arrays(self._state, best))
         # The history may be ahead of the checkpoint; resuming drops the lines beyond it.
-        writer.save(Checkpoint(self._progress, arrays), self._history.files())
+        writer.save(Checkpoint(self._progress, arrays), self._files())
+
+    def _files(self) -> dict[str, bytes]:
+        """Return the history and the TensorBoard events, by key."""
+        files = self._history.files()
+        return {self._config.folder + name: content for name, content in files.items()}
 
     def _record(self, in_flight: _StepInFlight, advance: Advance) -> bool:
         """Add a step's metrics to the progress and, if due, to the history and the log.

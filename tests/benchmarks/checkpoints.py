@@ -42,7 +42,7 @@ def main() -> None:
     from job.runtime.signals import StopSignal
     from job.spec.schema import Train
     from job.storage.locations import open_store
-    from job.train.checkpoint import FOLDER
+    from job.train.checkpoint import CHECKPOINTS
     from job.train.trainer import TrainData, Trainer, TrainerConfig
 
     model = make_model("proxy", "float32", given.rank)
@@ -54,11 +54,11 @@ def main() -> None:
         """Return seconds per step, and bytes of the newest checkpoint."""
         settings = Train(batch_size=1, checkpoint_every=every, log_every=10**6)
         store = open_store(f"gs://checkpoints/{name}")
-        config = TrainerConfig(settings, seed=0, packed=True, inputs=name)
+        config = TrainerConfig(settings, seed=0, packed=True, inputs_digest=name)
         stop = CoordinatedStop(StopSignal(), ProcessGroup())
         data = TrainData(rows, held_out, model.lora.init(0))
         progress = Trainer(model, data, config, store, stop).run().progress
-        newest = store.stat(store.list(FOLDER)[-1])
+        newest = store.stat(store.list(CHECKPOINTS)[-1])
         assert newest is not None
         return progress.step_seconds / progress.step, newest.bytes
 

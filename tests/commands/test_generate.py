@@ -15,7 +15,7 @@ from job.adapters.keras_format import load_adapter
 from job.commands.generate import GenerateOptions, generate_answers
 from job.evals.engine import Engine
 from job.model.language_model import LanguageModel
-from job.pipeline.data_stage import VALIDATION
+from job.pipeline.layout import VALIDATION_EXAMPLES
 from tests.commands.test_export import leave
 from tests.conftest import MakeModel
 from tests.conversations import turns
@@ -115,7 +115,7 @@ def held_out(run: Path, *systems: str) -> None:
         {"id": str(n), "system": system, "prompt": "a", "response": "b", "history": []}
         for n, system in enumerate(systems)
     ]
-    path = run / VALIDATION
+    path = run / VALIDATION_EXAMPLES
     path.parent.mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path)
 
@@ -135,7 +135,7 @@ def test_the_instruction_is_that_of_the_training_examples(
         held_out(run, "Be brief.", "Be long.")
         assert tuned() == (answer(PROMPT), None)
     finally:
-        (run / VALIDATION).unlink()
+        (run / VALIDATION_EXAMPLES).unlink()
 
 
 def test_a_prompt_from_a_file_prints_only_the_answer(

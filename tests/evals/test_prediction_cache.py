@@ -12,11 +12,13 @@ from job.machine.distributed import ProcessGroup
 from job.model.language_model import LanguageModel
 from job.storage.local import LocalStore
 
-KEY = "evals/baseline/first/partial.json"
+KEY = "caches/first.json"
 
 
 def caches(folder: Path, inputs: object = "inputs") -> PredictionCaches:
-    return PredictionCaches(LocalStore(folder), "baseline", inputs, ProcessGroup().broadcast)
+    return PredictionCaches(
+        LocalStore(folder), "caches/{}.json".format, inputs, ProcessGroup().broadcast
+    )
 
 
 class Stopper:

@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from job.pipeline import train_stage
+from job.pipeline.run import Run, StageRecord
+from job.runtime.signals import StopSignal
+from job.storage.local import LocalStore
+from tests.data.staged import MACHINE, spec_of
+
 FORCED = """
 from job.runtime.signals import STOP
 STOP.install()
@@ -23,6 +29,42 @@ SLOW_COMPILER = """
 from job.train.trainer import Trainer
 Trainer.trace_step = lambda self: (lambda: time.sleep(100))
 """
+
+
+@pytest.mark.parametrize(
+    ("pending", "platform", "prepares"),
+    [
+        (["baseline", "train"], "tpu", True),
+        (["baseline"], "tpu", False),
+        (["baseline", "train"], "cpu", False),
+    ],
+    ids=["train is pending", "train is up to date or not requested", "cpu"],
+)
+@pytest.mark.parametrize("has_record", [True, False])
+def test_the_step_is_prepared_only_if_the_run_will_train(
+    pending: list[str], platform: str, prepares: bool, has_record: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    machine = MACHINE.model_copy(update={"platform": platform})
+    record = StageRecord(
+        stage="train", digest="of other inputs", outputs=[], started="", seconds=0,
+        environment=machine, outcome={},
+    )  # fmt: skip
+    run = Run(
+        "r", spec_of(str(tmp_path), "samples"), LocalStore(tmp_path), tmp_path, StopSignal(),
+        machine, records={"train": record} if has_record else {}, pending=frozenset(pending),
+    )  # fmt: skip
+
+    def prepare(_run: Run) -> None:
+        raise LookupError
+
+    monkeypatch.setattr(train_stage, "prepare", prepare)
+    if prepares:
+        with pytest.raises(LookupError):
+            train_stage.prepare_in_background(run)
+    else:
+        train_stage.prepare_in_background(run)
+        assert run.prepared_training is None
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from job.pipeline.layout import TRAINING
 from job.results import Results
 from job.train.metrics import EVENTS
 from tests.command import Done, job, job_stopped
@@ -77,7 +78,7 @@ def test_every_documented_file_is_there_with_its_checksum(smoke: Finished) -> No
         "data/validation.parquet", "train/history.jsonl", "adapter/adapter.lora.h5",
         "adapter/adapter.json", "adapter/README.md", "adapter/peft/adapter_config.json",
         "adapter/peft/adapter_model.safetensors",
-        "evals/contamination.json", EVENTS,
+        "evals/contamination.json", TRAINING + EVENTS,
         *(f"evals/{model}/{name}/predictions.jsonl" for model in ("baseline", "finetuned")
           for name in ("questions", "questions-generated", "dialogue", "side_by_side")),
     }  # fmt: skip

@@ -15,8 +15,8 @@ from job.errors import RunStoppedError
 from job.evals.api_client import API_KEY_VARIABLE
 from job.evals.metrics import compare_dialogues, rouge_scores, score_choices, score_dialogues
 from job.evals.predictions import ChoiceLine, DialogueLine, Line, SideLine
-from job.evals.reply_log import PARTIAL_FOLDER, REPLIES_KEY
 from job.evals.statistics import Bootstrap
+from job.pipeline.layout import PARTIAL_REPLIES, REPLIES
 from job.pipeline.stages import reference_has_more_to_do
 from job.storage.base import Store
 from job.storage.local import LocalStore
@@ -115,7 +115,7 @@ def test_every_answer_has_its_provider_and_the_billed_cost(
     assert result.cost_usd == pytest.approx(service.billed, abs=1e-6)
     assert result.cost_usd > ALL * PRICE
     assert not outcome.open
-    assert store.list(PARTIAL_FOLDER) == []
+    assert store.list(PARTIAL_REPLIES) == []
     assert all(chat["provider"] == {"require_parameters": True} for chat in service.chats)
     assert all(chat["reasoning"] == {"effort": "none"} for chat in service.chats)
 
@@ -185,7 +185,7 @@ def test_a_stop_saves_the_answers(any_store: Store, service: OpenRouter) -> None
     outcome = run_reference_stage(any_store, spec)
     assert len(service.chats) == ALL
     assert (outcome.result.requests, outcome.result.status) == (ALL, "complete")
-    assert any_store.list(PARTIAL_FOLDER) == []
+    assert any_store.list(PARTIAL_REPLIES) == []
 
 
 def kill_while_it_waits(store: LocalStore, service: OpenRouter, answers: int) -> str:
@@ -212,7 +212,7 @@ def kill_while_it_waits(store: LocalStore, service: OpenRouter, answers: int) ->
 
 
 def saved_replies(store: LocalStore) -> int:
-    return sum((store.read(key) or b"").count(b"\n") for key in store.list(PARTIAL_FOLDER))
+    return sum((store.read(key) or b"").count(b"\n") for key in store.list(PARTIAL_REPLIES))
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def test_after_kills_only_missing_answers_are_requested(
 ) -> None:
     output = kill_while_it_waits(store, service, 9)
     under_way = len(service.chats) - 9
-    assert store.read(REPLIES_KEY) is None
+    assert store.read(REPLIES) is None
     service.script.extend(["502"] * 5)
     first = run_reference_stage(store, spec_of(url(service)))
     assert len(service.chats) == ALL + under_way

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from job.report.model_card import PEFT, is_medical, license_of, render_card
+from job.report.model_card import PEFT_CONFIG, is_medical, license_of, render_card
 from job.results import Results
 from tests.report import EVIL as WITH_SURROGATE
 from tests.report import evil, full, minimal
@@ -24,7 +24,7 @@ def card(run: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def with_peft(run: dict[str, Any]) -> dict[str, Any]:
-    return run | {"artifacts": [{"path": PEFT, "bytes": 2, "sha256": "ab" * 32}]}
+    return run | {"artifacts": [{"path": PEFT_CONFIG, "bytes": 2, "sha256": "ab" * 32}]}
 
 
 def test_the_front_matter_is_what_hubs_read() -> None:

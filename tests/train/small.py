@@ -17,6 +17,7 @@ from job.runtime.signals import StopSignal
 from job.spec.schema import Lora, Model, Train
 from job.storage.base import Store
 from job.storage.local import LocalStore
+from job.train.checkpoint import CHECKPOINTS, CheckpointFolder
 from job.train.state import TrainState
 from job.train.trainer import TrainData, Trainer, TrainerConfig
 from tests.conversations import token_example
@@ -110,9 +111,14 @@ def make_trainer(
     rows = make_rows(examples[:12], 16, packing=False)
     validation = make_rows(examples[12:], 16, packing=False)
     data = TrainData(rows, validation, model.lora.init(0) if lora is None else lora)
-    config = TrainerConfig(settings, seed=0, packed=False, inputs="inputs")
+    config = TrainerConfig(settings, seed=0, packed=False, inputs_digest="inputs")
     coordinated = CoordinatedStop(stop, ProcessGroup())
     return Trainer(model, data, config, store or LocalStore(folder), coordinated), stop
+
+
+def checkpoints_in(store: Store, inputs_digest: str = "inputs") -> CheckpointFolder:
+    """The checkpoints of a trainer of `make_trainer`."""
+    return CheckpointFolder(store, CHECKPOINTS, inputs_digest)
 
 
 def before_step(trainer: Trainer, action: Callable[[int, Any], None]) -> None:

@@ -15,7 +15,7 @@ from job.model.lora import LoraWeights
 from job.spec.schema import Train
 from job.storage.local import LocalStore
 from job.train.checkpoint import (
-    FOLDER,
+    CHECKPOINTS,
     Checkpoint,
     CheckpointWriter,
     TrainProgress,
@@ -25,7 +25,7 @@ from job.train.checkpoint import (
 )
 from job.train.optimizer import make_optimizer
 from job.train.state import StateNames, TrainState
-from tests.train.small import perturbed_lora
+from tests.train.small import checkpoints_in, perturbed_lora
 
 BEFORE = Validation(step=0, loss=1.5, token_accuracy=0.25)
 
@@ -43,16 +43,16 @@ def checkpoint_of(step: int) -> Checkpoint:
 def saved(folder: Path, *steps: int) -> LocalStore:
     store = LocalStore(folder)
     for step in steps:
-        save_checkpoint(store, "inputs", checkpoint_of(step))
+        save_checkpoint(checkpoints_in(store), checkpoint_of(step))
     return store
 
 
 def path_of(folder: Path, step: int) -> Path:
-    return folder / FOLDER / f"step-{step:08d}.checkpoint.safetensors"
+    return folder / CHECKPOINTS / f"step-{step:08d}.checkpoint.safetensors"
 
 
 def load(store: LocalStore) -> Checkpoint:
-    checkpoint = load_checkpoint(store, "inputs")
+    checkpoint = load_checkpoint(checkpoints_in(store))
     assert checkpoint is not None
     return checkpoint
 
@@ -70,9 +70,9 @@ def test_a_checkpoint_is_read_back_by_name(tmp_path: Path) -> None:
 
 def test_only_the_newest_two_are_not_removed(tmp_path: Path) -> None:
     store = saved(tmp_path, 5, 10, 15, 100)
-    assert store.list(FOLDER) == [
-        f"{FOLDER}step-00000015.checkpoint.safetensors",
-        f"{FOLDER}step-00000100.checkpoint.safetensors",
+    assert store.list(CHECKPOINTS) == [
+        f"{CHECKPOINTS}step-00000015.checkpoint.safetensors",
+        f"{CHECKPOINTS}step-00000100.checkpoint.safetensors",
     ]
     assert load(store).progress.step == 100
 
@@ -97,8 +97,8 @@ def test_damaged_newest_falls_back_to_the_one_before(
 
 def test_a_checkpoint_of_another_training_is_removed(tmp_path: Path) -> None:
     store = saved(tmp_path, 5)
-    assert load_checkpoint(store, "other inputs") is None
-    assert store.list(FOLDER) == []
+    assert load_checkpoint(checkpoints_in(store, "other inputs")) is None
+    assert store.list(CHECKPOINTS) == []
 
 
 def test_a_checkpoint_with_numbered_arrays_is_refused(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_checkpoint_with_numbered_arrays_is_refused(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_bytes(safetensors.numpy.save({"00000": np.zeros(2)}, metadata=metadata))
     with pytest.raises(StageError, match="another version.* run the same command with --fresh"):
-        load_checkpoint(LocalStore(tmp_path), "inputs")
+        load_checkpoint(checkpoints_in(LocalStore(tmp_path)))
 
 
 class GatedStore(LocalStore):
@@ -129,20 +129,21 @@ class GatedStore(LocalStore):
 
 def test_checkpoints_are_written_while_training_continues(tmp_path: Path) -> None:
     store, checkpoint = GatedStore(tmp_path), checkpoint_of(1)
-    with CheckpointWriter(store, "inputs") as writer:
-        writer.save(checkpoint, {"train/history.jsonl": b"{}"})
+    with CheckpointWriter(checkpoints_in(store)) as writer:
+        writer.save(checkpoint, {"history.jsonl": b"{}"})
         assert not writer.idle
         checkpoint.progress.step = 2
-        assert store.list(FOLDER) == []
+        assert store.list(CHECKPOINTS) == []
         store.gate.set()
     assert load(store).progress.step == 1
-    assert store.read("train/history.jsonl") == b"{}"
+    assert store.read("history.jsonl") == b"{}"
 
 
 def test_a_failed_write_stops_the_training(tmp_path: Path) -> None:
     store = GatedStore(tmp_path, failing=True)
     store.gate.set()
-    with pytest.raises(StageError, match="no space left"), CheckpointWriter(store, "i") as writer:
+    writer = CheckpointWriter(checkpoints_in(store))
+    with pytest.raises(StageError, match="no space left"), writer:
         writer.save(checkpoint_of(1), {})
         writer.wait()
 

@@ -15,11 +15,11 @@ from job.errors import RunStoppedError, StageError
 from job.model.language_model import LanguageModel
 from job.model.lora import flatten_lora
 from job.storage.local import LocalStore
-from job.train.checkpoint import FOLDER, load_checkpoint
+from job.train.checkpoint import CHECKPOINTS, load_checkpoint
 from job.train.memory import rows_that_fit
 from job.train.metrics import HISTORY
 from job.train.trainer import TrainResult
-from tests.train.small import before_step, make_trainer
+from tests.train.small import before_step, checkpoints_in, make_trainer
 
 SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.3}
 
@@ -77,7 +77,7 @@ class SlowStore(LocalStore):
         self.written: list[str] = []
 
     def write(self, key: str, content: bytes) -> None:
-        if key.startswith(FOLDER):
+        if key.startswith(CHECKPOINTS):
             assert self.ready.wait(60), "steps wait for a checkpoint"
             self.written.append(key)
         super().write(key, content)
@@ -114,7 +114,7 @@ def test_interrupted_training_ends_with_the_same_adapter(
     for step in stops:
         with pytest.raises(RunStoppedError):
             trainer.run()
-        checkpoint = load_checkpoint(store, "inputs")
+        checkpoint = load_checkpoint(checkpoints_in(store))
         assert checkpoint is not None
         assert checkpoint.progress.step == step
     resumed = make_trainer(tmp_path, small, store, **settings)[0].run()
@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_examples(
     trainer.train_step = poisoned
     with pytest.raises(StageError, match=r"step 3 has a loss of nan.*examples are \d+, \d+"):
         trainer.run()
-    checkpoint = load_checkpoint(LocalStore(tmp_path), "inputs")
+    checkpoint = load_checkpoint(checkpoints_in(LocalStore(tmp_path)))
     assert checkpoint is not None
     assert checkpoint.progress.step in (1, 2)  # the second waits while the first is written
     assert all(np.isfinite(array).all() for array in checkpoint.arrays.values())
@@ -258,7 +258,7 @@ def test_training_without_improvement_stops_early(tmp_path: Path, small: Languag
     result = trainer.run()
     assert result.progress.stopped_early
     assert result.progress.step == 4
-    checkpoint = load_checkpoint(LocalStore(tmp_path), "inputs")
+    checkpoint = load_checkpoint(checkpoints_in(LocalStore(tmp_path)))
     assert checkpoint is not None
     assert checkpoint.progress.stopped_early
     assert trainer.run().progress.step == 4
