@@ -108,7 +108,7 @@ class Compiler:
 
     @property
     def prompts(self) -> int:
-        """Return the batch size of prompts over all devices."""
+        """Batch size of prompts over all devices."""
         return self.spec.evals.batch_size * self.model.devices
 
     def _largest(self, scoring: str) -> Sequence[EvalWorkload]:

@@ -42,7 +42,7 @@ CompileMode = Literal["auto", "blocks", "step"]
 
 _SMALLER_TILES = {"xla_tpu_scoped_vmem_limit_kib": "10240"}
 """Makes the TPU's compiler take a third less time for a block's gradient: it gives an operation
-10 MiB of on-chip memory instead of 16. By the compiler's count a step takes 2 % more cycles."""
+10 MiB of on-chip memory instead of 16. By the compiler's count a step takes 2% more cycles."""
 
 
 VALIDATION_PROGRAMS = ("begin", "forward", "end")
@@ -110,7 +110,7 @@ class BlockPrograms:
         config: StepConfig,
         shared: "BlockPrograms | None" = None,
     ) -> None:
-        """Args: shared: programs of another config, reused where they do the same."""
+        """Prepare the programs; those of `shared`, for another config, are reused if identical."""
         self._model = model
         self._blocks = blocks
         self._config = config

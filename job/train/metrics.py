@@ -37,7 +37,7 @@ class History:
     """The logged steps and validations of a training, one dictionary a line."""
 
     def __init__(self, content: bytes = b"", last_step: int = 0) -> None:
-        """Args: content: an earlier history file, of which lines after `last_step` are dropped."""
+        """Resume an earlier history file, without its lines after `last_step`."""
         lines = map(json.loads, content.decode().splitlines())
         self.lines: list[dict[str, Any]] = [line for line in lines if line["step"] <= last_step]
 

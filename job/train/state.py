@@ -31,7 +31,7 @@ class StateNames:
     """The names of the arrays of a training state."""
 
     def __init__(self, layout: LoraLayout, optimizer: Any) -> None:
-        """Args: optimizer: a Keras optimizer built by `make_optimizer` for this layout."""
+        """Name the variables of an optimizer built by `make_optimizer` for this layout."""
         self._lora = [f"lora/{t.path}/{factor}" for t in layout.targets for factor in ("a", "b")]
         self._optimizer = self._optimizer_names(optimizer)
 
