@@ -219,5 +219,5 @@ def test_adapter_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
 def test_adapter_of_another_rank_is_refused(run: Path, tmp_path: Path) -> None:
     path = run / "spec.yaml"
     path.write_text(path.read_text().replace("rank: 4", "rank: 2"))
-    with pytest.raises(StageError, match="has rank 4, but the spec says 2"):
+    with pytest.raises(StageError, match="has rank 4, but model.lora.rank is 2"):
         export_run(str(run), "merged-keras", str(tmp_path / "out"), "exact")
