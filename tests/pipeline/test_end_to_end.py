@@ -178,7 +178,7 @@ def test_changed_evals_run_again_and_training_does_not(smoke: Finished) -> None:
     after = smoke.results
     assert after.run.id == before.run.id
     assert after.evaluation.multiple_choice[1].questions == 10
-    assert after.evaluation.multiple_choice[0] == before.evaluation.multiple_choice[0]
+    assert after.evaluation.multiple_choice[0].models == before.evaluation.multiple_choice[0].models
     assert after.evaluation.dialogue is None
     assert after.training == before.training
 
