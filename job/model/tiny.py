@@ -8,6 +8,7 @@ import hashlib
 import io
 import shutil
 import tempfile
+from collections.abc import Mapping
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -67,7 +68,7 @@ def tiny_preset() -> Path:
             "writable folder"
         ) from error
     try:
-        _build(building)
+        build_preset(building)
         building.replace(folder)
     except OSError:
         if not folder.is_dir():  # another process may have built it first
@@ -81,7 +82,8 @@ def _corpus() -> str:
     return (resources.files("job") / "samples" / "dialogues.jsonl").read_text("utf-8")
 
 
-def _build(folder: Path) -> None:
+def build_preset(folder: Path, shape: Mapping[str, Any] = SHAPE) -> None:
+    """Build a random Gemma 3 of a shape, with the samples' tokenizer, in an empty folder."""
     import keras
     import keras_hub
 
@@ -90,11 +92,11 @@ def _build(folder: Path) -> None:
     )
     keras.utils.set_random_seed(SEED)
     backbone = keras_hub.models.Gemma3Backbone(
-        vocabulary_size=tokenizer.vocabulary_size(), dtype="float32", **SHAPE
+        vocabulary_size=tokenizer.vocabulary_size(), dtype="float32", **shape
     )
-    shape = backbone.token_embedding.embeddings.shape
+    size = backbone.token_embedding.embeddings.shape
     # Keras' initializer would give the tied head logits too small to learn from.
-    embeddings = np.random.default_rng(SEED).normal(0, SHAPE["hidden_dim"] ** -0.5, shape)
+    embeddings = np.random.default_rng(SEED).normal(0, shape["hidden_dim"] ** -0.5, size)
     backbone.token_embedding.embeddings.assign(embeddings)
     keras_hub.models.Gemma3CausalLM(preprocessor=None, backbone=backbone).save_to_preset(
         str(folder)

@@ -27,6 +27,7 @@ TOKEN = "hf_" + "aTokenThatMustNotBeSeen" * 2
 class Finished:
     """A finished run in a folder, and the command that made it."""
 
+    arguments: tuple[str, ...]
     done: Done
     folder: Path
 
@@ -40,7 +41,7 @@ SHORT = (
     "--set", "evals.dialogue.examples=10", "--set", "evals.dialogue.max_new_tokens=8",
     "--set", "evals.side_by_side.max_new_tokens=8",
 )  # fmt: skip
-"""Makes `smoke` quicker; the slow tests run it as it is shipped."""
+"""Makes `smoke` quicker, with a model of two blocks; the slow tests run it as it is shipped."""
 
 
 def made_by_models(folder: Path) -> dict[str, bytes]:
@@ -55,12 +56,22 @@ def only_run(output: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    from job.model.tiny import SHAPE, build_preset
+
+    preset = tmp_path_factory.mktemp("preset")
+    build_preset(preset, SHAPE | {"num_layers": 2})
+    return *SHORT, "--set", f"model.preset={preset}"
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory, short: tuple[str, ...]) -> Finished:
     """`job run smoke`, shortened and not interrupted."""
     output = tmp_path_factory.mktemp("smoke")
-    done = job("run", "smoke", "--output", str(output), *SHORT)
+    arguments = ("run", "smoke", "--output", str(output), *short)
+    done = job(*arguments)
     assert done.code == 0, done.err
-    return Finished(done, only_run(output))
+    return Finished(arguments, done, only_run(output))
 
 
 def test_smoke_runs_every_stage_and_ends_with_the_verdict(smoke: Finished) -> None:
@@ -113,7 +124,7 @@ def test_training_lowers_the_validation_loss(smoke: Finished) -> None:
 
 def test_same_command_skips_every_stage_and_says_so(smoke: Finished) -> None:
     before = {p: p.stat().st_mtime_ns for p in smoke.folder.rglob("*") if p.is_file()}
-    done = job("run", "smoke", "--output", str(smoke.folder.parent), *SHORT)
+    done = job(*smoke.arguments)
     assert done.code == 0
     assert done.stages("stage skipped") == ALL
     assert any(event["message"].startswith("verdict: ") for event in done.events)
@@ -121,11 +132,10 @@ def test_same_command_skips_every_stage_and_says_so(smoke: Finished) -> None:
 
 
 def test_missing_spec_and_damaged_results_are_written_again(smoke: Finished) -> None:
-    arguments = ("run", "smoke", "--output", str(smoke.folder.parent), *SHORT)
     complete = (smoke.folder / "results.json").read_bytes()
     (smoke.folder / "spec.yaml").unlink()
     (smoke.folder / "results.json").write_bytes(complete[:500])
-    done = job(*arguments)
+    done = job(*smoke.arguments)
     assert done.code == 0, done.err
     assert done.stages("stage done") == ["report"]
     fetched = job("fetch", str(smoke.folder), str(smoke.folder.parent.parent / "fetched"))
@@ -133,8 +143,8 @@ def test_missing_spec_and_damaged_results_are_written_again(smoke: Finished) -> 
     assert smoke.results.verdict == Results.model_validate_json(complete).verdict
 
 
-def test_a_job_stopped_during_the_baseline_resumes(tmp_path: Path) -> None:
-    arguments = ("run", "smoke", "--output", str(tmp_path), "--until", "baseline")
+def test_a_job_stopped_during_the_baseline_resumes(tmp_path: Path, short: tuple[str, ...]) -> None:
+    arguments = ("run", "smoke", "--output", str(tmp_path), "--until", "baseline", *short)
     stopped = job_stopped(
         *arguments, when=lambda e: e["message"] == "task evaluated", number=signal.SIGTERM
     )
@@ -168,10 +178,8 @@ def test_a_job_killed_in_training_ends_with_the_same_bytes(tmp_path: Path) -> No
 
 def test_changed_evals_run_again_and_training_does_not(smoke: Finished) -> None:
     before = smoke.results
-    done = job(
-        "run", "smoke", "--output", str(smoke.folder.parent), *SHORT,
-        "--set", "evals.multiple_choice.1.limit=10", "--set", "evals.dialogue=null",
-    )  # fmt: skip
+    changes = ("--set", "evals.multiple_choice.1.limit=10", "--set", "evals.dialogue=null")
+    done = job(*smoke.arguments, *changes)
     assert done.code == 0, done.err
     assert done.stages("stage skipped") == ["data", "train"]
     assert done.stages("stage done") == ["baseline", "finetuned", "reference", "report"]
