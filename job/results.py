@@ -9,7 +9,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 SCHEMA_VERSION = 1
-
 Interval = tuple[float, float]
 Finding = Literal["improved", "worse", "no measurable change"]
 

@@ -13,7 +13,6 @@ HEAVY = {
     "tensorflow",
 }  # fmt: skip
 LIGHT = [["--help"], ["run", "--help"], ["validate", "smoke"], ["plan", "smoke"], ["schema"]]
-
 Done = subprocess.CompletedProcess[str]
 
 

@@ -22,7 +22,6 @@ from tests.command import Done, job
 from tests.services.bucket import Bucket
 
 pytestmark = pytest.mark.docker
-
 ROOT = Path(__file__).parent.parent
 CPU, TPU = "job:cpu", "job:tpu"
 LIMITS = {CPU: 1.3e9, TPU: 2.0e9}
@@ -40,7 +39,6 @@ MOMENTS: tuple[tuple[signal.Signals, str, dict[str, object]], ...] = (
     (signal.SIGTERM, "task evaluated", {"stage": "finetuned"}),
 )
 TOKEN = "hf_" + "aTokenThatMustNotBeSeen" * 2
-
 Event = dict[str, Any]
 
 

@@ -17,8 +17,6 @@ from job.errors import UsageError
 from job.model.lora import LoraLayout, weighted_layers
 
 Hook = Callable[[np.ndarray, list[int]], np.ndarray]
-
-
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 """Prefixes of tensor names in text and multimodal checkpoints, longest first."""
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from job.model.lora import LoraLayout, LoraWeights
 
 H5 = "adapter.lora.h5"
-
-
 DESCRIPTION = "adapter.json"
 
 

@@ -18,11 +18,7 @@ from job.storage.hub import SCHEME, Repository
 from job.storage.locations import open_store
 
 _KERAS = (DESCRIPTION, H5)
-
-
 _PEFT = (PEFT_CONFIG, PEFT_WEIGHTS)
-
-
 AdapterFormat = Literal["keras", "peft"]
 
 

@@ -24,14 +24,9 @@ from job.model.lora import LoraLayout, LoraWeights, weighted_layers
 from job.runtime import logs
 
 _INDEX = "model.safetensors.index.json"
-
-
 _SINGLE = "model.safetensors"
-
-
 _WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".pth", ".pt", ".h5", ".msgpack", ".onnx")
 """Suffixes of weight files, which are not copied: they are rewritten, or are the base model's."""
-
 
 SHARD_BYTES = 2_000_000_000
 

@@ -28,11 +28,7 @@ if TYPE_CHECKING:
     from job.spec.schema import Model
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
-
-
 PEFT_CONFIG = "adapter_config.json"
-
-
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 

@@ -21,8 +21,6 @@ from job.runtime import logs
 from job.spec.schema import Spec
 
 _WHERE = "train.init_adapter"
-
-
 KernelFactors = Mapping[int, tuple[np.ndarray, np.ndarray, float]]
 """A `[..., rank]`, B `[rank, last]` and the factor of `A @ B`, by layer index."""
 

@@ -20,7 +20,6 @@ CONTROL_PATTERN = (
 )
 """The control tokens of the known chat formats, as a regular expression (of Python and RE2)."""
 
-
 _CONTROL = re.compile(CONTROL_PATTERN)
 
 

@@ -15,8 +15,6 @@ from job.machine import devices
 from job.runtime import logs
 
 Format = Literal["peft", "merged-keras", "merged-transformers"]
-
-
 EXPORT_FORMATS: tuple[str, ...] = get_args(Format)
 
 

@@ -25,7 +25,6 @@ SEPARATOR = "\x1f"
 _LOWER = bytes(range(256)).lower()
 _IGNORED_ASCII = bytes(b for b in range(128) if not chr(b).isalnum() and b != ord(SEPARATOR))
 _IGNORED = re.compile(rf"[^\w{SEPARATOR}]|_")
-
 _ROLES: dict[str, Role] = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot"), "assistant"),

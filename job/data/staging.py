@@ -56,12 +56,10 @@ STAGING_VERSION = 3
 
 SHARD_ROWS = 16_384
 SHARD_BYTES = 64 * 1024 * 1024
-
 _MAX_UNUSABLE_ROWS = 1000
 """Leading unusable rows after which the templates are assumed to be wrong."""
 
 _LEASE_POLL_SECONDS = 2.0
-
 _PENDING_CHECKS = 2
 """Blocks whose patterns may still be matched while the next are hashed."""
 

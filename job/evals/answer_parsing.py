@@ -21,13 +21,10 @@ from collections.abc import Sequence
 from job.spec.fields import LETTERS
 
 _MARKUP = re.compile(r"[*_`#>$]+|\\boxed\{|\}")
-
 _OPEN, _CLOSE = r"[\(\[\"'‘“]", r"[\)\]\"'’”]"
-
 _LEADING = re.compile(
     rf"{_OPEN}?([A-Za-z])(?:{_CLOSE}+[.:,;]*|[.:,;](?=\s|$)|\s*$|\s*\n|\s+[-–—]\s)"
 )
-
 _LIST_FOLLOWS = re.compile(
     rf"^\s*(?:,|/|&|and\b|or\b|nor\b)+\s*(?:and\s+|or\s+)?{_OPEN}?[A-Z](?![\w'’])"
 )
@@ -39,7 +36,6 @@ _PHRASE = re.compile(
 )
 
 _CONNECTIVES = r"(?:because|since|as|is|was|for|due|which|and|or|nor|but|given|based|seems|would)\b"
-
 _NOUN_FOLLOWS = re.compile(rf"^\s+(?!{_CONNECTIVES})[a-z]")
 """After an `A` that is an article."""
 
@@ -48,9 +44,7 @@ _NOUN_FOLLOWS = re.compile(rf"^\s+(?!{_CONNECTIVES})[a-z]")
 _STATED_BEFORE = re.compile(
     r"(?:\b(?:is|be|so|therefore|thus|hence|but|then)\b[,:]?|[=:])\s*$", re.IGNORECASE
 )
-
 _CLAUSE_ENDS = re.compile(rf"^{_CLOSE}*\s*(?:[.,;:!?]|$|\b(?:because|since|as|not|rather)\b)")
-
 _CLAUSE_BEGINS = re.compile(
     r"(?:^|[.!?:;,\n]|\b(?:so|that|option|choice|letter))\s*$", re.IGNORECASE
 )

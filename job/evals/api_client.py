@@ -24,13 +24,9 @@ from job.spec.schema import Reference
 from job.storage.retry import retry_after
 
 API_KEY_VARIABLE = "OPENROUTER_API_KEY"
-
 _RETRYABLE = (408, 409, 425, 429, 500, 502, 503, 504)
-
 _FATAL = {401: "the API key was rejected", 402: "the account is out of credit"}
-
 _MAX_WAIT_SECONDS = 60.0
-
 _UNSUPPORTED = "the requested parameters"
 """Part of OpenRouter's 404 when no provider of the model supports all parameters."""
 

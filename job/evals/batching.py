@@ -25,7 +25,6 @@ COMPILE_TOKENS = 1_000_000
 """Tokens an accelerator processes in that time."""
 
 _WIDTH_MULTIPLE = 8
-
 _LENGTH_MULTIPLE = 32
 
 

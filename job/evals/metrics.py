@@ -141,7 +141,6 @@ def summarize_choices(
 
 
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
-
 CONSTANT_ANSWER = (
     "Thank you for your question. I understand your concern. Please consult a professional who "
     "can look at this with you, and do not hesitate to ask if you need anything else."

@@ -10,9 +10,7 @@ from job.evals.tasks import Question
 from job.storage.base import Store
 
 ModelName = Literal["baseline", "finetuned", "reference"]
-
 DIALOGUE = "dialogue"
-
 SIDE_BY_SIDE = "side_by_side"
 
 

@@ -13,7 +13,6 @@ from scipy import stats
 from job.results import Comparison, Estimate, Finding, Interval, PairedTest, Record, Share
 
 ALPHA = 0.05
-
 POWER = 0.8
 """Probability that a test detects a change of its minimum detectable effect."""
 

@@ -136,10 +136,7 @@ class Machine:
 
 
 IMAGE_PROJECT = "ubuntu-os-accelerator-images"
-
-
 _TPU_IMAGE = "ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e"
-
 
 _PLANE = {
     1: "1x1",
@@ -151,7 +148,6 @@ _PLANE = {
     128: "8x16",
     256: "16x16",
 }
-
 
 _CUBE = {
     4: "2x2x1",

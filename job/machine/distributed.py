@@ -27,28 +27,18 @@ _ADDRESS, _COUNT, _INDEX = (
     "JOB_PROCESS_INDEX",
 )
 
-
 _RESUME = "run the same command to resume"
 _EXITS, _HEARTBEATS = "job/left/", "job/beat/"
-
-
 _JOIN_SECONDS = 300
-
-
 _POLL_SECONDS = 0.5
-
-
 _HEARTBEAT_TIMEOUT = 30.0
 """Seconds without a heartbeat after which a process counts as dead."""
-
 
 _STOP_GRACE = 20.0
 """Seconds to stop cleanly after another process has stopped early."""
 
-
 _FAILURE_GRACE = 2.0
 """Seconds to exit after another process has failed."""
-
 
 _CLOSE_SECONDS = 5.0
 """Seconds for `before_exit`, in a process that is ended."""

@@ -15,14 +15,11 @@ if TYPE_CHECKING:
 USABLE_SHARE = 0.9
 """Share of a device's memory that an estimate may fill."""
 
-
 LOGITS_SLICE_BYTES = 2**30
 """Bytes of logits that a device computes at a time."""
 
-
 ATTENTION_CHUNK = 128
 """Queries that share a slice of keys in local attention on an accelerator."""
-
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 

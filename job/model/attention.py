@@ -93,7 +93,6 @@ class Chunking(NamedTuple):
 ACCELERATOR = Chunking(ATTENTION_CHUNK, 2.0)
 """Below this gain, XLA on TPU moves more bytes than chunking saves."""
 
-
 CPU = Chunking(32, 1.0)
 """Every key that is skipped saves time; smaller chunks make products that are too small."""
 

@@ -27,7 +27,6 @@ from job.spec.schema import Lora
 Weights = tuple[jax.Array, ...]
 """The variables of a backbone, in KerasHub's order."""
 
-
 LoraWeights = tuple[tuple[jax.Array, jax.Array], ...]
 """(A, B) of each target in the layout's order: `[..., rank]` and `[rank, last]`, float32."""
 

@@ -11,8 +11,6 @@ from jax.ad_checkpoint import checkpoint_name
 from job.model.patching import Patch, patched
 
 Remat = Literal["none", "matmuls", "blocks"]
-
-
 _RESULT = "result"
 """The name, for `jax.checkpoint`, of the output of a layer with a kernel."""
 

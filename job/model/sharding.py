@@ -20,11 +20,8 @@ from job.runtime import logs
 
 DATA_AXIS = "data"
 MODEL_AXIS = "model"
-
-
 LARGE_VARIABLE = 1 << 16
 """Variables with at least this many elements get no initial value of their own."""
-
 
 _NEGLIGIBLE = 0.01
 """Maximum share of parameters in kernels that cannot be split."""

@@ -22,12 +22,8 @@ from job.storage.cache_folder import cache_folder
 VERSION = 1
 """Increment when the preset is built differently."""
 
-
 VOCABULARY = 2048
-
-
 SEED = 20250301
-
 
 SHAPE: dict[str, Any] = {
     "image_size": 0,

@@ -4,23 +4,18 @@ RESULTS = "results.json"
 SPEC = "spec.yaml"
 REPORT_HTML = "report.html"
 REPORT_MARKDOWN = "report.md"
-
 LOGS = "logs/"
 LOG = f"{LOGS}job.jsonl"
-
 STAGES = "stages/"
-
 DATA = "data/"
 TRAIN_EXAMPLES = f"{DATA}train.parquet"
 VALIDATION_EXAMPLES = f"{DATA}validation.parquet"
 DATA_MANIFEST = f"{DATA}manifest.json"
-
 EVALS = "evals/"
 CONTAMINATION = f"{EVALS}contamination.json"
 """Evaluation questions that occur in the training text."""
 REPLIES = f"{EVALS}reference/replies.jsonl"
 PARTIAL_REPLIES = f"{EVALS}reference/partial/"
-
 TRAINING = "train/"
 """Prefix of the checkpoints, the history and the TensorBoard events."""
 
@@ -28,7 +23,6 @@ ADAPTER = "adapter/"
 PEFT_ADAPTER = "peft/"
 """Folder of the adapter in PEFT's format, inside `ADAPTER`."""
 MODEL_CARD = f"{ADAPTER}README.md"
-
 OWNED = (RESULTS, SPEC, "report.", STAGES, DATA, EVALS, TRAINING, ADAPTER, LOGS)
 """Prefixes of everything that a run writes into its folder, and that --fresh deletes from it."""
 

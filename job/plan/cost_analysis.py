@@ -20,20 +20,14 @@ from job.machine.accelerators import Accelerator
 
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
-
 _COLLECTIVE = re.compile(
     r" = (?P<shape>.*?) "
     r"(?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
     r"(?P<start>-start)?\("
 )
 
-
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
-
-
 _NEEDED = re.compile(r"(?:Used|required[^(]*\()\s*([\d.]+)([KMG])")
-
-
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 

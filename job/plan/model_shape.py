@@ -156,7 +156,6 @@ _GEMMA4_26B: Config = {
     },
 }
 
-
 _KNOWN: dict[str, tuple[Config, tuple[str, ...]]] = {
     "270m": (_gemma3(18, 640, 2048, 4, 1, 512), ("google/gemma-3-270m", "gemma3_270m")),
     "1b": (_gemma3(26, 1152, 6912, 4, 1, 512), ("google/gemma-3-1b", "gemma3_1b")),
@@ -292,13 +291,11 @@ def _feed_forward(hidden: int, feed: int, names: tuple[str, str, str]) -> dict[s
 
 _GEMMA_NAMES = ("ffw_gating", "ffw_gating_2", "ffw_linear")
 
-
 _LLAMA_NAMES = (
     "feedforward_gate_dense",
     "feedforward_intermediate_dense",
     "feedforward_output_dense",
 )
-
 
 _PERIOD = 6
 """Gemma 3 and 4 alternate five blocks with an attention window and one without."""

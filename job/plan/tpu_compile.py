@@ -46,7 +46,6 @@ from job.train.step import make_step_config, make_validation, padded_loss_count,
 _PEAK_LOSSES = 1.1
 """Assumed number of losses of the micro-batch with the most, divided by the mean."""
 
-
 _NO_RATES: Mapping[str, int] = MappingProxyType({})
 
 

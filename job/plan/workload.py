@@ -17,22 +17,17 @@ from job.spec.schema import MultipleChoiceEval, Source, Spec
 TOKENS = 210
 """Assumed tokens of an example, the mean of the shipped dialogues of a patient and a doctor."""
 
-
 LOSS_SHARE = 0.45
 """Assumed share of an example's tokens in the response."""
-
 
 FILL = 0.97
 """Assumed share of a packed row that holds tokens; short examples fill more."""
 
-
 QUESTION_TOKENS = 192
 """Assumed tokens of a multiple-choice prompt."""
 
-
 _ROWS = 1000
 """Assumed rows of a dataset of unknown size."""
-
 
 _KNOWN_ROWS = {
     ("hf://openlifescienceai/medmcqa", "validation"): 4183,

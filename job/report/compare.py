@@ -77,8 +77,6 @@ class RunComparison(Record):
 
 
 _MODELS = ("baseline", "finetuned", "reference")
-
-
 _IGNORED = ("name", "output")
 """Settings that do not affect results."""
 

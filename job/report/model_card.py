@@ -17,18 +17,11 @@ from job.results import Results
 from job.runtime.logs import legible
 
 PEFT_CONFIG = "adapter/peft/adapter_config.json"
-
-
 TINY = "tiny"
 """The preset with random weights, which exists only in this job."""
 
-
 _HUB = "hf://"
-
-
 _GEMMA_LICENSES = {1: "gemma", 2: "gemma", 3: "gemma", 4: "apache-2.0"}
-
-
 _MEDICAL = re.compile(
     r"med(?!ium|ia|iev)|doctor|clinic|health|patient|disease|diagnos|nurs|samples", re.I
 )

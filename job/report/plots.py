@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 # Sentinel colors that `_finish` replaces; the fallbacks are for a figure without a page.
 INK, MUTED, ACCENT, RULE, PAPER = "#01fe01", "#01fe02", "#01fe03", "#01fe04", "#01fe05"
 
-
 _CSS = {
     INK: "currentColor",
     MUTED: "var(--muted, #77808b)",
@@ -32,7 +31,6 @@ _CSS = {
     RULE: "var(--rule, #77808b55)",
     PAPER: "var(--paper, none)",
 }
-
 
 _RC: dict[Any, Any] = {
     "svg.hashsalt": "job.report", "svg.fonttype": "none", "text.parse_math": False,
@@ -42,21 +40,14 @@ _RC: dict[Any, Any] = {
     "legend.fontsize": 11, "legend.labelcolor": MUTED,
 }  # fmt: skip
 
-
 _SMOOTH_FROM = 50
 """Number of logged steps above which a smoothed line is drawn over the measured one."""
-
 
 _MOST_POINTS = 500
 """Most points of a line; of more, neighbors are averaged."""
 
-
 _Series = list[tuple[float, float]]
-
-
 _BAR, _GROUP_TITLE, _GROUP_GAP, _TOP, _BOTTOM = 24, 44, 20, 30, 26
-
-
 MODEL_ORDER = ("baseline", "finetuned", "reference")
 
 

@@ -31,7 +31,6 @@ from job.runtime.logs import legible
 SHOWN_FLIPS = 40
 """Most changed questions on the page, gained and lost; all are in predictions.jsonl."""
 
-
 PHONE_WIDTH = 340
 """Width in pixels of the figures for narrow screens."""
 

@@ -163,14 +163,11 @@ def get() -> Any:
 
 
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENROUTER_API_KEY", "KAGGLE_KEY")
-
 REDACTED = "[redacted]"
-
 TOKEN_SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|ya29\.[A-Za-z0-9_.-]{16,}|AIza[A-Za-z0-9_-]{30,})"
     r"|(?i:(?<=bearer ))[A-Za-z0-9._~+/-]{8,}=*"
 )
-
 _SECRET_NAMES = re.compile(r"(?i)(^|[_-])(token|api[_-]?key|secret|password|authorization)$")
 
 

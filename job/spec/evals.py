@@ -17,8 +17,6 @@ from job.spec.fields import (
 )
 
 Phrase = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-
-
 QUESTION_PROMPT = "{question}\n\n{options}\n\nAnswer with the letter of the right option only."
 
 

@@ -17,28 +17,18 @@ from pydantic import (
 SAMPLES = "samples"
 """Value of `dataset` for the data shipped with the package."""
 
-
 FILE_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 """Extensions of files that rows can be read from."""
-
 
 COMPRESSIONS = ("", ".gz", ".zst", ".bz2")
 """Extensions of compressed files, which may follow; not for Parquet."""
 
-
 LETTERS = string.ascii_uppercase
-
-
 LM_EVAL = "lm-eval"
 """Value of `prompt` for lm-evaluation-harness's MedMCQA prompt."""
 
-
 HUB = r"hf://[\w.-]+/[\w.-]+"
-
-
 _NAME = r"^[a-z0-9]([a-z0-9._-]*[a-z0-9])?$"
-
-
 Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=63)]
 
 
@@ -138,21 +128,9 @@ def _no_bool(value: object) -> object:
 
 
 Template = Annotated[str, BeforeValidator(_check_template)]
-
-
 Dataset = Annotated[str, BeforeValidator(_check_dataset), Field(min_length=1)]
-
-
 Positive = Annotated[int, Field(gt=0, strict=True)]
-
-
 Number = Annotated[float, BeforeValidator(_no_bool)]
-
-
 QuestionPrompt = Annotated[str, BeforeValidator(_check_question_prompt)]
-
-
 OptionalTemplate = Annotated[str, BeforeValidator(_check_optional_template)]
-
-
 Output = Annotated[str, BeforeValidator(_check_output)]

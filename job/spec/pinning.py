@@ -13,10 +13,8 @@ from job.storage.hub import RepoType
 Revisions = Mapping[str, str]
 """Commit by `revision_key`."""
 
-
 NONE: Revisions = MappingProxyType({})
 """No known commits: names are resolved where they are used."""
-
 
 _SCHEME = "hf://"
 

@@ -18,7 +18,6 @@ from job.runtime.signals import STOP
 from job.runtime.watchdog import WATCHDOG
 
 TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
-
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 20.0
 _SLICE_SECONDS = 0.25

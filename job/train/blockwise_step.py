@@ -38,12 +38,9 @@ from job.train.step import (
 )
 
 CompileMode = Literal["auto", "blocks", "step"]
-
-
 _SMALLER_TILES = {"xla_tpu_scoped_vmem_limit_kib": "10240"}
 """Makes the TPU's compiler take a third less time for a block's gradient: it gives an operation
 10 MiB of on-chip memory instead of 16. By the compiler's count a step takes 2% more cycles."""
-
 
 VALIDATION_PROGRAMS = ("begin", "forward", "end")
 

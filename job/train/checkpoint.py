@@ -24,11 +24,8 @@ from job.runtime import logs
 from job.storage.base import Store
 
 CHECKPOINTS = "checkpoints/"
-
-
 _NEWEST = 2
 """Checkpoints that are not removed."""
-
 
 _FORMAT = "2"
 """Format 1 had numbers for names."""

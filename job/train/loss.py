@@ -18,10 +18,7 @@ from job.machine.limits import LOGITS_SLICE_BYTES
 Head = Callable[[Any, jax.Array], jax.Array]
 """Maps frozen weights and hidden states `[..., hidden]` to float32 logits `[..., vocabulary]`."""
 
-
 _Sums = tuple[jax.Array, jax.Array]
-
-
 _Chunk = tuple[jax.Array, jax.Array, jax.Array]
 
 

@@ -15,10 +15,7 @@ from job.machine import accelerators
 from job.train.checkpoint import Validation
 
 HISTORY = "history.jsonl"
-
-
 EVENTS = "tensorboard/events.out.tfevents.0000000000.job"
-
 
 _TAGS = {
     "loss": "loss/train",

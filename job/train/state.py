@@ -15,8 +15,6 @@ from job.errors import StageError
 from job.model.lora import LoraLayout, LoraWeights, flatten_lora, unflatten_lora
 
 _BEST = "best/"
-
-
 _OPTIMIZER_PATH = re.compile(r"[^/]+/(?:lora_(\d+)_?)?(.*)")
 
 

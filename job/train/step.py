@@ -51,8 +51,6 @@ class StepConfig(NamedTuple):
 
 
 TrainStep = Callable[[TrainState, Weights, Arrays], tuple[TrainState, StepMetrics]]
-
-
 ValidationStep = Callable[[LoraWeights, Weights, Arrays], LossSums]
 
 

@@ -22,7 +22,6 @@ from tests.model.forward import full_logits
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.slow
-
 LORA = {"rank": 4, "alpha": 8, "targets": ["query", "value", "ffw_linear"]}
 PROMPTS = [list(range(20, 20 + length)) for length in (1, 8, 9, 60)]
 

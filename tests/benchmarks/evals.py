@@ -21,7 +21,6 @@ from tests.benchmarks import report
 from tests.benchmarks.shapes import SHAPES, make_model, make_task
 
 os.environ["KERAS_BACKEND"] = "jax"
-
 LENGTH = 256
 """Length the published call pads to."""
 LETTERS = [10, 11, 12, 13]

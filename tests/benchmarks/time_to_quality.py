@@ -18,7 +18,6 @@ from tests.benchmarks import report
 from tests.benchmarks.notebook import LENGTH, Notebook
 
 os.environ["KERAS_BACKEND"] = "jax"
-
 HELD_OUT = 100
 
 

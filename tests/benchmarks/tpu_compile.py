@@ -19,7 +19,6 @@ from job.machine.accelerators import Machine, parse_machine
 from tests.benchmarks import report
 
 os.environ["KERAS_BACKEND"] = "jax"
-
 SPEC = "chatdoctor-gemma3-1b"
 LENGTH = 256
 PRESETS = {"1b": "hf://google/gemma-3-1b-it", "4b": "gemma3_instruct_4b_text"}

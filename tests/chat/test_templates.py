@@ -21,7 +21,6 @@ CONTROL_TOKENS = [
 ANGLED = [token for token in CONTROL_TOKENS if token.startswith("<")]
 PIECES = [*ANGLED, "<", ">", "|", "<|", "|>", "/", "bos", "eos>", "end_of_turn>", " ", "a"]
 TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=12).map("".join)
-
 control = re.compile(templates.CONTROL_PATTERN)
 
 

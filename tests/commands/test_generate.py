@@ -24,7 +24,6 @@ from tests.model.forward import full_logits
 PROMPT = "I have a headache."
 LIMIT = 12
 DRAWN = 1000
-
 Said = Callable[..., str]
 
 

@@ -40,7 +40,6 @@ FAULTS = ("503 once", "503 thrice", "429", *SPOILS, "503 always")
 CONTENT = ("small file", "large file", "content")
 """Endpoints that send the content of files, which is verified; TLS vouches for other replies."""
 
-
 PLACES = ("first", "middle", "last")
 
 

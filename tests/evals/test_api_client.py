@@ -19,7 +19,6 @@ from tests.services.openrouter import PRICE, ROUTE, SUPPORTED, Misbehaviour, Ope
 
 KEY = "sk-or-v1-" + "0123456789abcdef" * 4
 ATTEMPTS = 3
-
 Client = Callable[..., ChatClient]
 
 

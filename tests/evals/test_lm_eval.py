@@ -25,7 +25,6 @@ from job.spec.schema import Model, MultipleChoiceEval
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.slow
-
 MAX_QUESTIONS = 300
 EXAMPLES = 3
 COLUMNS = ["opa", "opb", "opc", "opd"]

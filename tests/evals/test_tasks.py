@@ -23,7 +23,6 @@ from job.runtime import logs
 from job.spec.schema import MultipleChoiceEval
 
 Row = dict[str, Any]
-
 COLUMNS = ["opa", "opb", "opc", "opd"]
 ROW: Row = {"question": "Which one?", "opa": "Red", "opb": "Green", "opc": "Blue", "opd": "12"}
 

@@ -20,7 +20,6 @@ from tests.services.cloud import BUCKET, TOKEN, Cloud
 from tests.services.cloud_machines import Machine
 
 pytestmark = pytest.mark.docker
-
 SECRET = "hf_secret_of_the_end_to_end_test"
 RUN = f"smoke-preempted-{uuid.uuid4().hex[:8]}"
 LIMIT = 900

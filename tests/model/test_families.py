@@ -33,7 +33,6 @@ from tests.model.forward import full_logits
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.slow
-
 FAMILIES = ("gemma3", "gemma", "gemma2", "llama3", "mistral", "qwen2", "qwen3", "gemma4")
 LENGTHS = (1, 7, 8, 9, 17, 40)
 WITHIN = 1e-4

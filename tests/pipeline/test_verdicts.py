@@ -16,7 +16,6 @@ from job.results import Results
 from tests.command import job
 
 pytestmark = pytest.mark.slow
-
 WORDS = {"A": "apple", "B": "bread", "C": "cheese", "D": "dates"}
 OPTIONS = "A. first\nB. second\nC. third\nD. fourth"
 PROMPT = "{question}\n\n" + OPTIONS + "\n\nAnswer with the letter of the right option only."

@@ -13,7 +13,6 @@ from job.results import Results
 from tests.report import EVIL_FLIPS, FLIPS, HISTORY, evil, full
 
 pytestmark = pytest.mark.slow
-
 WIDTHS = (390, 1280)
 
 

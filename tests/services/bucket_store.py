@@ -21,7 +21,6 @@ import google_crc32c
 from tests.services.base import json_reply
 
 _REASONS = {400: "invalid", 404: "notFound", 409: "conflict", 412: "conditionNotMet"}
-
 Key = tuple[str, str]  # an object's bucket and name
 
 

@@ -20,7 +20,6 @@ from tests.services.cloud_machines import ApiError, Machine, Machines
 PROJECT = "test-project"
 BUCKET = "test-bucket"
 TOKEN = "access-token-that-nobody-may-see"
-
 _STORAGE = ("/storage/", "/upload/", "/download/", "/resumable/")
 _BUCKET = re.compile(r"/storage/v1/b/(?P<bucket>[^/]+)")
 

@@ -21,7 +21,6 @@ from tests.services.base import Reply, Request, json_reply
 QUEUED_LIFE = ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
 GCE_LIFE = ("PROVISIONING", "STAGING", "RUNNING")
 UP = ("ACTIVE", "RUNNING")
-
 _TPU_ZONE = r"/v[12]/projects/[^/]+/locations/(?P<zone>[^/]+)"
 _GCE_ZONE = r"/compute/v1/projects/[^/]+/zones/(?P<zone>[^/]+)"
 _QUEUED = re.compile(_TPU_ZONE + r"/queuedResources(?:/(?P<name>[^/]+))?")

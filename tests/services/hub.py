@@ -25,14 +25,12 @@ from urllib.parse import parse_qs, unquote
 from tests.services.base import Reply, Request, Service, json_reply, ranged_reply
 
 _DATE = "2025-01-01T00:00:00.000Z"
-
 _ID = r"(?P<id>(?:[^/]+/)?[^/]+?)"
 _FILE = re.compile(rf"/(?P<kind>datasets/|){_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 _API = re.compile(
     rf"/api/(?P<kind>datasets|models)/{_ID}"
     r"(?:/auth-check|/(?P<verb>revision|tree|paths-info)/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?"
 )
-
 Files = Mapping[str, bytes]
 
 

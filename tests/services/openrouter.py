@@ -21,7 +21,6 @@ from tests.services.base import Reply, Request, Service, json_reply
 ROUTE = "/api/v1/chat/completions"
 PRICE = 1e-6
 SUPPORTED = frozenset({"model", "messages", "provider", "temperature", "max_tokens", "reasoning"})
-
 Chat = dict[str, Any]
 Misbehaviour = Literal[
     "ok",  # no misbehaviour: the answer as it should be

@@ -27,7 +27,6 @@ from tests.conversations import token_example
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.slow
-
 STEPS = 10
 RATE = 0.1
 LENGTHS = (30, 12, 21, 7)
