@@ -14,16 +14,15 @@ from job.storage.local import LocalStore
 from tests.data.staged import MACHINE, spec_of
 
 FORCED = """
-from job.runtime.signals import STOP
+from job.runtime.signals import STOP, exit_now
 STOP.install()
-import sys, time
-from job.results import EnvironmentInfo
+import time
+from job import cli
 from job.machine import devices
 start = devices.start
-devices.start = lambda spec: start(spec).model_copy(update={"platform": "pretended"})
-from job.cli import main
+devices.start = lambda spec: start(spec).model_copy(update=dict(platform="pretended"))
 {more}
-main()
+exit_now(cli.main())
 """
 SLOW_COMPILER = """
 from job.train.trainer import Trainer
