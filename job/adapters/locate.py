@@ -13,9 +13,8 @@ from job.adapters.peft_format import PEFT_CONFIG, PEFT_WEIGHTS
 from job.errors import StageError, UsageError
 from job.spec.pinning import NONE, Revisions, resolve_commit, revision_key
 from job.storage.base import Store
-from job.storage.cache_folder import cache_folder
 from job.storage.hub import SCHEME, Repository
-from job.storage.locations import open_store
+from job.storage.locations import cache_folder, open_store
 
 _KERAS = (DESCRIPTION, H5)
 _PEFT = (PEFT_CONFIG, PEFT_WEIGHTS)

@@ -18,9 +18,8 @@ from job.spec.fields import FILE_EXTENSIONS, SAMPLES
 from job.spec.pinning import NONE, Revisions, resolve_commit, source_key
 from job.spec.schema import Source
 from job.storage.base import Store, file_sha256
-from job.storage.cache_folder import cache_folder
 from job.storage.hub import CARD_FILE, SCHEME, HubFile, Repository
-from job.storage.locations import open_store
+from job.storage.locations import cache_folder, open_store
 
 Samples = Literal["dialogues", "questions"]
 

@@ -19,8 +19,7 @@ from job.machine.accelerators import Machine
 from job.results import EnvironmentInfo
 from job.runtime import logs
 from job.spec.schema import Runtime, Spec
-from job.storage.cache_folder import cache_folder
-from job.storage.locations import open_store
+from job.storage.locations import cache_folder, open_store
 
 if TYPE_CHECKING:
     from jax import Device

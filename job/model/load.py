@@ -14,8 +14,8 @@ from job.model.sharding import loading_to_shards
 from job.runtime import logs
 from job.spec.pinning import NONE, Revisions, resolve_commit, revision_key
 from job.spec.schema import Model
-from job.storage.cache_folder import cache_folder
 from job.storage.hub import SCHEME, Repository
+from job.storage.locations import cache_folder
 
 
 def load_model(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE) -> LanguageModel:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from job.errors import SetupError
-from job.storage.cache_folder import cache_folder
+from job.storage.locations import cache_folder
 
 VERSION = 1
 """Increment when the preset is built differently."""

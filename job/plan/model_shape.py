@@ -12,8 +12,8 @@ from typing import Any
 
 from job.errors import UsageError
 from job.spec.schema import Lora, Model
-from job.storage.cache_folder import cache_folder
 from job.storage.hub import Repository
+from job.storage.locations import cache_folder
 
 Config = Mapping[str, Any]
 """A preset's config.json, KerasHub's or transformers'."""

@@ -1,5 +1,6 @@
-"""URIs of stores and files: a local path or gs://bucket/path."""
+"""Where files are: URIs of stores (a local path or gs://bucket/path), and the cache folder."""
 
+import os
 from pathlib import Path
 
 from job.errors import UsageError
@@ -37,3 +38,14 @@ def read_uri(uri: str) -> bytes:
     if content is None:
         raise UsageError(f"there is no object {uri}")
     return content
+
+
+def cache_folder(*parts: str) -> Path:
+    """Return a folder for files that can be downloaded or computed again.
+
+    It is inside $JOB_CACHE, or inside `job` in the user's cache folder.
+    """
+    if chosen := os.environ.get("JOB_CACHE"):
+        return Path(chosen).joinpath(*parts)
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches.joinpath("job", *parts)

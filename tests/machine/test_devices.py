@@ -7,7 +7,7 @@ import pytest
 from job.errors import SetupError
 from job.machine.devices import check_batch, check_devices, data_parallel
 from job.spec.schema import Mesh, Runtime, Spec
-from job.storage.cache_folder import cache_folder
+from job.storage.locations import cache_folder
 
 
 def spec(**train: object) -> Spec:
