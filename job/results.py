@@ -52,6 +52,13 @@ class ModelInfo(Record):
     preset: str
     revision: str | None
     chat_template: str
+    """`own` for the model's own, the name of a built-in one, or the path of a file."""
+    chat_template_source: str = ""
+    """Where it is from, for people."""
+    chat_template_sha256: str = ""
+    chat_template_text: str = ""
+    chat_template_ignored: bool = False
+    """True if the model's files carry another one."""
     dtype: str
     lora_rank: int
     lora_alpha: float

@@ -1,10 +1,20 @@
 """Conversations and tokenized examples for tests, in short."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from job.chat.conversation import Message
+from job.chat.templates import choose_template
+from job.chat.text_tokenizer import KerasTokenizer
+from job.chat.tokenizer import ChatTokenizer
 from job.data.examples import Example
 from job.data.packing import TokenExample
+
+
+def chat_tokenizer(tokenizer: Any, template: str = "gemma") -> ChatTokenizer:
+    """A KerasHub tokenizer with a built-in chat template."""
+    wrapped = KerasTokenizer(tokenizer)
+    return ChatTokenizer(wrapped, choose_template(template, "test", None, wrapped))
 
 
 def turns(*texts: str, system: str | None = None) -> tuple[Message, ...]:

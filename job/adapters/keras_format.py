@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from job.model.lora import LoraLayout, LoraWeights
 
 H5 = "adapter.lora.h5"
+CHAT_TEMPLATE = "chat_template.jinja"
+"""The chat template that the adapter was trained with."""
+
 DESCRIPTION = "adapter.json"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["tools", "system", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +18,24 @@ class Message:
     content: str
     weight: int = 1
     """0 excludes this assistant message from the loss."""
+    extra: str = ""
+    """Further keys that chat templates read (`tool_calls`, `name`, ...), a JSON object."""
 
 
 Conversation = Sequence[Message]
-"""An optional system message, then messages of the user and the assistant in turn."""
+"""An optional system message, then messages of the user and the assistant in turn.
+
+With tools, the first message has the role `tools` and their definitions, a JSON list, as content;
+a `tool` message, the result of a call, stands in the place of a user's.
+"""
+
+
+class MarkedText(NamedTuple):
+    """A rendered conversation, with the parts that the model writes."""
+
+    text: str
+    replies: tuple[tuple[int, int], ...] = ()
+    """Where they begin and end, in characters."""
 
 
 class TokenizedConversation(NamedTuple):

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from job.chat.conversation import Conversation, TokenizedConversation
-from job.chat.templates import TEMPLATES, ChatTemplate, Piece
+from job.chat.conversation import Conversation, MarkedText, Message, TokenizedConversation
+from job.chat.templates import ChatRenderer, ChatTemplate, UnrenderableError
+from job.chat.text_tokenizer import TextTokenizer
 from job.errors import UsageError
 
 
@@ -20,84 +20,99 @@ class OptionTokens:
 
 
 class ChatTokenizer:
-    """A KerasHub tokenizer with a chat template.
+    """A tokenizer with a chat template."""
 
-    Prompts and replies are tokenized separately and joined, so that training sees exactly the
-    tokens that evaluation and generation give the model.
-    """
+    def __init__(self, tokenizer: TextTokenizer, template: ChatTemplate) -> None:
+        """Put them together.
 
-    def __init__(self, tokenizer: Any, template: str = "auto") -> None:
+        Raises:
+            UsageError: the template cannot be used with the tokenizer.
+        """
         self._tokenizer = tokenizer
-        self.template = choose_template(tokenizer, template)
-        self.start_id: int | None = getattr(tokenizer, "start_token_id", None)
-        self.end_id: int = tokenizer.end_token_id
-        pad = getattr(tokenizer, "pad_token_id", None)
-        self.pad_id: int = self.end_id if pad is None else pad
-        stop = self.template.stop
-        self.stop_ids: tuple[int, ...] = (self.end_id,)
-        """The tokens that end a reply; the last of them is appended to replies."""
-        if stop is not None:
-            self.stop_ids = (self.end_id, int(tokenizer.token_to_id(stop)))
-        control = {int(tokenizer.token_to_id(token)) for token in self.template.control_tokens}
-        self._control = control | {self.start_id, self.end_id, self.pad_id}
+        self.renderer = ChatRenderer(template, tokenizer)
+        self.template = template
+        self.start_id = tokenizer.start_id
+        self.pad_id = tokenizer.pad_id
+        end = tokenizer.special_ids[self.renderer.end_token]
+        others = (i for i in tokenizer.stop_ids if i != end)
+        self.stop_ids: tuple[int, ...] = (*others, end)
+        """The tokens that end a reply; the last is the template's."""
+        thoughts = {i for token, i in tokenizer.special_ids.items() if _marks_thoughts(token)}
+        self._control = {*tokenizer.special_ids.values(), *self.stop_ids, self.pad_id} - thoughts
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each text alone, without a start or end token."""
-        if not texts:
-            return []
-        return [[int(token) for token in tokens] for tokens in self._tokenizer(list(texts))]
+        marked = [MarkedText(self.renderer.neutralize(text)) for text in texts]
+        return [tokens.token_ids for tokens in self._tokenizer.encode(marked)]
 
     def tokenize(
-        self, conversations: Sequence[Conversation | str], *, add_generation_prompt: bool = False
-    ) -> list[TokenizedConversation]:
+        self, conversations: Sequence[Conversation]
+    ) -> list[list[TokenizedConversation] | str]:
         """Return the token ids of conversations, and which of the tokens have a loss.
 
-        Args:
-            conversations: messages, which the chat template renders; a string is a prompt that
-                needs no template, such as lm-evaluation-harness's.
-            add_generation_prompt: end with the start of the model's turn, for it to reply.
+        Returns:
+            for each conversation the rows to train on: one, or several where the template
+            rewrites earlier turns; or the reason that it cannot be rendered.
         """
-        rendered = [
-            [Piece(conversation)]
-            if isinstance(conversation, str)
-            else self.template.render(conversation, add_generation_prompt=add_generation_prompt)
-            for conversation in conversations
+        rendered: list[list[MarkedText] | str] = []
+        for conversation in conversations:
+            try:
+                rendered.append(self.renderer.training_texts(conversation))
+            except UnrenderableError as reason:
+                rendered.append(str(reason))
+        texts = [text for rows in rendered if not isinstance(rows, str) for text in rows]
+        encoded = iter(self._tokenizer.encode(texts))
+        return [
+            rows if isinstance(rows, str) else [next(encoded) for _ in rows] for rows in rendered
         ]
-        encoded = iter(self.encode([piece.text for pieces in rendered for piece in pieces]))
-        tokenized = []
-        for pieces in rendered:
-            token_ids = [] if self.start_id is None else [self.start_id]
-            loss_mask = [False] * len(token_ids)
-            for piece in pieces:
-                token_ids += next(encoded)
-                if piece.ends_turn:
-                    token_ids.append(self.stop_ids[-1])
-                loss_mask += [piece.has_loss] * (len(token_ids) - len(loss_mask))
-            tokenized.append(TokenizedConversation(token_ids, loss_mask))
-        return tokenized
 
     def encode_prompts(self, prompts: Sequence[Conversation | str]) -> list[list[int]]:
-        """Return the token ids of conversations in which it is the model's turn."""
-        return [t.token_ids for t in self.tokenize(prompts, add_generation_prompt=True)]
+        """Return the token ids of conversations in which it is the model's turn.
+
+        A string is a prompt that needs no template, such as lm-evaluation-harness's; it begins
+        with the start token, if the tokenizer puts one before a text by itself.
+
+        Raises:
+            UsageError: the template cannot render one.
+        """
+        start = [] if self.start_id is None else [self.start_id]
+        try:
+            texts = [
+                self.renderer.neutralize(prompt)
+                if isinstance(prompt, str)
+                else self.renderer.prompt(prompt)
+                for prompt in prompts
+            ]
+        except UnrenderableError as error:
+            raise UsageError(f"model.chat_template: {error}") from error
+        encoded = self._tokenizer.encode([MarkedText(text) for text in texts])
+        return [
+            [*start, *tokens.token_ids] if isinstance(prompt, str) else tokens.token_ids
+            for prompt, tokens in zip(prompts, encoded, strict=True)
+        ]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, without control tokens."""
-        plain = [token for token in tokens if token not in self._control]
-        return str(self._tokenizer.detokenize(plain)) if plain else ""
+        """Return the text of tokens, without control tokens other than those around thoughts."""
+        return self._tokenizer.decode([token for token in tokens if token not in self._control])
 
     def letter_tokens(self, letters: str, before: str = "", space: str = "") -> OptionTokens:
         """Return the tokens of letters as answers.
 
         Args:
             letters: the letters, one character each.
-            before: the end of the prompt, which may change how a letter is tokenized.
-            space: the text between the prompt and the letter.
+            before: the end of a prompt without a template, which may change how a letter is
+                tokenized; without it, letters are the replies of a conversation.
+            space: the text between that and the letter.
 
         Raises:
             UsageError: the letters do not differ in one token each.
         """
-        start = len(self.encode([before])[0]) if before else 0
-        tokens = [ids[start:] for ids in self.encode([before + space + each for each in letters])]
+        if before:
+            start = len(self.encode([before])[0])
+            texts = [before + space + letter for letter in letters]
+            tokens = [ids[start:] for ids in self.encode(texts)]
+        else:
+            tokens = [self._reply(letter) for letter in letters]
         prefix = tokens[0][:-1]
         ids = [each[-1] for each in tokens if each]
         if any(each[:-1] != prefix for each in tokens) or len(set(ids)) != len(letters):
@@ -107,21 +122,17 @@ class ChatTokenizer:
             )
         return OptionTokens(prefix, ids)
 
+    def _reply(self, text: str) -> list[int]:
+        """Return the tokens of a reply, without the end of its turn."""
+        turns = [Message("user", "Question"), Message("assistant", text)]
+        (rows,) = self.tokenize([turns])
+        if isinstance(rows, str):
+            raise UsageError(f"model.chat_template: {rows}")
+        tokens = rows[-1]
+        pairs = zip(tokens.token_ids, tokens.loss_mask, strict=True)
+        return [token for token, has_loss in pairs if has_loss][:-1]
 
-def choose_template(tokenizer: Any, name: str) -> ChatTemplate:
-    """Return the chat template of the spec; `auto` chooses by the tokenizer's vocabulary.
 
-    Raises:
-        UsageError: the tokenizer lacks the control tokens of the template.
-    """
-    vocabulary = set(tokenizer.get_vocabulary())
-    gemma = TEMPLATES["gemma"]
-    missing = [token for token in gemma.control_tokens if token not in vocabulary]
-    if name == "auto":
-        return TEMPLATES["plain"] if missing else gemma
-    if name == "gemma" and missing:
-        raise UsageError(
-            f"model.chat_template: gemma needs the tokens {', '.join(missing)}, which this "
-            "model's tokenizer does not have; use plain or auto"
-        )
-    return TEMPLATES[name]
+def _marks_thoughts(token: str) -> bool:
+    """Return whether a special token begins or ends what a model thinks before it answers."""
+    return any(word in token.lower() for word in ("think", "channel"))

@@ -108,7 +108,7 @@ def _export_merged(source: TrainedRun, target: Path, *, for_keras: bool) -> None
     from job.adapters import merge
     from job.adapters.keras_format import load_adapter
     from job.adapters.peft_format import read_peft
-    from job.model.load import load_keras_hub_task, resolve_preset
+    from job.model.load import load_keras_tokenizer, load_task, resolve_preset
     from job.model.lora import make_lora_layout
 
     spec, info = source.spec, source.info
@@ -118,7 +118,7 @@ def _export_merged(source: TrainedRun, target: Path, *, for_keras: bool) -> None
         merge.merge_checkpoint(folder, read_peft(source.peft()), target)
         return
     path = source.file(H5)
-    task, tokenizer = load_keras_hub_task(preset, spec.model.dtype)
+    task, tokenizer = load_task(preset, spec.model.dtype), load_keras_tokenizer(preset)
     check_model(info, spec.model.preset, type(task.backbone).__name__, "job export")
     layout, lora = load_adapter(path, make_lora_layout(task.backbone, spec.model.lora))
     merge.merge_in_place(task.backbone, layout, lora)

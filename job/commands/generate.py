@@ -176,7 +176,7 @@ def _load(run: TrainedRun, options: GenerateOptions) -> _Models:
     shards = shards if shards <= len(jax.devices()) else 1
     mesh = devices.make_mesh(Runtime(mesh=Mesh(data=1, model=shards)))
     path = run.file(H5)
-    model = load_model(run.spec.model, run.spec.seed, mesh, run.revisions)
+    model = load_model(run.model(), run.spec.seed, mesh, run.revisions)
     check_model(run.info, run.spec.model.preset, model.family, "job generate")
     weights = {"tuned": model.merged_weights(*load_adapter(path, model.lora))}
     if options.base:

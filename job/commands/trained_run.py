@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from job.adapters.keras_format import DESCRIPTION, H5, read_info
+from job.adapters.keras_format import CHAT_TEMPLATE, DESCRIPTION, H5, read_info
 from job.adapters.locate import find_adapter
 from job.adapters.peft_format import PEFT_CONFIG, PEFT_WEIGHTS
 from job.errors import StageError, UsageError
 from job.pipeline.layout import ADAPTER, PEFT_ADAPTER, SPEC
 from job.spec.load import parse_spec
 from job.spec.pinning import Revisions, model_key
-from job.spec.schema import Spec
+from job.spec.schema import Model, Spec
 from job.storage.base import Store, file_sha256
 from job.storage.locations import child_uri, open_store
 
@@ -65,6 +65,13 @@ class TrainedRun:
                 "it was truncated or modified"
             )
         return path
+
+    def model(self) -> Model:
+        """Return the model section of the spec, with the chat template that training used."""
+        if CHAT_TEMPLATE not in self.info.files:  # a run of an earlier version
+            return self.spec.model
+        path = str(self.file(CHAT_TEMPLATE))
+        return self.spec.model.model_copy(update={"chat_template": path})
 
     def peft(self) -> Path:
         """Download the adapter in PEFT's format and return its folder.

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from job.chat.templates import CONTROL_PATTERN
+from job.chat.text_tokenizer import CONTROL_PATTERN
 from job.data.columnar import ExampleColumns
 from job.data.examples import SEPARATOR, exact_hash, normal_form, opening
 from job.spec.schema import Checks

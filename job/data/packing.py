@@ -5,8 +5,9 @@ loss are listed, so that the head, the widest part of the model, is applied only
 """
 
 import bisect
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -39,7 +40,10 @@ class TokenizedExamples:
     truncated: int
     """The number of examples truncated at the maximum length."""
     dropped: int
-    """The number of examples whose prompt leaves no room for a token with a loss."""
+    """The number of examples with no token to train on: their prompt leaves no room, or the chat
+    template cannot render them."""
+    unrenderable: dict[str, int] = field(default_factory=dict)
+    """The latter, by reason."""
 
 
 @dataclass(frozen=True)
@@ -159,16 +163,30 @@ def tokenize(
         loss_on: the messages of the assistant, or every token after the first.
     """
     usable: list[TokenExample] = []
-    truncated = 0
-    conversations = tokenizer.tokenize([example.messages for example in examples])
-    for example, (token_ids, loss_mask) in zip(examples, conversations, strict=True):
-        truncated += len(token_ids) > max_length
-        token_ids, loss_mask = token_ids[:max_length], loss_mask[:max_length]
-        if loss_on == "all":
-            loss_mask = [index > 0 for index in range(len(token_ids))]
-        if any(loss_mask):
-            usable.append(TokenExample(example.id, token_ids, loss_mask))
-    return TokenizedExamples(usable, truncated, len(examples) - len(usable))
+    truncated = dropped = 0
+    unrenderable: Counter[str] = Counter()
+    tokenized = tokenizer.tokenize([example.messages for example in examples])
+    for example, rows in zip(examples, tokenized, strict=True):
+        if isinstance(rows, str):
+            unrenderable[rows] += 1
+            rows = []
+        ends = [_end(row.loss_mask) for row in rows]
+        truncated += any(end > max_length for end in ends)
+        before = len(usable)
+        for (token_ids, loss_mask), end in zip(rows, ends, strict=True):
+            end = min(end, max_length)
+            token_ids, loss_mask = token_ids[:end], loss_mask[:end]
+            if loss_on == "all":
+                loss_mask = [index > 0 for index in range(len(token_ids))]
+            if any(loss_mask):
+                usable.append(TokenExample(example.id, token_ids, loss_mask))
+        dropped += len(usable) == before
+    return TokenizedExamples(usable, truncated, dropped, dict(unrenderable))
+
+
+def _end(loss_mask: Sequence[bool]) -> int:
+    """Return the end of the last reply; nothing is learned from what a template adds after it."""
+    return max((index + 1 for index, has_loss in enumerate(loss_mask) if has_loss), default=0)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

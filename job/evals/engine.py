@@ -79,9 +79,11 @@ class Engine:
         """
         limit = self._max_prompt_tokens
         encoded = self._model.tokenizer.encode_prompts(prompts)
-        truncated = [
-            ids if len(ids) <= limit else ids[:1] + ids[len(ids) - limit + 1 :] for ids in encoded
-        ]
+        start = self._model.tokenizer.start_id
+        truncated = []
+        for ids in encoded:
+            first = [start] if len(ids) > limit and ids[0] == start else []
+            truncated.append([*first, *ids[len(first) - limit :]])
         return truncated, sum(len(ids) > limit for ids in encoded)
 
     def _run_batches[B: PromptBatch](

@@ -1,11 +1,16 @@
 """Loading a model: from a pinned Hub snapshot, a folder, a KerasHub preset name, or `tiny`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import keras
 from jax.sharding import Mesh
 
+from job.chat.templates import choose_template
+from job.chat.text_tokenizer import FastTokenizer, KerasTokenizer, TextTokenizer, read_json
 from job.chat.tokenizer import ChatTokenizer
 from job.errors import StageError, UsageError
 from job.machine import devices
@@ -25,10 +30,10 @@ def load_model(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE)
         UsageError: it cannot be loaded as a causal LM, or the spec does not fit it.
     """
     preset = resolve_preset(model, revisions)
+    tokenizer = load_chat_tokenizer(model, preset)
     keras.utils.set_random_seed(seed)
     with loading_to_shards(mesh):
-        task, hub_tokenizer = load_keras_hub_task(preset, model.dtype)
-    tokenizer = ChatTokenizer(hub_tokenizer, model.chat_template)
+        task = load_task(preset, model.dtype)
     loaded = LanguageModel(task, tokenizer, model, preset, mesh)
     if max(*tokenizer.stop_ids, tokenizer.pad_id) >= loaded.vocabulary:
         raise UsageError(
@@ -40,8 +45,29 @@ def load_model(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE)
         parameters=loaded.parameters,
         trainable=loaded.lora.parameters,
         chat_template=tokenizer.template.name,
+        chat_template_source=tokenizer.template.source,
     )
     return loaded
+
+
+def load_chat_tokenizer(model: Model, preset: Preset) -> ChatTokenizer:
+    """Load the tokenizer and the chat template of the spec's model, without its weights.
+
+    Raises:
+        UsageError: they cannot be loaded, or do not fit each other.
+    """
+    folder = Path(preset.handle)
+    tokenizer: TextTokenizer
+    if (folder / "tokenizer.json").is_file() and "model_type" in read_json(folder / "config.json"):
+        tokenizer = FastTokenizer(folder)
+    else:
+        tokenizer = KerasTokenizer(load_keras_tokenizer(preset))
+    template = choose_template(
+        model.chat_template, model.preset, folder if folder.is_dir() else None, tokenizer
+    )
+    if template.replaces_own:
+        logs.get().warning("the model's own chat template is not used", chat_template=template.name)
+    return ChatTokenizer(tokenizer, replace(template, kwargs=model.chat_template_kwargs))
 
 
 def resolve_preset(model: Model, revisions: Revisions) -> Preset:
@@ -86,19 +112,30 @@ def _is_needed(path: str) -> bool:
     )
 
 
-def load_keras_hub_task(preset: Preset, dtype: str) -> tuple[Any, Any]:
-    """Load the KerasHub causal LM (without a preprocessor) and its tokenizer.
+def load_task(preset: Preset, dtype: str) -> Any:
+    """Load the KerasHub causal LM, without a preprocessor.
 
     Raises:
         UsageError: the preset is not a causal language model that KerasHub can read.
         StageError: its files cannot be read.
     """
+    logs.get().info("loading model", preset=preset.handle, dtype=dtype)
+    with _preset_errors(preset):
+        return task_class(preset.handle).from_preset(preset.handle, preprocessor=None, dtype=dtype)
+
+
+def load_keras_tokenizer(preset: Preset) -> Any:
+    """Load KerasHub's tokenizer of a preset; errors as for `load_task`."""
     import keras_hub
 
-    logs.get().info("loading model", preset=preset.handle, dtype=dtype)
+    with _preset_errors(preset):
+        return keras_hub.tokenizers.Tokenizer.from_preset(preset.handle)
+
+
+@contextmanager
+def _preset_errors(preset: Preset) -> Iterator[None]:
     try:
-        task = task_class(preset.handle).from_preset(preset.handle, preprocessor=None, dtype=dtype)
-        tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(preset.handle)
+        yield
     except (ValueError, KeyError, ImportError) as error:
         raise UsageError(
             f"model.preset: KerasHub cannot load {preset.handle!r} as a causal language "
@@ -106,7 +143,6 @@ def load_keras_hub_task(preset: Preset, dtype: str) -> tuple[Any, Any]:
         ) from error
     except OSError as error:
         raise StageError(f"the files of {preset.handle!r} cannot be read: {error}") from error
-    return task, tokenizer
 
 
 def task_class(handle: str) -> Any:

@@ -10,7 +10,7 @@ from job.pipeline.run import Preflight, Run, StageRecord, now
 from job.pipeline.stages import stage_digests
 from job.pipeline.status import earlier_preflight
 from job.runtime import logs
-from job.spec.fields import SAMPLES
+from job.spec.fields import SAMPLES, is_template_file
 from job.spec.load import digest, run_id, spec_text
 from job.spec.pinning import resolve_all
 from job.spec.schema import Spec
@@ -43,6 +43,9 @@ def check_local_inputs(spec: Spec) -> None:
             f"model.preset: there is no folder {preset!r}; for a model on the Hub write "
             "hf://owner/name"
         )
+    template = spec.model.chat_template
+    if is_template_file(template) and not Path(template).is_file():
+        raise UsageError(f"model.chat_template: there is no file {template!r}")
     for where, source in (
         ("data", spec.data),
         *((f"evals.multiple_choice.{i}", s) for i, s in enumerate(spec.evals.multiple_choice)),

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from job.chat.templates import BUILT_IN, built_in
 from job.evals.tasks import few_shot_source
 from job.pipeline.layout import ADAPTER
 from job.pipeline.run import Run, StageRecord
-from job.spec.fields import SAMPLES
+from job.spec.fields import SAMPLES, is_template_file
 from job.spec.load import digest
 from job.spec.pinning import NONE, Revisions, adapter_key, model_key, source_key
 from job.spec.schema import MultipleChoiceEval, Reference, Source, Spec
@@ -197,6 +198,7 @@ def _tasks(entries: Sequence[MultipleChoiceEval], revisions: Revisions) -> objec
 def _base_model(spec: Spec, revisions: Revisions) -> object:
     """Identify the model without its adapter: by its commit, or by its files."""
     identity = spec.model.model_dump(mode="json", exclude={"lora"})
+    identity["template"] = _chat_template(spec.model.chat_template)
     folder = Path(spec.model.preset)
     if key := model_key(spec):
         identity["commit"] = revisions.get(key)
@@ -204,6 +206,13 @@ def _base_model(spec: Spec, revisions: Revisions) -> object:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         identity["files"] = {path.relative_to(folder).as_posix(): _content(path) for path in files}
     return identity
+
+
+def _chat_template(name: str) -> str | None:
+    """Identify a chat template that is not of the model: a file, or the built-in ones."""
+    if is_template_file(name):
+        return file_sha256(Path(name))
+    return digest([built_in(each).text for each in BUILT_IN])
 
 
 def _content(path: Path) -> object:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from job.adapters.hf_weight_map import target_matrices
 from job.adapters.keras_format import (
+    CHAT_TEMPLATE,
     DESCRIPTION,
     H5,
     AdapterInfo,
@@ -169,7 +170,12 @@ def _rows(
 ) -> tuple[TokenizedExamples, PackedRows]:
     train = run.spec.train
     tokenized = tokenize(read_examples(run, key), model.tokenizer, train.max_length, train.loss_on)
-    examples = tokenized.examples
+    examples, reasons = tokenized.examples, tokenized.unrenderable
+    if reasons:
+        logs.get().warning("examples not rendered by the chat template", file=key, reasons=reasons)
+    if not examples and reasons:
+        reason = max(reasons, key=lambda reason: reasons[reason])
+        raise UsageError(f"model.chat_template: no example in {key} can be rendered: {reason}")
     if not examples:
         raise UsageError(
             f"no example in {key} has a response token within the first {train.max_length} tokens; "
@@ -184,11 +190,15 @@ def _rows(
 
 
 def _model_info(run: Run, model: LanguageModel) -> ModelInfo:
-    spec = run.spec.model
+    spec, template = run.spec.model, model.tokenizer.template
     return ModelInfo(
         preset=spec.preset,
         revision=model.preset.revision,
-        chat_template=model.tokenizer.template.name,
+        chat_template=template.name,
+        chat_template_source=template.source,
+        chat_template_sha256=template.sha256,
+        chat_template_text=template.text,
+        chat_template_ignored=template.replaces_own,
         dtype=spec.dtype,
         lora_rank=model.lora.rank,
         lora_alpha=model.lora.alpha,
@@ -205,7 +215,7 @@ def _training(run: Run, tokenized: TokenizedExamples, result: TrainResult) -> Tr
         steps=progress.step,
         kept_step=after.step if run.spec.train.keep == "best" else progress.step,
         stopped_early=progress.stopped_early,
-        examples=len(tokenized.examples) * run.spec.train.epochs,
+        examples=len({example.id for example in tokenized.examples}) * run.spec.train.epochs,
         truncated=tokenized.truncated,
         dropped=tokenized.dropped,
         tokens=TokenCounts(
@@ -251,6 +261,8 @@ def write_adapter(
         adapter = to_peft(model, spec, lora, matrices)
         for name, content in peft_files(adapter).items():
             files[PEFT_ADAPTER + name] = run.put(f"{ADAPTER}{PEFT_ADAPTER}{name}", content).sha256
+    template = model.tokenizer.template.text.encode()
+    files[CHAT_TEMPLATE] = run.put(ADAPTER + CHAT_TEMPLATE, template).sha256
     info = describe(model.lora, model.family, spec.preset, model.preset.revision, files)
     run.put(ADAPTER + DESCRIPTION, (info.model_dump_json(indent=2) + "\n").encode())
 

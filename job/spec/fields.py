@@ -32,6 +32,11 @@ _NAME = r"^[a-z0-9]([a-z0-9._-]*[a-z0-9])?$"
 Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=63)]
 
 
+def is_template_file(name: str) -> bool:
+    """Return whether `model.chat_template` names a file."""
+    return "/" in name or name.endswith(".jinja")
+
+
 def template_fields(template: str) -> list[str]:
     """Return the field names of a text template, in order.
 

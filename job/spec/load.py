@@ -20,7 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from job.errors import Problem, SpecError, UsageError
-from job.spec.fields import SAMPLES
+from job.spec.fields import SAMPLES, is_template_file
 from job.spec.problems import (
     Location,
     SourceMap,
@@ -262,6 +262,13 @@ def _local_parts(spec: Spec) -> Iterator[tuple[str, str]]:
         yield (
             "model.preset",
             f"{preset!r} is a local folder; name a preset on the Hub, hf://owner/name",
+        )
+    template = spec.model.chat_template
+    if is_template_file(template):
+        yield (
+            "model.chat_template",
+            f"{template!r} is a local file; put it into the model's repository as "
+            "chat_template.jinja and write auto",
         )
     datasets = {"data.dataset": spec.data.dataset}
     for index, item in enumerate(spec.evals.multiple_choice):

@@ -5,7 +5,7 @@ description, which `job schema` passes to editors.
 """
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -95,10 +95,14 @@ class Model(Section):
     dtype: Literal["bfloat16", "float32", "float16"] = Field(
         "bfloat16", description="Dtype of the frozen weights; LoRA weights are always float32."
     )
-    chat_template: Literal["auto", "gemma", "plain"] = Field(
+    chat_template: Annotated[str, Field(min_length=1)] = Field(
         "auto",
-        description="Chat template of prompts; auto: gemma if the tokenizer has its turn tokens, "
-        "otherwise plain.",
+        description="Chat template: auto (the model's own, else the built-in one of its turn "
+        "tokens, plain for a pretrained model), gemma, gemma4, llama3, chatml, mistral, plain, "
+        "the name of one of several that the model has, or the path of a Jinja file.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="Variables for the chat template, such as enable_thinking."
     )
     lora: Lora = Field(Lora(), description="The LoRA adapter to train.")
 

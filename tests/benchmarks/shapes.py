@@ -40,13 +40,13 @@ def make_model(shape: str, dtype: str, rank: int = 16) -> "LanguageModel":
     import numpy as np
     from jax.sharding import Mesh
 
-    from job.chat.tokenizer import ChatTokenizer
     from job.model.language_model import LanguageModel, Preset
     from job.model.tiny import train_tokenizer
     from job.spec.schema import Lora, Model
+    from tests.conversations import chat_tokenizer
 
     tokenizer = keras_hub.tokenizers.Gemma3Tokenizer(train_tokenizer(), has_vision_tokens=False)
     spec = Model(preset="benchmark", dtype=dtype, lora=Lora(rank=rank))
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     preset = Preset("benchmark", None)
-    return LanguageModel(make_task(shape, dtype), ChatTokenizer(tokenizer), spec, preset, mesh)
+    return LanguageModel(make_task(shape, dtype), chat_tokenizer(tokenizer), spec, preset, mesh)

@@ -11,6 +11,7 @@ from job.chat.tokenizer import ChatTokenizer
 from job.data.examples import Example
 from job.data.packing import TokenExample, tokenize
 from job.model.tiny import tiny_preset
+from tests.conversations import chat_tokenizer
 
 RECORDED = json.loads((Path(__file__).parent / "recorded_tokens.json").read_text("utf-8"))
 """Samples and longer dialogues; some are truncated, some have control tokens in their text."""
@@ -21,7 +22,7 @@ def tokenizers() -> dict[str, ChatTokenizer]:
     import keras_hub
 
     tokenizer = keras_hub.models.Tokenizer.from_preset(str(tiny_preset()))
-    return {name: ChatTokenizer(tokenizer, name) for name in ("gemma", "plain")}
+    return {name: chat_tokenizer(tokenizer, name) for name in ("gemma", "plain")}
 
 
 @pytest.mark.parametrize("recorded", RECORDED)

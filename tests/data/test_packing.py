@@ -19,8 +19,7 @@ from job.data.packing import (
     make_rows,
     tokenize,
 )
-from job.errors import UsageError
-from tests.conversations import conversation, token_example
+from tests.conversations import chat_tokenizer, conversation, token_example
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
 PAD, BOS, EOS, START, END = range(5)
@@ -58,7 +57,7 @@ class PlainLetters(Letters):
         return WORDS[:3]
 
 
-GEMMA, PLAIN = ChatTokenizer(Letters()), ChatTokenizer(PlainLetters())
+GEMMA, PLAIN = chat_tokenizer(Letters()), chat_tokenizer(PlainLetters(), "plain")
 
 
 def tokenized(
@@ -76,12 +75,9 @@ def targets_of(example: TokenExample) -> list[int]:
     return [t for t, has_loss in zip(example.token_ids, example.loss_mask, strict=True) if has_loss]
 
 
-def test_auto_chooses_the_template_by_the_vocabulary() -> None:
-    assert (GEMMA.template.name, GEMMA.stop_ids) == ("gemma", (EOS, END))
-    assert (PLAIN.template.name, PLAIN.stop_ids) == ("plain", (EOS,))
-    assert ChatTokenizer(Letters(), "plain").template.name == "plain"
-    with pytest.raises(UsageError, match="needs the tokens <start_of_turn>, <end_of_turn>"):
-        ChatTokenizer(PlainLetters(), "gemma")
+def test_replies_end_with_the_tokens_of_template_and_tokenizer() -> None:
+    assert GEMMA.stop_ids == (EOS, END)
+    assert PLAIN.stop_ids == (EOS,)
 
 
 def test_an_example_is_prompt_response_and_end_of_turn() -> None:

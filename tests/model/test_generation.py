@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from job.chat.tokenizer import ChatTokenizer
 from job.model.generation import left_pad
 from job.model.language_model import LanguageModel, Preset
 from job.model.tiny import train_tokenizer
 from job.spec.schema import Lora, Model
+from tests.conversations import chat_tokenizer
 from tests.model.families import families_with, small_backbone
 
 LENGTHS = (3, 12)  # the window of the small models is 5
@@ -25,7 +25,7 @@ def small_model(family: str) -> LanguageModel:
     task = kind(preprocessor=None, backbone=small_backbone(family, vocabulary_size=size))
     spec = Model(preset="test", dtype="float32", lora=Lora(targets="all-linear"))
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
-    return LanguageModel(task, ChatTokenizer(tokenizer), spec, Preset("test", None), mesh)
+    return LanguageModel(task, chat_tokenizer(tokenizer), spec, Preset("test", None), mesh)
 
 
 @pytest.mark.parametrize("family", families_with("packable"))
