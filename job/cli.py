@@ -98,6 +98,7 @@ def validate(
     ] = None,
 ) -> None:
     """Check a spec; report all problems, each with its path and line."""
+    from job.chat.templates import planned_template
     from job.spec.load import check_portable, load_spec, run_id, write_spec
 
     loaded = load_spec(spec, overrides or [])
@@ -105,6 +106,9 @@ def validate(
         check_portable(loaded)
     if write is not None:
         write_spec(loaded.spec, write)
+    model = loaded.spec.model
+    template = planned_template(model.chat_template, model.preset)
+    typer.echo(f"chat template: {template}")
     typer.echo(f"{loaded.source}: valid; its run id is {run_id(loaded.spec)}")
 
 

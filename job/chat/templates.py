@@ -1,29 +1,14 @@
-"""Chat templates: messages to the text that a model reads, by the model's own Jinja template.
-
-Templates are run as transformers runs them: in Jinja's immutable sandbox, with the special tokens
-of the tokenizer and the same helpers. No text of a message acts as markup: special tokens of the
-tokenizer written inside it are broken by a space.
-"""
+"""The chat template of a model: its own, a built-in one, or a file; `renderer` runs it."""
 
 import hashlib
 import json
 import re
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from datetime import datetime
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, ext, nodes
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from job.chat.conversation import Conversation, MarkedText, Message
 from job.chat.text_tokenizer import TextTokenizer, read_json
 from job.errors import UsageError
 
@@ -43,19 +28,6 @@ _TURN_TOKENS = {
 
 _INSTRUCT = re.compile(r"(?i)(?:^|[-_./])(?:instruct|it|chat|tiny)(?:[-_./]|$)")
 """Names of presets tuned to follow instructions; pretrained ones have no chat template."""
-
-_TODAY = datetime(2024, 7, 26)
-"""What templates get as today's date, so that a run that is resumed renders the same prompts."""
-
-PROBE_SECONDS = 10.0
-"""Time a template may take to render one probe."""
-
-_BEGIN, _END = "\ufdd0", "\ufdd1"
-"""Unicode noncharacters around what a template marks as generated."""
-
-
-class UnrenderableError(Exception):
-    """A conversation that a chat template cannot render; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -172,244 +144,14 @@ def _auto(preset: str, tokenizer: TextTokenizer, family: str) -> ChatTemplate:
     )
 
 
-class ChatRenderer:
-    """A chat template with the special tokens of a tokenizer."""
-
-    def __init__(self, template: ChatTemplate, tokenizer: TextTokenizer) -> None:
-        """Compile a template and find out what it can do.
-
-        Raises:
-            UsageError: it cannot render a conversation.
-        """
-        self.template = template
-        self._special = _pattern(tokenizer.special_ids)
-        self._variables: dict[str, Any] = {**tokenizer.named, **template.kwargs}
-        if template.is_built_in and tokenizer.start_id is None:
-            self._variables["bos_token"] = ""
-        try:
-            self._compiled = _environment().from_string(template.text)
-            with _time_limit():
-                self.end_token = self._probe(tokenizer.special_ids)
-        except (TemplateError, UnrenderableError) as error:
-            raise UsageError(
-                f"model.chat_template: the template ({template.source}) cannot render a "
-                f"conversation: {error}"
-            ) from error
-
-    def _probe(self, special_ids: Mapping[str, int]) -> str:
-        """Return the special token that ends a reply; raise if there is none."""
-        question, reply = Message("user", "question"), Message("assistant", "reply")
-        self._apply([question], add_generation_prompt=True)
-        text = self._apply([question, reply])
-        after = text.rpartition("reply")[2]
-        tokens = self._special.findall(after)
-        if not tokens:
-            raise UnrenderableError(
-                "no special token ends the model's reply; write a file that ends it with one, "
-                f"such as {next(iter(special_ids), 'eos_token')}"
-            )
-        return str(tokens[0])
-
-    @cached_property
-    def has_system_role(self) -> bool:
-        """Whether the template renders a system message."""
-        turns = [Message("system", "instruction"), Message("user", "question")]
-        try:
-            return "instruction" in self._apply(turns, add_generation_prompt=True)
-        except UnrenderableError:
-            return False
-
-    @cached_property
-    def knows_tools(self) -> bool:
-        """Whether the template renders definitions of tools, their calls and their results."""
-        function = {"name": "toolname", "description": "", "parameters": {"type": "object"}}
-        called = {"name": "toolname", "arguments": {"key": "argument"}}
-        call = {"id": "a1b2c3d4e", "type": "function", "function": called}
-        result = {"name": "toolname", "tool_call_id": call["id"]}
-        turns = [
-            Message("user", "question"),
-            Message("assistant", "", extra=json.dumps({"tool_calls": [call]})),
-            Message("tool", "outcome", extra=json.dumps(result)),
-        ]
-        try:
-            text = self._apply(turns, [{"type": "function", "function": function}])
-        except UnrenderableError:
-            return False
-        return text.count("toolname") >= 2 and "argument" in text and "outcome" in text
-
-    def unrenderable(self, messages: Conversation) -> str | None:
-        """Return why a conversation cannot be rendered for training; None if it can be."""
-        try:
-            self.training_texts(messages)
-        except UnrenderableError as reason:
-            return str(reason)
-        return None
-
-    def neutralize(self, text: str) -> str:
-        """Return a text with every special token of the tokenizer broken by a space."""
-        while True:
-            broken = self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-            if broken == text:
-                return text
-            text = broken  # breaking one token may expose another, like <|[INST]|>
-
-    def prompt(self, messages: Conversation) -> str:
-        """Return the text of a conversation in which it is the model's turn.
-
-        Raises:
-            UnrenderableError: the template cannot render it.
-        """
-        return _unmarked(self._render(messages, add_generation_prompt=True)).text
-
-    def training_texts(self, messages: Conversation) -> list[MarkedText]:
-        """Return the texts that train a conversation's replies as the model would write them.
-
-        It is one text, unless the template rewrites earlier turns (Qwen 3 leaves out their
-        thoughts): a reply that would read differently later gets a text that ends with it.
-
-        Raises:
-            UnrenderableError: the template cannot render it, or not as a continuation of the
-                prompt for the reply.
-        """
-        replies = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        trained = [i for i in replies if messages[i].weight]
-        complete = _unmarked(self._render(messages))
-        if len(complete.replies) == len(replies) and replies:  # the template says what they are
-            marked = zip(replies, complete.replies, strict=True)
-            spans = tuple(span for i, span in marked if messages[i].weight)
-            return [MarkedText(complete.text, spans)]
-        texts: list[MarkedText] = []
-        together: list[tuple[int, int]] = []
-        for i in trained:
-            prompt = self.prompt(messages[:i])
-            text = complete.text
-            if i < len(messages) - 1:
-                text = _unmarked(self._render(messages[: i + 1])).text
-            if not text.startswith(prompt):
-                raise UnrenderableError("reply not rendered as a continuation of its prompt")
-            end = text.rfind(self.end_token) + len(self.end_token)
-            if end <= len(prompt):
-                raise UnrenderableError("reply without an end of turn")
-            if complete.text.startswith(text[:end]):
-                together.append((len(prompt), end))
-            else:
-                texts.append(MarkedText(text[:end], ((len(prompt), end),)))
-        return [*texts, MarkedText(complete.text, tuple(together))] if together else texts
-
-    def _render(self, messages: Conversation, *, add_generation_prompt: bool = False) -> str:
-        tools = [m.content for m in messages if m.role == "tools"]
-        turns = [m for m in messages if m.role != "tools"]
-        uses_tools = tools or any(m.role == "tool" or "tool_calls" in m.extra for m in turns)
-        if uses_tools and not self.knows_tools:
-            raise UnrenderableError("tools, which the chat template does not know")
-        if turns and turns[0].role == "system" and not self.has_system_role:
-            turns = _into_first_turn(turns)
-        definitions = json.loads(tools[0]) if tools else None
-        return self._apply(turns, definitions, add_generation_prompt=add_generation_prompt)
-
-    def _apply(
-        self, turns: Conversation, tools: Any = None, *, add_generation_prompt: bool = False
-    ) -> str:
-        try:
-            return self._compiled.render(
-                messages=[self._clean(_mapping(turn)) for turn in turns],
-                tools=self._clean(tools),
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            )
-        except Exception as error:  # a template may fail in any way that Python can
-            raise UnrenderableError(f"the chat template says: {error}") from error
-
-    def _clean(self, value: Any) -> Any:
-        """Return a JSON value whose texts have no special token."""
-        if isinstance(value, str):
-            return self.neutralize(value.replace(_BEGIN, "").replace(_END, ""))
-        if isinstance(value, dict):
-            return {self._clean(key): self._clean(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._clean(item) for item in value]
-        return value
-
-
-def _mapping(message: Message) -> dict[str, Any]:
-    further = json.loads(message.extra) if message.extra else {}
-    return {"role": message.role, "content": message.content, **further}
-
-
-def _into_first_turn(turns: Sequence[Message]) -> list[Message]:
-    """Put the instruction at the beginning of the user's first turn."""
-    system, first, *others = turns
-    text = "\n\n".join(part for part in (system.content.strip(), first.content) if part)
-    return [replace(first, content=text), *others]
-
-
-def _unmarked(text: str) -> MarkedText:
-    """Return a rendered text without the marks of what is generated, and where they were."""
-    spans: list[tuple[int, int]] = []
-    plain = ""
-    for part in text.split(_BEGIN):
-        reply, marked, rest = part.partition(_END)
-        if marked:
-            spans.append((len(plain), len(plain) + len(reply)))
-        plain += reply + rest
-    return MarkedText(plain, tuple(spans))
-
-
-def _pattern(special_ids: Mapping[str, int]) -> re.Pattern[str]:
-    """Return a pattern of the special tokens, longest first."""
-    tokens = sorted((token for token in special_ids if len(token) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
-
-
-class _Generation(ext.Extension):
-    """The tag `{% generation %}`, around what the model writes."""
-
-    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        """Read a block up to `{% endgeneration %}`."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
-
-    @staticmethod
-    def mark(caller: Callable[[], str]) -> str:
-        """Return the text of a block between marks."""
-        return f"{_BEGIN}{caller()}{_END}"
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Return the environment that transformers gives to chat templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = _TODAY.strftime
-    return environment
-
-
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    """Raise UnrenderableError in the block after `PROBE_SECONDS`, whichever thread it is in."""
-    deadline = time.monotonic() + PROBE_SECONDS
-
-    def check(_frame: object, _event: str, _argument: object) -> Any:
-        if time.monotonic() > deadline:
-            raise UnrenderableError(f"it takes longer than {PROBE_SECONDS:.0f} s")
-        return check
-
-    before = sys.gettrace()
-    sys.settrace(check)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+def planned_template(name: str, preset: str) -> str:
+    """Return what is known of the chat template before the model is loaded, for people."""
+    if name != AUTO:
+        return name
+    folder = Path(preset)
+    if folder.is_dir() and "default" in (own := own_templates(folder)):
+        return f"own ({own['default'][1]} of the model)"
+    if _INSTRUCT.search(preset):
+        return "the model's own, else the built-in one of its turn tokens"
+    hub = preset.startswith("hf://")
+    return "the model's own, else plain" if hub else f"{PLAIN} (no template, no turns)"

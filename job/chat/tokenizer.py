@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from job.chat.conversation import Conversation, MarkedText, Message, TokenizedConversation
-from job.chat.templates import ChatRenderer, ChatTemplate, UnrenderableError
+from job.chat.renderer import ChatRenderer, UnrenderableError
+from job.chat.templates import ChatTemplate
 from job.chat.text_tokenizer import TextTokenizer
 from job.errors import UsageError
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 from pydantic import BaseModel
 
+from job.chat.templates import planned_template
 from job.machine.accelerators import Machine, parse_machine
 from job.pipeline.stages import STAGES
 from job.plan.estimate import MFU, MachineEstimate, estimate
@@ -24,6 +25,7 @@ class ModelPlan(BaseModel):
     """The model of the spec and its size."""
 
     preset: str
+    chat_template: str
     family: str
     dtype: str
     parameters: int
@@ -158,6 +160,7 @@ def make_plan(given: PlanInput) -> Plan:
         stages=[StagePlan(name=stage.name, skipped=stage.name not in stale) for stage in STAGES],
         model=ModelPlan(
             preset=spec.model.preset,
+            chat_template=planned_template(spec.model.chat_template, spec.model.preset),
             family=shape.family,
             dtype=spec.model.dtype,
             parameters=shape.parameters,

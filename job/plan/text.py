@@ -25,6 +25,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         f"  model       {model.preset}: {model.parameters:,} parameters in {model.dtype}, "
         f"{model.trainable:,} trained ({share:.2%})"
     )
+    yield f"  template    {model.chat_template}"
     yield (
         f"  training    {work.examples:,} examples, {work.tokens:,} tokens in {work.rows:,} rows "
         f"of {work.row_length:,}; {work.steps:,} steps of {work.slots_a_step:,} tokens, "

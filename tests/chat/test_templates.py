@@ -10,14 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.chat.conversation import Conversation, MarkedText, Message, TokenizedConversation
-from job.chat.templates import (
-    BUILT_IN,
-    ChatRenderer,
-    ChatTemplate,
-    UnrenderableError,
-    built_in,
-    choose_template,
-)
+from job.chat.renderer import ChatRenderer, UnrenderableError
+from job.chat.templates import BUILT_IN, ChatTemplate, built_in, choose_template
 from job.errors import UsageError
 from tests.conversations import turns
 
@@ -201,7 +195,7 @@ def test_templates_have_the_helpers_of_transformers() -> None:
 def test_a_template_that_cannot_be_used_is_refused(
     text: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("job.chat.templates.PROBE_SECONDS", 0.3)
+    monkeypatch.setattr("job.chat.renderer.PROBE_SECONDS", 0.3)
     with pytest.raises(
         UsageError, match=r"^model\.chat_template: the template \(a test\)"
     ) as error:
