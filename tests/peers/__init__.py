@@ -23,7 +23,9 @@ REQUIREMENTS = (
     "safetensors==0.8.0",
     "accelerate==1.15.0",
     "sentencepiece>=0.2.1,<0.3",
+    "tiktoken>=0.9,<1",
     "lm_eval==0.4.13",
+    "trl==1.16.0",
     "protobuf>=6,<8",
     "numpy>=2.1,<3",
 )
@@ -34,8 +36,8 @@ _BUILD_SECONDS = 900
 _SCRIPT_SECONDS = 300
 
 
-def run_peer(script: str, *arguments: object) -> None:
-    """Run a script of this folder in the environment.
+def run_peer(script: str, *arguments: object, seconds: float = _SCRIPT_SECONDS) -> None:
+    """Run a script of this folder in the environment, for some seconds at most.
 
     Raises:
         AssertionError: it failed; the message ends with its standard error.
@@ -51,7 +53,7 @@ def run_peer(script: str, *arguments: object) -> None:
         [_python(), SCRIPTS / script, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=_SCRIPT_SECONDS,
+        timeout=seconds,
         check=False,
         env=environment,
     )
