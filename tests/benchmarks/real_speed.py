@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--pack-length", type=int, default=1024)
     given = parser.parse_args()
 
-    from job.chat.conversation import Message
+    from job.chat.conversation import MarkedText, Message
+    from job.chat.text_tokenizer import FastTokenizer
     from job.data.examples import Example
     from job.data.packing import tokenize
     from job.evals.engine import Engine
@@ -82,11 +83,6 @@ def main() -> None:
     mine = ours(model, examples, given.rows, given.pack_length, "matmuls", 1)
     engine = Engine(model, 8, 8192)
     letters = chat.letter_tokens(LETTERS)
-    encoded = chat.encode_prompts([[Message("user", "warm-up")]] * 8)
-    engine.loglikelihood(model.weights, encoded, letters, "warm-up")
-    from job.chat.conversation import MarkedText
-    from job.chat.text_tokenizer import FastTokenizer
-
     fast = FastTokenizer(Path(model.preset.handle))
 
     def ids(texts: list[str]) -> list[list[int]]:

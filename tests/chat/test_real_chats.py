@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from job.chat.conversation import Message
+from job.chat.conversation import MarkedText, Message
 from job.chat.templates import ChatTemplate, own_templates
 from job.chat.text_tokenizer import FastTokenizer
 from job.chat.tokenizer import ChatTokenizer
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.real
 
 CONVERSATIONS = 50
 WORDS = (
-    *("The", "knee", " hurts", ",", "since", "12345", "days.", "it's", "WE'LL", "naïve", "Ünïcode"),
-    *("日本語", "пример", "العربية", "\u200b", "🙂", "👩‍⚕️", "a\tb", "  two", "\n", "\n\n", "x=1;", "{{ a }}"),
+    *("The", "knee", " hurts", ",", "since", "12345", "days.", "it's", "WE'LL", "naïve", "Ünï"),
+    *("日本語", "пример", "العربية", "\u200b", "🙂", "👩‍⚕️", "a\tb", "  two", "\n", "\n\n", "x=1;"),
     *("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "[INST]", "</s>", "<think>", "<turn|>", "<bos>"),
 )  # fmt: skip
 TOOLS = [
@@ -102,7 +102,8 @@ def prepare(case: Case, folder: Path) -> tuple[ChatTokenizer, str | None]:
 MARKED_CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
     "[{{ m.content + '<|im_end|>' }}]{{ '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -195,7 +196,7 @@ def test_token_ids_and_masks_equal_those_of_transformers(tmp_path: Path, texts: 
                 assert rows[-1].loss_mask == [bool(each) for each in mask], name
         assert prompts == expected["prompts"], name
         fast = FastTokenizer(Path(request["folder"]))
-        own = [t.token_ids for t in fast.encode([(text, ()) for text in request["texts"]])]  # type: ignore[list-item]
+        own = [t.token_ids for t in fast.encode([MarkedText(text) for text in request["texts"]])]
         assert own == expected["texts"], name
         table.append(f"{name}: {len(prompts)} conversations, {len(own)} texts equal")
     print("\n".join(table))  # noqa: T201 - the table of what was compared
