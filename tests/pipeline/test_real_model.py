@@ -16,7 +16,6 @@ import yaml
 from jax.sharding import Mesh
 
 from job.adapters.keras_format import load_adapter
-from job.chat.conversation import Message
 from job.data.examples import Example
 from job.data.packing import tokenize
 from job.data.split_files import iter_examples
@@ -198,7 +197,3 @@ def test_the_tuned_model_is_the_same_elsewhere(comparison: Comparison, name: str
 
 def test_the_merged_keras_preset_is_the_tuned_model(comparison: Comparison) -> None:
     assert largest_difference(comparison, comparison.tuned["merged-keras"], "peft") < WITHIN
-
-
-def test_an_exported_preset_keeps_the_chat_template(comparison: Comparison) -> None:
-    assert comparison.model.tokenizer.encode_prompts([[Message("user", "Hi.")]])
