@@ -93,7 +93,7 @@ def choose_template(
         preset: of the spec.
         folder: the model's files, where it has a folder.
         tokenizer: the model's.
-        family: the class name of its backbone.
+        family: the class name of KerasHub's tokenizer, if that is used.
 
     Raises:
         UsageError: there is no such template, or it does not fit the tokenizer.
@@ -135,7 +135,7 @@ def _auto(preset: str, tokenizer: TextTokenizer, family: str) -> ChatTemplate:
     for name, tokens in _TURN_TOKENS.items():
         if all(token in tokenizer.special_ids for token in tokens):
             return built_in(name)
-    if family in ("MistralBackbone", "MixtralBackbone"):
+    if family.startswith(("Mistral", "Mixtral")):
         return built_in("mistral")
     raise UsageError(
         f"model.chat_template: {preset} is an instruct model, but its files have no chat template "

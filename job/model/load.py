@@ -58,13 +58,14 @@ def load_chat_tokenizer(model: Model, preset: Preset) -> ChatTokenizer:
     """
     folder = Path(preset.handle)
     tokenizer: TextTokenizer
+    family = ""
     if (folder / "tokenizer.json").is_file() and "model_type" in read_json(folder / "config.json"):
         tokenizer = FastTokenizer(folder)
     else:
-        tokenizer = KerasTokenizer(load_keras_tokenizer(preset))
-    template = choose_template(
-        model.chat_template, model.preset, folder if folder.is_dir() else None, tokenizer
-    )
+        hub_tokenizer = load_keras_tokenizer(preset)
+        tokenizer, family = KerasTokenizer(hub_tokenizer), type(hub_tokenizer).__name__
+    own = folder if folder.is_dir() else None
+    template = choose_template(model.chat_template, model.preset, own, tokenizer, family)
     if template.replaces_own:
         logs.get().warning("the model's own chat template is not used", chat_template=template.name)
     return ChatTokenizer(tokenizer, replace(template, kwargs=model.chat_template_kwargs))

@@ -300,7 +300,7 @@ def test_an_instruct_model_of_which_nothing_is_known_is_refused() -> None:
     with pytest.raises(UsageError, match="no chat template .* write gemma, .* a Jinja file"):
         choose("auto", "new_instruct_1b", None, ("<|user|>", "<|end|>"))
     assert choose_template(
-        "auto", "mistral_instruct_7b_en", None, Words(), "MistralBackbone"
+        "auto", "mistral_instruct_7b_en", None, Words(), "MistralTokenizer"
     ).name != "plain"  # fmt: skip
 
 
