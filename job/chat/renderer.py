@@ -18,7 +18,8 @@ from typing import Any
 
 from jinja2 import TemplateError, ext, nodes
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
 
 from job.chat.conversation import Conversation, MarkedText, Message
 from job.chat.templates import ChatTemplate
@@ -201,6 +202,8 @@ class ChatRenderer:
 
 def _mapping(message: Message) -> dict[str, Any]:
     further = json.loads(message.extra) if message.extra else {}
+    if "reasoning_content" in further:  # gpt-oss reads it by another name
+        further["thinking"] = further["reasoning_content"]
     return {"role": message.role, "content": message.content, **further}
 
 
@@ -246,6 +249,15 @@ class _Generation(ext.Extension):
         return f"{_BEGIN}{caller()}{_END}"
 
 
+class _Namespace(Namespace):
+    """Jinja's namespace without underscored names, which would reach into Python."""
+
+    def __setitem__(self, name: str, value: object) -> None:
+        if str(name).startswith("_"):
+            raise SecurityError(f"the name {name!r} is unsafe")
+        super().__setitem__(name, value)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """Return the environment that transformers gives to chat templates."""
     environment = ImmutableSandboxedEnvironment(
@@ -261,6 +273,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = _TODAY.strftime
+    environment.globals["dict"] = lambda *items, **named: dict(*items, **named)
+    environment.globals["namespace"] = _Namespace
     return environment
 
 

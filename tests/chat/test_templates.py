@@ -188,6 +188,7 @@ def test_templates_have_the_helpers_of_transformers() -> None:
             "longer",
         ),
         ("{{ messages.append(1) }}<|im_end|>", "unsafe"),
+        ("{% set n = namespace() %}{% set n.__class__ = 1 %}<|im_end|>", "unsafe"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "no special token ends"),
     ],
