@@ -17,8 +17,9 @@ from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError, ext, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from job.chat.conversation import Conversation, MarkedText, Message
