@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -51,33 +51,35 @@ class ChatRenderer:
             UsageError: it cannot render a conversation.
         """
         self.template = template
-        self._special = _pattern(tokenizer.special_ids)
+        self._control = _pattern(tokenizer.special_ids)
         self._variables: dict[str, Any] = {**tokenizer.named, **template.kwargs}
         if template.is_built_in and tokenizer.start_id is None:
             self._variables["bos_token"] = ""
         try:
             self._compiled = _environment().from_string(template.text)
             with _time_limit():
-                self.end_token = self._probe(tokenizer.special_ids)
+                self.end_token = self._probe(tokenizer)
         except (TemplateError, UnrenderableError) as error:
             raise UsageError(
                 f"model.chat_template: the template ({template.source}) cannot render a "
                 f"conversation: {error}"
             ) from error
 
-    def _probe(self, special_ids: Mapping[str, int]) -> str:
-        """Return the special token that ends a reply; raise if there is none."""
+    def _probe(self, tokenizer: TextTokenizer) -> str:
+        """Find the control tokens, special or not, and return the one that ends a reply."""
         question, reply = Message("user", "question"), Message("assistant", "reply")
-        self._apply([question], add_generation_prompt=True)
+        prompt = self._apply([question], add_generation_prompt=True)
         text = self._apply([question, reply])
-        after = text.rpartition("reply")[2]
-        tokens = self._special.findall(after)
-        if not tokens:
-            raise UnrenderableError(
-                "no special token ends the model's reply; write a file that ends it with one, "
-                f"such as {next(iter(special_ids), 'eos_token')}"
-            )
-        return str(tokens[0])
+        added = _pattern(token for token in tokenizer.added_ids if token.strip())
+        rendered = {*added.findall(prompt), *added.findall(text)}
+        self.control_tokens = {
+            *tokenizer.special_ids, *(t for t in rendered if not marks_thoughts(t))
+        }  # fmt: skip
+        self._control = _pattern(self.control_tokens)
+        ends = self._control.findall(text.rpartition("reply")[2])
+        if not ends:
+            raise UnrenderableError("no special token ends the model's reply; write one after it")
+        return str(ends[0])
 
     @cached_property
     def has_system_role(self) -> bool:
@@ -117,7 +119,7 @@ class ChatRenderer:
     def neutralize(self, text: str) -> str:
         """Return a text with every special token of the tokenizer broken by a space."""
         while True:
-            broken = self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+            broken = self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
             if broken == text:
                 return text
             text = broken  # breaking one token may expose another, like <|[INST]|>
@@ -227,9 +229,14 @@ def _unmarked(text: str) -> MarkedText:
     return MarkedText(plain, tuple(spans))
 
 
-def _pattern(special_ids: Mapping[str, int]) -> re.Pattern[str]:
-    """Return a pattern of the special tokens, longest first."""
-    tokens = sorted((token for token in special_ids if len(token) > 1), key=len, reverse=True)
+def marks_thoughts(token: str) -> bool:
+    """Return whether a token begins or ends what a model thinks before it answers."""
+    return any(word in token.lower() for word in ("think", "channel"))
+
+
+def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern of tokens, longest first."""
+    tokens = sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
 

@@ -45,6 +45,8 @@ class TextTokenizer(Protocol):
 
     special_ids: Mapping[str, int]
     """The id of every special token."""
+    added_ids: Mapping[str, int]
+    """The id of every token that is recognized inside text, special or not."""
     named: Mapping[str, str]
     """The special tokens with a role, such as `bos_token`, by its name in chat templates."""
     start_id: int | None
@@ -94,6 +96,7 @@ class FastTokenizer:
                 special[text] = index
         self.named: Mapping[str, str] = named
         self.special_ids: Mapping[str, int] = special
+        self.added_ids: Mapping[str, int] = {t.content: i for i, t in added.items()} | special
         starts = self._tokenizer.encode("").ids
         bos = special.get(named.get("bos_token", ""))
         adds_bos = config.get("add_bos_token")
@@ -146,6 +149,7 @@ class KerasTokenizer:
             n: texts[i] for n, i in zip(_NAMES[:3], ids, strict=True) if i in texts
         }
         self.special_ids: Mapping[str, int] = special
+        self.added_ids = self.special_ids
         self._special = re.compile(f"({'|'.join(map(re.escape, sorted(special)))})")
 
     def encode(self, texts: Sequence[MarkedText]) -> list[TokenizedConversation]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from job.chat.conversation import Conversation, MarkedText, Message, TokenizedConversation
-from job.chat.renderer import ChatRenderer, UnrenderableError
+from job.chat.renderer import ChatRenderer, UnrenderableError, marks_thoughts
 from job.chat.templates import ChatTemplate
 from job.chat.text_tokenizer import TextTokenizer
 from job.errors import UsageError
@@ -34,12 +34,13 @@ class ChatTokenizer:
         self.template = template
         self.start_id = tokenizer.start_id
         self.pad_id = tokenizer.pad_id
-        end = tokenizer.special_ids[self.renderer.end_token]
+        end = tokenizer.added_ids[self.renderer.end_token]
         others = (i for i in tokenizer.stop_ids if i != end)
         self.stop_ids: tuple[int, ...] = (*others, end)
         """The tokens that end a reply; the last is the template's."""
-        thoughts = {i for token, i in tokenizer.special_ids.items() if _marks_thoughts(token)}
-        self._control = {*tokenizer.special_ids.values(), *self.stop_ids, self.pad_id} - thoughts
+        tokens = (t for t in self.renderer.control_tokens if not marks_thoughts(t))
+        control = {tokenizer.added_ids[token] for token in tokens}
+        self._control = {*control, *self.stop_ids, self.pad_id}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each text alone, without a start or end token."""
@@ -132,8 +133,3 @@ class ChatTokenizer:
         tokens = rows[-1]
         pairs = zip(tokens.token_ids, tokens.loss_mask, strict=True)
         return [token for token, has_loss in pairs if has_loss][:-1]
-
-
-def _marks_thoughts(token: str) -> bool:
-    """Return whether a special token begins or ends what a model thinks before it answers."""
-    return any(word in token.lower() for word in ("think", "channel"))

@@ -29,7 +29,7 @@ class Words:
     pad_id = 2
 
     def __init__(self, tokens: Sequence[str] = TOKENS, start: int | None = 0) -> None:
-        self.special_ids = {token: number for number, token in enumerate(tokens)}
+        self.special_ids = self.added_ids = {token: number for number, token in enumerate(tokens)}
         self.named = {"bos_token": tokens[0], "eos_token": tokens[1]}
         self.start_id = start
 
