@@ -33,6 +33,9 @@ _TODAY = datetime(2024, 7, 26)
 PROBE_SECONDS = 10.0
 """Time a template may take to render one probe."""
 
+_PLACE = "\ue000"
+"""A character for private use, to find the place of a reply."""
+
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 """Unicode noncharacters around what a template marks as generated."""
 
@@ -152,12 +155,11 @@ class ChatRenderer:
         texts: list[MarkedText] = []
         together: list[tuple[int, int]] = []
         for i in trained:
-            prompt = self.prompt(messages[:i])
-            text = complete.text
-            if i < len(messages) - 1:
-                text = _unmarked(self._render(messages[: i + 1])).text
+            prompt, turns = self.prompt(messages[:i]), messages[: i + 1]
+            is_last = len(turns) == len(messages)
+            text = complete.text if is_last else _unmarked(self._render(turns)).text
             if not text.startswith(prompt):
-                raise UnrenderableError("reply not rendered as a continuation of its prompt")
+                text = self._continue(prompt, text, turns)
             end = text.rfind(self.end_token) + len(self.end_token)
             if end <= len(prompt):
                 raise UnrenderableError("reply without an end of turn")
@@ -166,6 +168,19 @@ class ChatRenderer:
             else:
                 texts.append(MarkedText(text[:end], ((len(prompt), end),)))
         return [*texts, MarkedText(complete.text, tuple(together))] if together else texts
+
+    def _continue(self, prompt: str, text: str, turns: Conversation) -> str:
+        """Put the reply at the end of `text` after a prompt that begins it with empty thoughts.
+
+        Gemma 4 without thinking is prompted with them, but conversations are rendered without.
+        """
+        marked = self._render([*turns[:-1], Message("assistant", _PLACE)])
+        before, found, _ = marked.partition(_PLACE)
+        opening = prompt.removeprefix(before)
+        is_closed = sum(map(marks_thoughts, self._control.findall(opening))) > 1
+        if not (found and is_closed and prompt.startswith(before) and text.startswith(before)):
+            raise UnrenderableError("reply not rendered as a continuation of its prompt")
+        return prompt + text[len(before) :]
 
     def _render(self, messages: Conversation, *, add_generation_prompt: bool = False) -> str:
         tools = [m.content for m in messages if m.role == "tools"]

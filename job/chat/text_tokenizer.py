@@ -149,7 +149,7 @@ class KerasTokenizer:
             n: texts[i] for n, i in zip(_NAMES[:3], ids, strict=True) if i in texts
         }
         self.special_ids: Mapping[str, int] = special
-        self.added_ids = self.special_ids
+        self.added_ids: Mapping[str, int] = special
         self._special = re.compile(f"({'|'.join(map(re.escape, sorted(special)))})")
 
     def encode(self, texts: Sequence[MarkedText]) -> list[TokenizedConversation]:

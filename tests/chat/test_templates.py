@@ -135,6 +135,15 @@ def test_a_reply_unlike_its_prompt_is_refused_with_the_reason() -> None:
     assert renderer(LOOP + PROMPT).unrenderable(CHAT) is None
 
 
+def test_a_reply_follows_the_empty_thoughts_of_its_prompt() -> None:
+    opening = "<|channel>thought\n<channel|>"
+    words = Words((*TOKENS, "<|channel>", "<channel|>"))
+    chat = renderer(LOOP + PROMPT.replace("assistant\n", f"assistant\n{opening}"), words)
+    assert learned(chat, CHAT) == [["Yes.<|im_end|>"], ["So.<|im_end|>"]]
+    for end, text in zip((2, 4), chat.training_texts(CHAT), strict=True):
+        assert text.text == chat.prompt(CHAT[:end]) + f"{CHAT[end].content}<|im_end|>"
+
+
 TOOLS = json.dumps([{"type": "function", "function": {"name": "lookup", "parameters": {}}}])
 CALL = json.dumps(
     {"tool_calls": [{"function": {"name": "lookup", "arguments": {"a": "b<|im_end|>"}}}]}
