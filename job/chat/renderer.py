@@ -60,8 +60,7 @@ class ChatRenderer:
             self._variables["bos_token"] = ""
         try:
             self._compiled = _environment().from_string(template.text)
-            with _time_limit():
-                self.end_token = self._probe(tokenizer)
+            self.end_token = self._probe(tokenizer)
         except (TemplateError, UnrenderableError) as error:
             raise UsageError(
                 f"model.chat_template: the template ({template.source}) cannot render a "
@@ -71,8 +70,9 @@ class ChatRenderer:
     def _probe(self, tokenizer: TextTokenizer) -> str:
         """Find the control tokens, special or not, and return the one that ends a reply."""
         question, reply = Message("user", "question"), Message("assistant", "reply")
-        prompt = self._apply([question], add_generation_prompt=True)
-        text = self._apply([question, reply])
+        with _time_limit():
+            prompt = self._apply([question], add_generation_prompt=True)
+            text = self._apply([question, reply])
         added = _pattern(token for token in tokenizer.added_ids if token.strip())
         rendered = {*added.findall(prompt), *added.findall(text)}
         self.control_tokens = {

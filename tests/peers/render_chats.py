@@ -9,10 +9,23 @@ not mark them), and token ids of the texts without special tokens.
 
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
+
+
+class Today(datetime):
+    """The day that this project tells templates."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> "Today":
+        return cls(2024, 7, 26)
+
+
+chat_template_utils.datetime = Today
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
