@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["tools", "system", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +18,16 @@ class Message:
     content: str
     weight: int = 1
     """0 excludes this assistant message from the loss."""
+    extra: str = ""
+    """Further keys that chat templates read (`tool_calls`, `name`, ...), a JSON object."""
 
 
 Conversation = Sequence[Message]
-"""An optional system message, then messages of the user and the assistant in turn."""
+"""An optional system message, then messages of the user and the assistant in turn.
+
+With tools, the first message has the role `tools` and their definitions, a JSON list, as content;
+a `tool` message, the result of a call, stands in the place of a user's.
+"""
 
 
 class TokenizedConversation(NamedTuple):
