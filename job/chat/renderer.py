@@ -185,7 +185,7 @@ class ChatRenderer:
     def _render(self, messages: Conversation, *, add_generation_prompt: bool = False) -> str:
         tools = [m.content for m in messages if m.role == "tools"]
         turns = [m for m in messages if m.role != "tools"]
-        uses_tools = tools or any(m.role == "tool" or "tool_calls" in m.extra for m in turns)
+        uses_tools = tools or any(m.role == "tool" or '"tool_calls"' in m.extra for m in turns)
         if uses_tools and not self.knows_tools:
             raise UnrenderableError("tools, which the chat template does not know")
         if turns and turns[0].role == "system" and not self.has_system_role:

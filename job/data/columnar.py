@@ -4,21 +4,33 @@ Both ways give the same examples; `examples` defines what a row means.
 """
 
 import functools
+import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from job.chat.conversation import Message, Role
-from job.data.examples import SEPARATOR, Example, ExampleMapper, RowDroppedError, turns_text
+from job.chat.conversation import Message
+from job.data.examples import SEPARATOR, SIDES, Example, ExampleMapper, RowDroppedError
 from job.data.row_blocks import Block, Row
 from job.spec.fields import template_parts
 
 HISTORY = pa.list_(pa.struct([("prompt", pa.string()), ("response", pa.string())]))
 """Type of the column of the turns before the last prompt."""
+
+COLUMNS = pa.schema(
+    [
+        ("system", pa.string()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("history", HISTORY),
+        ("messages", pa.string()),
+    ]
+)
+"""Columns of examples; `messages` has all messages as JSON, for examples that are not plain."""
 
 _SPACE = "".join(chr(c) for c in range(sys.maxunicode + 1) if chr(c).isspace())
 
@@ -29,10 +41,8 @@ class ExampleColumns:
 
     rows: np.ndarray
     """int64 `[examples]`: the index of each example's row in its block."""
-    system: pa.Array
-    prompt: pa.Array
-    response: pa.Array
-    history: pa.Array
+    batch: pa.RecordBatch
+    """The examples, with the schema `COLUMNS`."""
     dropped: list[tuple[int, str]] = field(default_factory=list)
     """Index and reason of each dropped row."""
 
@@ -43,30 +53,20 @@ class ExampleColumns:
         """Return the examples chosen by a mask, bool `[examples]`."""
         if chosen.all():
             return self
-        mask = pa.array(chosen)
-        return ExampleColumns(
-            self.rows[chosen],
-            self.system.filter(mask),
-            self.prompt.filter(mask),
-            self.response.filter(mask),
-            self.history.filter(mask),
-        )
+        return ExampleColumns(self.rows[chosen], self.batch.filter(pa.array(chosen)))
 
     def dialogues(self) -> pa.Array:
-        """Return `examples.turns_text` of each example."""
-        if self.history.null_count == len(self.history):
-            return pc.binary_join_element_wise(self.prompt, self.response, SEPARATOR)
-        columns = (self.history, self.prompt, self.response)
-        texts = zip(*(column.to_pylist() for column in columns), strict=True)
-        return pa.array([turns_text(turn_texts(*example)) for example in texts], pa.string())
+        """Return `Example.text` of each example."""
+        _, prompts, responses, *others = self.batch.columns
+        if all(column.null_count == len(self) for column in others):
+            return pc.binary_join_element_wise(prompts, responses, SEPARATOR)
+        rows = zip(*(column.to_pylist() for column in self.batch.columns), strict=True)
+        return pa.array((example_from_columns("", *row).text for row in rows), pa.string())
 
 
-def turn_texts(
-    history: Iterable[Mapping[str, str]] | None, prompt: str, response: str
-) -> list[str]:
-    """Return the texts of the user and the assistant in turn, from values of the columns."""
-    earlier = [text for pair in history or () for text in (pair["prompt"], pair["response"])]
-    return [*earlier, prompt, response]
+def messages_from_json(text: str) -> tuple[Message, ...]:
+    """Return the messages of a value of the column `messages`."""
+    return tuple(Message(*fields) for fields in json.loads(text))
 
 
 def example_from_columns(
@@ -75,12 +75,14 @@ def example_from_columns(
     prompt: str,
     response: str,
     history: Iterable[Mapping[str, str]] | None,
+    messages: str | None = None,
 ) -> Example:
     """Return the example of one row of a staged or split file."""
+    if messages:
+        return Example(id, messages_from_json(messages))
     before = [Message("system", system)] if system else []
-    texts = turn_texts(history, prompt, response)
-    roles: tuple[Role, ...] = ("user", "assistant")
-    turns = [Message(roles[n % 2], text) for n, text in enumerate(texts)]
+    earlier = [text for pair in history or () for text in (pair["prompt"], pair["response"])]
+    turns = [Message(SIDES[n % 2], text) for n, text in enumerate([*earlier, prompt, response])]
     return Example(id, (*before, *turns))
 
 
@@ -99,21 +101,22 @@ def _by_row(rows: list[Row], mapper: ExampleMapper) -> ExampleColumns:
             numbers.append(number)
         except RowDroppedError as reason:
             dropped.append((number, str(reason)))
-    return ExampleColumns(
-        np.array(numbers, np.int64),
-        pa.array([e.system for e in examples], pa.string()),
-        pa.array([e.prompt for e in examples], pa.string()),
-        pa.array([e.response for e in examples], pa.string()),
-        pa.array([_history(e) for e in examples], HISTORY),
-        dropped,
-    )
+    values = [(e.system, e.prompt, e.response, _history(e), _messages(e)) for e in examples]
+    columns = list(zip(*values, strict=True)) or [()] * len(COLUMNS)
+    batch = pa.record_batch([*map(pa.array, columns, COLUMNS.types)], schema=COLUMNS)
+    return ExampleColumns(np.array(numbers, np.int64), batch, dropped)
 
 
 def _history(example: Example) -> list[dict[str, str]] | None:
     """Return the turns before the last, as the column has them."""
-    texts = [message.content for message in example.turns[:-2]]
+    texts = [message.content for message in example.turns[:-2] if example.is_plain]
     pairs = zip(texts[::2], texts[1::2], strict=True)
     return [{"prompt": prompt, "response": response} for prompt, response in pairs] or None
+
+
+def _messages(example: Example) -> str | None:
+    messages = [] if example.is_plain else [astuple(message) for message in example.messages]
+    return json.dumps(messages, ensure_ascii=False) if messages else None
 
 
 def _by_column(block: Block, mapper: ExampleMapper) -> ExampleColumns | None:
@@ -154,13 +157,8 @@ def _by_column(block: Block, mapper: ExampleMapper) -> ExampleColumns | None:
             filled[name] = pc.utf8_trim(texts, _SPACE)
         usable = pc.and_(usable, filled[name].is_valid())
     mask = np.asarray(pc.fill_null(usable, False).to_numpy(zero_copy_only=False), dtype=bool)
-    all_rows = ExampleColumns(
-        np.arange(len(block)),
-        filled.get("system", pa.nulls(len(block), pa.string())),
-        filled["prompt"],
-        filled["response"],
-        pa.nulls(len(block), HISTORY),
-    )
+    arrays = [filled.get(f.name, pa.nulls(len(block), f.type)) for f in COLUMNS]
+    all_rows = ExampleColumns(np.arange(len(block)), pa.record_batch(arrays, schema=COLUMNS))
     if mask.all():
         return all_rows
     unusable = np.flatnonzero(~mask)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from job.data.columnar import turn_texts
+from job.data.columnar import COLUMNS, example_from_columns
 from job.data.examples import Example
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def find_overlap(
     count = 0
     for batch in itertools.batched(examples, _BATCH_SIZE):
         count += len(batch)
-        texts = ["\n".join(message.content for message in example.turns) for example in batch]
+        texts = [example.text for example in batch]
         for task in questions:
             for match in passages[task].search(texts):
                 question = ids[task][match.question]
@@ -183,9 +183,9 @@ def clean_rows(
     at = 0
     for shard in staged.manifest.shards:
         with staged.files.open(shard) as path, pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_BATCH_SIZE, columns=["prompt", "response", "history"]):
+            for batch in file.iter_batches(_BATCH_SIZE, columns=COLUMNS.names):
                 check_stop()
-                texts = ["\n".join(turn_texts(**row)) for row in batch.to_pylist()]
+                texts = [example_from_columns("", **row).text for row in batch.to_pylist()]
                 clean[[at + match.text for match in passages.search(texts)]] = False
                 at += len(texts)
     return clean

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
-from job.data.columnar import HISTORY
+from job.data.columnar import COLUMNS
 from job.data.row_blocks import FilePosition
 from job.errors import StageError
 from job.runtime.threads import Threads, prefetch_map
@@ -83,6 +83,8 @@ class RowTally(BaseModel):
     shown: dict[str, str] = {}
     """A sample of each reason and flag: the beginning of a row, or the text around a match."""
     text_bytes: int = 0
+    with_messages: int = 0
+    """Kept examples in the column `messages`."""
     prompt: Lengths = Lengths()
     response: Lengths = Lengths()
 
@@ -109,6 +111,7 @@ class RowTally(BaseModel):
         self.raw += other.raw
         self.kept += other.kept
         self.text_bytes += other.text_bytes
+        self.with_messages += other.with_messages
         self.dropped = dict(Counter(self.dropped) + Counter(other.dropped))
         self.found = dict(Counter(self.found) + Counter(other.found))
         self.shown = other.shown | self.shown
@@ -118,16 +121,7 @@ class RowTally(BaseModel):
 
 MANIFEST = "manifest.json"
 
-SCHEMA = pa.schema(
-    [
-        ("hash", pa.uint64()),
-        ("group", pa.uint64()),
-        ("system", pa.string()),
-        ("prompt", pa.string()),
-        ("response", pa.string()),
-        ("history", HISTORY),
-    ]
-)
+SCHEMA = pa.schema([("hash", pa.uint64()), ("group", pa.uint64()), *COLUMNS])
 """Columns of a shard: the hashes of `filters.content_hashes`, and the texts."""
 
 READERS = 2

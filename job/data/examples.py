@@ -4,17 +4,17 @@ This module defines what one row means, for values of any type; `columnar` does 
 columns of plain text, vectorized.
 """
 
+import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import xxhash
 
-from job.chat.conversation import Message, Role
+from job.chat.conversation import Conversation, Message, Role
 from job.data.row_blocks import Row
 from job.spec.fields import template_fields
 from job.spec.schema import Data
@@ -22,13 +22,19 @@ from job.spec.schema import Data
 SEPARATOR = "\x1f"
 """Joins the texts of an example: the ASCII unit separator."""
 
+SIDES: tuple[Role, Role] = ("user", "assistant")
 _LOWER = bytes(range(256)).lower()
 _IGNORED_ASCII = bytes(b for b in range(128) if not chr(b).isalnum() and b != ord(SEPARATOR))
 _IGNORED = re.compile(rf"[^\w{SEPARATOR}]|_")
+_CALL = "function_call"
 _ROLES: dict[str, Role] = {
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot", _CALL), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
 }
+_TOOLS = ("tools", "functions")
+"""Columns of tools beside the column of messages, if they exist."""
 
 
 @dataclass(frozen=True)
@@ -42,37 +48,52 @@ class Example:
     @property
     def system(self) -> str | None:
         """The system message."""
-        first = self.messages[0]
-        return first.content if first.role == "system" else None
+        return next((m.content for m in self.messages if m.role == "system"), None)
 
     @property
     def prompt(self) -> str:
         """The last message of the user."""
-        return self.messages[-2].content
+        return last_prompt(self.messages)
 
     @property
     def response(self) -> str:
-        """The last message of the assistant."""
-        return self.messages[-1].content
+        """The last message of the assistant, with its tool calls as JSON."""
+        last = self.messages[-1]
+        calls = json.loads(last.extra or "{}").get("tool_calls", ())
+        functions = (json.dumps(call["function"], ensure_ascii=False) for call in calls)
+        return "\n".join(filter(None, (last.content, *functions)))
 
     @property
     def prompt_messages(self) -> tuple[Message, ...]:
         """The messages that a model responds to."""
         return self.messages[:-1]
 
-    @property
-    def turns(self) -> tuple[Message, ...]:
+    @cached_property
+    def turns(self) -> list[Message]:
         """The messages without the system message."""
-        return self.messages if self.system is None else self.messages[1:]
+        return [message for message in self.messages if message.role != "system"]
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the turns are only texts of the user and the assistant, all to learn from."""
+        kinds = [(message.role, message.weight, message.extra) for message in self.turns]
+        return kinds == [(side, 1, "") for side in SIDES] * (len(kinds) // 2)
+
+    @property
+    def text(self) -> str:
+        """What is hashed, checked, and searched of the turns."""
+        if self.is_plain:
+            return SEPARATOR.join(message.content for message in self.turns)
+        return SEPARATOR.join(str(value) for m in self.turns for value in astuple(m))
 
 
 class RowDroppedError(Exception):
     """A row that cannot be used; the message is the reason it is counted under."""
 
 
-def turns_text(turns: Iterable[str]) -> str:
-    """Return the texts of the user and the assistant in turn as one text."""
-    return SEPARATOR.join(turns)
+def last_prompt(messages: Conversation) -> str:
+    """Return the last message of the user."""
+    return next(message.content for message in reversed(messages) if message.role == "user")
 
 
 def opening(system: str | None) -> bytes:
@@ -134,10 +155,11 @@ class ExampleMapper:
 
     @cached_property
     def fields(self) -> list[str]:
-        """The columns that are read, each once."""
+        """The columns that are read, each once; those of tools need not exist."""
         templates = [self.data.prompt, self.data.response, self.data.system]
         named = [field for text in templates if text for field in template_fields(text)]
-        return list(dict.fromkeys([*named, *([self.data.messages] if self.data.messages else [])]))
+        messages = [self.data.messages, *_TOOLS] if self.data.messages else []
+        return list(dict.fromkeys([*named, *messages]))
 
     def __call__(self, row: Row) -> Example:
         """Return the example of a row.
@@ -146,17 +168,20 @@ class ExampleMapper:
             RowDroppedError: the row cannot be used.
         """
         system = fill(self.data.system, row).strip() if self.data.system else None
+        tools: list[Row] = []
         if self.data.messages:
             own_system, turns = _conversation(row, self.data.messages)
             system = own_system or system
+            tools = [tool for name in _TOOLS for tool in _functions(row.get(name), name)]
         else:
             turns = [
                 Message("user", self._filled("prompt", self.data.prompt, row)),
                 Message("assistant", self._filled("response", self.data.response, row)),
             ]
-        text = turns_text(message.content for message in turns)
-        before = [] if system is None else [Message("system", system)]
-        return Example(exact_hash(opening(system) + text.encode()).hex(), (*before, *turns))
+        before = [Message("tools", _to_json(tools, "tools"))] if tools else []
+        before += [] if system is None else [Message("system", system)]
+        example = Example("", (*before, *turns))
+        return replace(example, id=exact_hash(opening(system) + example.text.encode()).hex())
 
     @staticmethod
     def _filled(name: str, template: str | None, row: Row) -> str:
@@ -170,44 +195,102 @@ def _conversation(row: Row, column: str) -> tuple[str | None, list[Message]]:
     """Return the system text and the turns of a row's messages.
 
     Messages have `role` and `content`, or `from` and `value`. Consecutive messages of one side
-    are joined. Messages of the assistant before the first of the user, and messages of the user
-    after the last of the assistant, are left out.
+    are joined. What comes before the user's first, or after the last to learn from, is left out.
     """
     if column not in row:
         raise RowDroppedError(f"no column '{column}'")
     values = row[column]
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise RowDroppedError(f"no list of messages in '{column}'")
-    system: str | None = None
+    system: list[str] = []
     turns: list[Message] = []
     for value in values:
-        name = str(value.get("role") or value.get("from") or "").lower()
-        text = _message_text(value, column)
-        if name == "system":
-            if turns or system is not None:
+        message = _message(value, column)
+        if message.role == "system":
+            if turns:
                 raise RowDroppedError(f"system message inside the dialogue in '{column}'")
-            system = text or None
-            continue
-        role = _ROLES.get(name)
-        if role is None:
-            raise RowDroppedError(f"unknown role '{name[:20]}' in '{column}'")
-        if not text:
-            raise RowDroppedError("empty prompt" if role == "user" else "empty response")
-        if turns and turns[-1].role == role:
-            turns[-1] = Message(role, f"{turns[-1].content}\n\n{text}")
-        elif turns or role == "user":
-            turns.append(Message(role, text))
-    if turns and turns[-1].role == "user":
-        turns.pop()
-    if not turns:
-        raise RowDroppedError(f"no answer in '{column}'")
-    return system, turns
+            system.append(message.content)
+        elif turns and _can_join(turns[-1], message):
+            turns[-1] = replace(message, content=f"{turns[-1].content}\n\n{message.content}")
+        elif turns or message.role == "user":
+            turns.append(message)
+    ends = [n for n, m in enumerate(turns, 1) if m.role == "assistant" and m.weight]
+    if not ends:
+        answered = any(message.role == "assistant" for message in turns)
+        raise RowDroppedError("no message to train on" if answered else f"no answer in '{column}'")
+    return "\n\n".join(filter(None, system)) or None, turns[: ends[-1]]
 
 
-def _message_text(message: Row, column: str) -> str:
-    value = message.get("content", message.get("value"))
-    if isinstance(value, list):  # parts of a message; only text can be used
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-            raise RowDroppedError(f"not text in '{column}'")
-        value = "\n".join(_text(part.get("text"), column) for part in value)
-    return _text(value, column).strip()
+def _can_join(first: Message, second: Message) -> bool:
+    same = first.role == second.role != "tool" and first.weight == second.weight
+    return same and not (first.extra or second.extra)
+
+
+def _message(value: Row, column: str) -> Message:
+    name = str(value.get("role") or value.get("from") or "").lower()
+    role = _ROLES.get(name)
+    if role is None:
+        raise RowDroppedError(f"unknown role {name[:20]!r} in '{column}'")
+    content = value.get("value") if value.get("content") is None else value["content"]
+    extra = {key: value.get(key) for key in ("name", "tool_call_id")}
+    weights = []
+    if role == "assistant" and (content is None or len(value) > 2 or name == _CALL):
+        weights = [value[k] for k in ("weight", "train", "trainable") if value.get(k) is not None]
+        if any(weight not in (0, 1) for weight in weights):
+            raise RowDroppedError(f"a weight other than 0 and 1 in '{column}'")
+        calls, content = (content, "") if name == _CALL else (value.get("tool_calls"), content)
+        extra["tool_calls"] = _functions(calls or value.get(_CALL), "tool_calls")
+        content = "" if content is None and extra["tool_calls"] else content
+        keys = [k for k in ("reasoning_content", "reasoning", "thinking") if value.get(k)]
+        extra["reasoning_content"] = _text(value[keys[0]], column).strip() if keys else ""
+    text, thoughts = _content(content, column, role)
+    if not text and not (extra.get("tool_calls") or role in ("system", "tool")):
+        raise RowDroppedError("empty prompt" if role == "user" else "empty response")
+    extra |= {"reasoning_content": thoughts} if thoughts else {}
+    extra = {key: item for key, item in extra.items() if item}
+    return Message(role, text, int(all(weights)), _to_json(extra, column) if extra else "")
+
+
+def _content(value: Any, column: str, role: Role) -> tuple[str, str]:
+    """Return the text and the thoughts of a message's content, which may be a list of parts."""
+    if isinstance(value, str):
+        return _text(value, column).strip(), ""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for part in value if isinstance(value, list) else [value]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind is None or kind == "text":
+            texts.append(_text(part if kind is None else part.get("text"), column))
+        elif kind in ("thinking", "reasoning") and role == "assistant":
+            thoughts.append(_content(part.get(kind, part.get("text")), column, "user")[0])
+        else:
+            raise RowDroppedError(f"content of type {str(kind)[:20]!r} in '{column}'")
+    return "\n".join(texts).strip(), "\n".join(thoughts).strip()
+
+
+def _functions(value: Any, place: str) -> list[Row]:
+    """Return tools or tool calls, which may be JSON text, in the form of OpenAI's API."""
+    try:
+        values = _parsed(value) or []
+        functions: list[Row] = []
+        for item in map(_parsed, values if isinstance(values, list) else [values]):
+            tool = item if item.get("function") else {"type": "function", "function": item}
+            function = {**tool["function"]}
+            if place == "tool_calls":
+                function["arguments"] = {**_parsed(function.get("arguments") or {})}
+            functions.append(tool | {"function": function | {"name": function["name"]}})
+        return functions
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        raise RowDroppedError(f"malformed '{place}'") from None
+
+
+def _parsed(value: Any) -> Any:
+    """Return what JSON text stands for; other values as they are."""
+    return json.loads(value, strict=False) if isinstance(value, str) and value else value
+
+
+def _to_json(value: object, place: str) -> str:
+    try:
+        return _text(json.dumps(value, ensure_ascii=False), place)
+    except (RecursionError, TypeError, ValueError):
+        raise RowDroppedError(f"malformed '{place}'") from None

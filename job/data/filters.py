@@ -106,7 +106,7 @@ class TextStats:
 
     system: pa.DictionaryArray
     dialogues: pa.Array
-    """The texts of all turns (`examples.turns_text`)."""
+    """The texts of all turns (`Example.text`)."""
     lengths: np.ndarray
     """Characters of prompts and responses, int `[2, examples]`."""
     text_bytes: np.ndarray
@@ -119,9 +119,9 @@ class TextStats:
 
 def text_stats(examples: ExampleColumns, checks: Checks) -> TextStats:
     """Measure the texts of examples."""
-    system = pc.fill_null(examples.system, "").dictionary_encode()
+    system = pc.fill_null(examples.batch["system"], "").dictionary_encode()
     dialogues = examples.dialogues()
-    sides = examples.prompt, examples.response
+    sides = examples.batch["prompt"], examples.batch["response"]
     sizes = [_numbers(pc.binary_length(texts)) for texts in sides]
     plain = all(_is_ascii(texts) for texts in sides)
     lengths = sizes if plain else [_numbers(pc.utf8_length(texts)) for texts in sides]

@@ -134,9 +134,16 @@ def _values(column: "pa.Array") -> list[Any]:
 
     try:
         values: list[Any] = column.to_pylist()
-        return values
+        return _without_nulls(values) if pa.types.is_nested(column.type) else values
     except UnicodeDecodeError:
         if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
             raise
         raw = column.cast(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
         return [b if b is None else b.decode("utf-8", "surrogateescape") for b in raw.to_pylist()]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return nested values without the keys that Arrow gives an object because another has them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

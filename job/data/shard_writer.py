@@ -39,6 +39,7 @@ class OpenShard:
         """Add examples in the background."""
         if self._writer is None:
             self._writer = _ParquetFile(self.path)
+        self.tally.with_messages += len(examples) - examples.batch["messages"].null_count
         while len(self._pending) >= _PENDING_WRITES:
             self._pending.popleft().result()
         self._pending.append(self._thread.submit(self._writer.write, examples, hashes, groups))
@@ -87,17 +88,8 @@ class _ParquetFile:
 
     def write(self, examples: ExampleColumns, hashes: np.ndarray, groups: np.ndarray) -> None:
         """Add examples with their hashes and groups, uint64 `[examples]`."""
-        batch = pa.record_batch(
-            [
-                pa.array(hashes),
-                pa.array(groups),
-                examples.system,
-                examples.prompt,
-                examples.response,
-                examples.history,
-            ],
-            schema=SCHEMA,
-        )
+        columns = [pa.array(hashes), pa.array(groups), *examples.batch.columns]
+        batch = pa.record_batch(columns, schema=SCHEMA)
         self.rows += batch.num_rows
         self._pending.append(batch)
         self._pending_bytes += batch.nbytes

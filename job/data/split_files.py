@@ -4,6 +4,7 @@ A pass over the shards distributes the examples to pieces of the final order, ea
 be sorted in memory. The same examples give the same bytes.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from job.data.columnar import HISTORY, example_from_columns
+from job.chat.conversation import Conversation
+from job.data.columnar import COLUMNS, example_from_columns, messages_from_json
 from job.data.dataset import READERS, Shard, ShardFiles
 from job.data.examples import Example
 from job.data.staging import StagedDataset
@@ -22,15 +24,7 @@ from job.runtime.threads import Threads, prefetch_map
 PIECE_ROWS = 16_384
 """Examples that are sorted at a time."""
 
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("system", pa.string()),
-        ("prompt", pa.string()),
-        ("response", pa.string()),
-        ("history", HISTORY),
-    ]
-)
+_SCHEMA = pa.schema([("id", pa.string()), *COLUMNS])
 
 
 def iter_examples(path: Path) -> Iterator[Example]:
@@ -39,6 +33,30 @@ def iter_examples(path: Path) -> Iterator[Example]:
         for batch in file.iter_batches(1024):
             for row in batch.to_pylist():
                 yield example_from_columns(**row)
+
+
+def renderable_rows(
+    staged: StagedDataset,
+    unrenderable: Callable[[Conversation], str | None],
+    check_stop: Callable[[], None],
+) -> tuple[np.ndarray, Counter[str]]:
+    """Return which examples can be rendered, bool `[examples]`, and the reasons of the others."""
+    renderable = np.ones(staged.manifest.rows, bool)
+    reasons: Counter[str] = Counter()
+    first = 0
+    for shard in staged.manifest.shards:
+        at, first = first, first + shard.rows
+        if not shard.tally.with_messages:
+            continue  # every template renders plain examples
+        with staged.files.open(shard) as path, pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024, columns=["messages"]):
+                check_stop()
+                for number, text in enumerate(batch["messages"].to_pylist(), at):
+                    if text and (reason := unrenderable(messages_from_json(text))):
+                        renderable[number] = False
+                        reasons[reason] += 1
+                at += batch.num_rows
+    return renderable, reasons
 
 
 def write_split_files(

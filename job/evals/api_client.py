@@ -5,6 +5,7 @@ because reasoning used up the tokens). Such replies are retried or reported, and
 answers. Error statuses are OpenRouter's: https://openrouter.ai/docs/api-reference/errors.
 """
 
+import itertools
 import json
 import os
 import random
@@ -116,10 +117,12 @@ class ChatClient:
         reasoning = self.reference.reasoning
         body: dict[str, Any] = {
             "model": self.reference.model,
-            "messages": [{"role": m.role, "content": m.content} for m in messages],
+            "messages": _openai_form([m for m in messages if m.role != "tools"]),
             "temperature": 0,
             "max_tokens": max_tokens,
         }
+        if messages[0].role == "tools":
+            body["tools"] = json.loads(messages[0].content)
         if self.reference.is_openrouter:
             # Otherwise OpenRouter silently drops parameters that a provider does not support.
             body["provider"] = {"require_parameters": True}
@@ -166,6 +169,22 @@ class ChatClient:
             error += " (its providers may not support `reasoning`: set reference.reasoning to null)"
             self.closed = error
         return Reply(error=error, final=True)
+
+
+def _openai_form(messages: Conversation) -> list[dict[str, Any]]:
+    """Return the messages of a request; tool calls and their results without ids get some."""
+    form = []
+    made, answered = itertools.count(1), itertools.count(1)
+    for message in messages:
+        keys = json.loads(message.extra or "{}")
+        keys.pop("reasoning_content", None)
+        for call in keys.get("tool_calls", ()):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+            call.setdefault("id", f"call_{next(made)}")
+        if message.role == "tool":
+            keys.setdefault("tool_call_id", f"call_{next(answered)}")
+        form.append({"role": message.role, "content": message.content} | keys)
+    return form
 
 
 class _Session(requests.Session):

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from job.chat.conversation import Conversation, Message
-from job.data.examples import Example, RowDroppedError, field_text, fill
+from job.data.examples import Example, RowDroppedError, field_text, fill, last_prompt
 from job.data.row_blocks import Row
 from job.data.sources import open_source
 from job.errors import UsageError
@@ -263,7 +263,7 @@ class SideBySidePrompt:
     @property
     def text(self) -> str:
         """The last message of the user."""
-        return self.messages[-1].content
+        return last_prompt(self.messages)
 
 
 def side_by_side_prompts(

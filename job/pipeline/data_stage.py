@@ -1,20 +1,25 @@
 """The data stage: stage the dataset once for all runs, and write this run's sample of it."""
 
+import functools
 import itertools
 import json
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from job.chat.conversation import Conversation
 from job.data.contamination import clean_rows
 from job.data.examples import Example
 from job.data.filters import CHAT_MARKUP, CONTAMINATED
 from job.data.sources import open_source
 from job.data.split import split
-from job.data.split_files import iter_examples, write_split_files
+from job.data.split_files import iter_examples, renderable_rows, write_split_files
 from job.data.staging import StagedDataset, stage_rows, staging_key
+from job.errors import UsageError
 from job.evals.tasks import load_task
 from job.pipeline.layout import DATA_MANIFEST, TRAIN_EXAMPLES, VALIDATION_EXAMPLES
 from job.pipeline.run import Run
@@ -22,12 +27,15 @@ from job.results import DataInfo, RowCounts
 from job.runtime import logs
 from job.storage.locations import child_uri, open_store
 
+if TYPE_CHECKING:
+    from job.chat.renderer import ChatRenderer
+
 
 def run_stage(run: Run) -> DataInfo:
     """Stage the dataset of the spec and write the examples for training and evaluation.
 
     Raises:
-        UsageError: the templates do not fit the rows, or there are too few rows.
+        UsageError: the templates do not fit the rows, or too few rows can be used.
     """
     data = run.spec.data
     rows = open_source(data, "dialogues", run.revisions)
@@ -35,8 +43,10 @@ def run_stage(run: Run) -> DataInfo:
     uri = child_uri(child_uri(run.spec.output, "datasets"), staging_key(data, rows))
     staged = stage_rows(data, rows, open_store(uri), run.work, run.stop.check)
     tally = staged.manifest.tally
-    dropped = dict(tally.dropped)
-    hashes, usable = staged.hashes, None
+    usable, reasons = renderable_rows(staged, _unrenderable(run), run.stop.check)
+    if not usable.any():
+        raise UsageError(f"data: no example can be rendered: {', '.join(reasons)}")
+    dropped = Counter(tally.dropped) + reasons
     if CONTAMINATED in data.checks.drop:
         questions = (
             question.text
@@ -44,15 +54,15 @@ def run_stage(run: Run) -> DataInfo:
             for question in load_task(entry, run.revisions).questions
         )
         clean = clean_rows(questions, staged, run.stop.check)
-        dropped[CONTAMINATED] = int((~clean).sum())
-        usable = np.flatnonzero(clean)
-        hashes = hashes[:, usable]
+        dropped[CONTAMINATED] = int((usable & ~clean).sum())
+        usable &= clean
+    numbers = np.flatnonzero(usable)
+    hashes = staged.hashes if usable.all() else staged.hashes[:, numbers]
     chosen = split(
         run.spec.seed, hashes[0], hashes[1], data.train_examples, data.validation_examples
     )
-    samples = {TRAIN_EXAMPLES: chosen.train, VALIDATION_EXAMPLES: chosen.validation}
-    if usable is not None:
-        samples = {key: usable[indices] for key, indices in samples.items()}
+    parts = {TRAIN_EXAMPLES: chosen.train, VALIDATION_EXAMPLES: chosen.validation}
+    samples = {key: numbers[indices] for key, indices in parts.items()}
     paths = {key: run.work / Path(key).name for key in samples}
     write_split_files(staged, {paths[key]: samples[key] for key in samples}, run.stop.check)
     for key, path in paths.items():
@@ -83,6 +93,19 @@ def run_stage(run: Run) -> DataInfo:
         rows_per_second=round(info.rows.raw / max(seconds, 1e-9)),
     )
     return info
+
+
+def _unrenderable(run: Run) -> Callable[[Conversation], str | None]:
+    """Return a function that says why the model's chat template cannot render a conversation."""
+
+    @functools.cache
+    def renderer() -> "ChatRenderer":
+        from job.model.load import load_chat_tokenizer, resolve_preset
+
+        preset = resolve_preset(run.spec.model, run.revisions)
+        return load_chat_tokenizer(run.spec.model, preset).renderer
+
+    return lambda messages: renderer().unrenderable(messages)
 
 
 def _manifest(run: Run, staged: StagedDataset, info: DataInfo) -> dict[str, Any]:

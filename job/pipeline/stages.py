@@ -92,6 +92,8 @@ def reference_has_more_to_do(outcome: Mapping[str, object], reference: Reference
 
 def _data_inputs(spec: Spec, revisions: Revisions) -> object:
     inputs = [spec.seed, spec.data.model_dump(mode="json"), _source(spec.data, revisions)]
+    if spec.data.messages:  # which of them can be rendered depends on the chat template
+        inputs.append(_base_model(spec, revisions))
     if "contaminated" in spec.data.checks.drop:  # then the sample depends on the questions
         inputs.append(_tasks(spec.evals.multiple_choice, revisions))
     return inputs

@@ -102,7 +102,7 @@ class Data(Source):
         min_length=1,
         description="Column of conversations, instead of `prompt` and `response`: a list of "
         "messages with `role` and `content`, or `from` and `value`. Every turn of the model is "
-        "trained on.",
+        "trained on, except those with `weight: 0`. A column `tools` beside it is read too.",
     )
     system: OptionalTemplate | None = Field(
         None, description="System prompt before every prompt; may hold {column} names."

@@ -51,12 +51,12 @@ def examples_of(mapped: ExampleColumns) -> list[tuple[int, Example]]:
     """The examples of columns, one by one."""
     made = []
     dialogues = mapped.dialogues().to_pylist()
-    columns = (mapped.system, mapped.prompt, mapped.response, mapped.history)
-    for number, text, system, *texts in zip(
-        mapped.rows.tolist(), dialogues, *(c.to_pylist() for c in columns), strict=True
+    for number, text, row in zip(
+        mapped.rows.tolist(), dialogues, mapped.batch.to_pylist(), strict=True
     ):
+        system = row.pop("system")
         identity = exact_hash(opening(system) + text.encode()).hex()
-        example = example_from_columns(identity, None, *texts)
+        example = example_from_columns(identity, None, **row)
         made.append((number, Example(identity, turns(system=system) + example.messages)))
     return made
 
@@ -129,10 +129,11 @@ def test_consecutive_messages_of_a_side_are_joined() -> None:
         (chat(("user", "a")), "no answer in 'm'"),
         (chat(("user", ""), ("assistant", "b")), "empty prompt"),
         (chat(("user", "a"), ("assistant", " ")), "empty response"),
-        (chat(("user", "a"), ("tool", "b")), "unknown role 'tool' in 'm'"),
+        (chat(("user", "a"), ("narrator", "b")), "unknown role 'narrator' in 'm'"),
+        (chat(("\ud800", "a")), "unknown role '\\ud800' in 'm'"),
         (chat(("user", None), ("assistant", "b")), "null in 'm'"),
         (chat(("user", "a"), ("system", "b")), "system message inside the dialogue in 'm'"),
-        (chat(("user", [{"type": "image"}]), ("assistant", "b")), "not text in 'm'"),
+        (chat(("user", [{"type": "image"}]), ("assistant", "b")), "content of type 'image' in 'm'"),
         (chat(("user", "\ud800"), ("assistant", "b")), "undecodable text in 'm'"),
     ],
 )

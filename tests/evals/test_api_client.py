@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import structlog
 
+from job.chat.conversation import Message
 from job.evals.api_client import ChatClient, Reply
 from job.runtime import logs
 from job.spec.evals import Reference
@@ -77,6 +78,46 @@ def test_an_answer_has_its_cost(client: ChatClient, service: OpenRouter) -> None
     (chat,) = service.chats
     assert (chat["model"], chat["temperature"], chat["max_tokens"]) == ("org/model", 0, 64)
     assert chat["messages"] == [{"role": "user", "content": "two words"}]
+
+
+def test_tools_are_sent_as_openai_has_them(service: OpenRouter, waits: list[float]) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": "é"}}}
+    named = {"id": "call_x", **call}
+    client = client_of(service, waits, api="openrouter")
+    reply = client.complete(
+        [
+            Message("tools", json.dumps([tool])),
+            Message("system", "be brief"),
+            Message("user", "look"),
+            Message("assistant", "", extra=json.dumps({"tool_calls": [call, call]})),
+            Message("tool", "1", extra=json.dumps({"name": "f"})),
+            Message("tool", "2"),
+            Message("assistant", "b", weight=0, extra=json.dumps({"reasoning_content": "hm"})),
+            Message("assistant", "", extra=json.dumps({"tool_calls": [named]})),
+            Message("tool", "3", extra=json.dumps({"tool_call_id": "call_x"})),
+            Message("user", "so"),
+        ]
+    )
+    assert reply.answer == "SO"
+    (chat,) = service.chats
+    assert chat["tools"] == [tool]
+    sent = {"type": "function", "function": {"name": "f", "arguments": '{"x": "\\u00e9"}'}}
+    assert chat["messages"] == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "look"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call_1", **sent}, {"id": "call_2", **sent}],
+        },
+        {"role": "tool", "content": "1", "name": "f", "tool_call_id": "call_1"},
+        {"role": "tool", "content": "2", "tool_call_id": "call_2"},
+        {"role": "assistant", "content": "b"},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "call_x", **sent}]},
+        {"role": "tool", "content": "3", "tool_call_id": "call_x"},
+        {"role": "user", "content": "so"},
+    ]
 
 
 def test_credentials_of_netrc_do_not_replace_the_key(

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import structlog
 
+from job.chat.conversation import Message
 from job.errors import UsageError
 from job.evals.tasks import (
     Question,
+    SideBySidePrompt,
     Task,
     doc_to_text,
     load_task,
@@ -235,3 +237,8 @@ def test_letters_after_a_space_differ_in_their_last_token(tiny: LanguageModel) -
     context = tiny.tokenizer.encode(["Answer:"])[0]
     for letter, last in zip("ABCD", options.ids, strict=True):
         assert tiny.tokenizer.encode([f"Answer: {letter}"])[0] == [*context, *options.prefix, last]
+
+
+def test_a_prompt_is_shown_by_the_last_words_of_the_user() -> None:
+    messages = (Message("user", "look"), Message("assistant", "wait"), Message("tool", "rain"))
+    assert SideBySidePrompt("p", messages).text == "look"

@@ -5,8 +5,8 @@ the real service hard to use is scripted by name: an error inside a 200, no choi
 cut off by its length, a rate limit, no credit, a lost connection.
 
 Parameters that no provider supports are ignored, or refused with a 404 where the request says
-`provider.require_parameters`. Left out: streaming (refused with a 400), tools, images, the list
-of models, other provider routing and real tokenization (a token is a word here).
+`provider.require_parameters`. Left out: streaming (refused with a 400), calls of tools, images,
+the list of models, other provider routing and real tokenization (a token is a word here).
 """
 
 import json
@@ -20,7 +20,9 @@ from tests.services.base import Reply, Request, Service, json_reply
 
 ROUTE = "/api/v1/chat/completions"
 PRICE = 1e-6
-SUPPORTED = frozenset({"model", "messages", "provider", "temperature", "max_tokens", "reasoning"})
+SUPPORTED = frozenset(
+    {"model", "messages", "provider", "temperature", "max_tokens", "reasoning", "tools"}
+)
 Chat = dict[str, Any]
 Misbehaviour = Literal[
     "ok",  # no misbehaviour: the answer as it should be
