@@ -108,8 +108,8 @@ def validate(
         write_spec(loaded.spec, write)
     model = loaded.spec.model
     template = planned_template(model.chat_template, model.preset)
-    typer.echo(f"chat template: {template}")
     typer.echo(f"{loaded.source}: valid; its run id is {run_id(loaded.spec)}")
+    typer.echo(f"chat template: {template}")
 
 
 @app.command()

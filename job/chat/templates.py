@@ -151,7 +151,5 @@ def planned_template(name: str, preset: str) -> str:
     folder = Path(preset)
     if folder.is_dir() and "default" in (own := own_templates(folder)):
         return f"own ({own['default'][1]} of the model)"
-    if _INSTRUCT.search(preset):
-        return "the model's own, else the built-in one of its turn tokens"
-    hub = preset.startswith("hf://")
-    return "the model's own, else plain" if hub else f"{PLAIN} (no template, no turns)"
+    otherwise = "the built-in one of its turn tokens" if _INSTRUCT.search(preset) else PLAIN
+    return f"the model's own, else {otherwise}" if preset.startswith("hf://") else otherwise
