@@ -52,6 +52,12 @@ class ModelInfo(Record):
     preset: str
     revision: str | None
     chat_template: str
+    chat_template_source: str = ""
+    chat_template_sha256: str = ""
+    chat_template_ignored: bool = False
+    """Whether the model's files carry a template, but the spec chose plain."""
+    license: str = ""
+    """The base model's license, if its own card names it."""
     dtype: str
     lora_rank: int
     lora_alpha: float
@@ -125,6 +131,10 @@ class ModelScore(Record):
 
     correct: int
     unparsed: int
+    truncated: int = 0
+    """Generated answers cut off at the limit of new tokens."""
+    cut_in_thoughts: int = 0
+    """Those of them that are thoughts only, and so unparsed."""
     missing: int
     accuracy: float
     ci95: Interval
@@ -208,6 +218,7 @@ class DialogueScore(Record):
     mean_tokens: float
     truncated: int
     """Answers cut off at the limit of new tokens."""
+    cut_in_thoughts: int = 0
     missing: int = 0
     """Prompts without an answer."""
 
