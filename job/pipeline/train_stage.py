@@ -38,6 +38,7 @@ from job.pipeline.layout import (
     VALIDATION_EXAMPLES,
 )
 from job.pipeline.run import Run
+from job.report.model_card import license_in
 from job.results import (
     Accuracies,
     Losses,
@@ -50,6 +51,7 @@ from job.results import (
 from job.runtime import logs
 from job.runtime.threads import Threads
 from job.storage.base import file_sha256
+from job.storage.hub import CARD_FILE
 from job.train.trainer import TrainData, Trainer, TrainerConfig, TrainResult
 
 
@@ -189,6 +191,7 @@ def _model_info(run: Run, model: LanguageModel) -> ModelInfo:
         preset=spec.preset,
         revision=model.preset.revision,
         chat_template=model.tokenizer.template.name,
+        license=license_in(Path(model.preset.handle) / CARD_FILE),
         dtype=spec.dtype,
         lora_rank=model.lora.rank,
         lora_alpha=model.lora.alpha,
