@@ -104,6 +104,7 @@ def _render(
         results=results,
         drawings={name: [Markup(svg) for svg in pair] for name, pair in drawings.items()},
         key_figures=key_figures(results),
+        warnings=list(warnings(results)),
         caveats=list(caveats(results)),
         flips=_shown_flips(flips),
         spec=spec,
@@ -178,6 +179,27 @@ def detectable(choice: MultipleChoiceResult) -> str | None:
         f"The minimum detectable change at 80% power is {100 * pair.detectable:.1f} points, with "
         f"{basis}."
     )
+
+
+def warnings(results: Results) -> Iterator[str]:
+    """Yield the findings that make the verdict doubtful, for the top of the page."""
+    if results.model.chat_template_ignored:
+        yield (
+            "The model was prompted without its own chat template: its files carry one, but "
+            "model.chat_template is plain. Set it to auto."
+        )
+    tasks: list[Any] = [(c.name, c.questions, c.models) for c in results.evaluation.multiple_choice]
+    if dialogue := results.evaluation.dialogue:
+        tasks.append(("dialogue", dialogue.examples, dialogue.models))
+    for name, count, models in tasks:
+        for model, score in ordered(models):
+            answered = count - score.missing
+            if model in _BEFORE_AFTER and score.truncated >= 0.9 * answered > 0:
+                yield (
+                    f"{name}: {score.truncated:,} of {answered:,} answers of {model_label(model)} "
+                    "were cut off at the limit of new tokens. Raise max_new_tokens, or check that "
+                    "model.chat_template is the format the model was trained in."
+                )
 
 
 def caveats(results: Results) -> Iterator[str]:
