@@ -192,14 +192,17 @@ def warnings(results: Results) -> Iterator[str]:
     if dialogue := results.evaluation.dialogue:
         tasks.append(("dialogue", dialogue.examples, dialogue.models))
     for name, count, models in tasks:
-        for model, score in ordered(models):
-            answered = count - score.missing
-            if model in _BEFORE_AFTER and score.truncated >= 0.9 * answered > 0:
-                yield (
-                    f"{name}: {score.truncated:,} of {answered:,} answers of {model_label(model)} "
-                    "were cut off at the limit of new tokens. Raise max_new_tokens, or check that "
-                    "model.chat_template is the format the model was trained in."
-                )
+        cut = [
+            f"{score.truncated:,} of {count - score.missing:,} answers of {model_label(model)}"
+            for model, score in ordered(models)
+            if model in _BEFORE_AFTER and score.truncated >= 0.9 * (count - score.missing) > 0
+        ]
+        if cut:
+            yield (
+                f"{name}: {' and '.join(cut)} were cut off at the limit of new tokens. Raise "
+                "max_new_tokens, or check that model.chat_template is the format the model was "
+                "trained in."
+            )
 
 
 def caveats(results: Results) -> Iterator[str]:

@@ -198,6 +198,16 @@ def test_missing_answers_are_not_counted_among_the_cut(render: Render) -> None:
 
 
 @pytest.mark.parametrize("render", [html_text, render_markdown])
+def test_both_models_of_an_evaluation_share_a_warning(render: Render) -> None:
+    run = full()
+    for score in run["evaluation"]["dialogue"]["models"].values():
+        score["truncated"] = 200
+    text = render(Results.model_validate(run), HISTORY, FLIPS)
+    assert "200 of 200 answers of baseline and 200 of 200 answers of finetuned" in text
+    assert text.count("Warning:") == 1
+
+
+@pytest.mark.parametrize("render", [html_text, render_markdown])
 def test_the_template_is_named_with_its_source(render: Render) -> None:
     run = full()
     run["model"] |= {"chat_template": "chatml", "chat_template_source": "built in"}
