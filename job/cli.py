@@ -226,8 +226,8 @@ def compare(
 def generate(
     run_uri: RunArgument,
     prompt: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="The prompt; without one, a conversation starts."),
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Prompts to answer; without one, a conversation starts."),
     ] = None,
     prompt_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="File with the prompt; - reads stdin.")
@@ -257,7 +257,7 @@ def generate(
     from job.commands.generate import GenerateOptions, generate_answers
 
     chosen = GenerateOptions(max_new_tokens, base, system, temperature, top_p, top_k, seed, as_json)
-    generate_answers(run_uri, chosen, prompt, prompt_file)
+    generate_answers(run_uri, chosen, prompt or [], prompt_file)
 
 
 @app.command()

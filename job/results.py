@@ -58,7 +58,9 @@ class ModelInfo(Record):
     chat_template_sha256: str = ""
     chat_template_text: str = ""
     chat_template_ignored: bool = False
-    """True if the model's files carry another one."""
+    """Whether the model's files carry another one."""
+    license: str = ""
+    """The base model's license, if its own card names it."""
     dtype: str
     lora_rank: int
     lora_alpha: float
@@ -132,6 +134,10 @@ class ModelScore(Record):
 
     correct: int
     unparsed: int
+    truncated: int = 0
+    """Generated answers cut off at the limit of new tokens."""
+    cut_in_thoughts: int = 0
+    """Those of them that are thoughts only, and so unparsed."""
     missing: int
     accuracy: float
     ci95: Interval
@@ -215,6 +221,7 @@ class DialogueScore(Record):
     mean_tokens: float
     truncated: int
     """Answers cut off at the limit of new tokens."""
+    cut_in_thoughts: int = 0
     missing: int = 0
     """Prompts without an answer."""
 

@@ -5,6 +5,7 @@ heads times its rank here. The factor of `B @ A` is the same for all layers, so 
 only one rank and one alpha compute the same model. This module needs numpy only.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from job.adapters.low_rank import LinearMatrix, LowRankUpdate, pad_rank, truncate_rank
 from job.adapters.safetensors_io import TensorFile
 from job.errors import StageError, UsageError
+from job.runtime import logs
 
 if TYPE_CHECKING:
     from job.model.language_model import LanguageModel
@@ -98,6 +100,20 @@ def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> fl
     return default
 
 
+def base_name(preset: str) -> str:
+    """Return the base model's name: on the Hub, or of the preset; a folder's with a warning."""
+    if preset.startswith("hf://"):
+        return preset.removeprefix("hf://")
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        name = str(json.loads((Path(preset) / "config.json").read_bytes()).get("_name_or_path"))
+        if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists():
+            return name
+    name = Path(preset).absolute().name
+    if Path(preset).is_dir():
+        logs.get().warning("base model has no Hub name; pass it to PEFT explicitly", name=name)
+    return name
+
+
 def to_peft(
     model: "LanguageModel", spec: "Model", lora: "LoraWeights", matrices: Sequence[LinearMatrix]
 ) -> PeftAdapter:
@@ -111,7 +127,7 @@ def to_peft(
     """
     layout = model.lora
     return PeftAdapter(
-        base=spec.preset.removeprefix("hf://"),
+        base=base_name(spec.preset),
         revision=model.preset.revision,
         rank=layout.rank,
         dropout=spec.lora.dropout,

@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,27 +91,29 @@ class GenerateOptions:
 
 
 def generate_answers(
-    uri: str, options: GenerateOptions, prompt: str | None = None, prompt_file: str | None = None
+    uri: str, options: GenerateOptions, prompts: Sequence[str] = (), prompt_file: str | None = None
 ) -> None:
-    """Answer one prompt, or each line of a conversation from standard input.
+    """Answer prompts, each alone, or each line of a conversation from standard input.
 
     Raises:
         UsageError: the arguments are wrong, or the run has no adapter.
         StageError: files of the run or of the model are missing or damaged.
     """
     options.check()
-    text = _prompt(prompt, prompt_file)
+    texts = _prompts(prompts, prompt_file)
     logs.configure(logs.RunLog(), sys.stderr, least=logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="job-") as work:
         run = TrainedRun(uri, Path(work), "job generate")
-        models = _load(run, options)
+        engine, weights = _load(run, options)
         system = options.system
         if system is None:
             system = _training_system_prompt(run, Path(work))
         template = _prompt_template(run.spec.data.prompt)
-        conversation = _Conversation(models, options, system, template)
-        if text is not None:
-            conversation.answer(text)
+        conversation = _Conversation(engine, weights, options, system, template)
+        if texts:
+            for text in texts:
+                conversation.reset()
+                conversation.answer(text)
             return
         with contextlib.suppress(KeyboardInterrupt), STOP.interactive():
             for line in _input_lines():
@@ -121,20 +123,20 @@ def generate_answers(
                     conversation.answer(line)
 
 
-def _prompt(prompt: str | None, prompt_file: str | None) -> str | None:
-    if prompt is not None and prompt_file is not None:
+def _prompts(prompts: Sequence[str], prompt_file: str | None) -> Sequence[str]:
+    if prompts and prompt_file is not None:
         raise UsageError("--prompt and --prompt-file cannot be combined; write one of them")
     if prompt_file == "-":
-        prompt = sys.stdin.read()
+        prompts = [sys.stdin.read()]
     elif prompt_file is not None:
         try:
-            prompt = Path(prompt_file).read_text(encoding="utf-8")
+            prompts = [Path(prompt_file).read_text(encoding="utf-8")]
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise UsageError(f"--prompt-file {prompt_file}: {reason}") from None
-    if prompt is not None and not prompt.strip():
+    if not all(prompt.strip() for prompt in prompts):
         raise UsageError("the prompt is empty; write one")
-    return prompt
+    return prompts
 
 
 def _input_lines() -> Iterator[str]:
@@ -155,16 +157,8 @@ def _input_lines() -> Iterator[str]:
             yield line
 
 
-@dataclass(frozen=True)
-class _Models:
-    """Weights by name, and the engine that generates with them."""
-
-    engine: "Engine"
-    weights: dict[str, "Weights"]
-
-
-def _load(run: TrainedRun, options: GenerateOptions) -> _Models:
-    """Load the fine-tuned model, and the base if requested, on the devices of this machine."""
+def _load(run: TrainedRun, options: GenerateOptions) -> "tuple[Engine, dict[str, Weights]]":
+    """Load an engine, and the weights of the fine-tuned model and, if requested, the base."""
     devices.start_on_any_device()
     import jax
 
@@ -181,7 +175,7 @@ def _load(run: TrainedRun, options: GenerateOptions) -> _Models:
     weights = {"tuned": model.merged_weights(*load_adapter(path, model.lora))}
     if options.base:
         weights = {"base": model.weights} | weights
-    return _Models(Engine(model, 1, run.spec.evals.max_prompt_tokens), weights)
+    return Engine(model, 1, run.spec.evals.max_prompt_tokens), weights
 
 
 def _training_system_prompt(run: TrainedRun, work: Path) -> str | None:
@@ -211,7 +205,8 @@ def _prompt_template(template: str | None) -> Callable[[str], str]:
 class _Conversation:
     """A conversation with each model, which all get the same prompts."""
 
-    models: _Models
+    engine: "Engine"
+    weights: "dict[str, Weights]"
     options: GenerateOptions
     system: str | None
     format_prompt: Callable[[str], str]
@@ -227,7 +222,7 @@ class _Conversation:
         """Generate and print the answer of every model to a prompt."""
         prompt = Message("user", self.format_prompt(text))
         answers = {}
-        for name in self.models.weights:
+        for name in self.weights:
             turns = self.turns.setdefault(name, [])
             turns.append(prompt)
             answers[name] = self._generate(name, turns)
@@ -236,16 +231,15 @@ class _Conversation:
         self._print(text, answers)
 
     def _generate(self, name: str, turns: list[Message]) -> "Generation":
-        engine = self.models.engine
         system = [Message("system", self.system)] if self.system else []
-        tokens, truncated = engine.encode([[*system, *turns]])
+        tokens, truncated = self.engine.encode([[*system, *turns]])
         if truncated:
             logs.get().warning(
                 "conversation exceeds evals.max_prompt_tokens: its beginning is dropped; "
                 f"{_NEW} starts a new one"
             )
-        (answer,) = engine.generate(
-            self.models.weights[name],
+        (answer,) = self.engine.generate(
+            self.weights[name],
             tokens,
             self.options.max_new_tokens,
             name,
@@ -259,11 +253,11 @@ class _Conversation:
             for name, answer in answers.items():
                 document[name] = {
                     "text": answer.text, "tokens": answer.tokens, "finish": answer.finish,
-                }  # fmt: skip
+                } | ({"thoughts": answer.thoughts} if answer.thoughts else {})  # fmt: skip
             sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
         else:
             for name, answer in answers.items():
                 heading = f"[{name}]\n" if len(answers) > 1 else ""
                 # An answer may contain control characters of the terminal.
-                sys.stdout.write(f"{heading}{legible(answer.text)}\n")
+                sys.stdout.write(f"{heading}{legible(answer.text or answer.thoughts)}\n")
         sys.stdout.flush()

@@ -1,7 +1,8 @@
 """Parsing of generated answers to multiple-choice questions: the chosen letter, or none.
 
-An answer that is not clear counts as unparsed; nothing is guessed. The first rule that applies
-decides:
+An answer that is not clear counts as unparsed; nothing is guessed. What only repeats the format of
+the prompt names no letter: options in order (`A: ... B: ... C: ...`), and an `A:` at the beginning,
+which may stand for "answer". The first rule that applies decides:
 1. The answer is exactly the text of one option.
 2. The answer begins with a lone letter: `B`, `(b)`, `B.`, `B) because`, `**B**`, `B - text`. If a
    plain word follows, punctuation must separate them, so the article in `A common cause is` is no
@@ -79,19 +80,17 @@ def parse_choice(answer: str, options: Sequence[str]) -> str | None:
     """
     letters = LETTERS[: len(options)]
     text = _MARKUP.sub("", answer).strip()
-    exact = [
-        letter
-        for letter, option in zip(letters, options, strict=True)
-        if _normalize(option) == _normalize(text)
-    ]
-    if len(exact) == 1:
-        return exact[0]
+    exact = [_normalize(option) == _normalize(text) for option in options]
+    if sum(exact) == 1:
+        return letters[exact.index(True)]
     masked = _mask_options(text, options)
+    without_list = _mask_list(masked, letters)
+    is_list, masked = without_list != masked, re.sub(r"^A:", "Answer:", without_list)
     declared = _leading_letter(masked, letters) | _phrase_letters(masked, letters)
     for chosen in (declared, _stated_letters(masked, letters)):
         if chosen:
             return chosen.pop() if len(chosen) == 1 else None
-    return _option_text(text, letters, options)
+    return None if is_list else _option_text(text, letters, options)
 
 
 def _normalize(text: str) -> str:
@@ -103,6 +102,22 @@ def _mask_options(text: str, options: Sequence[str]) -> str:
     for option in sorted(options, key=len, reverse=True):
         if len(option) > 1 and re.search(r"(?<!\w)[A-Z](?!\w)", option):
             text = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", "…", text, flags=re.IGNORECASE)
+    return text
+
+
+def _mask_list(text: str, letters: str) -> str:
+    """Mask the letters of options that the answer repeats in order, from A, in one style."""
+    marks: list[re.Match[str]] = []
+    before, style, position = r"(?:^|[\n:])\s*", r"[.:)\]]", 0
+    for letter in letters:
+        pattern = re.compile(rf"{before}({_OPEN}?{letter}({style}))(?=\s|$)")
+        match = pattern.search(text, position)
+        if not match or _negated(text, *match.span(1)):
+            break
+        marks.append(match)
+        before, style, position = r"\s", re.escape(match[2]), match.end()
+    for mark in reversed(marks if len(marks) > 1 else []):
+        text = f"{text[: mark.start(1)]}…{text[mark.end(1) :]}"
     return text
 
 

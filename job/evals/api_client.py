@@ -20,6 +20,7 @@ import urllib3
 from job.chat.conversation import Conversation
 from job.errors import SetupError
 from job.evals.budget import Budget
+from job.evals.thoughts import split_thoughts
 from job.runtime import logs
 from job.spec.schema import Reference
 from job.storage.retry import retry_after
@@ -37,6 +38,7 @@ class Reply:
     """An answer or the reason there is none, with the usage of all attempts."""
 
     answer: str | None = None
+    thoughts: str = ""
     error: str | None = None
     provider: str | None = None
     model: str | None = None
@@ -273,13 +275,29 @@ def _parse_completion(document: Any) -> _Attempt:
     finish = _text(choice.get("finish_reason"))
     if choice.get("error") or finish == "error":
         return failure(f"an error in the choice: {_error_message(choice)}")
-    content = _dict(choice.get("message")).get("content")
-    if not isinstance(content, str) or not content.strip():
+    message = _dict(choice.get("message"))
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    parts = [{"type": "reasoning", "text": reasoning}, {"text": message.get("content")}]
+    thoughts, answer = split_thoughts(_flatten(parts))
+    reply = replace(reply, thoughts=thoughts, finish=finish)
+    if not answer or not answer.strip():
         # A retry would be billed again and most likely end the same way.
         hint = "; raise reference.max_tokens" if finish == "length" else ""
         error = f"empty answer, finish_reason {finish!r}{hint}"
-        return _Attempt(replace(reply, error=error, finish=finish, final=True), cost=cost)
-    return _Attempt(replace(reply, answer=content, finish=finish), cost=cost)
+        return _Attempt(replace(reply, error=error, final=True), cost=cost)
+    return _Attempt(replace(reply, answer=answer), cost=cost)
+
+
+def _flatten(content: Any) -> str:
+    """Return the text of content, which may be a list of parts; thoughts stand between markers."""
+    if not isinstance(content, list):
+        return _text(content) or ""
+    texts = []
+    for part in map(_dict, content):
+        text = _flatten(part.get("thinking") or part.get("reasoning") or part.get("text"))
+        is_thought = part.get("type") in ("thinking", "reasoning")
+        texts.append(f"<think>{text}</think>" if text and is_thought else text)
+    return "".join(texts)
 
 
 def _dict(value: Any) -> dict[str, Any]:

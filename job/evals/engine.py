@@ -25,6 +25,7 @@ from job.evals.batching import (
     batch_packed,
     round_length,
 )
+from job.evals.thoughts import split_thoughts
 from job.model.generation import SamplerState, Sampling
 from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.lora import Weights
@@ -36,9 +37,11 @@ class Generation:
     """One generated answer."""
 
     text: str
+    """The answer without thoughts; empty if it was cut inside them."""
     tokens: int
     """Number of new tokens, without the stop token."""
     finish: Literal["stop", "length"]
+    thoughts: str = ""
 
 
 class BatchCache(Protocol):
@@ -248,8 +251,11 @@ class Engine:
             state = None if sampling is None else sampling.state(batch.indices[0])
             program = self.generate_program(sampling)
             rows = program(weights, tokens, lengths, limit=max_new_tokens, state=state)
-            rows = np.asarray(rows)
-            return [astuple(self._decode(row.tolist())) for row in rows[: len(batch.indices)]]
+            rows = np.asarray(rows)[: len(batch.indices)]
+            return [
+                astuple(self._decode(row.tolist(), prompts[index]))
+                for index, row in zip(batch.indices, rows, strict=True)
+            ]
 
         batches = batch_by_length(
             prompts, self.batch_size, model.devices, model.tokenizer.pad_id, self._compile_tokens
@@ -257,11 +263,12 @@ class Engine:
         values = self._run_batches(len(prompts), batches, run_batch, cache, label)
         return [Generation(*fields) for fields in values]
 
-    def _decode(self, tokens: list[int]) -> Generation:
+    def _decode(self, tokens: list[int], prompt: list[int]) -> Generation:
         """Decode an answer up to its first stop token."""
-        stop_ids = self._model.tokenizer.stop_ids
-        end = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
-        text = self._model.tokenizer.decode(tokens[:end]).strip()
+        tokenizer = self._model.tokenizer
+        end = next((i for i, token in enumerate(tokens) if token in tokenizer.stop_ids), None)
+        text, prompt_end = tokenizer.decode(tokens[:end]).strip(), tokenizer.decode(prompt[-16:])
+        thoughts, answer = split_thoughts(text, prompt_end)
         if end is None:
-            return Generation(text, len(tokens), "length")
-        return Generation(text, end, "stop")
+            return Generation(answer or "", len(tokens), "length", thoughts)
+        return Generation(answer or "", end, "stop", thoughts)

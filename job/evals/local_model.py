@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from job.chat.tokenizer import ChatTokenizer
 from job.data.examples import Example
 from job.evals.answer_parsing import parse_choice
-from job.evals.engine import Engine
+from job.evals.engine import Engine, Generation
 from job.evals.metrics import rouge_scores
 from job.evals.prediction_cache import PredictionCaches
 from job.evals.predictions import (
@@ -53,8 +54,8 @@ class LocalModel:
                 self.weights, prompts, entry.max_new_tokens, entry.name, cache
             )
             lines = [
-                choice_line(q, parse_choice(answer.text, q.options), answer=answer.text)
-                for q, answer in zip(questions, answers, strict=True)
+                choice_line(q, parse_choice(a.text, q.options), **_generated(a), finish=a.finish)
+                for q, a in zip(questions, answers, strict=True)
             ]
         return lines, truncated
 
@@ -71,7 +72,7 @@ class LocalModel:
                 id=example.id,
                 prompt=example.prompt,
                 expected=example.response,
-                answer=answer.text,
+                **_generated(answer),
                 tokens=answer.tokens,
                 finish=answer.finish,
                 **rouge_scores(example.response, answer.text),
@@ -88,9 +89,13 @@ class LocalModel:
         cache = self.caches.open(SIDE_BY_SIDE)
         answers = self.engine.generate(self.weights, encoded, max_new_tokens, "side by side", cache)
         return [
-            SideLine(id=p.id, prompt=p.text, expected=p.expected, answer=answer.text)
+            SideLine(id=p.id, prompt=p.text, expected=p.expected, **_generated(answer))
             for p, answer in zip(prompts, answers, strict=True)
         ]
+
+
+def _generated(answer: Generation) -> dict[str, Any]:
+    return {"answer": answer.text, "thoughts": answer.thoughts}
 
 
 def _scored_line(question: Question, scores: np.ndarray) -> ChoiceLine:

@@ -7,7 +7,7 @@ Comparisons between models are paired, on the items both models answered.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,7 @@ from job.evals.statistics import (
     proportion,
     wilson,
 )
+from job.evals.thoughts import split_thoughts
 from job.results import (
     Comparison,
     DialogueComparison,
@@ -50,11 +51,17 @@ def score_choices(lines: Sequence[ChoiceLine]) -> ModelScore:
     return ModelScore(
         correct=correct,
         unparsed=sum(line.choice is None for line in answers),
+        truncated=sum(line.finish == "length" for line in answers),
+        cut_in_thoughts=_cut_in_thoughts(answers),
         missing=len(lines) - len(answers),
         accuracy=correct / len(answers) if answers else 0.0,
         ci95=wilson(correct, len(answers)),
         letters=dict(sorted(letters.items())),
     )
+
+
+def _cut_in_thoughts(lines: Iterable[ChoiceLine | DialogueLine]) -> int:
+    return sum(bool(n.thoughts) and not n.answer and n.finish == "length" for n in lines)
 
 
 def compare_choices(
@@ -160,6 +167,7 @@ def rouge_scores(expected: str, answer: str) -> dict[str, float]:
 
     Only a-z and 0-9 count: text in other scripts scores 0.
     """
+    expected = split_thoughts(expected)[1] or expected
     scores = _rouge_scorer().score(expected, answer)
     return {name: round(float(scores[name].fmeasure), 6) for name in ROUGE_METRICS}
 
@@ -175,6 +183,7 @@ def score_dialogues(lines: Sequence[DialogueLine], bootstrap: Bootstrap) -> Dial
         **estimates,
         mean_tokens=round(sum(line.tokens for line in answers) / len(answers), 2),
         truncated=sum(line.finish == "length" for line in answers),
+        cut_in_thoughts=_cut_in_thoughts(answers),
         missing=len(lines) - len(answers),
     )
 
@@ -273,6 +282,7 @@ def _style_trait(
     bootstrap: Bootstrap,
 ) -> StyleTrait:
     def matches(text: str) -> bool:
+        text = split_thoughts(text)[1] or text
         return pattern.search(text.replace("’", "'")) is not None
 
     by_model = {

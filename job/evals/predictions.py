@@ -28,6 +28,8 @@ class Line(BaseModel):
     """Provider that served a remote answer."""
     model: str | None = None
     """Model that gave a remote answer, as the service names it."""
+    thoughts: str = ""
+    """What a reasoning model wrote before the answer."""
 
 
 class ChoiceLine(Line):
@@ -43,6 +45,8 @@ class ChoiceLine(Line):
     """Log-likelihoods by letter, where letters were scored."""
     answer: str | None = None
     """Generated text, where generation was scored."""
+    finish: str = "stop"
+    """Why generation ended; length: it was cut at the limit of new tokens."""
     group: str | None = None
     """Group to report accuracy by, such as the subject."""
 

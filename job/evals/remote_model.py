@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
 
 from job.chat.conversation import Conversation
 from job.data.examples import Example
@@ -51,7 +52,8 @@ class RemoteModel:
         for question in task.questions:
             reply = replies[question.id]
             choice = parse_choice(reply.answer, question.options) if reply.answer else None
-            lines.append(choice_line(question, choice, answer=reply.answer, **_reply_fields(reply)))
+            finish = reply.finish or "stop"
+            lines.append(choice_line(question, choice, finish=finish, **_reply_fields(reply)))
         return lines
 
     def answer_examples(
@@ -78,23 +80,16 @@ class RemoteModel:
                 "finish": reply.finish or "none",
             }
             scores = rouge_scores(example.response, answer)
-            lines.append(DialogueLine.model_validate(fields | scores | _reply_fields(reply)))
+            lines.append(DialogueLine.model_validate(_reply_fields(reply) | fields | scores))
         return lines
 
     def answer_side_by_side(self, prompts: Sequence[SideBySidePrompt]) -> list[SideLine]:
         """Return answers to the prompts shown side by side."""
         replies = self._complete(SIDE_BY_SIDE, {prompt.id: prompt.messages for prompt in prompts})
-        lines = []
-        for prompt in prompts:
-            reply = replies[prompt.id]
-            fields = {
-                "id": prompt.id,
-                "prompt": prompt.text,
-                "expected": prompt.expected,
-                "answer": reply.answer,
-            }
-            lines.append(SideLine.model_validate(fields | _reply_fields(reply)))
-        return lines
+        return [
+            SideLine(id=p.id, prompt=p.text, expected=p.expected, **_reply_fields(replies[p.id]))
+            for p in prompts
+        ]
 
     def _complete(
         self, name: str, prompts: Mapping[str, Conversation], max_tokens: int | None = None
@@ -142,9 +137,11 @@ class RemoteModel:
         return replies
 
 
-def _reply_fields(reply: Reply) -> dict[str, object]:
+def _reply_fields(reply: Reply) -> dict[str, Any]:
     """Return the fields of a line that come from any reply."""
     return {
+        "answer": reply.answer,
+        "thoughts": reply.thoughts,
         "error": reply.error,
         "final": reply.final,
         "provider": reply.provider,

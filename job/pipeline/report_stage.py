@@ -180,7 +180,8 @@ def _side_by_side(run: Run, *, has_reference: bool) -> list[SideBySide]:
 
 
 def _shown_answer(line: SideLine) -> str:
-    return line.answer or (f"[no answer: {line.error}]" if line.error else "")
+    reason = line.error or ("cut in its thoughts" if line.thoughts else None)
+    return line.answer or (f"[no answer: {reason}]" if reason else "")
 
 
 def _flips(run: Run) -> list[Flip]:

@@ -39,6 +39,7 @@ from job.pipeline.layout import (
     VALIDATION_EXAMPLES,
 )
 from job.pipeline.run import Run
+from job.report.model_card import license_in
 from job.results import (
     Accuracies,
     Losses,
@@ -51,6 +52,7 @@ from job.results import (
 from job.runtime import logs
 from job.runtime.threads import Threads
 from job.storage.base import file_sha256
+from job.storage.hub import CARD_FILE
 from job.train.trainer import TrainData, Trainer, TrainerConfig, TrainResult
 
 
@@ -199,6 +201,7 @@ def _model_info(run: Run, model: LanguageModel) -> ModelInfo:
         chat_template_sha256=template.sha256,
         chat_template_text=template.text,
         chat_template_ignored=template.replaces_own,
+        license=license_in(Path(model.preset.handle) / CARD_FILE),
         dtype=spec.dtype,
         lora_rank=model.lora.rank,
         lora_alpha=model.lora.alpha,

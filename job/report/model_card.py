@@ -1,18 +1,20 @@
 """The model card of an adapter, `adapter/README.md`, as model hubs show it.
 
 All of it comes from the results of the run: scores with intervals and trivial baselines. The
-license is that of the base model, as far as its name tells.
+license is that of the base model, from its own card or as far as its name tells.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
 from markupsafe import Markup
 
-from job.report.render import caveats, code_block, template_environment, trivial_baselines
+from job.report.render import caveats, code_block, template_environment, trivial_baselines, warnings
 from job.results import Results
 from job.runtime.logs import legible
 
@@ -39,15 +41,25 @@ def render_card(results: Results) -> str:
         .render(
             results=results,
             spec=results.run.model_dump(mode="json")["spec"],
-            license=license_of(results.model.preset),
+            license=results.model.license or license_of(results.model.preset),
             medical=is_medical(results),
-            caveats=list(caveats(results)),
+            caveats=[*warnings(results), *caveats(results)],
             trivial_baselines=trivial_baselines,
             peft_code=_python(_peft(results)) if has_peft and not is_tiny else None,
             keras_code=None if is_tiny else _python(_keras(results)),
         )
     )
     return f"---\n{front}---\n\n{body}"
+
+
+def license_in(card: Path) -> str:
+    """Return the license that the base model's own card names, or ''."""
+    from huggingface_hub import metadata_load
+
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        license_ = (metadata_load(card) or {}).get("license")
+        return license_ if isinstance(license_, str) else ""
+    return ""
 
 
 def license_of(preset: str) -> str:
@@ -74,7 +86,7 @@ def _front(results: Results, has_peft: bool) -> dict[str, Any]:
         front |= {"base_model": preset.removeprefix(_HUB), "base_model_relation": "adapter"}
     front["library_name"] = "peft" if has_peft else "keras-hub"
     front["pipeline_tag"] = "text-generation"
-    front["license"] = license_of(preset)
+    front["license"] = results.model.license or license_of(preset)
     front["tags"] = ["lora", "keras-hub", *(["peft"] if has_peft else [])]
     if dataset.startswith(_HUB):
         front["datasets"] = [dataset.removeprefix(_HUB)]

@@ -104,6 +104,7 @@ def _render(
         results=results,
         drawings={name: [Markup(svg) for svg in pair] for name, pair in drawings.items()},
         key_figures=key_figures(results),
+        warnings=list(warnings(results)),
         caveats=list(caveats(results)),
         flips=_shown_flips(flips),
         spec=spec,
@@ -178,6 +179,30 @@ def detectable(choice: MultipleChoiceResult) -> str | None:
         f"The minimum detectable change at 80% power is {100 * pair.detectable:.1f} points, with "
         f"{basis}."
     )
+
+
+def warnings(results: Results) -> Iterator[str]:
+    """Yield the findings that make the verdict doubtful, for the top of the page."""
+    if results.model.chat_template_ignored:
+        yield (
+            "The model was prompted without its own chat template: its files carry one, but "
+            f"model.chat_template is {results.model.chat_template}. Set it to auto."
+        )
+    tasks: list[Any] = [(c.name, c.questions, c.models) for c in results.evaluation.multiple_choice]
+    if dialogue := results.evaluation.dialogue:
+        tasks.append(("dialogue", dialogue.examples, dialogue.models))
+    for name, count, models in tasks:
+        cut = [
+            f"{score.truncated:,} of {count - score.missing:,} answers of {model_label(model)}"
+            for model, score in ordered(models)
+            if model in _BEFORE_AFTER and score.truncated >= 0.9 * (count - score.missing) > 0
+        ]
+        if cut:
+            yield (
+                f"{name}: {' and '.join(cut)} were cut off at the limit of new tokens. Raise "
+                "max_new_tokens, or check that model.chat_template is the format the model was "
+                "trained in."
+            )
 
 
 def caveats(results: Results) -> Iterator[str]:

@@ -79,10 +79,10 @@ def _benchmark(largest: tuple[MultipleChoiceResult, Comparison] | None) -> str |
 
 
 def _p_value(comparison: Comparison) -> str:
-    text = f"exact McNemar p = {comparison.p_value:.2g}"
+    text = f"exact McNemar p = {comparison.p_value:#.2g}"
     if comparison.p_holm == comparison.p_value:
         return text
-    return f"{text}, {comparison.p_holm:.2g} corrected for the other tests"
+    return f"{text}, Holm-corrected p = {comparison.p_holm:#.2g}"
 
 
 def _style(dialogue: Dialogue | None) -> str | None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from structlog.testing import capture_logs
 
 from job.adapters.hf_weight_map import target_matrices
 from job.adapters.low_rank import LinearMatrix, LowRankUpdate, pad_rank, truncate_rank
@@ -18,6 +19,7 @@ from job.adapters.peft_format import (
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     PeftAdapter,
+    base_name,
     compress,
     peft_files,
     read_peft,
@@ -62,6 +64,40 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("recorded", "name"),
+    [
+        ('{"_name_or_path": "owner/model-1.5"}', "owner/model-1.5"),
+        ('{"_name_or_path": "/home/me/model"}', "mine"),
+        ('{"_name_or_path": "../owner/model"}', "mine"),
+        ('{"_name_or_path": "a/b/c"}', "mine"),
+        ('{"_name_or_path": ""}', "mine"),
+        ('{"model_type": "llama"}', "mine"),
+        ("[]", "mine"),
+        ("{", "mine"),
+        (None, "mine"),
+    ],
+)
+def test_a_base_is_never_a_local_path(recorded: str | None, name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    if recorded is not None:
+        (folder / "config.json").write_text(recorded)
+    with capture_logs() as log:
+        assert base_name(f"{folder}/") == name
+    assert [event["name"] for event in log] == ["mine"] * (name == "mine")
+
+
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [("hf://owner/model", "owner/model"), ("gemma3_1b", "gemma3_1b"), ("tiny", "tiny")],
+)
+def test_a_base_that_is_no_folder_has_its_own_name(preset: str, name: str) -> None:
+    with capture_logs() as log:
+        assert base_name(preset) == name
+    assert log == []
 
 
 def changed(folder: Path, **values: Any) -> Path:

@@ -64,7 +64,7 @@ def generated(run: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., di
 
     def generate(**options: object) -> dict[str, str]:
         wanted = GenerateOptions(**({"max_new_tokens": LIMIT, "as_json": True} | options))  # type: ignore[arg-type]
-        generate_answers(str(run), wanted, PROMPT)
+        generate_answers(str(run), wanted, [PROMPT])
         said = json.loads(capsys.readouterr().out)
         return {name: said[name]["text"] for name in ("tuned", "base") if name in said}
 
@@ -105,6 +105,31 @@ def test_a_conversation_goes_on_until_it_is_begun_anew(
     assert [line["prompt"] for line in found] == [PROMPT, "Since yesterday.", "Since yesterday."]
 
 
+def test_several_prompts_are_answered_each_alone(
+    run: Path, answer: Said, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--json", "--max-new-tokens", str(LIMIT)]
+    prompts = ["--prompt", PROMPT, "--prompt", "Since yesterday."]
+    monkeypatch.setattr(sys, "argv", ["job", "generate", str(run), *options, *prompts])
+    assert cli.main() == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == [PROMPT, "Since yesterday."]
+    assert [line["tuned"]["text"] for line in lines] == [answer(PROMPT), answer("Since yesterday.")]
+
+
+def test_thoughts_are_told_from_the_answer(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "job.chat.tokenizer.ChatTokenizer.decode", lambda codec, tokens: "<think>Hm.</think> Rest."
+    )
+    generate_answers(str(run), GenerateOptions(1, as_json=True), [PROMPT])
+    tuned = json.loads(capsys.readouterr().out)["tuned"]
+    assert (tuned["text"], tuned["thoughts"]) == ("Rest.", "Hm.")
+    generate_answers(str(run), GenerateOptions(1), [PROMPT])
+    assert capsys.readouterr().out == "Rest.\n"
+
+
 def held_out(run: Path, *systems: str) -> None:
     """Leave held-out examples with these instructions."""
     import pyarrow as pa
@@ -123,7 +148,7 @@ def test_the_instruction_is_that_of_the_training_examples(
     run: Path, answer: Said, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def tuned(**options: str) -> tuple[str, str | None]:
-        generate_answers(str(run), GenerateOptions(LIMIT, as_json=True, **options), PROMPT)  # type: ignore[arg-type]
+        generate_answers(str(run), GenerateOptions(LIMIT, as_json=True, **options), [PROMPT])  # type: ignore[arg-type]
         said = json.loads(capsys.readouterr().out)
         return said["tuned"]["text"], said["system"]
 
@@ -141,7 +166,7 @@ def test_a_prompt_from_a_file_prints_only_the_answer(
     run: Path, answer: Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompt.txt").write_text(PROMPT)
-    generate_answers(str(run), GenerateOptions(LIMIT), None, str(tmp_path / "prompt.txt"))
+    generate_answers(str(run), GenerateOptions(LIMIT), [], str(tmp_path / "prompt.txt"))
     out = capsys.readouterr().out
     assert out.rstrip("\n") != ""
     assert "[tuned]" not in out
@@ -153,6 +178,7 @@ def test_a_prompt_from_a_file_prints_only_the_answer(
     [
         (["--prompt", "a", "--prompt-file", "b"], 2, "cannot be combined; write one of them"),
         (["--prompt", " "], 2, "the prompt is empty"),
+        (["--prompt", "a", "--prompt", ""], 2, "the prompt is empty"),
         (["--prompt-file", "none.txt"], 2, "--prompt-file none.txt: No such file"),
         (["--prompt", "a", "--temperature", "0"], 2, "--temperature 0.0: write a number above 0"),
         (["--prompt", "a", "--top-p", "1.5"], 2, "--top-p 1.5: write a share"),
@@ -198,7 +224,7 @@ def test_what_a_terminal_would_obey_is_shown_by_name(
     monkeypatch.setattr(
         "job.chat.tokenizer.ChatTokenizer.decode", lambda codec, tokens: "a\x1b[2Jb\nc"
     )
-    generate_answers(str(run), GenerateOptions(1), PROMPT)
+    generate_answers(str(run), GenerateOptions(1), [PROMPT])
     assert capsys.readouterr().out == "a\u2039U+001B\u203a[2Jb\nc\n"
 
 

@@ -164,6 +164,51 @@ def test_letters_and_texts_are_the_question_s_own(
     assert parse_choice(answer, options) == letter
 
 
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("A:", None),
+        ("A: ", None),
+        ("**A:**", None),
+        ("Answer:", None),
+        ("Q: Which drug?\nA:", None),
+        ("A: because it is cheap", None),
+        ("A: A common cause", None),
+        ("A: B", "B"),
+        ("A: A", "A"),
+        ("A: (C) it is", "C"),
+        ("A: The answer is D.", "D"),
+        ("A: Aspirin", "A"),
+        ("A: Paracetamol", "C"),
+        ("Q: Which drug? A: B", "B"),
+    ],
+)
+def test_a_leading_a_and_colon_may_stand_for_answer(answer: str, letter: str | None) -> None:
+    assert parse_choice(answer, OPTIONS) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("A: Aspirin B: Calcium gluconate C: Paracetamol D: Ibuprofen gel", None),
+        ("A. Aspirin B. Calcium gluconate C. Paracetamol D. Ibuprofen gel", None),
+        ("A: Aspirin B: Calc", None),
+        ("(A) Aspirin (B) Calcium gluconate", None),
+        ("Answer: A) Aspirin B) Calcium gluconate", None),
+        ("Answer:\nA. Aspirin\nB. Calcium gluconate\nC. Paracetamol", None),
+        ("A:\nB:\nC:\nD:", None),
+        ("A. Aspirin\nB. Calcium", None),
+        ("A. Aspirin B. Calcium gluconate\nThe answer is B.", "B"),
+        ("A. x\nB. y\nC. z\nD. w\n\nAnswer: C", "C"),
+        ("A. Aspirin, not B. calcium", "A"),
+        ("The answer is A. The answer is not B.", "A"),
+        ("B. Aspirin interacts with C. difficile drugs", "B"),
+    ],
+)
+def test_options_that_are_repeated_name_no_letter(answer: str, letter: str | None) -> None:
+    assert parse_choice(answer, OPTIONS) == letter
+
+
 @given(st.text(), st.integers(2, 26))
 def test_the_result_is_always_a_letter_or_none(answer: str, count: int) -> None:
     options = [f"option number {n}" for n in range(count)]

@@ -275,6 +275,59 @@ def test_an_answer_used_up_by_reasoning_is_not_retried(
     assert len(service.chats) == 1
 
 
+def say(service: OpenRouter, finish: str = "stop", **message: Any) -> None:
+    """Let the service reply with this message."""
+    body = {"choices": [{"message": message, "finish_reason": finish}]}
+    service.faults.add("POST", status=200, body=json.dumps(body).encode())
+
+
+TEXT = {"type": "text", "text": "B"}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "<think>Is it C?</think>\n\nB"},
+        {"content": "Is it C?</think>B"},
+        {"content": "B", "reasoning": "Is it C?"},
+        {"content": "B", "reasoning_content": "Is it C?", "reasoning": "Is it C?"},
+        {"content": [{"type": "thinking", "thinking": "Is it C?"}, TEXT]},
+        {"content": [{"type": "thinking", "thinking": [{"text": "Is it C?"}]}, TEXT]},
+        {"content": [{"type": "reasoning", "text": "Is it C?"}, TEXT]},
+        {"content": [{"type": "reasoning", "reasoning": "Is it C?"}, TEXT, {"type": []}, None]},
+    ],
+)
+def test_thoughts_come_off_in_whichever_form_they_are_sent(
+    message: dict[str, Any], client: ChatClient, service: OpenRouter
+) -> None:
+    say(service, **message)
+    reply = client.complete(turns("hello"))
+    assert (reply.answer, reply.thoughts, reply.error) == ("B", "Is it C?", None)
+
+
+def test_parts_of_text_are_one_answer(client: ChatClient, service: OpenRouter) -> None:
+    say(service, content=[{"type": "text", "text": "It is "}, TEXT])
+    reply = client.complete(turns("hello"))
+    assert (reply.answer, reply.thoughts) == ("It is B", "")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "<think>The answer is C"},
+        {"content": [{"type": "thinking", "thinking": "The answer is C"}]},
+        {"content": None, "reasoning": "The answer is C"},
+    ],
+)
+def test_an_answer_cut_in_its_thoughts_is_missing(
+    message: dict[str, Any], client: ChatClient, service: OpenRouter
+) -> None:
+    say(service, "length", **message)
+    reply = client.complete(turns("hello"))
+    assert (reply.answer, reply.thoughts, reply.final) == (None, "The answer is C", True)
+    assert reply.error == "empty answer, finish_reason 'length'; raise reference.max_tokens"
+
+
 @pytest.mark.parametrize("answer", ["", "  \n\t"])
 def test_an_empty_answer_is_none(answer: str, client: ChatClient, service: OpenRouter) -> None:
     service.answer = lambda chat: answer

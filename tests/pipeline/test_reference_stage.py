@@ -120,6 +120,19 @@ def test_every_answer_has_its_provider_and_the_billed_cost(
     assert all(chat["reasoning"] == {"effort": "none"} for chat in service.chats)
 
 
+def test_thoughts_of_the_reference_are_kept_and_not_scored(
+    store: LocalStore, service: OpenRouter
+) -> None:
+    service.answer = lambda chat: f"<think>The answer is E.</think>{right(chat)}"
+    run_reference_stage(store, spec_of(url(service)))
+    questions = lines(store, "questions", ChoiceLine)
+    assert score_choices(questions).correct == QUESTIONS
+    dialogues = lines(store, "dialogue", DialogueLine)
+    sides = lines(store, "side_by_side", SideLine)
+    assert {line.thoughts for line in [*questions, *dialogues, *sides]} == {"The answer is E."}
+    assert {line.answer for line in [*dialogues, *sides]} == {"Drink water."}
+
+
 @pytest.mark.parametrize("name", [*FAILURES, "cut", "402"])
 def test_a_failure_is_missing_and_not_wrong(
     name: Misbehaviour, store: LocalStore, service: OpenRouter

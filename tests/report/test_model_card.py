@@ -2,13 +2,14 @@
 
 import ast
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from job.report.model_card import PEFT_CONFIG, is_medical, license_of, render_card
+from job.report.model_card import PEFT_CONFIG, is_medical, license_in, license_of, render_card
 from job.results import Results
 from tests.report import EVIL as WITH_SURROGATE
 from tests.report import evil, full, minimal
@@ -21,6 +22,11 @@ def card(run: dict[str, Any]) -> tuple[dict[str, Any], str]:
     written = render_card(Results.model_validate(run))
     _, front, body = written.split("---\n", 2)
     return yaml.safe_load(front), body
+
+
+def plain(markdown: str) -> str:
+    """The text without escapes."""
+    return re.sub(r"\\(.)", r"\1", markdown)
 
 
 def with_peft(run: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +81,53 @@ def test_only_gemma_licenses_are_known(preset: str, expected: str) -> None:
     assert license_of(preset) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("---\nlicense: mit\nlanguage: en\n---\n# Mine\n", "mit"),
+        ("---\nlicense: [mit]\n---\n", ""),
+        ("---\nlanguage: en\n---\n", ""),
+        ("---\nlicense: {\n---\n", ""),
+        ("# Mine\n", ""),
+        (None, ""),
+    ],
+)
+def test_the_license_is_read_from_the_base_model_s_card(
+    text: str | None, expected: str, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert license_in(tmp_path / "README.md") == expected
+
+
+def test_a_license_that_was_read_precedes_the_one_of_a_name() -> None:
+    run = full()
+    run["model"]["license"] = "mit"
+    front, body = card(run)
+    assert front["license"] == "mit"
+    assert "The license of the base model, hf://google/gemma-3-1b-it, is mit." in plain(body)
+
+
+def test_the_card_names_the_template_and_its_source() -> None:
+    run = full()
+    run["model"]["chat_template_source"] = "chat_template.jinja of the model"
+    named = "gemma chat template (chat_template.jinja of the model)"
+    assert plain(card(run)[1]).count(named) == 2
+
+
+def test_the_card_repeats_the_warnings_of_the_report() -> None:
+    run = full()
+    run["model"]["chat_template_ignored"] = True
+    assert "- The model was prompted without its own chat template" in card(run)[1]
+
+
+def test_the_base_of_a_local_adapter_is_passed_explicitly() -> None:
+    run = with_peft(full())
+    assert "Pass the base model explicitly" not in card(run)[1]
+    run["model"]["preset"] = "/models/mine"
+    assert "Pass the base model explicitly" in card(run)[1]
+
+
 def test_scores_have_intervals_and_trivial_baselines() -> None:
     _, body = card(full())
     for words in (
@@ -82,7 +135,7 @@ def test_scores_have_intervals_and_trivial_baselines() -> None:
         "| *Always A* | 32.2% | |",
         "| *Chance* | 25.0% | |",
         "+4.1 points (95% interval \u22120.7 to 5.5), 512 gained and 341 lost, exact McNemar "
-        "p 4.6e-9, 9.2e-9 corrected for all tests of the run: improved.",
+        "p 4.6e-9, Holm-corrected p 9.2e-9: improved.",
         "| finetuned | 0.153 | 0.147 to 0.159 |",
         "| *Echoed prompt* | 0.111 | 0.105 to 0.117 |",
         "2.9134 before, 1.4981 after",

@@ -152,6 +152,69 @@ def test_caveats_follow_from_the_results(render: Render, results: Results) -> No
     assert "model is tiny, with random weights" in render(Results.model_validate(tiny), [], [])
 
 
+def doubtful(truncated: int = 199) -> Results:
+    """A run without the model's own template, whose tuned dialogues were cut."""
+    run = full()
+    run["model"] |= {"chat_template": "plain", "chat_template_ignored": True}
+    run["evaluation"]["dialogue"]["models"]["finetuned"] |= {
+        "truncated": truncated,
+        "cut_in_thoughts": 12,
+    }
+    run["evaluation"]["multiple_choice"][0]["models"]["baseline"] |= {
+        "truncated": 4183,
+        "unparsed": 99,
+        "cut_in_thoughts": 88,
+    }
+    return Results.model_validate(run)
+
+
+@pytest.mark.parametrize("render", [html_text, render_markdown])
+def test_what_makes_the_verdict_doubtful_is_at_the_top(render: Render) -> None:
+    text = render(doubtful(), HISTORY, FLIPS).replace("\\", "")
+    top = text[text.index("Fine-tuning helped") : text.index("31.0% \u2192 35.1%")]
+    assert top.count("Warning:") == 3
+    assert "The model was prompted without its own chat template" in top
+    assert "dialogue: 199 of 200 answers of finetuned were cut off at the limit" in top
+    assert "medmcqa: 4,183 of 4,183 answers of baseline were cut off at the limit" in top
+    assert "88 cut in thoughts" in text
+    assert "12 cut in thoughts" in text
+
+
+@pytest.mark.parametrize("render", [html_text, render_markdown])
+def test_fewer_than_9_in_10_cut_answers_are_no_warning(render: Render, results: Results) -> None:
+    assert "Warning" not in render(results, HISTORY, FLIPS)
+    assert "179 of 200" not in render(doubtful(179), HISTORY, FLIPS)
+    assert "180 of 200" in render(doubtful(180), HISTORY, FLIPS)
+
+
+@pytest.mark.parametrize("render", [html_text, render_markdown])
+def test_missing_answers_are_not_counted_among_the_cut(render: Render) -> None:
+    run = full()
+    run["evaluation"]["dialogue"]["models"]["baseline"] |= {"truncated": 0, "missing": 200}
+    run["evaluation"]["dialogue"]["models"]["finetuned"] |= {"truncated": 90, "missing": 100}
+    text = render(Results.model_validate(run), HISTORY, FLIPS)
+    assert "dialogue: 90 of 100 answers of finetuned" in text
+    assert text.count("Warning:") == 1
+
+
+@pytest.mark.parametrize("render", [html_text, render_markdown])
+def test_both_models_of_an_evaluation_share_a_warning(render: Render) -> None:
+    run = full()
+    for score in run["evaluation"]["dialogue"]["models"].values():
+        score["truncated"] = 200
+    text = render(Results.model_validate(run), HISTORY, FLIPS)
+    assert "200 of 200 answers of baseline and 200 of 200 answers of finetuned" in text
+    assert text.count("Warning:") == 1
+
+
+@pytest.mark.parametrize("render", [html_text, render_markdown])
+def test_the_template_is_named_with_its_source(render: Render) -> None:
+    run = full()
+    run["model"] |= {"chat_template": "chatml", "chat_template_source": "built in"}
+    text = render(Results.model_validate(run), [], [])
+    assert re.search(r"chatml chat template \\?\(built in\\?\)", text)
+
+
 def test_hostile_text_adds_nothing_to_the_html(hostile: Results, html: str) -> None:
     written = render_html(hostile, HISTORY, EVIL_FLIPS)
     page = Page(written)

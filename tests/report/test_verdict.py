@@ -115,7 +115,7 @@ def test_scores_are_compared_with_trivial_baselines() -> None:
 def test_a_corrected_p_value_follows_the_raw_one() -> None:
     tasks = [questions(SAME, p_holm=0.84)]
     verdict = decide(Evaluation(multiple_choice=tasks, dialogue=None, side_by_side=[]))
-    assert "p = 0.42, 0.84 corrected for the other tests; always" in verdict.sentence
+    assert "p = 0.42, Holm-corrected p = 0.84; always" in verdict.sentence
 
 
 def test_no_evaluation_says_nothing_was_measured() -> None:
