@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from job.chat.tokenizer import ChatTokenizer
 from job.errors import StageError, UsageError
 from job.machine import devices
+from job.model.checkpoint_config import load_backbone
 from job.model.language_model import LanguageModel, Preset
 from job.model.sharding import loading_to_shards
 from job.runtime import logs
@@ -97,7 +98,7 @@ def load_keras_hub_task(preset: Preset, dtype: str) -> tuple[Any, Any]:
 
     logs.get().info("loading model", preset=preset.handle, dtype=dtype)
     try:
-        task = task_class(preset.handle).from_preset(preset.handle, preprocessor=None, dtype=dtype)
+        task = load_task(preset.handle, dtype, preset.handle)
         tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(preset.handle)
     except (ValueError, KeyError, ImportError) as error:
         raise UsageError(
@@ -109,16 +110,27 @@ def load_keras_hub_task(preset: Preset, dtype: str) -> tuple[Any, Any]:
     return task, tokenizer
 
 
-def task_class(handle: str) -> Any:
-    """Return the class that loads the causal LM of a preset.
+def load_task(handle: str, dtype: str, name: str, *, load_weights: bool = True) -> Any:
+    """Load the causal LM of a preset, without a preprocessor; messages call it `name`.
 
-    KerasHub picks it by the backbone's class, and two classes share Gemma 4's: its pick is
-    arbitrary.
+    Raises:
+        UsageError: KerasHub cannot read it, or would not compute what its makers computed.
     """
     import keras_hub
     from keras_hub.src.utils.preset_utils import get_preset_loader
+    from keras_hub.src.utils.transformers.preset_loader import TransformersPresetLoader
+    from safetensors import SafetensorError
 
-    backbone = get_preset_loader(handle).check_backbone_class()
-    if backbone is keras_hub.models.Gemma4Backbone:
-        return keras_hub.models.Gemma4CausalLM
-    return keras_hub.models.CausalLM
+    try:
+        loader = get_preset_loader(handle)
+        # KerasHub picks the class by the backbone's, and two share Gemma 4's.
+        is_gemma4 = loader.check_backbone_class() is keras_hub.models.Gemma4Backbone
+        family = keras_hub.models.Gemma4CausalLM if is_gemma4 else keras_hub.models.CausalLM
+        options: dict[str, Any] = {"dtype": dtype, "load_weights": load_weights}
+        if isinstance(loader, TransformersPresetLoader):
+            options = {"backbone": load_backbone(loader, name, dtype, load_weights=load_weights)}
+        return family.from_preset(handle, preprocessor=None, **options)
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        reason = f"its config.json has no {error}" if isinstance(error, KeyError) else str(error)
+        message = f"KerasHub cannot load {name!r} as a causal language model: {reason}"
+        raise UsageError(f"model.preset: {message.partition(' A preset must')[0]}") from error
