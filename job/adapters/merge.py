@@ -8,6 +8,7 @@ from a KerasHub preset is loaded; its kernels are changed in place before it is 
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from job.adapters.low_rank import LowRankUpdate
 from job.adapters.peft_format import PeftAdapter
 from job.adapters.safetensors_io import TensorFile
 from job.errors import StageError, UsageError
+from job.model.load import load_task
 from job.model.lora import LoraLayout, LoraWeights, weighted_layers
+from job.model.patching import Patch, patched
 from job.runtime import logs
 
 _INDEX = "model.safetensors.index.json"
@@ -97,8 +100,52 @@ def merge_in_place(backbone: Any, layout: LoraLayout, lora: LoraWeights) -> None
 
 def write_preset(task: Any, tokenizer: Any, target: Path) -> None:
     """Write a KerasHub preset, which `keras_hub.models.CausalLM.from_preset` reads."""
-    task.save_to_preset(str(target))
-    tokenizer.save_to_preset(str(target))
+    tied = task.backbone.token_embedding.tie_weights
+    ends = {"bos_token": "start_token", "eos_token": "end_token"}
+    tokens = {name: getattr(tokenizer, attribute, None) for name, attribute in ends.items()}
+    with patched([_saving(task.backbone, tie_word_embeddings=tied), _saving(tokenizer, **tokens)]):
+        task.save_to_preset(str(target))
+        tokenizer.save_to_preset(str(target))
+    special = signature(type(tokenizer)).parameters.get("misc_special_tokens")
+    if special is not None:  # Llama 3's demands them; without merges no text becomes their ids
+        path = target / "assets/tokenizer/vocabulary.json"
+        vocabulary = json.loads(path.read_text("utf-8"))
+        for token in sorted(special.default - vocabulary.keys()):
+            vocabulary[token] = max(vocabulary.values()) + 1
+        path.write_text(json.dumps(vocabulary), "utf-8")
+
+
+def _saving(layer: Any, **arguments: Any) -> Patch:
+    """Make a layer's configuration hold arguments that KerasHub forgets to save."""
+    original, known = layer.get_config, signature(type(layer)).parameters
+    more = {name: value for name, value in arguments.items() if name in known}
+    return Patch(layer, "get_config", lambda: more | original())
+
+
+def check_export(backbone: Any, target: Path, dtype: str) -> None:
+    """Load an export and compare its logits with those of its backbone in memory.
+
+    Raises:
+        StageError: it cannot be loaded, or is another model.
+    """
+    try:
+        loaded = load_task(str(target), dtype)
+    except UsageError as error:
+        raise StageError(f"the export cannot be loaded again: {error}") from error
+    expected, actual = _logits(backbone), _logits(loaded.backbone)
+    within = (1e-3 if dtype == "float32" else 2e-2) * max(1.0, np.abs(expected).max())
+    if not (difference := np.abs(actual - expected).max()) <= within:
+        raise StageError(
+            f"the export, loaded again, has other logits (by {difference:.2g}): its format does "
+            f"not hold all that {type(backbone).__name__} computes with"
+        )
+
+
+def _logits(backbone: Any) -> np.ndarray:
+    ids = np.random.default_rng(0).integers(0, backbone.vocabulary_size, (1, 128))
+    batch = {"token_ids": ids, "padding_mask": ids * 0 + 1, "position_ids": np.arange(128)[None]}
+    hidden = backbone({name: batch[name] for name in batch.keys() & backbone.input.keys()})
+    return np.asarray(backbone.token_embedding(hidden, reverse=True), np.float32)
 
 
 def write_checkpoint(backbone: Any, tokenizer: Any, target: Path) -> None:

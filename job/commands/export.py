@@ -1,6 +1,7 @@
 """`job export`: a run's adapter in PEFT's format, or the model with the adapter merged in."""
 
 import contextlib
+import json
 import re
 import shutil
 import tempfile
@@ -108,6 +109,7 @@ def _export_merged(source: TrainedRun, target: Path, *, for_keras: bool) -> None
     from job.adapters import merge
     from job.adapters.keras_format import load_adapter
     from job.adapters.peft_format import read_peft
+    from job.model.abstract import make_task
     from job.model.load import load_keras_tokenizer, load_task, resolve_preset
     from job.model.lora import make_lora_layout
 
@@ -116,9 +118,10 @@ def _export_merged(source: TrainedRun, target: Path, *, for_keras: bool) -> None
     folder = Path(preset.handle)
     if not for_keras and folder.is_dir() and merge.is_checkpoint(folder):
         merge.merge_checkpoint(folder, read_peft(source.peft()), target)
+        make_task(spec.model, json.loads((target / "config.json").read_bytes()))
         return
     path = source.file(H5)
-    task, tokenizer = load_task(preset, spec.model.dtype), load_keras_tokenizer(preset)
+    task, tokenizer = load_task(preset.handle, spec.model.dtype), load_keras_tokenizer(preset)
     check_model(info, spec.model.preset, type(task.backbone).__name__, "job export")
     layout, lora = load_adapter(path, make_lora_layout(task.backbone, spec.model.lora))
     merge.merge_in_place(task.backbone, layout, lora)
@@ -126,3 +129,4 @@ def _export_merged(source: TrainedRun, target: Path, *, for_keras: bool) -> None
         merge.write_preset(task, tokenizer, target)
     else:
         merge.write_checkpoint(task.backbone, tokenizer, target)
+    merge.check_export(task.backbone, target, spec.model.dtype)

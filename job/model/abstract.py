@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from job.errors import UsageError
 from job.model.language_model import LanguageModel, Preset
-from job.model.load import task_class
+from job.model.load import load_task
 from job.model.lora import LoraWeights, Weights
 from job.model.patching import Patch, patched
 from job.model.sharding import DATA_AXIS, LARGE_VARIABLE, weight_sharding
@@ -113,15 +112,7 @@ def make_task(model: Model, config: Mapping[str, Any], rank: int | None = None) 
     """
     with tempfile.TemporaryDirectory(prefix="job-plan-") as folder, _without_values():
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
-        try:
-            task = task_class(folder).from_preset(
-                folder, load_weights=False, preprocessor=None, dtype=model.dtype
-            )
-        except (ValueError, KeyError, ImportError) as error:
-            raise UsageError(
-                f"model.preset: KerasHub cannot build the causal language model of "
-                f"{model.preset!r}: {str(error).partition(' A preset must')[0]}"
-            ) from error
+        task = load_task(folder, model.dtype, model.preset, load_weights=False)
         if rank is not None:
             task.backbone.enable_lora(rank)
     return task

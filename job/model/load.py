@@ -14,6 +14,7 @@ from job.chat.text_tokenizer import FastTokenizer, KerasTokenizer, TextTokenizer
 from job.chat.tokenizer import ChatTokenizer
 from job.errors import StageError, UsageError
 from job.machine import devices
+from job.model.checkpoint_config import load_backbone
 from job.model.language_model import LanguageModel, Preset
 from job.model.sharding import loading_to_shards
 from job.runtime import logs
@@ -33,7 +34,8 @@ def load_model(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE)
     tokenizer = load_chat_tokenizer(model, preset)
     keras.utils.set_random_seed(seed)
     with loading_to_shards(mesh):
-        task = load_task(preset, model.dtype)
+        logs.get().info("loading model", preset=preset.handle, dtype=model.dtype)
+        task = load_task(preset.handle, model.dtype)
     loaded = LanguageModel(task, tokenizer, model, preset, mesh)
     if max(*tokenizer.stop_ids, tokenizer.pad_id) >= loaded.vocabulary:
         raise UsageError(
@@ -71,7 +73,7 @@ def load_chat_tokenizer(model: Model, preset: Preset) -> ChatTokenizer:
     return ChatTokenizer(tokenizer, replace(template, kwargs=model.chat_template_kwargs))
 
 
-def resolve_preset(model: Model, revisions: Revisions) -> Preset:
+def resolve_preset(model: Model, revisions: Revisions = NONE) -> Preset:
     """Resolve the spec's model to something KerasHub can load, downloading it if needed.
 
     KerasHub itself would fetch the files of a Hub repository one by one and without a revision.
@@ -113,49 +115,46 @@ def _is_needed(path: str) -> bool:
     )
 
 
-def load_task(preset: Preset, dtype: str) -> Any:
-    """Load the KerasHub causal LM, without a preprocessor.
-
-    Raises:
-        UsageError: the preset is not a causal language model that KerasHub can read.
-        StageError: its files cannot be read.
-    """
-    logs.get().info("loading model", preset=preset.handle, dtype=dtype)
-    with _preset_errors(preset):
-        return task_class(preset.handle).from_preset(preset.handle, preprocessor=None, dtype=dtype)
-
-
 def load_keras_tokenizer(preset: Preset) -> Any:
     """Load KerasHub's tokenizer of a preset; errors as for `load_task`."""
     import keras_hub
 
-    with _preset_errors(preset):
+    with _preset_errors(preset.handle):
         return keras_hub.tokenizers.Tokenizer.from_preset(preset.handle)
 
 
 @contextmanager
-def _preset_errors(preset: Preset) -> Iterator[None]:
+def _preset_errors(name: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (ValueError, KeyError, ImportError) as error:
-        raise UsageError(
-            f"model.preset: KerasHub cannot load {preset.handle!r} as a causal language "
-            f"model: {str(error).partition(' A preset must')[0]}"
-        ) from error
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        reason = f"its config.json has no {error}" if isinstance(error, KeyError) else str(error)
+        message = f"KerasHub cannot load {name!r} as a causal language model: {reason}"
+        raise UsageError(f"model.preset: {message.partition(' A preset must')[0]}") from error
     except OSError as error:
-        raise StageError(f"the files of {preset.handle!r} cannot be read: {error}") from error
+        raise StageError(f"the files of {name!r} cannot be read: {error}") from error
 
 
-def task_class(handle: str) -> Any:
-    """Return the class that loads the causal LM of a preset.
+def load_task(handle: str, dtype: str, name: str = "", *, load_weights: bool = True) -> Any:
+    """Load the causal LM of a preset, without a preprocessor; messages call it `name`.
 
-    KerasHub picks it by the backbone's class, and two classes share Gemma 4's: its pick is
-    arbitrary.
+    Raises:
+        UsageError: KerasHub cannot read it, or would not compute what its makers computed.
+        StageError: its files cannot be read.
     """
     import keras_hub
     from keras_hub.src.utils.preset_utils import get_preset_loader
+    from keras_hub.src.utils.transformers.preset_loader import TransformersPresetLoader
 
-    backbone = get_preset_loader(handle).check_backbone_class()
-    if backbone is keras_hub.models.Gemma4Backbone:
-        return keras_hub.models.Gemma4CausalLM
-    return keras_hub.models.CausalLM
+    name = name or handle
+    with _preset_errors(name):
+        loader = get_preset_loader(handle)
+        # KerasHub picks the class by the backbone's, and two share Gemma 4's.
+        is_gemma4 = loader.check_backbone_class() is keras_hub.models.Gemma4Backbone
+        family = keras_hub.models.Gemma4CausalLM if is_gemma4 else keras_hub.models.CausalLM
+        options: dict[str, Any] = {"dtype": dtype, "load_weights": load_weights}
+        if isinstance(loader, TransformersPresetLoader):
+            options = {"backbone": load_backbone(loader, name, dtype, load_weights=load_weights)}
+        return family.from_preset(handle, preprocessor=None, **options)

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from job.chat.text_tokenizer import read_json
 from job.errors import SetupError, UsageError
 from job.pipeline.layout import RESULTS, SPEC
 from job.pipeline.run import Preflight, Run, StageRecord, now
@@ -60,6 +61,26 @@ def check_local_inputs(spec: Spec) -> None:
                 f"{where}.dataset: there is no file {source.dataset!r}; "
                 "for a dataset on the Hub write hf://owner/name"
             )
+
+
+def check_model_files(spec: Spec) -> None:
+    """Check the configuration, tokenizer and chat template of a model on this machine.
+
+    Those of a model on the Hub are checked when its files arrive.
+
+    Raises:
+        UsageError: the model would not be what its makers trained, or cannot be prompted.
+    """
+    from job.model.abstract import make_task
+    from job.model.load import load_chat_tokenizer, resolve_preset
+
+    if spec.model.preset.startswith("hf://"):
+        return
+    preset = resolve_preset(spec.model)
+    load_chat_tokenizer(spec.model, preset)
+    config = read_json(Path(preset.handle) / "config.json")
+    if "model_type" in config:
+        make_task(spec.model, config)
 
 
 def run_preflight(run: Run, *, resumed: bool) -> None:

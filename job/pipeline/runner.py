@@ -23,7 +23,12 @@ from job.errors import JobError, RunStoppedError, SetupError, StageError, UsageE
 from job.machine import devices
 from job.machine.distributed import ProcessGroup, join_processes
 from job.pipeline import layout
-from job.pipeline.preflight import check_local_inputs, check_run_id, run_preflight
+from job.pipeline.preflight import (
+    check_local_inputs,
+    check_model_files,
+    check_run_id,
+    run_preflight,
+)
 from job.pipeline.run import Run, StageRecord, hold_run_lease, now, read_results
 from job.pipeline.run_log import RunLogFile
 from job.pipeline.stages import NAMES, STAGES, Stage, dependents
@@ -113,6 +118,8 @@ class _Command:
             except SetupError as error:
                 logs.get().error("environment check failed", error=str(error))
                 raise
+            if any(stage.on_all_processes for stage in stale):
+                check_model_files(spec)
             with tempfile.TemporaryDirectory(prefix="job-") as work:
                 run = Run(
                     self.run_id, spec, store, Path(work), STOP, environment, processes,

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import keras_hub
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -22,8 +21,9 @@ from job.adapters.peft_format import peft_files, read_peft, to_peft, uniform_ran
 from job.chat.tokenizer import ChatTokenizer
 from job.data.packing import make_rows
 from job.model.language_model import ForwardConfig, LanguageModel, Preset
+from job.model.load import load_task
 from job.model.lora import Weights, unflatten_lora
-from job.model.tiny import VOCABULARY, train_tokenizer
+from job.model.tiny import VOCABULARY
 from job.spec.schema import Lora, Model, Train
 from job.train.optimizer import make_optimizer
 from job.train.state import TrainState
@@ -55,19 +55,13 @@ def logits(model: LanguageModel, weights: Weights) -> list[np.ndarray]:
 
 def load_model(folder: Path, tokenizer: ChatTokenizer) -> LanguageModel:
     """The model of a transformers folder without a tokenizer, all linear layers adapted."""
-    task = load_bare(folder)
+    task = load_task(str(folder), "float32", folder.name)
     spec = Model(preset=str(folder), dtype="float32", lora=LORA)
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     return LanguageModel(task, tokenizer, spec, Preset(str(folder), None), mesh)
 
 
 LORA = Lora(rank=4, alpha=6, targets="all-linear")
-
-
-def load_bare(folder: Path) -> keras_hub.models.CausalLM:
-    (folder / "tokenizer.model").write_bytes(train_tokenizer())
-    kind = keras_hub.models.Gemma4CausalLM if folder.name == "gemma4" else keras_hub.models.CausalLM
-    return kind.from_preset(str(folder), preprocessor=None, dtype="float32")
 
 
 def train(model: LanguageModel) -> TrainState:
