@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
-from job.adapters.keras_format import H5, check_model
+from job.adapters.keras_format import CHAT_TEMPLATE, H5, check_model
 from job.commands.trained_run import TrainedRun
 from job.errors import StageError, UsageError
 from job.machine import devices
@@ -44,6 +44,8 @@ def export_run(uri: str, to: str, folder: str, rank: str) -> None:
             _export_peft(source, target, rank)
         else:
             _export_merged(source, target, for_keras=to == "merged-keras")
+            if CHAT_TEMPLATE in source.info.files:  # the one that training used
+                shutil.copyfile(source.file(CHAT_TEMPLATE), target / CHAT_TEMPLATE)
     logs.get().info("exported", format=to, folder=str(Path(folder).absolute()))
 
 

@@ -71,7 +71,7 @@ def test_a_runs_adapter_is_the_same_model_everywhere(tmp_path: Path) -> None:
 
     for to in ("peft", "merged-transformers"):
         succeed("export", str(runs / "second"), str(tmp_path / to), "--to", to)
-    copied = {path.name for path in model.iterdir()}
+    copied = {path.name for path in model.iterdir()} | {"chat_template.jinja"}
     assert {path.name for path in (tmp_path / "merged-transformers").iterdir()} == copied
 
     spec = Model(preset=str(model), dtype="float32", lora=Lora.model_validate(LORA))
