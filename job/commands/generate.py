@@ -181,7 +181,7 @@ def _load(run: TrainedRun, options: GenerateOptions) -> _Models:
     weights = {"tuned": model.merged_weights(*load_adapter(path, model.lora))}
     if options.base:
         weights = {"base": model.weights} | weights
-    return _Models(Engine(model, 1, run.spec.evals.max_prompt_tokens), weights)
+    return _Models(Engine(model, 2, run.spec.evals.max_prompt_tokens), weights)
 
 
 def _training_system_prompt(run: TrainedRun, work: Path) -> str | None:

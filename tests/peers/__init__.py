@@ -23,7 +23,9 @@ REQUIREMENTS = (
     "safetensors==0.8.0",
     "accelerate==1.15.0",
     "sentencepiece>=0.2.1,<0.3",
+    "tiktoken>=0.9,<1",
     "lm_eval==0.4.13",
+    "trl==1.16.0",
     "protobuf>=6,<8",
     "numpy>=2.1,<3",
 )
