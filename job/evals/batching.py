@@ -15,7 +15,7 @@ from job.data.packing import best_fit
 PACKED_LENGTH = 512
 """Length of packed rows in tokens, unless a prompt is longer."""
 
-BATCHING_VERSION = 3
+BATCHING_VERSION = 4
 """Increase it when the same prompts are batched differently: cached results become invalid."""
 
 CPU_COMPILE_TOKENS = 2_000
@@ -105,7 +105,8 @@ def batch_by_length(
 ) -> Iterator[PaddedPrompts]:
     """Yield batches of at most `most` prompts of similar length; see `padded_lengths`."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    rows = even_batch_size(len(order), most, devices) if order else 1
+    # A CPU program of one row (matrix-vector products) takes XLA far longer to compile.
+    rows = max(even_batch_size(len(order), most, devices), min(2, most)) if order else 1
     groups = [order[start : start + rows] for start in range(0, len(order), rows)]
     buckets = padded_lengths([len(prompts[group[-1]]) for group in groups], rows, compile_tokens)
     for indices, length in zip(groups, buckets, strict=True):

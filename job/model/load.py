@@ -1,4 +1,4 @@
-"""Loading a model: from a pinned Hub snapshot, a folder, a KerasHub preset name, or `tiny`."""
+"""Loading a model: from a pinned Hub snapshot, a folder, a preset of KerasHub or of this job."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,10 @@ from job.machine import devices
 from job.model.checkpoint_config import load_backbone
 from job.model.language_model import LanguageModel, Preset
 from job.model.sharding import loading_to_shards
+from job.model.smollm2 import smollm2_preset
+from job.model.tiny import tiny_preset
 from job.runtime import logs
+from job.spec.fields import SMOLLM2, TINY
 from job.spec.pinning import NONE, Revisions, resolve_commit, revision_key
 from job.spec.schema import Model
 from job.storage.hub import SCHEME, Repository
@@ -81,14 +84,12 @@ def resolve_preset(model: Model, revisions: Revisions = NONE) -> Preset:
 
     Raises:
         UsageError: the model does not exist.
-        SetupError: access to it is gated.
+        SetupError: access to it is gated, or its packages are not installed.
         StageError: the Hub could not be reached.
     """
     devices.import_keras()
-    if model.preset == "tiny":
-        from job.model.tiny import tiny_preset
-
-        return Preset(str(tiny_preset()), None)
+    if build := {TINY: tiny_preset, SMOLLM2: smollm2_preset}.get(model.preset):
+        return Preset(str(build()), None)
     if model.preset.startswith("hf://"):
         return _snapshot(model, revisions)
     if Path(model.preset).is_dir():

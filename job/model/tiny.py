@@ -6,8 +6,6 @@ is saved as an ordinary KerasHub preset folder and loaded from there. Its answer
 
 import hashlib
 import io
-import shutil
-import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from importlib.metadata import version
@@ -16,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from job.errors import SetupError
-from job.storage.locations import cache_folder
+from job.storage.locations import build_once, cache_folder
 
 VERSION = 1
 """Increment when the preset is built differently."""
@@ -52,26 +49,7 @@ def tiny_preset() -> Path:
         repr((VERSION, VOCABULARY, SEED, SHAPE, version("keras"), version("keras-hub"))).encode()
         + _corpus().encode()
     ).hexdigest()[:16]
-    folder = cache_folder("presets", f"tiny-{key}")
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=".tiny-", dir=folder.parent))
-    except OSError as error:
-        raise SetupError(
-            f"cannot write to the cache {folder.parent}: {error.strerror}; set JOB_CACHE to a "
-            "writable folder"
-        ) from error
-    try:
-        build_preset(building)
-        building.replace(folder)
-    except OSError:
-        if not folder.is_dir():  # another process may have built it first
-            raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return folder
+    return build_once(cache_folder("presets", f"tiny-{key}"), build_preset)
 
 
 def _corpus() -> str:

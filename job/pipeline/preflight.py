@@ -6,12 +6,13 @@ from pathlib import Path
 
 from job.chat.text_tokenizer import read_json
 from job.errors import SetupError, UsageError
+from job.model.smollm2 import smollm2_preset
 from job.pipeline.layout import RESULTS, SPEC
 from job.pipeline.run import Preflight, Run, StageRecord, now
 from job.pipeline.stages import stage_digests
 from job.pipeline.status import earlier_preflight
 from job.runtime import logs
-from job.spec.fields import SAMPLES, is_template_file
+from job.spec.fields import SAMPLES, SMOLLM2, is_template_file
 from job.spec.load import digest, run_id, spec_text
 from job.spec.pinning import resolve_all
 from job.spec.schema import Spec
@@ -37,8 +38,11 @@ def check_local_inputs(spec: Spec) -> None:
 
     Raises:
         UsageError: one does not.
+        SetupError: the preset needs packages that are not installed.
     """
     preset = spec.model.preset
+    if preset == SMOLLM2:
+        smollm2_preset()  # fails before anything is written
     if "/" in preset and "://" not in preset and not Path(preset).is_dir():
         raise UsageError(
             f"model.preset: there is no folder {preset!r}; for a model on the Hub write "

@@ -15,7 +15,7 @@ from job.chat.templates import BUILT_IN, built_in
 from job.evals.tasks import few_shot_source
 from job.pipeline.layout import ADAPTER
 from job.pipeline.run import Run, StageRecord
-from job.spec.fields import SAMPLES, is_template_file
+from job.spec.fields import BUILT_PRESETS, SAMPLES, is_template_file
 from job.spec.load import digest
 from job.spec.pinning import NONE, Revisions, adapter_key, model_key, source_key
 from job.spec.schema import MultipleChoiceEval, Reference, Source, Spec
@@ -204,7 +204,7 @@ def _base_model(spec: Spec, revisions: Revisions) -> object:
     folder = Path(spec.model.preset)
     if key := model_key(spec):
         identity["commit"] = revisions.get(key)
-    elif spec.model.preset != "tiny" and folder.is_dir():
+    elif spec.model.preset not in BUILT_PRESETS and folder.is_dir():
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         identity["files"] = {path.relative_to(folder).as_posix(): _content(path) for path in files}
     return identity

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import UsageError
+from job.model.smollm2 import CONFIG as SMOLLM2_CONFIG
+from job.spec.fields import SMOLLM2, TINY
 from job.spec.schema import Lora, Model
 from job.storage.hub import Repository
 from job.storage.locations import cache_folder
@@ -166,6 +168,7 @@ _KNOWN: dict[str, tuple[Config, tuple[str, ...]]] = {
         ("google/gemma-3-27b", "gemma3_27b_text"),
     ),
     "26b-a4b": (_GEMMA4_26B, ("google/gemma-4-26b-a4b", "gemma4_26b_a4b")),
+    "135m": (SMOLLM2_CONFIG, (SMOLLM2, f"huggingfacetb/{SMOLLM2}")),
 }
 """Configurations by size; of multimodal models, that of the text part."""
 
@@ -178,7 +181,7 @@ def find_config(model: Model) -> Config:
         SetupError, StageError: the Hub denies access or cannot be reached.
     """
     preset = model.preset
-    if preset == "tiny":
+    if preset == TINY:
         from job.model.tiny import SHAPE, VOCABULARY
 
         return {

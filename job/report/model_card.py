@@ -17,11 +17,9 @@ from markupsafe import Markup
 from job.report.render import caveats, code_block, template_environment, trivial_baselines, warnings
 from job.results import Results
 from job.runtime.logs import legible
+from job.spec.fields import BUILT_PRESETS, TINY
 
 PEFT_CONFIG = "adapter/peft/adapter_config.json"
-TINY = "tiny"
-"""The preset with random weights, which exists only in this job."""
-
 _HUB = "hf://"
 _GEMMA_LICENSES = {1: "gemma", 2: "gemma", 3: "gemma", 4: "apache-2.0"}
 _MEDICAL = re.compile(
@@ -33,7 +31,7 @@ _MEDICAL = re.compile(
 def render_card(results: Results) -> str:
     """Render the card: YAML front matter for the hub, then Markdown."""
     has_peft = any(item.path == PEFT_CONFIG for item in results.artifacts)
-    is_tiny = results.model.preset == TINY
+    preset = results.model.preset
     front = yaml.safe_dump(_front(results, has_peft), sort_keys=False, width=10_000)
     body = (
         template_environment(html=False)
@@ -41,12 +39,12 @@ def render_card(results: Results) -> str:
         .render(
             results=results,
             spec=results.run.model_dump(mode="json")["spec"],
-            license=results.model.license or license_of(results.model.preset),
+            license=results.model.license or license_of(preset),
             medical=is_medical(results),
             caveats=[*warnings(results), *caveats(results)],
             trivial_baselines=trivial_baselines,
-            peft_code=_python(_peft(results)) if has_peft and not is_tiny else None,
-            keras_code=None if is_tiny else _python(_keras(results)),
+            peft_code=_python(_peft(results)) if has_peft and preset != TINY else None,
+            keras_code=None if preset in BUILT_PRESETS else _python(_keras(results)),
         )
     )
     return f"---\n{front}---\n\n{body}"
@@ -65,6 +63,8 @@ def license_in(card: Path) -> str:
 def license_of(preset: str) -> str:
     """Return the license of a model as hubs name it; `other` if its name does not tell."""
     name = preset.rstrip("/").rpartition("/")[2].lower()
+    if name.startswith("smollm2"):
+        return "apache-2.0"
     if not name.startswith("gemma"):
         return "other"
     # The number in gemma-2b is a size: it is the first Gemma.

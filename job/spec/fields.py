@@ -17,6 +17,9 @@ from pydantic import (
 SAMPLES = "samples"
 """Value of `dataset` for the data shipped with the package."""
 
+TINY, SMOLLM2 = BUILT_PRESETS = ("tiny", "smollm2-135m-instruct")
+"""Values of `preset` for models that this job builds; no other program knows these names."""
+
 FILE_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 """Extensions of files that rows can be read from."""
 

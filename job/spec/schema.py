@@ -88,8 +88,8 @@ class Lora(Section):
 class Model(Section):
     preset: str = Field(
         min_length=1,
-        description="hf://owner/name, kaggle://..., a KerasHub preset name, a local preset "
-        "folder, or `tiny`, a small Gemma 3 with random weights.",
+        description="hf://owner/name, kaggle://..., a KerasHub preset name, a local folder, `tiny` "
+        "(random weights), or `smollm2-135m-instruct` (with the `demo` extra).",
     )
     revision: str | None = Field(None, description="Commit, tag or branch of an hf:// preset.")
     dtype: Literal["bfloat16", "float32", "float16"] = Field(

@@ -1,9 +1,11 @@
 """Where files are: URIs of stores (a local path or gs://bucket/path), and the cache folder."""
 
 import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from job.errors import UsageError
+from job.errors import SetupError, UsageError
 from job.storage.base import Store
 from job.storage.local import LocalStore
 
@@ -49,3 +51,29 @@ def cache_folder(*parts: str) -> Path:
         return Path(chosen).joinpath(*parts)
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return caches.joinpath("job", *parts)
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Return a folder of the cache; on first use `build` fills a new folder that it is given.
+
+    Other processes see the complete folder or none; the first one to finish wins.
+
+    Raises:
+        SetupError: the cache cannot be written.
+    """
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            building = Path(scratch, "building")
+            building.mkdir()
+            build(building)
+            building.replace(folder)
+    except OSError as error:
+        if not folder.is_dir():  # another process may have built it first
+            raise SetupError(
+                f"cannot write to the cache {folder.parent}: {error.strerror or error}; set "
+                "JOB_CACHE to a writable folder with free space"
+            ) from error
+    return folder

@@ -29,6 +29,14 @@ def test_a_shipped_spec_is_planned_offline_in_seconds(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_demo_is_planned_without_its_weights(tmp_path: Path) -> None:
+    output = f"output={json.dumps(str(tmp_path))}"
+    done = job("plan", "demo", "--set", output, JOB_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0
+    assert "smollm2-135m-instruct: 134,515,008 parameters in float32" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_plan_as_json_for_several_machines() -> None:
     done = job("plan", ONE_B, "--json", "--on", "v5e-8", "--on", "v6e-8", "--mfu", "0.8")
     plan = json.loads(done.stdout)

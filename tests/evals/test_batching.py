@@ -38,6 +38,11 @@ def test_padded_batches_contain_every_prompt_once(
             assert not batch.tokens[row, length:].any()
 
 
+def test_a_single_prompt_has_a_second_row_if_one_is_allowed() -> None:
+    assert [len(batch.tokens) for batch in batch_by_length([[5]], 8, 1, 0, 100)] == [2]
+    assert [len(batch.tokens) for batch in batch_by_length([[5]], 1, 1, 0, 100)] == [1]
+
+
 @given(prompts, sizes, st.booleans())
 def test_packed_batches_contain_every_prompt_once(
     given: list[list[int]], size: tuple[int, int], packing: bool

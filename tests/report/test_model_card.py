@@ -72,12 +72,14 @@ def test_a_local_model_is_not_named_for_the_hub() -> None:
         ("hf://google/gemma-4-26b-a4b-it", "apache-2.0"),
         ("hf://google/gemma-5-1b", "other"),
         ("hf://google/medgemma-4b-it", "other"),
+        ("smollm2-135m-instruct", "apache-2.0"),
+        ("hf://HuggingFaceTB/SmolLM2-1.7B", "apache-2.0"),
         ("hf://Qwen/Qwen3-0.6B", "other"),
         ("llama3_8b_en", "other"),
         ("tiny", "other"),
     ],
 )
-def test_only_gemma_licenses_are_known(preset: str, expected: str) -> None:
+def test_the_license_is_that_of_the_models_name(preset: str, expected: str) -> None:
     assert license_of(preset) == expected
 
 

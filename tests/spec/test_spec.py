@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -397,7 +398,8 @@ def test_shipped_specs_are_valid_and_say_how_to_run_them(name: str) -> None:
     loaded = load_spec(name)
     assert loaded.spec.name == loaded.source == name
     shipped = Path(cli.__file__).parent / "specs" / f"{name}.yaml"
-    assert shipped.read_text(encoding="utf-8").startswith(f"# job run {name}")
+    first = shipped.read_text(encoding="utf-8").splitlines()[0]
+    assert re.match(rf"# (uv run --extra \w+ )?job run {name}\b", first)
 
 
 def test_the_closest_name_of_an_unknown_spec_is_suggested() -> None:
