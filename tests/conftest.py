@@ -29,6 +29,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("OPENROUTER_API_KEY", None)
 os.environ.pop("HF_TOKEN", None)
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Tests compile much and compute little: fast code is not worth the time that it takes to make it.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+# Without bytecode an import of Keras takes three times as long, in every process that tests start.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    os.environ["PYTHONPYCACHEPREFIX"] = f"{_cache}/bytecode"
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("untimed", deadline=None)
