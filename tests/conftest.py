@@ -5,10 +5,11 @@ compiled by one test is there for the next, in every worker.
 """
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import jax
@@ -66,19 +67,23 @@ def default_log() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def make_model() -> MakeModel:
-    """Loads a model on the first virtual devices: its batch over `devices` times `split`."""
+    """Loads a model on the first virtual devices: its batch over `devices` times `split`.
+
+    The same arguments give the same model, which tests leave as it is.
+    """
     import numpy as np
     from jax.sharding import Mesh
 
     from job.model.load import load_model
     from job.spec.schema import Lora, Model
 
+    @functools.cache
     def make(
         *,
         preset: str = "tiny",
         rank: int = 4,
         alpha: float | None = None,
-        targets: Sequence[str] = ("query", "value"),
+        targets: tuple[str, ...] = ("query", "value"),
         devices: int = 1,
         split: int = 1,
     ) -> "LanguageModel":
