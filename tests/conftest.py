@@ -5,10 +5,11 @@ compiled by one test is there for the next, in every worker.
 """
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import jax
@@ -29,6 +30,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("OPENROUTER_API_KEY", None)
 os.environ.pop("HF_TOKEN", None)
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Tests compile much and compute little: fast code is not worth the time that it takes to make it.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+# Without bytecode an import of Keras takes three times as long, in every process that tests start.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    os.environ["PYTHONPYCACHEPREFIX"] = f"{_cache}/bytecode"
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("untimed", deadline=None)
@@ -61,19 +67,23 @@ def default_log() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def make_model() -> MakeModel:
-    """Loads a model on the first virtual devices: its batch over `devices` times `split`."""
+    """Loads a model on the first virtual devices: its batch over `devices` times `split`.
+
+    The same arguments give the same model, which tests leave as it is.
+    """
     import numpy as np
     from jax.sharding import Mesh
 
     from job.model.load import load_model
     from job.spec.schema import Lora, Model
 
+    @functools.cache
     def make(
         *,
         preset: str = "tiny",
         rank: int = 4,
         alpha: float | None = None,
-        targets: Sequence[str] = ("query", "value"),
+        targets: tuple[str, ...] = ("query", "value"),
         devices: int = 1,
         split: int = 1,
     ) -> "LanguageModel":

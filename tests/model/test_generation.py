@@ -41,11 +41,11 @@ def test_every_family_decodes_as_kerashub_does(family: str) -> None:
 
     answer = jax.jit(model.generate, static_argnums=(3, 4))
     together = np.asarray(answer(model.weights, tokens, lengths, NEW, stops))
-    for row, prompt in enumerate(prompts):
-        alone = model.generate_with_kerashub(
-            model.weights, jnp.array(prompt[None], jnp.int32), lengths[row : row + 1], NEW, stops
-        )
-        expected = np.asarray(alone)[0].tolist()
+    alone = jax.jit(model.generate_with_kerashub, static_argnums=(3, 4))
+    for row in range(len(prompts)):
+        one = slice(row, row + 1)
+        answered = alone(model.weights, tokens[one], lengths[one], NEW, stops)
+        expected = np.asarray(answered)[0].tolist()
         ends = [index for index, token in enumerate(expected) if token in stops]
         end = ends[0] + 1 if ends else NEW
         assert together[row].tolist()[:end] == expected[:end]
@@ -55,9 +55,10 @@ def test_decoding_ends_when_every_row_has_stopped() -> None:
     model = small_model("GemmaBackbone")
     tokens = np.array([[5, 6, 7, 8], [9, 10, 0, 0]], np.int32)
     lengths = np.array([4, 2], np.int32)
-    free = np.asarray(model.generate(model.weights, tokens, lengths, 12, (1,)))
+    answer = jax.jit(model.generate, static_argnums=3)
+    free = np.asarray(answer(model.weights, tokens, lengths, 12, np.array([1, 1])))
     stops = (int(free[0, 2]), int(free[1, 3]))
-    ended = np.asarray(model.generate(model.weights, tokens, lengths, 12, stops))
+    ended = np.asarray(answer(model.weights, tokens, lengths, 12, np.array(stops)))
     turns = max(row.tolist().index(next(t for t in row if t in stops)) for row in ended)
     assert turns <= 3
     assert not ended[:, turns + 1 :].any()

@@ -63,17 +63,17 @@ def test_hidden_states_and_logits_equal_kerashubs(tiny: LanguageModel) -> None:
 def test_batched_generation_gives_kerashubs_text(tiny: LanguageModel) -> None:
     prompts, _ = Engine(tiny, 4, 512).encode([turns(p) for p in PROMPTS])
     together = Engine(tiny, 4, 512).generate(tiny.weights, prompts, 12, "test")
+    room = max(map(len, prompts)) + 12  # for all prompts, so that one program serves all
     for tokens, answer in zip(prompts, together, strict=True):
-        room = tokens + [0] * 12
         alone = tiny.task.generate(
             {
-                "token_ids": np.array([room], np.int32),
-                "padding_mask": np.array([[True] * len(tokens) + [False] * 12]),
+                "token_ids": np.array([tokens + [0] * (room - len(tokens))], np.int32),
+                "padding_mask": np.arange(room)[None] < len(tokens),
                 "images": np.zeros((1, 0, 1, 1, 3), np.float32),
             },
             stop_token_ids=tiny.tokenizer.stop_ids,
         )
-        new = np.asarray(alone["token_ids"])[0, len(tokens) :].tolist()
+        new = np.asarray(alone["token_ids"])[0, len(tokens) : len(tokens) + 12].tolist()
         stops = [i for i, token in enumerate(new) if token in tiny.tokenizer.stop_ids]
         assert answer.text == tiny.tokenizer.decode(new[: stops[0]] if stops else new).strip()
 
@@ -95,11 +95,14 @@ def test_letter_scores_equal_those_of_unpacked_prompts(tiny: LanguageModel) -> N
     prompts = [generator.integers(10, 200, size=length).tolist() for length in lengths]
     letters = OptionTokens([7, 8], [20, 21, 22])
     packed = Engine(tiny, 8, 512).loglikelihood(tiny.weights, prompts, letters, "t")
-    for prompt, scores in zip(prompts, packed, strict=True):
-        tokens = np.array([[*prompt, *letters.prefix]], np.int32)
-        scored = np.asarray(jax.nn.log_softmax(full_logits(tiny, tiny.weights, tokens)[0]))
-        shared = sum(float(scored[len(prompt) - 1 + n, t]) for n, t in enumerate(letters.prefix))
-        expected = scored[-1, letters.ids] + shared
+    unpacked = np.zeros((len(prompts), max(lengths) + len(letters.prefix)), np.int32)
+    for row, prompt in zip(unpacked, prompts, strict=True):
+        row[: len(prompt) + len(letters.prefix)] = [*prompt, *letters.prefix]
+    rows = np.asarray(jax.nn.log_softmax(full_logits(tiny, tiny.weights, unpacked)))
+    for prompt, scores, scored in zip(prompts, packed, rows, strict=True):
+        last = len(prompt) - 1
+        shared = sum(float(scored[last + n, t]) for n, t in enumerate(letters.prefix))
+        expected = scored[last + len(letters.prefix), letters.ids] + shared
         np.testing.assert_allclose(scores, expected, atol=2e-5)
 
 
@@ -120,22 +123,22 @@ def test_packed_and_unpacked_hidden_states_agree(family: str) -> None:
     row = np.concatenate([*examples, np.zeros(4, np.int64)])[None].astype(np.int32)
     numbers = np.repeat([1, 2, 3, 0], [*lengths, 4])[None].astype(np.int32)
 
-    def hidden(tokens: np.ndarray, segment_ids: np.ndarray) -> jax.Array:
+    def within_segments(inputs: dict[str, jax.Array]) -> jax.Array:
         with segment_attention(backbone):
-            return backbone({"token_ids": tokens, "padding_mask": segment_ids})
+            return backbone(inputs)
 
-    packed = np.asarray(hidden(row, numbers))[0]
+    packed = jax.jit(within_segments)({"token_ids": row, "padding_mask": numbers})[0]
+    # Each example in a row of its own, and the packed row with an ordinary mask.
+    rows = np.concatenate([np.zeros((len(examples), row.shape[1]), np.int32), row])
+    for unpacked, example in zip(rows, examples, strict=False):
+        unpacked[: len(example)] = example
+    *alone, ordinary = jax.jit(backbone)({"token_ids": rows, "padding_mask": np.sign(rows)})
     start = 0
-    for example in examples:
-        alone = backbone({
-            "token_ids": example[None].astype(np.int32),
-            "padding_mask": np.ones((1, len(example)), np.int32),
-        })  # fmt: skip
-        end = start + len(example)
-        np.testing.assert_allclose(packed[start:end], np.asarray(alone)[0], atol=2e-5)
+    for states, length in zip(alone, lengths, strict=True):
+        end = start + length
+        np.testing.assert_allclose(packed[start:end], states[:length], atol=2e-5)
         start = end
-    with_ordinary_mask = backbone({"token_ids": row, "padding_mask": (numbers > 0).astype("int32")})
-    assert not np.allclose(packed[9:13], np.asarray(with_ordinary_mask)[0, 9:13], atol=1e-3)
+    assert not np.allclose(packed[9:13], ordinary[9:13], atol=1e-3)
 
 
 def test_eight_devices_give_the_scores_of_one(make_model, tiny: LanguageModel) -> None:

@@ -15,7 +15,13 @@ from job.spec.schema import Train
 from job.train.optimizer import make_optimizer
 from job.train.step import StepConfig, make_train_step, padded_loss_count, shard_input
 from tests.conftest import MakeModel
-from tests.train.small import make_state, perturbed_lora, random_examples, small_model
+from tests.train.small import (
+    TWO_MATRICES,
+    make_state,
+    perturbed_lora,
+    random_examples,
+    small_model,
+)
 
 
 def mesh(data: int, model: int) -> Mesh:
@@ -81,7 +87,7 @@ def test_no_device_holds_all_of_a_split_weight_while_loading() -> None:
 
 def test_a_step_over_split_weights_equals_one_on_one_device() -> None:
     def step(mesh: tuple[int, int]) -> tuple[float, list[np.ndarray]]:
-        model = small_model(mesh=mesh)
+        model = small_model(lora=TWO_MATRICES, mesh=mesh)
         rows = make_rows(random_examples(16), 14, packing=True)
         batch = rows.batch.take(np.arange(8) % len(rows.batch))
         lora = perturbed_lora(model)
@@ -94,7 +100,7 @@ def test_a_step_over_split_weights_equals_one_on_one_device() -> None:
         return float(metrics.loss), [np.asarray(a) for pair in state.lora for a in pair]
 
     expected_loss, expected = step((1, 1))
-    for mesh in ((1, 8), (2, 4), (4, 2)):
+    for mesh in ((1, 8), (2, 4)):
         loss, arrays = step(mesh)
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         for ours, theirs in zip(arrays, expected, strict=True):

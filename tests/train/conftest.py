@@ -4,13 +4,13 @@ import pytest
 
 from job.model.language_model import LanguageModel
 from job.train.trainer import TrainResult
-from tests.train.small import make_trainer, small_model
+from tests.train.small import TWO_MATRICES, make_trainer, small_model
 
 
 @pytest.fixture(scope="session")
 def small() -> LanguageModel:
-    """The small model on one device, all its linear layers adapted."""
-    return small_model()
+    """The small model on one device, two matrices of each block adapted."""
+    return small_model(lora=TWO_MATRICES)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,8 @@ from tests.model.families import small_backbone
 VOCABULARY = 64
 ALL_LINEAR = Lora(rank=2, alpha=4, targets="all-linear")
 ATTENTION = Lora(rank=2, alpha=4, targets=["query", "value"])
+TWO_MATRICES = Lora(rank=2, alpha=4, targets=["value", "ffw_linear"])
+"""Learns almost as fast as ALL_LINEAR, and compiles in half the time."""
 
 
 class Codec:

@@ -91,25 +91,20 @@ def test_identical_blocks_have_their_own_wavelengths() -> None:
 FORWARD = ForwardConfig(packed=True, longest=14)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        StepConfig(FORWARD._replace(remat="blocks")),
-        StepConfig(FORWARD, dropout=0.5, seed=3, label_smoothing=0.2, lora_plus_ratio=4.0),
-    ],
-    ids=["remat", "regularized"],
-)
-def test_block_programs_follow_the_step_config(config: StepConfig) -> None:
+def test_block_programs_follow_the_step_config() -> None:
     # As one program, the feed-forward half of the last block sees, and drops, fewer positions.
     model = small_model("Qwen3Backbone", ATTENTION)
     rows = make_rows(random_examples(), 14, packing=True)
+    config = StepConfig(FORWARD, dropout=0.5, seed=3, label_smoothing=0.2, lora_plus_ratio=4.0)
     result = run_step(model, rows, config, "blocks", micro_batches=2)
     assert_same(result, run_step(model, rows, config, "step", micro_batches=2))
-    plain = run_step(model, rows, StepConfig(config.forward), "blocks", micro_batches=2)
+    plain = run_step(model, rows, StepConfig(FORWARD), "blocks", micro_batches=2)
     changes = [np.abs(a - b).max() for a, b in zip(result[0], plain[0], strict=True)]
-    assert (max(changes) > 1e-3) == (config != StepConfig(config.forward))
+    assert max(changes) > 1e-3
     # Validation has no dropout and no smoothing.
     np.testing.assert_allclose(result[2], plain[2], rtol=1e-6)
+    remat = StepConfig(FORWARD._replace(remat="blocks"))
+    assert_same(run_step(model, rows, remat, "blocks", micro_batches=2), plain)
 
 
 def test_block_programs_on_a_mesh_equal_those_on_one_device() -> None:

@@ -163,7 +163,7 @@ def test_a_state_is_rebuilt_by_name(named: tuple[StateNames, TrainState, LoraWei
     names, state, best = named
     arrays = names.to_arrays(state, best)
     assert len(arrays) == len(jax.tree.leaves((state, best)))
-    assert "lora/decoder_block_0/attention/query/a" in arrays
+    assert "lora/decoder_block_0/attention/value/a" in arrays
     shuffled = dict(sorted(arrays.items(), reverse=True))
     rebuilt = names.from_arrays(shuffled, best=True)
     for ours, theirs in zip(jax.tree.leaves(rebuilt), jax.tree.leaves((state, best)), strict=True):
@@ -175,7 +175,7 @@ def test_a_missing_or_unknown_name_is_refused(
 ) -> None:
     names, state, _ = named
     arrays = names.to_arrays(state)
-    name = "lora/decoder_block_1/attention/query/b"
+    name = "lora/decoder_block_1/attention/value/b"
     with pytest.raises(StageError, match=f"lacks {name}.*--fresh"):
         names.from_arrays({n: a for n, a in arrays.items() if n != name}, best=False)
     with pytest.raises(StageError, match=r"unknown array lora/x.*--fresh"):

@@ -266,8 +266,8 @@ def test_training_without_improvement_stops_early(tmp_path: Path, small: Languag
 
 def test_the_best_adapter_survives_an_interruption(tmp_path: Path, small: LanguageModel) -> None:
     unsteady: dict[str, Any] = {
-        "learning_rate": 0.1, "schedule": "constant", "warmup_ratio": 0.0, "clip_norm": None,
-        "validate_every": 1, "epochs": 2, "keep": "best",
+        "optimizer": "sgd", "learning_rate": 1.0, "schedule": "constant", "warmup_ratio": 0.0,
+        "clip_norm": None, "validate_every": 1, "epochs": 2, "keep": "best",
     }  # fmt: skip
     expected = make_trainer(tmp_path / "expected", small, **unsteady)[0].run()
     best = expected.validation_after.step
