@@ -30,8 +30,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("OPENROUTER_API_KEY", None)
 os.environ.pop("HF_TOKEN", None)
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-# Tests compile much and compute little: fast code is not worth the time that it takes to make it.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 # Without bytecode an import of Keras takes three times as long, in every process that tests start.
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
     os.environ["PYTHONPYCACHEPREFIX"] = f"{_cache}/bytecode"
@@ -54,6 +52,13 @@ LONG = (
     "test_shar",
 )
 """Files that take long, the longest first."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile quickly in the default run, whose tests compile much and compute little."""
+    if "not slow" in config.option.markexpr:
+        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
 
 MakeModel = Callable[..., "LanguageModel"]
 
