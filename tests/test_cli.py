@@ -128,3 +128,23 @@ def test_a_wrong_environment_exits_3_and_names_the_way_out(
     assert last["severity"] == "ERROR"
     assert last["error"] in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('not today') }}", "the chat template says: not today"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "no special token ends"),
+    ],
+)
+def test_a_bad_chat_template_leaves_nothing_behind(
+    tmp_path: Path, template: str, message: str
+) -> None:
+    path = tmp_path / "bad.jinja"
+    path.write_text(template)
+    done = job(
+        "run", "smoke", "--output", str(tmp_path / "runs"), "--set", f"model.chat_template={path}"
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert message in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -19,11 +19,10 @@ _NAMES = {
     "vocab_size": "vocabulary_size", "hidden_size": "hidden_dim", "n_embd": "hidden_dim",
     "num_hidden_layers": "num_layers", "n_layer": "num_layers", "n_head": "num_heads",
     "num_attention_heads": "num_query_heads", "n_positions": "max_sequence_length",
-    "intermediate_size": "intermediate_dim", "n_inner": "intermediate_dim",
-    "moe_intermediate_size": "moe_intermediate_dim", "num_local_experts": "num_experts",
+    "n_inner": "intermediate_dim", "no_rope_layers": "rope_layer_enabled_list",
     "shared_expert_intermediate_size": "shared_expert_intermediate_dim",
-    "num_experts_per_tok": "top_k", "norm_topk_prob": "norm_top_k_prob",
-    "top_k_experts": "num_experts_per_token", "no_rope_layers": "rope_layer_enabled_list",
+    "num_local_experts": "num_experts", "num_experts_per_tok": "top_k",
+    "top_k_experts": "num_experts_per_token", "norm_topk_prob": "norm_top_k_prob",
     "rms_norm_eps": "layer_norm_epsilon", "sliding_window": "sliding_window_size",
     "attn_logit_softcapping": "attention_logit_soft_cap",
     "final_logit_softcapping": "final_logit_soft_cap",
@@ -32,10 +31,12 @@ _NAMES = {
 
 _HARMLESS = re.compile(
     r"architectures|auto_map|dtype|.*_token_(ids?|index)|.*dropout|.*_pdrop|summary_.*|.*_interval"
-    r"|initializer_(range|factor)|(original_)?max_position_embeddings|n_ctx|max_window_layers"
-    r"|pretraining_tp|output_.*|use_cache|mtp_.*|router_(aux_loss_coef|jitter_noise)|id2label"
-    r"|label2id|task_specific_params|unsloth_.*|mrope_.*|(low|high)_freq_factor|layer_norm_epsilon"
-    r"|rope_(theta|scaling|parameters|local_base_freq)|attention_k_eq_v|attn_output_gate"
+    r"|initializer_(range|factor)|(original_)?max_position_embeddings|max_sequence_length|n_ctx"
+    r"|max_window_layers|pretraining_tp|output_.*|use_cache|mtp_.*|mrope_.*|id2label|label2id"
+    r"|router_(aux_loss_coef|jitter_noise)|_?num_labels|task_specific_params|unsloth_.*|max_length"
+    r"|_attn_implementation.*|is_llama_config|transformers\.js_config|do_sample|temperature|top_[kp]"
+    r"|(low|high)_freq_factor|rope_(theta|scaling|parameters|local_base_freq)|layer_norm_epsilon"
+    r"|moe_intermediate_size|attention_k_eq_v|attn_output_gate"
 )
 """Keys that change no logits, as those of training and sampling, or that always take effect."""
 
@@ -159,17 +160,15 @@ def _numbers(backbone: Any) -> Config:
             for block in blocks
         ]
         numbers["layer_types"] = [_SLIDING if window else _FULL for window in windows]
-    if family == "GemmaBackbone":
-        numbers["intermediate_size"] //= 2  # KerasHub adds the gate's
     width = backbone.hidden_dim // (numbers["num_attention_heads"] or numbers["n_head"])
-    head_dim = numbers.get("head_dim") or width
     bias = any("att" in v.path and v.path.endswith("/bias") for b in blocks for v in b.variables)
     activation = "gelu_pytorch_tanh" if family.startswith("Gemma") else "silu"
     return numbers | {
         "hidden_act": activation, "hidden_activation": activation, "attention_bias": bias,
         "activation_function": "gelu_new", "scale_attn_weights": True, "qkv_bias": bias,
-        "head_dim": head_dim, "sliding_window_pattern": 6, "_sliding_window_pattern": 6,
-        "use_sliding_window": False,
+        "use_sliding_window": False, "sliding_window_pattern": 6, "_sliding_window_pattern": 6,
+        "intermediate_size": backbone.intermediate_dim // (1 + (family == "GemmaBackbone")),
+        "head_dim": (head_dim := numbers.get("head_dim") or width),
         "query_pre_attn_scalar": head_dim if numbers.get("query_head_dim_normalize") else width,
         "tie_word_embeddings": backbone.token_embedding.tie_weights,
     }  # fmt: skip

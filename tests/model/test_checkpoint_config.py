@@ -164,6 +164,8 @@ def test_keys_that_change_no_answer_are_let_through(tmp_path: Path) -> None:
         "rope_scaling": None, "head_dim": None, "quantization_config": None, "foo": None,
         "bar": False, "layer_scale": 0, "id2label": {"0": "A"}, "unsloth_fixed": True,
         "max_position_embeddings": 512, "_name_or_path": "x", "some_list": [],
+        "is_llama_config": True, "rope_interleaved": False, "_attn_implementation_autoset": True,
+        "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}, "max_length": 4096,
     }  # fmt: skip
     assert load(tmp_path, config("llama", **harmless)).num_layers == 2
 
