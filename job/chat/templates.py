@@ -152,4 +152,4 @@ def planned_template(name: str, preset: str) -> str:
     if folder.is_dir() and "default" in (own := own_templates(folder)):
         return f"own ({own['default'][1]} of the model)"
     otherwise = "the built-in one of its turn tokens" if _INSTRUCT.search(preset) else PLAIN
-    return f"the model's own, else {otherwise}" if preset.startswith("hf://") else otherwise
+    return f"the model's own, else {otherwise}"

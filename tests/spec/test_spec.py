@@ -418,7 +418,7 @@ def test_validate_prints_the_run_id_of_a_valid_spec(
 ) -> None:
     (folder.path / "spec.yaml").write_text(BASE, encoding="utf-8")
     expected = f"spec.yaml: valid; its run id is {run_id(parse_spec(BASE, 'spec.yaml'))}\n"
-    expected += "chat template: the built-in one of its turn tokens\n"
+    expected += "chat template: the model's own, else the built-in one of its turn tokens\n"
     assert folder.job(monkeypatch, "validate", "spec.yaml") == (0, expected, "")
 
 
