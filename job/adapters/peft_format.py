@@ -106,7 +106,8 @@ def base_name(preset: str) -> str:
         return preset.removeprefix("hf://")
     with contextlib.suppress(OSError, ValueError, AttributeError):
         name = str(json.loads((Path(preset) / "config.json").read_bytes()).get("_name_or_path"))
-        if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists():
+        known = re.fullmatch(r"(\w[\w.-]*)/[\w.-]+", name)
+        if known and known[1] not in ("outputs", "output", "models", "checkpoints", "runs"):
             return name
     name = Path(preset).absolute().name
     if Path(preset).is_dir():

@@ -33,6 +33,9 @@ _TODAY = datetime(2024, 7, 26)
 PROBE_SECONDS = 10.0
 """Time a template may take to render one probe."""
 
+_MARKUP = r"[<\[]\S+[>\]]"
+"""The form of tokens that are markup where the template writes them, such as <tool_call>."""
+
 _PLACE = "\ue000"
 """A character for private use, to find the place of a reply."""
 
@@ -54,7 +57,7 @@ class ChatRenderer:
             UsageError: it cannot render a conversation.
         """
         self.template = template
-        self._control = _pattern(tokenizer.special_ids)
+        self._control = self._of_replies = _pattern(tokenizer.special_ids)
         self._variables: dict[str, Any] = {**tokenizer.named, **template.kwargs}
         if template.is_built_in and tokenizer.start_id is None:
             self._variables["bos_token"] = ""
@@ -69,17 +72,20 @@ class ChatRenderer:
 
     def _probe(self, tokenizer: TextTokenizer) -> str:
         """Find the control tokens, special or not, and return the one that ends a reply."""
-        question, reply = Message("user", "question"), Message("assistant", "reply")
+        question, reply = Message("user", _PLACE), Message("assistant", _PLACE)
         with _time_limit():
             prompt = self._apply([question], add_generation_prompt=True)
             text = self._apply([question, reply])
+        if _PLACE not in prompt or text.count(_PLACE) < 2:
+            raise UnrenderableError("it leaves out what the messages say")
         added = _pattern(token for token in tokenizer.added_ids if token.strip())
         rendered = {*added.findall(prompt), *added.findall(text)}
-        self.control_tokens = {
-            *tokenizer.special_ids, *(t for t in rendered if not marks_thoughts(t))
-        }  # fmt: skip
-        self._control = _pattern(self.control_tokens)
-        ends = self._control.findall(text.rpartition("reply")[2])
+        self.control_tokens = {*tokenizer.special_ids, *rendered}
+        literals = {t for t in added.findall(self.template.text) if re.fullmatch(_MARKUP, t)}
+        self._control = _pattern(self.control_tokens | literals)
+        # What a model writes may hold its own marks of thoughts.
+        self._of_replies = _pattern(t for t in self.control_tokens if not marks_thoughts(t))
+        ends = self._of_replies.findall(text.rpartition(_PLACE)[2])
         if not ends:
             raise UnrenderableError("no special token ends the model's reply; write one after it")
         return str(ends[0])
@@ -87,9 +93,9 @@ class ChatRenderer:
     @cached_property
     def has_system_role(self) -> bool:
         """Whether the template renders a system message."""
-        turns = [Message("system", "instruction"), Message("user", "question")]
+        turns = [Message("system", _PLACE), Message("user", "question")]
         try:
-            return "instruction" in self._apply(turns, add_generation_prompt=True)
+            return _PLACE in self._apply(turns, add_generation_prompt=True)
         except UnrenderableError:
             return False
 
@@ -97,7 +103,7 @@ class ChatRenderer:
     def knows_tools(self) -> bool:
         """Whether the template renders definitions of tools, their calls and their results."""
         function = {"name": "toolname", "description": "", "parameters": {"type": "object"}}
-        called = {"name": "toolname", "arguments": {"key": "argument"}}
+        called = {"name": "toolname", "arguments": {"key": _PLACE}}
         call = {"id": "a1b2c3d4e", "type": "function", "function": called}
         result = {"name": "toolname", "tool_call_id": call["id"]}
         turns = [
@@ -109,7 +115,7 @@ class ChatRenderer:
             text = self._apply(turns, [{"type": "function", "function": function}])
         except UnrenderableError:
             return False
-        return text.count("toolname") >= 2 and "argument" in text and "outcome" in text
+        return text.count("toolname") >= 2 and _PLACE in text and "outcome" in text
 
     def unrenderable(self, messages: Conversation) -> str | None:
         """Return why a conversation cannot be rendered for training; None if it can be."""
@@ -119,10 +125,11 @@ class ChatRenderer:
             return str(reason)
         return None
 
-    def neutralize(self, text: str) -> str:
-        """Return a text with every special token of the tokenizer broken by a space."""
+    def neutralize(self, text: str, *, of_reply: bool = False) -> str:
+        """Return a text with every control token broken by a space; replies keep thoughts."""
+        pattern = self._of_replies if of_reply else self._control
         while True:
-            broken = self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+            broken = pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
             if broken == text:
                 return text
             text = broken  # breaking one token may expose another, like <|[INST]|>
@@ -157,17 +164,27 @@ class ChatRenderer:
         for i in trained:
             prompt, turns = self.prompt(messages[:i]), messages[: i + 1]
             is_last = len(turns) == len(messages)
-            text = complete.text if is_last else _unmarked(self._render(turns)).text
-            if not text.startswith(prompt):
-                text = self._continue(prompt, text, turns)
-            end = text.rfind(self.end_token) + len(self.end_token)
-            if end <= len(prompt):
-                raise UnrenderableError("reply without an end of turn")
-            if complete.text.startswith(text[:end]):
-                together.append((len(prompt), end))
+            text = self.reply_text(turns, complete.text if is_last else "")
+            if complete.text.startswith(text):
+                together.append((len(prompt), len(text)))
             else:
-                texts.append(MarkedText(text[:end], ((len(prompt), end),)))
+                texts.append(MarkedText(text, ((len(prompt), len(text)),)))
         return [*texts, MarkedText(complete.text, tuple(together))] if together else texts
+
+    def reply_text(self, turns: Conversation, rendered: str = "") -> str:
+        """Return the prompt for the last turn, a reply, with the reply and the end of its turn.
+
+        Raises:
+            UnrenderableError: see `training_texts`.
+        """
+        prompt = self.prompt(turns[:-1])
+        text = rendered or _unmarked(self._render(turns)).text
+        if not text.startswith(prompt):
+            text = self._continue(prompt, text, turns)
+        end = text.rfind(self.end_token) + len(self.end_token)
+        if end <= len(prompt):
+            raise UnrenderableError("reply without an end of turn")
+        return text[:end]
 
     def _continue(self, prompt: str, text: str, turns: Conversation) -> str:
         """Put the reply at the end of `text` after a prompt that begins it with empty thoughts.
@@ -198,7 +215,9 @@ class ChatRenderer:
     ) -> str:
         try:
             return self._compiled.render(
-                messages=[self._clean(_mapping(turn)) for turn in turns],
+                messages=[
+                    self._clean(_mapping(turn), of_reply=turn.role == "assistant") for turn in turns
+                ],
                 tools=self._clean(tools),
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
@@ -207,14 +226,15 @@ class ChatRenderer:
         except Exception as error:  # a template may fail in any way that Python can
             raise UnrenderableError(f"the chat template says: {error}") from error
 
-    def _clean(self, value: Any) -> Any:
-        """Return a JSON value whose texts have no special token."""
+    def _clean(self, value: Any, *, of_reply: bool = False) -> Any:
+        """Return a JSON value whose texts have no control token."""
         if isinstance(value, str):
-            return self.neutralize(value.replace(_BEGIN, "").replace(_END, ""))
+            text = value.replace(_BEGIN, "").replace(_END, "")
+            return self.neutralize(text, of_reply=of_reply)
         if isinstance(value, dict):
-            return {self._clean(key): self._clean(item) for key, item in value.items()}
+            return {key: self._clean(item, of_reply=of_reply) for key, item in value.items()}
         if isinstance(value, list):
-            return [self._clean(item) for item in value]
+            return [self._clean(item, of_reply=of_reply) for item in value]
         return value
 
 

@@ -4,13 +4,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from job.chat.text_tokenizer import TextTokenizer, read_json
 from job.errors import UsageError
+from job.spec.fields import TINY, is_template_file
 
 AUTO, PLAIN = "auto", "plain"
 OWN = "own"
@@ -26,7 +27,7 @@ _TURN_TOKENS = {
 }
 """The special tokens that a built-in template needs."""
 
-_INSTRUCT = re.compile(r"(?i)(?:^|[-_./])(?:instruct|it|chat|tiny)(?:[-_./]|$)")
+_INSTRUCT = re.compile(r"(?i)(?:^|[-_.])(?:instruct|it|chat)(?:[-_.]|$)")
 """Names of presets tuned to follow instructions; pretrained ones have no chat template."""
 
 
@@ -73,13 +74,14 @@ def own_templates(folder: Path) -> dict[str, tuple[str, str]]:
         value = read_json(folder / file).get("chat_template")
         named = {"default": value} if isinstance(value, str) else {}
         if isinstance(value, list):
-            named = {str(entry.get("name")): entry.get("template") for entry in value}
+            entries = [entry for entry in value if isinstance(entry, dict)]
+            named = {str(entry.get("name")): str(entry.get("template")) for entry in entries}
         found |= {name: (text, file) for name, text in named.items() if isinstance(text, str)}
     files = {"default": folder / "chat_template.jinja"}
     files |= {path.stem: path for path in folder.glob("additional_chat_templates/*.jinja")}
     for name, path in files.items():
         if path.is_file():
-            found[name] = path.read_text("utf-8"), path.name
+            found[name] = _read(path), path.name
     return found
 
 
@@ -103,6 +105,11 @@ def choose_template(
         if "default" in own:
             text, file = own["default"]
             return ChatTemplate(OWN, f"{file} of the model", text)
+        if own:
+            raise UsageError(
+                "model.chat_template: the model has several templates and none is the default; "
+                f"write one of {', '.join(own)}"
+            )
         return _auto(preset, tokenizer, family)
     if name in BUILT_IN:
         missing = [t for t in _TURN_TOKENS.get(name, ()) if t not in tokenizer.special_ids]
@@ -117,24 +124,39 @@ def choose_template(
     if name in own:
         text, file = own[name]
         return ChatTemplate(OWN, f"'{name}' in {file} of the model", text)
+    if is_template_file(name):
+        return ChatTemplate(name, f"the file {Path(name).name}", _read(Path(name)))
+    others = f", {', '.join(own)} (the model's)" if len(own) > 1 else ""
+    raise UsageError(
+        f"model.chat_template: there is no template {name!r}; write auto, "
+        f"{', '.join(BUILT_IN)}{others}, or the path of a file NAME.jinja"
+    )
+
+
+def _read(path: Path) -> str:
     try:
-        return ChatTemplate(name, f"the file {name}", Path(name).read_text("utf-8"))
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        others = f", {', '.join(own)} (the model's)" if len(own) > 1 else ""
-        raise UsageError(
-            f"model.chat_template: {name!r} cannot be read: {reason}; write auto, "
-            f"{', '.join(BUILT_IN)}{others}, or the path of a Jinja file"
-        ) from error
+        raise UsageError(f"model.chat_template: {str(path)!r} cannot be read: {reason}") from error
+
+
+_DOUBTFUL = "built in; if this is an instruct model, set model.chat_template: {}"
+
+
+def _is_instruct(preset: str) -> bool:
+    """Return whether the last part of a preset's name says that it follows instructions."""
+    return preset == TINY or bool(_INSTRUCT.search(preset.rstrip("/").rpartition("/")[2]))
 
 
 def _auto(preset: str, tokenizer: TextTokenizer, family: str) -> ChatTemplate:
     """Return the template of a model that carries none."""
-    if not _INSTRUCT.search(preset):
-        return built_in(PLAIN)
-    for name, tokens in _TURN_TOKENS.items():
-        if all(token in tokenizer.special_ids for token in tokens):
-            return built_in(name)
+    fitting = [n for n, tokens in _TURN_TOKENS.items() if tokenizer.special_ids.keys() >= {*tokens}]
+    if not _is_instruct(preset):
+        plain = built_in(PLAIN)
+        return replace(plain, source=_DOUBTFUL.format(fitting[0])) if fitting else plain
+    if fitting:
+        return built_in(fitting[0])
     if family.startswith(("Mistral", "Mixtral")):
         return built_in("mistral")
     raise UsageError(
@@ -151,5 +173,5 @@ def planned_template(name: str, preset: str) -> str:
     folder = Path(preset)
     if folder.is_dir() and "default" in (own := own_templates(folder)):
         return f"own ({own['default'][1]} of the model)"
-    otherwise = "the built-in one of its turn tokens" if _INSTRUCT.search(preset) else PLAIN
+    otherwise = "the built-in one of its turn tokens" if _is_instruct(preset) else PLAIN
     return f"the model's own, else {otherwise}"

@@ -4,6 +4,7 @@ KerasHub's tokenizers do not split text as those of a transformers checkpoint do
 checkpoint has a `tokenizer.json`, the `tokenizers` library reads it.
 """
 
+import bisect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,8 @@ CONTROL_PATTERN = (
     r"|<</?SYS>>"
 )
 """The control tokens of the known chat formats, as a regular expression (of Python and RE2)."""
+
+CONTROL = re.compile(CONTROL_PATTERN)
 
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -85,6 +88,11 @@ class FastTokenizer:
             **read_json(folder / "special_tokens_map.json"),
             **read_json(folder / "tokenizer_config.json"),
         }
+        listed = config.get("additional_special_tokens") or config.get("extra_special_tokens")
+        texts = [_content(config.get(name)) for name in config if name.endswith("_token")]
+        texts += [_content(token) for token in listed] if isinstance(listed, list) else []
+        known = [t for t in texts if t and self._tokenizer.token_to_id(t) is not None]
+        self._tokenizer.add_special_tokens(known)  # as transformers does
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: index for index, token in added.items() if token.special}
         named: dict[str, str] = {}
@@ -113,13 +121,11 @@ class FastTokenizer:
 
     @staticmethod
     def _marked(encoding: Any, text: MarkedText) -> TokenizedConversation:
-        token_ids = encoding.ids
-        mask = [False] * len(token_ids)
-        for start, end in text.replies:
-            first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
-            if first is not None and last is not None:
-                mask[first : last + 1] = [True] * (last + 1 - first)
-        return TokenizedConversation(token_ids, mask)
+        starts, mask = [start for start, _ in text.replies], []
+        for first, last in encoding.offsets:  # a token that overlaps a reply belongs to it
+            at = bisect.bisect_left(starts, max(last, first + 1)) - 1
+            mask.append(at >= 0 and first < text.replies[at][1])
+        return TokenizedConversation(encoding.ids, mask)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, special tokens included."""
@@ -134,9 +140,8 @@ class KerasTokenizer:
         digits = _SPLITS.get(type(tokenizer).__name__)
         if digits is not None:
             _split_before_merging(tokenizer, _SPLIT.format(digits=digits))
-        self._vocabulary = set(tokenizer.get_vocabulary())
         own = getattr(tokenizer, "special_tokens", None) or ()
-        known = [token for token in self._vocabulary if re.fullmatch(CONTROL_PATTERN, token)]
+        known = [token for token in tokenizer.get_vocabulary() if CONTROL.fullmatch(token)]
         special = {token: int(tokenizer.token_to_id(token)) for token in {*own, *known}}
         texts = {index: token for token, index in special.items()}
         ends = [getattr(tokenizer, f"{name}_id", None) for name in ("end_token", "end_token2")]
@@ -219,4 +224,4 @@ def _stop_ids(folder: Path, eos: int | None) -> tuple[int, ...]:
     config = config.get("text_config") or config
     value = {**config, **read_json(folder / "generation_config.json")}.get("eos_token_id")
     listed = value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(int(end) for end in (eos, *listed) if end is not None))
+    return tuple(dict.fromkeys(end for end in (eos, *listed) if isinstance(end, int)))

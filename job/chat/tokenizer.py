@@ -38,7 +38,7 @@ class ChatTokenizer:
         others = (i for i in tokenizer.stop_ids if i != end)
         self.stop_ids: tuple[int, ...] = (*others, end)
         """The tokens that end a reply; the last is the template's."""
-        tokens = (t for t in self.renderer.control_tokens if not marks_thoughts(t))
+        tokens = [t for t in self.renderer.control_tokens if not marks_thoughts(t)]
         control = {tokenizer.added_ids[token] for token in tokens}
         self._control = {*control, *self.stop_ids, self.pad_id}
 
@@ -126,10 +126,13 @@ class ChatTokenizer:
 
     def _reply(self, text: str) -> list[int]:
         """Return the tokens of a reply, without the end of its turn."""
-        turns = [Message("user", "Question"), Message("assistant", text)]
-        (rows,) = self.tokenize([turns])
-        if isinstance(rows, str):
-            raise UsageError(f"model.chat_template: {rows}")
-        tokens = rows[-1]
+        question = [Message("user", "Question")]
+        try:
+            prompt = self.renderer.prompt(question)
+            row = self.renderer.reply_text([*question, Message("assistant", text)])
+        except UnrenderableError as reason:
+            raise UsageError(f"model.chat_template: {reason}") from reason
+        end = len(row) - len(self.renderer.end_token)
+        (tokens,) = self._tokenizer.encode([MarkedText(row[:end], ((len(prompt), end),))])
         pairs = zip(tokens.token_ids, tokens.loss_mask, strict=True)
-        return [token for token, has_loss in pairs if has_loss][:-1]
+        return [token for token, is_reply in pairs if is_reply]

@@ -1,8 +1,8 @@
 """Parsing of generated answers to multiple-choice questions: the chosen letter, or none.
 
 An answer that is not clear counts as unparsed; nothing is guessed. What only repeats the format of
-the prompt names no letter: options in order (`A: ... B: ... C: ...`), and an `A:` at the beginning,
-which may stand for "answer". The first rule that applies decides:
+the prompt names no letter: options in order (`A: ... B: ... C: ...`), and an `A:` alone, which may
+stand for "answer". The first rule that applies decides:
 1. The answer is exactly the text of one option.
 2. The answer begins with a lone letter: `B`, `(b)`, `B.`, `B) because`, `**B**`, `B - text`. If a
    plain word follows, punctuation must separate them, so the article in `A common cause is` is no
@@ -85,12 +85,16 @@ def parse_choice(answer: str, options: Sequence[str]) -> str | None:
         return letters[exact.index(True)]
     masked = _mask_options(text, options)
     without_list = _mask_list(masked, letters)
-    is_list, masked = without_list != masked, re.sub(r"^A:", "Answer:", without_list)
+    is_list = without_list != masked
+    # "A:" may stand for "answer": then what follows names the letter.
+    is_marked, masked = without_list.startswith("A:"), without_list.removeprefix("A:").strip()
     declared = _leading_letter(masked, letters) | _phrase_letters(masked, letters)
     for chosen in (declared, _stated_letters(masked, letters)):
         if chosen:
             return chosen.pop() if len(chosen) == 1 else None
-    return None if is_list else _option_text(text, letters, options)
+    if is_list:
+        return None
+    return _option_text(text, letters, options) or ("A" if is_marked and masked else None)
 
 
 def _normalize(text: str) -> str:

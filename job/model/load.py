@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from jax.sharding import Mesh
 
-from job.chat.templates import choose_template
+from job.chat.templates import PLAIN, choose_template
 from job.chat.text_tokenizer import FastTokenizer, KerasTokenizer, TextTokenizer, read_json
 from job.chat.tokenizer import ChatTokenizer
 from job.errors import StageError, UsageError
@@ -71,6 +71,8 @@ def load_chat_tokenizer(model: Model, preset: Preset) -> ChatTokenizer:
         tokenizer, family = KerasTokenizer(hub_tokenizer), type(hub_tokenizer).__name__
     own = folder if folder.is_dir() else None
     template = choose_template(model.chat_template, model.preset, own, tokenizer, family)
+    if template.name == PLAIN and "instruct" in template.source:
+        logs.get().warning("the tokenizer has turn tokens", chat_template=template.source)
     if template.replaces_own:
         logs.get().warning("the model's own chat template is not used", chat_template=template.name)
     return ChatTokenizer(tokenizer, replace(template, kwargs=model.chat_template_kwargs))

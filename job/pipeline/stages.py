@@ -213,7 +213,7 @@ def _base_model(spec: Spec, revisions: Revisions) -> object:
 def _chat_template(name: str) -> str | None:
     """Identify a chat template that is not of the model: a file, or the built-in ones."""
     if is_template_file(name):
-        return file_sha256(Path(name))
+        return file_sha256(Path(name)) if Path(name).is_file() else None
     return digest([built_in(each).text for each in BUILT_IN])
 
 

@@ -5,9 +5,9 @@ description, which `job schema` passes to editors.
 """
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from job.spec.data import Checks as Checks
 from job.spec.data import Data as Data
@@ -101,7 +101,7 @@ class Model(Section):
         "tokens, plain for a pretrained model), gemma, gemma4, llama3, chatml, mistral, plain, "
         "the name of one of several that the model has, or the path of a Jinja file.",
     )
-    chat_template_kwargs: dict[str, Any] = Field(
+    chat_template_kwargs: dict[str, JsonValue] = Field(
         {}, description="Variables for the chat template, such as enable_thinking."
     )
     lora: Lora = Field(Lora(), description="The LoRA adapter to train.")

@@ -52,7 +52,6 @@ class Case:
     """The file of axolotl's; None: the tokenizer's own."""
     added: tuple[str, ...] = ()
     """Special tokens of the template that stand-in tokenizers lack."""
-    bos: str | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     marked: bool = False
 
@@ -131,12 +130,15 @@ def generated(seed: int, *, tools: bool) -> list[Message]:
 def for_transformers(messages: Sequence[Message], chat: ChatTokenizer) -> dict[str, Any]:
     """The conversation as `apply_chat_template` takes it, special tokens in its texts broken."""
 
-    def clean(value: Any) -> Any:
+    def clean(value: Any, *, of_reply: bool = False) -> Any:
         if isinstance(value, str):
-            return chat.renderer.neutralize(value)
+            return chat.renderer.neutralize(value, of_reply=of_reply)
         if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
-        return [clean(item) for item in value] if isinstance(value, list) else value
+            of_reply = of_reply or value.get("role") == "assistant"
+            return {key: clean(item, of_reply=of_reply) for key, item in value.items()}
+        if isinstance(value, list):
+            return [clean(item, of_reply=of_reply) for item in value]
+        return value
 
     turns = [m for m in messages if m.role != "tools"]
     tools = [json.loads(m.content) for m in messages if m.role == "tools"]
@@ -196,7 +198,7 @@ def test_token_ids_and_masks_equal_those_of_transformers(tmp_path: Path, texts: 
         ):
             assert not isinstance(rows, str), f"{name}: {rows}"
             row = rows[-1].token_ids
-            if row[: len(ids)] != ids:  # the reply follows the empty thoughts of its prompt
+            if row != ids:  # the reply follows the empty thoughts of its prompt
                 reply = row[len(prompt) :]
                 assert (row[: len(prompt)], name) == (prompt, "Gemma 4")
                 assert ids[-len(reply) - 1 : -1] == reply  # and a line break

@@ -180,7 +180,7 @@ def test_variables_reach_the_template() -> None:
 
 def test_templates_have_the_helpers_of_transformers() -> None:
     text = (
-        "{%- for m in messages -%}{%- if loop.index > 1 -%}{%- break -%}{%- endif -%}"
+        "{%- for m in messages -%}{%- if loop.index > 2 -%}{%- break -%}{%- endif -%}"
         "{{ {'é': m.content} | tojson }}{{ strftime_now('%Y') }}<|im_end|>{%- endfor -%}"
     )
     assert renderer(text).prompt([Message("user", "<a>")]) == ('{"é": "<a>"}2024<|im_end|>')
@@ -200,6 +200,7 @@ def test_templates_have_the_helpers_of_transformers() -> None:
         ("{% set n = namespace() %}{% set n.__class__ = 1 %}<|im_end|>", "unsafe"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "no special token ends"),
+        ("{% for m in messages %}{{ m.content[0].text }}<|im_end|>{% endfor %}", "leaves out"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused(
@@ -285,7 +286,7 @@ def test_one_of_several_templates_is_taken_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
     assert choose("auto", "x", tmp_path, GEMMA).text == "a"
     assert choose("rag", "x", tmp_path, GEMMA).text == "b"
-    with pytest.raises(UsageError, match="'raq' cannot be read: .*default, rag"):
+    with pytest.raises(UsageError, match="no template 'raq'; .*default, rag"):
         choose("raq", "x", tmp_path, GEMMA)
 
 
@@ -300,6 +301,7 @@ def test_one_of_several_templates_is_taken_by_its_name(tmp_path: Path) -> None:
         ("qwen2.5_instruct_0.5b_en", CHATML, "chatml"),
         ("qwen2.5_0.5b_en", CHATML, "plain"),
         ("tiny", GEMMA, "gemma"),
+        ("/home/me/chat-project/Meta-Llama-3-8B", LLAMA, "plain"),
     ],
 )
 def test_auto_chooses_by_name_and_tokens(preset: str, tokens: Sequence[str], name: str) -> None:
@@ -309,9 +311,9 @@ def test_auto_chooses_by_name_and_tokens(preset: str, tokens: Sequence[str], nam
 def test_an_instruct_model_of_which_nothing_is_known_is_refused() -> None:
     with pytest.raises(UsageError, match="no chat template .* write gemma, .* a Jinja file"):
         choose("auto", "new_instruct_1b", None, ("<|user|>", "<|end|>"))
-    assert choose_template(
-        "auto", "mistral_instruct_7b_en", None, Words(), "MistralTokenizer"
-    ).name != "plain"  # fmt: skip
+    words = Words(("<s>", "</s>"))
+    mistral = choose_template("auto", "mistral_instruct_7b_en", None, words, "MistralTokenizer")
+    assert mistral.name == "mistral"
 
 
 def test_a_template_whose_tokens_are_missing_is_refused() -> None:
@@ -325,3 +327,22 @@ def test_a_file_can_be_the_template(tmp_path: Path) -> None:
         choose(str(path), "x", None, GEMMA)
     path.write_text("mine")
     assert choose(str(path), "x", None, GEMMA).text == "mine"
+
+
+def test_plain_by_default_says_where_turns_are_possible() -> None:
+    assert choose("auto", "qwen3_8b_en", None, CHATML).source.endswith("chat_template: chatml")
+    assert choose("auto", "qwen3_8b_en", None, ("<s>", "</s>")).source == "built in"
+    assert choose("plain", "qwen3_8b_en", None, CHATML).source == "built in"
+
+
+def test_fixed_text_is_no_system_role() -> None:
+    chat = renderer(LOOP.replace("messages", "messages if m.role != 'system'", 1) + PROMPT)
+    assert chat.prompt(turns("a", system="instruction")).count("instruction") == 1
+
+
+def test_replies_keep_thoughts_that_are_special_tokens() -> None:
+    chat = renderer(LOOP + PROMPT, Words((*TOKENS, "[THINK]", "[/THINK]")))
+    assert learned(chat, turns("[THINK]a", "[THINK]b[/THINK]c")) == [
+        ["[THINK]b[/THINK]c<|im_end|>"]
+    ]
+    assert "[ THINK]a" in chat.prompt(turns("[THINK]a"))

@@ -141,3 +141,33 @@ def test_kerashubs_byte_pairs_are_split_before_merging() -> None:
     for text in ("the at", "1231", "he ate 12312"):
         (tokens,) = KerasTokenizer(tokenizer).encode([MarkedText(text)])
         assert tokens.token_ids == expected.encode(text).ids
+
+
+MARKED = CHATML.replace(
+    "{{ m.content }}<|im_end|>",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}",
+)
+
+
+def test_letters_do_not_depend_on_the_marks_of_a_template(folder: Path) -> None:
+    assert chat(folder, MARKED).letter_tokens("ABCD") == chat(folder).letter_tokens("ABCD")
+
+
+def test_tokens_named_only_by_the_config_are_special(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", bos_token="<s>", eos_token="rts")
+    fast = FastTokenizer(folder)
+    (tokens,) = fast.encode([MarkedText("hurts")])
+    assert tokens.token_ids[-1] == fast.special_ids["rts"] == fast.stop_ids[0]
+
+
+def test_a_reply_after_a_space_keeps_its_loss(folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    trimming = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    tokenizer.pre_tokenizer = trimming
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    spaced = CHATML.replace("{{ m.content }}", "{{ ' ' + m.content }}")
+    ((ids, mask),) = chat(folder, spaced).tokenize([turns("a", "Yes.")])[0]
+    learned = [token for token, has_loss in zip(ids, mask, strict=True) if has_loss]
+    assert tokenizer.decode(learned, skip_special_tokens=False).strip() == "Yes.<|im_end|>"
