@@ -8,6 +8,7 @@ import atexit
 import functools
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ os.environ.pop("HF_TOKEN", None)
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Without bytecode an import of Keras takes three times as long, in every process that tests start.
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
-    os.environ["PYTHONPYCACHEPREFIX"] = f"{_cache}/bytecode"
+    os.environ["PYTHONPYCACHEPREFIX"] = f"{sys.prefix}/bytecode"
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("untimed", deadline=None)
@@ -45,6 +46,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 LONG = (
     "end_to_end",
+    "test_blockwise_step",
     "test_trainer",
     "test_step",
     "test_generation",

@@ -39,9 +39,12 @@ class Finished:
 SHORT = (
     "--set", "train.epochs=1", "--set", "train.checkpoint_every=5",
     "--set", "evals.dialogue.examples=10", "--set", "evals.dialogue.max_new_tokens=8",
-    "--set", "evals.side_by_side.max_new_tokens=8",
+    "--set", "evals.side_by_side.examples=10", "--set", "evals.side_by_side.max_new_tokens=8",
 )  # fmt: skip
-"""Makes `smoke` quicker, with a model of two blocks; the slow tests run it as it is shipped."""
+"""Makes `smoke` quicker, with a model of two blocks; the slow tests run it as it is shipped.
+
+Both kinds of answers are as long, to the same prompts: one program generates them.
+"""
 
 
 def made_by_models(folder: Path) -> dict[str, bytes]:

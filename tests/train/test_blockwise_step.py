@@ -20,6 +20,7 @@ from job.train.optimizer import make_optimizer
 from job.train.step import StepConfig, padded_loss_count, shard_input
 from tests.model.families import families_with
 from tests.train.small import (
+    ALL_LINEAR,
     ATTENTION,
     make_state,
     make_trainer,
@@ -34,7 +35,7 @@ SGD = Train(optimizer="sgd", learning_rate=1.0, schedule="constant", warmup_rati
 def run_step(
     model: LanguageModel, rows: PackedRows, config: StepConfig, mode: Any, micro_batches: int = 1
 ) -> tuple[list[np.ndarray], Any, Any]:
-    """The LoRA weights after a step, its metrics, and a validation before it."""
+    """The LoRA weights after a step, its metrics, and with blocks a validation before it."""
     lora = perturbed_lora(model)
     optimizer, _ = make_optimizer(SGD, 1, lora)
     step, validate = make_step(model, optimizer, config, mode)
@@ -42,16 +43,19 @@ def run_step(
     state = make_state(model, optimizer, lora)
     batch = rows.batch.take(np.arange(8 * micro_batches) % len(rows.batch))
     losses = padded_loss_count(int(batch.count_loss_tokens(micro_batches * model.devices).max()))
-    first = rows.batch.take(np.arange(8) % len(rows.batch))
-    sums = validate(state.lora, model.weights, shard_input(model, first, 1, losses))
+    sums = None
+    if mode == "blocks":  # as one program, a validation is compiled apart
+        first = rows.batch.take(np.arange(8) % len(rows.batch))
+        sums = validate(state.lora, model.weights, shard_input(model, first, 1, losses))
     inputs = shard_input(model, batch, micro_batches, losses)
     state, metrics = step(state, model.weights, inputs)
     return [np.asarray(a) for a in flatten_lora(state.lora)], metrics, sums
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
+    """Check the weights and the metrics."""
     assert any(np.abs(np.asarray(a)).max() > 1e-3 for a in ours[0])
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    for a, b in zip(jax.tree.leaves(ours[:2]), jax.tree.leaves(theirs[:2]), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
 
 
@@ -60,11 +64,15 @@ def assert_same(ours: Any, theirs: Any) -> None:
     [("MistralBackbone", False), *((name, True) for name in families_with("blockwise"))],
 )
 def test_block_programs_equal_the_single_program(family: str, packed: bool) -> None:
-    model = small_model(family)
+    all_linear = family in ("Gemma3Backbone", "LlamaBackbone")
+    model = small_model(family, ALL_LINEAR if all_linear else ATTENTION)
     # Longer than the sliding window of 5 tokens, so that local blocks differ from global ones.
     rows = make_rows(random_examples(), 14, packing=packed)
     config = StepConfig(ForwardConfig(packed, longest=rows.longest))
-    assert_same(run_step(model, rows, config, "blocks"), run_step(model, rows, config, "step"))
+    ours, theirs = (run_step(model, rows, config, mode) for mode in ("blocks", "step"))
+    assert_same(ours, theirs)
+    # A validation is the loss of the same rows before the step.
+    np.testing.assert_allclose(ours[2], theirs[1][:2], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("longest", "kinds"), [(5, 1), (6, 2), (None, 2)])
@@ -111,9 +119,9 @@ def test_block_programs_on_a_mesh_equal_those_on_one_device() -> None:
     rows = make_rows(random_examples(), 14, packing=True)
     config = StepConfig(ForwardConfig(packed=True, longest=rows.longest))
     shape = {"num_query_heads": 4, "num_key_value_heads": 4}
-    one_device = run_step(small_model("LlamaBackbone", **shape), rows, config, "blocks")
+    one_device = run_step(small_model("LlamaBackbone", ATTENTION, **shape), rows, config, "blocks")
     for mesh in ((8, 1), (2, 4)):
-        model = small_model("LlamaBackbone", mesh=mesh, **shape)
+        model = small_model("LlamaBackbone", ATTENTION, mesh=mesh, **shape)
         assert_same(run_step(model, rows, config, "blocks"), one_device)
 
 
