@@ -44,6 +44,8 @@ class TokenizedExamples:
     template cannot render them."""
     unrenderable: dict[str, int] = field(default_factory=dict)
     """The latter, by reason."""
+    used: int = 0
+    """The number of examples with a token to train on; one may give several rows."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,8 @@ def tokenize(
             if any(loss_mask):
                 usable.append(TokenExample(example.id, token_ids, loss_mask))
         dropped += len(usable) == before
-    return TokenizedExamples(usable, truncated, dropped, dict(unrenderable))
+    used = len(examples) - dropped
+    return TokenizedExamples(usable, truncated, dropped, dict(unrenderable), used)
 
 
 def _end(loss_mask: Sequence[bool]) -> int:

@@ -21,6 +21,9 @@ from job.spec.pinning import NONE, Revisions, adapter_key, model_key, source_key
 from job.spec.schema import MultipleChoiceEval, Reference, Source, Spec
 from job.storage.base import file_sha256
 
+_PARSING_VERSION = 2
+"""Increment it when the same answer of a model is read differently."""
+
 _SMALL_FILE = 1_000_000
 """Bytes up to which a file of a local model is hashed; of larger ones size and time count."""
 
@@ -104,7 +107,7 @@ def _eval_inputs(spec: Spec, revisions: Revisions) -> object:
     exclude = {"multiple_choice": True, "batch_size": True, "bootstrap_samples": True}
     evals = spec.evals.model_dump(mode="json", exclude=exclude | {"dialogue": {"markers"}})
     tasks = _tasks(spec.evals.multiple_choice, revisions)
-    return [spec.seed, _base_model(spec, revisions), evals, tasks]
+    return [spec.seed, _base_model(spec, revisions), evals, tasks, _PARSING_VERSION]
 
 
 def _train_inputs(spec: Spec, revisions: Revisions) -> object:
@@ -126,7 +129,8 @@ def _reference_inputs(spec: Spec, revisions: Revisions) -> object:
         dialogue = spec.evals.dialogue.model_dump(
             mode="json", include={"examples", "max_new_tokens"}
         )
-    return [reference, side_by_side, dialogue, _tasks(spec.reference_tasks, revisions)]
+    tasks = _tasks(spec.reference_tasks, revisions)
+    return [reference, side_by_side, dialogue, tasks, _PARSING_VERSION]
 
 
 def _report_inputs(spec: Spec, _revisions: Revisions) -> object:

@@ -115,7 +115,7 @@ def prepare(run: Run) -> PreparedTraining:
     _, validation = _rows(run, model, VALIDATION_EXAMPLES, packed=packed, buckets=rows.buckets)
     logs.get().info(
         "examples tokenized",
-        examples=len(tokenized.examples),
+        examples=tokenized.used,
         truncated=tokenized.truncated,
         dropped=tokenized.dropped,
         rows=len(rows.batch),
@@ -218,7 +218,7 @@ def _training(run: Run, tokenized: TokenizedExamples, result: TrainResult) -> Tr
         steps=progress.step,
         kept_step=after.step if run.spec.train.keep == "best" else progress.step,
         stopped_early=progress.stopped_early,
-        examples=len({example.id for example in tokenized.examples}) * run.spec.train.epochs,
+        examples=tokenized.used * run.spec.train.epochs,
         truncated=tokenized.truncated,
         dropped=tokenized.dropped,
         tokens=TokenCounts(
