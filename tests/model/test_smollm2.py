@@ -25,8 +25,7 @@ PROMPTS = [
     "Once upon a time, there was a little",
     "<|im_start|>user\nWhat causes a fever?<|im_end|>\n<|im_start|>assistant\n",
 ]
-WITHIN = 0.1
-"""Logits are about 20. KerasHub's Llama has an epsilon of 1e-6, whatever the checkpoint says."""
+WITHIN = 1e-3  # of logits of about 20
 
 
 def samples() -> list[str]:
