@@ -90,7 +90,8 @@ def test_every_documented_file_is_there_with_its_checksum(smoke: Finished) -> No
     expected = {
         "spec.yaml", "report.html", "report.md", "data/manifest.json", "data/train.parquet",
         "data/validation.parquet", "train/history.jsonl", "adapter/adapter.lora.h5",
-        "adapter/adapter.json", "adapter/README.md", "adapter/peft/adapter_config.json",
+        "adapter/adapter.json", "adapter/README.md", "adapter/chat_template.jinja",
+        "adapter/peft/adapter_config.json",
         "adapter/peft/adapter_model.safetensors",
         "evals/contamination.json", TRAINING + EVENTS,
         *(f"evals/{model}/{name}/predictions.jsonl" for model in ("baseline", "finetuned")
