@@ -11,8 +11,6 @@ from typing import Any
 
 COMMAND = (sys.executable, "-m", "job")
 LIMIT_SECONDS = 400
-SLOWER = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-"""Tests that have this machine at once: what is timed may take so many times longer."""
 
 
 @dataclass(frozen=True)

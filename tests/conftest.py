@@ -108,6 +108,16 @@ def tiny(make_model: MakeModel) -> "LanguageModel":
     return make_model()
 
 
+@pytest.fixture(scope="session")
+def two_blocks(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a model like the tiny one, with two of its six blocks."""
+    from job.model.tiny import SHAPE, build_preset
+
+    folder = tmp_path_factory.mktemp("preset")
+    build_preset(folder, SHAPE | {"num_layers": 2})
+    return str(folder)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files, so that two workers end at about the same time."""
     items.sort(key=lambda item: next((n for n, name in enumerate(LONG) if name in item.nodeid), 99))

@@ -1,5 +1,6 @@
 """Two processes as one job: the result of one, and together in every way of leaving."""
 
+import functools
 import json
 import os
 import random
@@ -8,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import h5py
@@ -18,7 +19,7 @@ import pytest
 from job.errors import SetupError
 from job.machine.distributed import join_processes
 from job.spec.schema import Runtime
-from tests.command import COMMAND, SLOWER
+from tests.command import COMMAND
 
 SHORT = (
     "run", "smoke", "--until", "train", "--run-id", "r", "--set", "train.checkpoint_every=3",
@@ -29,20 +30,37 @@ SHORT = (
 )  # fmt: skip
 
 
+ATTEMPTS = 3
+"""How often the same command is run where processes may lose each other."""
+LINES = 16
+"""Fewer than a resumed run logs."""
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
-def begin(output: Path, arguments: Sequence[str] = SHORT, *, count: int = 2) -> list:
-    """Start the processes of one job, four devices each."""
+Begin = Callable[..., list[subprocess.Popen[bytes]]]
+
+
+@pytest.fixture(scope="module")
+def begin(two_blocks: str) -> Begin:
+    """Starts the processes of one job, eight devices in all."""
+    return functools.partial(begin_processes, two_blocks)
+
+
+def begin_processes(
+    preset: str, output: Path, arguments: Sequence[str] = SHORT, *, count: int = 2
+) -> list[subprocess.Popen[bytes]]:
     output.parent.mkdir(parents=True, exist_ok=True)
     address = f"127.0.0.1:{free_port()}"
     started = []
     for index in range(count):
         environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
+            f"--xla_force_host_platform_device_count={8 // count}",
             "JAX_PLATFORMS": "cpu",
         }
         if count > 1:
@@ -52,7 +70,8 @@ def begin(output: Path, arguments: Sequence[str] = SHORT, *, count: int = 2) -> 
                 "JOB_PROCESS_INDEX": str(index),
             }
         log = (output.parent / f"{output.name}.{index}.log").open("ab")
-        command = [*COMMAND, *arguments, "--output", str(output)]
+        model = ("--set", f"model.preset={preset}")
+        command = [*COMMAND, *arguments, *model, "--output", str(output)]
         started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
     return started
 
@@ -68,26 +87,50 @@ def ended(processes: list, seconds: float = 480) -> list[int]:
 
 
 def log_of(output: Path, index: int) -> str:
-    return (output.parent / f"{output.name}.{index}.log").read_text(errors="replace")
+    path = output.parent / f"{output.name}.{index}.log"
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
-def wait_for(output: Path, index: int, text: str, processes: list) -> None:
-    until = time.monotonic() + 200
-    while text not in log_of(output, index):
-        assert time.monotonic() < until, log_of(output, index)
-        assert all(process.poll() is None for process in processes), log_of(output, index)
-        time.sleep(0.05)
+def logs_of(output: Path) -> str:
+    return log_of(output, 0) + log_of(output, 1)
 
 
-def wait_for_a_step(output: Path, processes: list) -> None:
-    """Until the leader has logged one more step than before they began."""
-    step = '"message": "step"'
-    before = log_of(output, 0).count(step)
-    until = time.monotonic() + 240
-    while log_of(output, 0).count(step) == before:
-        assert time.monotonic() < until, log_of(output, 0)
-        assert all(process.poll() is None for process in processes), log_of(output, 0)
-        time.sleep(0.1)
+def lost_each_other(codes: list[int], log: str) -> bool:
+    """Tell whether the processes ended because one was slow, as may happen under load.
+
+    Gloo waits 30 seconds for another process, and nothing can change that. The job then says to
+    run the same command.
+    """
+    return set(codes) == {75} and "lost the connection to another process; run the same" in log
+
+
+def begin_until(
+    begin: Begin, output: Path, text: str, times: int = 1
+) -> list[subprocess.Popen[bytes]]:
+    """Begin, and wait until the primary has logged so many more lines with this text."""
+    for _ in range(ATTEMPTS):
+        before, count = log_of(output, 0), log_of(output, 0).count(text) + times
+        both = begin(output)
+        until = time.monotonic() + 240
+        while all(process.poll() is None for process in both):
+            if log_of(output, 0).count(text) >= count:
+                return both
+            assert time.monotonic() < until, logs_of(output)
+            time.sleep(0.05)
+        if not lost_each_other(ended(both, 60), log_of(output, 0)[len(before) :]):
+            break
+    raise AssertionError(logs_of(output))
+
+
+def finish(begin: Begin, output: Path) -> None:
+    """Run to the end."""
+    for _ in range(ATTEMPTS):
+        before = log_of(output, 0)
+        if (codes := ended(begin(output))) == [0, 0]:
+            return
+        if not lost_each_other(codes, log_of(output, 0)[len(before) :]):
+            break
+    raise AssertionError(logs_of(output))
 
 
 def adapter(output: Path) -> bytes:
@@ -100,15 +143,15 @@ def losses(output: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(tmp_path_factory: pytest.TempPathFactory, begin: Begin) -> Path:
     """The output of two processes that nothing disturbed."""
     output = tmp_path_factory.mktemp("two") / "runs"
-    assert ended(begin(output)) == [0, 0], log_of(output, 0) + log_of(output, 1)
+    finish(begin, output)
     return output
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(tmp_path: Path, unbroken: Path) -> None:
+def test_two_processes_train_what_one_trains(tmp_path: Path, unbroken: Path, begin: Begin) -> None:
     alone = tmp_path / "runs"
     assert ended(begin(alone, count=1)) == [0], log_of(alone, 0)
     np.testing.assert_allclose(losses(unbroken), losses(alone), rtol=1e-5)
@@ -129,49 +172,46 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, unbroken: Path) -> 
 
 @pytest.mark.slow
 def test_stopped_or_killed_processes_resume_to_the_same_bytes(
-    tmp_path: Path, unbroken: Path
+    tmp_path: Path, unbroken: Path, begin: Begin
 ) -> None:
     output = tmp_path / "runs"
     for one, number in (
         (1, signal.SIGTERM), (0, signal.SIGTERM), (1, signal.SIGKILL), (0, signal.SIGKILL)
     ):  # fmt: skip
-        both = begin(output)
-        wait_for_a_step(output, both)
+        both = begin_until(begin, output, '"message": "step"')
         both[one].send_signal(number)
-        sent = time.monotonic()
-        codes = ended(both, 60)
-        logs = log_of(output, 0) + log_of(output, 1)
+        codes, logs = ended(both, 60), logs_of(output)
         if number == signal.SIGTERM:
             assert codes == [75, 75], logs
-            assert time.monotonic() - sent < 10 * SLOWER
         else:
             assert codes[one] == -signal.SIGKILL
             assert codes[1 - one] == 75 if one == 1 else codes[1 - one] != 0, logs
         assert not (output / "r/adapter").exists()
-    assert ended(begin(output)) == [0, 0], log_of(output, 0) + log_of(output, 1)
+    finish(begin, output)
     assert log_of(output, 0).count("resumed from a checkpoint") >= 3
     assert adapter(output) == adapter(unbroken)
 
 
 @pytest.mark.slow
-def test_processes_killed_at_random_end_with_the_same_bytes(tmp_path: Path, unbroken: Path) -> None:
+def test_processes_killed_at_random_end_with_the_same_bytes(
+    tmp_path: Path, unbroken: Path, begin: Begin
+) -> None:
     seed = random.randrange(2**32)
     sys.stdout.write(f"seed {seed}\n")
     chance = random.Random(seed)
     output = tmp_path / "runs"
     for _ in range(int(os.environ.get("KILL_ROUNDS", "1"))):
-        both = begin(output)
-        wait_for(output, 0, "stage started", both)
-        time.sleep(chance.uniform(5, 25))
+        both = begin_until(begin, output, '"message"', chance.randrange(1, LINES))
+        time.sleep(chance.uniform(0, 1))
         for process in chance.sample(both, 2):
             process.kill()
         ended(both, 10)
-    assert ended(begin(output)) == [0, 0], log_of(output, 0) + log_of(output, 1)
+    finish(begin, output)
     assert adapter(output) == adapter(unbroken)
 
 
 @pytest.mark.slow
-def test_a_failure_is_reported_by_the_other_process(tmp_path: Path) -> None:
+def test_a_failure_is_reported_by_the_other_process(tmp_path: Path, begin: Begin) -> None:
     output = tmp_path / "runs"
     broken = (*SHORT, "--set", "data.prompt='{nothing}'")
     assert ended(begin(output, broken), 120) == [2, 2]

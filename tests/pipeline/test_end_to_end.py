@@ -59,12 +59,8 @@ def only_run(output: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    from job.model.tiny import SHAPE, build_preset
-
-    preset = tmp_path_factory.mktemp("preset")
-    build_preset(preset, SHAPE | {"num_layers": 2})
-    return *SHORT, "--set", f"model.preset={preset}"
+def short(two_blocks: str) -> tuple[str, ...]:
+    return *SHORT, "--set", f"model.preset={two_blocks}"
 
 
 @pytest.fixture(scope="module")
