@@ -68,7 +68,8 @@ def test_description_says_what_the_adapter_is_of(run: Path) -> None:
     assert len(said["layers"]) == 12
     assert said["layers"][1]["kernel"] == [4, 64, 32]
     assert set(said["files"]) == {
-        "adapter.lora.h5", "peft/adapter_config.json", "peft/adapter_model.safetensors",
+        "adapter.lora.h5", "chat_template.jinja", "peft/adapter_config.json",
+        "peft/adapter_model.safetensors",
     }  # fmt: skip
 
 

@@ -432,6 +432,8 @@ def test_the_schema_describes_every_field_and_refuses_others(
     assert sorted(schema["required"]) == ["data", "model", "name"]
     models = {"Spec": schema, **schema["$defs"]}
     for name, model in models.items():
+        if name == "JsonValue":  # any value, for variables of chat templates
+            continue
         assert model["type"] == "object"
         assert model["additionalProperties"] is False, name
         for field, described in model["properties"].items():
