@@ -40,7 +40,7 @@ def test_a_sentence_has_the_tokens_of_the_makers(make: object) -> None:
 
 def test_gemma_is_complete_and_completes_a_sentence(make_model: MakeModel, tmp_path: Path) -> None:
     folder = gemma3_270m()
-    (tmp_path / "texts.json").write_text(json.dumps(["The capital of France is"]))
+    (tmp_path / "texts.json").write_text(json.dumps(["Roses are red, violets are"]))
     run_peer("read_model.py", folder, tmp_path / "texts.json", tmp_path / "out.json")
     read = json.loads((tmp_path / "out.json").read_text())
     assert (read["missing"], read["unexpected"]) == ([], [])
@@ -49,7 +49,7 @@ def test_gemma_is_complete_and_completes_a_sentence(make_model: MakeModel, tmp_p
     model = make_model(preset=str(folder))
     (token_ids,) = read["token_ids"]
     logits = full_logits(model, model.weights, np.array([token_ids], np.int32))[0, -1]
-    assert model.tokenizer.decode([int(logits.argmax())]).strip() == "Paris"
+    assert model.tokenizer.decode([int(logits.argmax())]).strip() == "blue"
 
 
 def test_the_templates_of_many_families_are_there() -> None:
