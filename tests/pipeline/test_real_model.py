@@ -29,7 +29,7 @@ from tests.model.forward import full_logits
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.real
-MODELS = ("smollm2", "gemma3_270m")
+MODELS = ("smollm2",)
 LORA = {"rank": 8, "alpha": 16, "targets": ["query", "value"]}
 LENGTHS = (
     1,
