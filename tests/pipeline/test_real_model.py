@@ -5,6 +5,7 @@ must be what transformers and PEFT compute from the same files in float32.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ from tests.command import job
 from tests.model.forward import full_logits
 from tests.peers import run_peer
 
-pytestmark = pytest.mark.real
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif("REAL_MODEL" not in os.environ, reason="a quarter of an hour; REAL_MODEL=1"),
+]
 MODELS = ("smollm2",)
 LORA = {"rank": 8, "alpha": 16, "targets": ["query", "value"]}
 LENGTHS = (
