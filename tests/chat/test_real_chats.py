@@ -185,7 +185,7 @@ def test_token_ids_and_masks_equal_those_of_transformers(tmp_path: Path, texts: 
             "texts": texts if not case.added and case.template != "qwen3" else [],
         })  # fmt: skip
     (tmp_path / "request.json").write_text(json.dumps(requests))
-    run_peer("render_chats.py", tmp_path / "request.json", tmp_path / "answer.json")
+    run_peer("render_chats.py", tmp_path / "request.json", tmp_path / "answer.json", seconds=900)
     answers = json.loads((tmp_path / "answer.json").read_text())
     knowing = {name for name, chat in chats.items() if chat.renderer.knows_tools}
     assert {"Qwen 2.5", "Qwen 3"} <= knowing <= {*CASES} - {"SmolLM2", "Gemma 3", "ChatML"}
