@@ -20,6 +20,7 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from job.model.language_model import LanguageModel
+    from tests.services.bucket import Bucket
 
 _cache = os.environ.get("JOB_TESTS_CACHE", "")
 if not _cache:  # the first process; the workers that it starts inherit the variable
@@ -70,6 +71,16 @@ def default_log() -> Iterator[None]:
     """A command that a test ran has set up the log, on a stream that is closed by now."""
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator["Bucket"]:
+    """The stand-in for Cloud Storage that this process talks to, with a bucket `runs`."""
+    from tests.services.bucket import Bucket
+
+    with Bucket("runs") as service:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", service.url)
+        yield service
 
 
 @pytest.fixture(scope="session")

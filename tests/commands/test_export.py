@@ -80,15 +80,13 @@ def test_peft_adapter_is_the_runs_own_to_the_byte(run: Path, tmp_path: Path) -> 
 
 
 def test_run_in_a_bucket_is_exported_and_gone_on_from(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, bucket: Bucket
 ) -> None:
-    with Bucket("runs") as service:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", service.url)
-        local, store = LocalStore(run), open_store("gs://runs/team/doctor")
-        for key in local.list():
-            store.write(key, local.read(key) or b"")
-        export_run(store.uri, "peft", str(tmp_path / "out"), "exact")
-        there = find_adapter(store.uri, "init_adapter", "adapter/").digests()
+    local, store = LocalStore(run), open_store("gs://runs/team/doctor")
+    for key in local.list():
+        store.write(key, local.read(key) or b"")
+    export_run(store.uri, "peft", str(tmp_path / "out"), "exact")
+    there = find_adapter(store.uri, "init_adapter", "adapter/").digests()
     assert there == find_adapter(str(run), "init_adapter", "adapter/").digests()
     assert len(list((tmp_path / "out").iterdir())) == 2
     with pytest.raises(UsageError, match="is not a local folder"):

@@ -2,7 +2,6 @@
 
 import hashlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,20 +46,15 @@ def leave_run(store: Store) -> None:
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def run(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Store]:
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """A finished run, in a folder or in a bucket."""
     if request.param == "folder":
         store = open_store(str(tmp_path / "runs" / "doctor-1"))
-        leave_run(store)
-        yield store
-        return
-    with Bucket("runs") as service:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", service.url)
+    else:
+        request.getfixturevalue("bucket")
         store = open_store("gs://runs/team/doctor-1")
-        leave_run(store)
-        yield store
+    leave_run(store)
+    return store
 
 
 @pytest.fixture
@@ -145,23 +139,21 @@ def test_a_fetch_that_was_refused_goes_on_once_the_run_is_right(
 
 
 def test_a_fetch_that_was_cut_off_is_completed_by_the_next(
-    target: LocalStore, monkeypatch: pytest.MonkeyPatch
+    target: LocalStore, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = bytes(range(256)) * 8000
     monkeypatch.setenv("JOB_RETRY_SECONDS", "0.1")
-    with Bucket("runs") as service:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", service.url)
-        store = open_store("gs://runs/r")
-        leave_run(store)
-        store.write("adapter/big.bin", content)
-        store.write("results.json", results(artifact("adapter/big.bin", content)))
-        service.faults.add("big.bin?alt=media", cut_after=1_500_000)
-        service.faults.add("big.bin?alt=media", status=503, times=99)
-        with pytest.raises(StageError, match=r"big\.bin.*run the same command to resume"):
-            fetch_run(store.uri, target.uri)
-        assert target.read("adapter/big.bin") is None
-        service.faults.clear()
+    store = open_store("gs://runs/r")
+    leave_run(store)
+    store.write("adapter/big.bin", content)
+    store.write("results.json", results(artifact("adapter/big.bin", content)))
+    bucket.faults.add("big.bin?alt=media", cut_after=1_500_000)
+    bucket.faults.add("big.bin?alt=media", status=503, times=99)
+    with pytest.raises(StageError, match=r"big\.bin.*run the same command to resume"):
         fetch_run(store.uri, target.uri)
+    assert target.read("adapter/big.bin") is None
+    bucket.faults.clear()
+    fetch_run(store.uri, target.uri)
     assert target.read("adapter/big.bin") == content
     assert not [path for path in target.root.rglob("*") if "partial" in path.name]
 

@@ -92,17 +92,6 @@ def test_a_refused_quota_ends_the_run_with_one_error(cloud: Cloud, scripts: Scri
 
 
 @pytest.mark.slow
-def test_a_quota_error_after_the_request_ends_the_run(cloud: Cloud, scripts: Scripts) -> None:
-    submitted(cloud)
-    cloud.machines.lives = [("ACCEPTED", "FAILED: Quota limit 'TPUS' has been exceeded")]
-    done = scripts.run("supervise", RUN)
-    assert done.code == 3
-    assert "Quota limit 'TPUS'" in done.err
-    assert len(cloud.machines.history) == 1
-    check_clean(cloud)
-
-
-@pytest.mark.slow
 def test_lost_responses_and_failed_deletions_are_retried(cloud: Cloud, scripts: Scripts) -> None:
     submitted(cloud)
     cloud.machines.lives = [DONE]
@@ -121,32 +110,27 @@ def test_lost_responses_and_failed_deletions_are_retried(cloud: Cloud, scripts: 
 
 
 @pytest.mark.slow
-def test_a_failed_job_is_not_run_again(cloud: Cloud, scripts: Scripts) -> None:
-    submitted(cloud)
-    cloud.machines.lives = [(*UP, "exit 4")]
+@pytest.mark.parametrize(
+    ("lives", "settings", "code", "reason"),
+    [
+        (
+            [("ACCEPTED", "FAILED: Quota limit 'TPUS' has been exceeded")], {},
+            3, "Quota limit 'TPUS'",
+        ),
+        ([(*UP, "exit 4")], {}, 4, "the job failed with exit code 4"),
+        ([UP], {"max_run_seconds": "1"}, 75, "reached the maximum run time of 1 s"),
+        ([(*UP, "exit 125")] * 2, {"max_attempts": "2"}, 4, "gave up after 2 machines"),
+    ],
+    ids=["quota after the request", "failed job", "maximum time", "maximum attempts"],
+)  # fmt: skip
+def test_a_run_that_cannot_go_on_ends_with_its_reason(
+    cloud: Cloud, scripts: Scripts, lives: list[tuple[str, ...]], settings: dict[str, str],
+    code: int, reason: str,
+) -> None:  # fmt: skip
+    submitted(cloud, **settings)
+    cloud.machines.lives = [*lives, DONE]
     done = scripts.run("supervise", RUN)
-    assert done.code == 4
-    assert "the job failed with exit code 4" in done.err
-    assert len(cloud.machines.history) == 1
-    check_clean(cloud)
-
-
-@pytest.mark.slow
-def test_a_machine_past_its_maximum_time_is_deleted(cloud: Cloud, scripts: Scripts) -> None:
-    submitted(cloud, max_run_seconds="1")
-    cloud.machines.lives = [UP]
-    done = scripts.run("supervise", RUN)
-    assert done.code == 75
-    assert "reached the maximum run time of 1 s" in done.err
-    check_clean(cloud)
-
-
-@pytest.mark.slow
-def test_a_run_gives_up_after_its_maximum_attempts(cloud: Cloud, scripts: Scripts) -> None:
-    submitted(cloud, max_attempts="2")
-    cloud.machines.lives = [(*UP, "exit 125")] * 3
-    done = scripts.run("supervise", RUN)
-    assert done.code == 4
-    assert "gave up after 2 machines" in done.err
-    assert len(cloud.machines.history) == 2
+    assert done.code == code
+    assert reason in done.err
+    assert len(cloud.machines.history) == len(lives)
     check_clean(cloud)

@@ -30,7 +30,6 @@ from tests.pipeline.reference_runs import (
     run_reference_stage,
     spec_of,
 )
-from tests.services.bucket import Bucket
 from tests.services.openrouter import PRICE, Chat, Misbehaviour, OpenRouter
 
 SECRET = "sk-or-v1-" + "0123456789abcdef" * 4
@@ -52,18 +51,14 @@ def store(staged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loca
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def any_store(
-    request: pytest.FixtureRequest, store: LocalStore, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Store]:
+def any_store(request: pytest.FixtureRequest, store: LocalStore) -> Store:
     if request.param == "folder":
-        yield store
-        return
-    with Bucket("runs") as service:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", service.url)
-        remote = open_store("gs://runs/team/r")
-        for key in store.list("data/"):
-            remote.write(key, store.read(key) or b"")
-        yield remote
+        return store
+    request.getfixturevalue("bucket")
+    remote = open_store("gs://runs/team/r")
+    for key in store.list("data/"):
+        remote.write(key, store.read(key) or b"")
+    return remote
 
 
 def right(chat: Chat) -> str:

@@ -15,18 +15,12 @@ from job.results import Artifact, EnvironmentInfo
 from job.spec.load import LoadedSpec, parse_spec
 from job.spec.schema import Spec
 from job.storage.local import LocalStore
+from tests.spec import BASE
 
-BASE = """\
-name: doctor
-model:
-  preset: tiny
-data:
-  dataset: samples
-  prompt: "{input}"
-  response: "{output}"
+TEXT = f"""{BASE}
 evals:
   multiple_choice:
-    - {name: first, dataset: samples, options: [opa, opb], answer: cop}
+    - {{name: first, dataset: samples, options: [opa, opb], answer: cop}}
 reference:
   model: large
 """
@@ -40,7 +34,7 @@ def without_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def spec_with(*overrides: str) -> Spec:
-    return parse_spec(BASE, "spec.yaml", overrides)
+    return parse_spec(TEXT, "spec.yaml", overrides)
 
 
 def changed_stages(before: Spec, after: Spec) -> list[str]:

@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,18 @@ from job.storage.local import LocalStore
 from job.storage.locations import open_store
 from tests.report import EVIL as WITH_SURROGATE
 from tests.report.finished_runs import answers, leave_run, talks
-from tests.services.bucket import Bucket
 
 EVIL = WITH_SURROGATE.replace("\ud800", "")  # no JSON file holds it
 At = Callable[[str], Store]
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def at(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[At]:
+def at(request: pytest.FixtureRequest, tmp_path: Path) -> At:
     """Where a run of a name is kept."""
     if request.param == "folder":
-        yield lambda name: open_store(str(tmp_path / name))
-        return
-    with Bucket("runs") as service:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", service.url)
-        yield lambda name: open_store(f"gs://runs/team/{name}")
+        return lambda name: open_store(str(tmp_path / name))
+    request.getfixturevalue("bucket")
+    return lambda name: open_store(f"gs://runs/team/{name}")
 
 
 def local(tmp_path: Path, name: str, *rest: Any, **more: Any) -> str:

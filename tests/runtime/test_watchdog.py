@@ -42,12 +42,12 @@ def test_lines_have_the_stage_and_the_throughput(stream: io.StringIO) -> None:
     monitor.stage = "train"
     structlog.contextvars.bind_contextvars(run_id="doctor-1")
     with monitor.watching(None, left), monitor.task("training", 90, 40):
-        for _ in range(10):
+        while not stream.getvalue():
             monitor.advance(2, {"loss": 1.5})
             time.sleep(0.05)
-    (line,) = lines(stream)
+    line, *_ = lines(stream)
     done = line.pop("done")
-    assert 40 < done < 60
+    assert done > 40
     assert line.pop("per_second") == pytest.approx((done - 40) / 0.3, abs=0.01)
     assert {key: line[key] for key in ("message", "stage", "task", "of", "loss", "run_id")} == {
         "message": "working", "stage": "train", "task": "training", "of": 90, "loss": 1.5,
@@ -79,11 +79,15 @@ def test_the_heartbeat_file_has_the_time_of_progress(
 
 
 def test_slow_progress_is_not_a_stall(stream: io.StringIO) -> None:
-    monitor = Watchdog()
-    with monitor.watching(0.2 / 60, left), monitor.task("slow", None, 0):
-        for _ in range(10):
+    monitor, stalls = Watchdog(), []
+    with monitor.watching(1 / 60, lambda *told: stalls.append(told)):
+        with monitor.task("slow", None, 0):
+            for _ in range(40):
+                time.sleep(0.05)
+                monitor.advance(1, {})
+        assert stalls == []
+        while not stalls:  # without progress it is one
             time.sleep(0.05)
-            monitor.advance(1, {})
 
 
 @pytest.mark.slow

@@ -18,16 +18,8 @@ from job import cli
 from job.errors import SpecError, UsageError
 from job.spec.load import load_spec, parse_spec, run_id, shipped_specs
 from job.spec.schema import Spec
+from tests.spec import BASE
 
-BASE = """\
-name: doctor
-model:
-  preset: tiny
-data:
-  dataset: samples
-  prompt: "{input}"
-  response: "{output}"
-"""
 EVALS = """\
 evals:
   multiple_choice:

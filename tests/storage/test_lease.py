@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,15 @@ from job.storage.base import Store
 from job.storage.lease import LEASE_KEY, Lease, LeaseHeldError, LeaseRecord, hold_lease
 from job.storage.locations import open_store
 from tests.command import COMMAND, job
-from tests.services.bucket import Bucket
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def store(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Store]:
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setenv("JOB_LEASE_SECONDS", "0.6")
     if request.param == "folder":
-        yield open_store(str(tmp_path / "run"))
-        return
-    with Bucket("runs") as service:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", service.url)
-        yield open_store("gs://runs/run")
+        return open_store(str(tmp_path / "run"))
+    request.getfixturevalue("bucket")
+    return open_store("gs://runs/run")
 
 
 def take(store: Store, lost: list[str] | None = None) -> Lease:

@@ -1,7 +1,7 @@
 """A folder and a bucket behave the same: a write is complete or absent."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,13 +32,6 @@ CALLS: dict[str, Call] = {
 OBJECTS = "/b/runs/o"
 """Part of the paths of all requests for objects."""
 OUTSIDE = ["", ".", "..", "../up", "a/../../up", "/etc/hosts", "a\\..\\b", "a\0b"]
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    with Bucket("runs") as service:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", service.url)
-        yield service
 
 
 @pytest.fixture
