@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import jax
 import pytest
 import structlog
 from hypothesis import settings
@@ -39,11 +38,6 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
-
-# In this process only, and before anything asks JAX for its devices.
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_compilation_cache_dir", f"{_cache}/xla")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 LONG = (
     "end_to_end",
@@ -89,6 +83,7 @@ def make_model() -> MakeModel:
 
     The same arguments give the same model, which tests leave as it is.
     """
+    import jax
     import numpy as np
     from jax.sharding import Mesh
 
@@ -127,6 +122,18 @@ def two_blocks(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("preset")
     build_preset(folder, SHAPE | {"num_layers": 2})
     return str(folder)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up JAX before anything asks it for its devices, not for the processes of tests."""
+    if config.getoption("numprocesses", None):
+        return  # this process only starts those that run tests
+
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_compilation_cache_dir", f"{_cache}/xla")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -81,10 +81,8 @@ def test_batched_generation_gives_kerashubs_text(tiny: LanguageModel) -> None:
 def test_letter_scores_do_not_depend_on_the_batch(tiny: LanguageModel) -> None:
     prompts, letters = encoded(tiny), tiny.tokenizer.letter_tokens("ABCD")
     together = Engine(tiny, 4, 512).loglikelihood(tiny.weights, prompts, letters, "t")
-    alone = [
-        Engine(tiny, 1, 512).loglikelihood(tiny.weights, [prompt], letters, "t")[0]
-        for prompt in prompts
-    ]
+    engine = Engine(tiny, 1, 512)
+    alone = [engine.loglikelihood(tiny.weights, [p], letters, "t")[0] for p in prompts]
     np.testing.assert_allclose(together, np.array(alone), atol=1e-5)
     assert np.all(together < 0)
 
