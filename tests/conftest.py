@@ -51,12 +51,6 @@ LONG = (
 """Files that take long, the longest first."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Compile quickly in the default run, whose tests compile much and compute little."""
-    if "not slow" in config.option.markexpr:
-        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-
-
 MakeModel = Callable[..., "LanguageModel"]
 
 
@@ -125,7 +119,12 @@ def two_blocks(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set up JAX before anything asks it for its devices, not for the processes of tests."""
+    """Set up JAX before anything asks it for its devices, not for the processes of tests.
+
+    In the default run it compiles quickly: those tests compile much and compute little.
+    """
+    if "not slow" in config.option.markexpr:
+        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     if config.getoption("numprocesses", None):
         return  # this process only starts those that run tests
 
