@@ -230,6 +230,7 @@ def test_a_job_from_hub_to_bucket_equals_the_local_one(
     arguments = (
         "run", "smoke", "--output", "gs://runs/here", "--run-id", "r", *short,
         "--set", "data.dataset=hf://clinic/dialogues", "--set", "model.preset=hf://clinic/tiny",
+        "--set", "model.chat_template=gemma",  # the template of `tiny`
         "--set", f"reference.base_url={router.url}/api/v1",
         "--set", "reference.attempts=1", "--set", "reference.concurrency=1",
     )  # fmt: skip
