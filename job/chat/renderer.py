@@ -24,7 +24,8 @@ from jinja2.utils import Namespace
 
 from job.chat.conversation import Conversation, MarkedText, Message
 from job.chat.templates import ChatTemplate
-from job.chat.text_tokenizer import TextTokenizer
+from job.chat.text_tokenizer import SpecialTokens
+from job.chat.thoughts import marks_thoughts
 from job.errors import UsageError
 
 _TODAY = datetime(2024, 7, 26)
@@ -50,7 +51,7 @@ class UnrenderableError(Exception):
 class ChatRenderer:
     """A chat template with the special tokens of a tokenizer."""
 
-    def __init__(self, template: ChatTemplate, tokenizer: TextTokenizer) -> None:
+    def __init__(self, template: ChatTemplate, tokenizer: SpecialTokens) -> None:
         """Compile a template and find out what it can do.
 
         Raises:
@@ -59,8 +60,6 @@ class ChatRenderer:
         self.template = template
         self._control = self._of_replies = _pattern(tokenizer.special_ids)
         self._variables: dict[str, Any] = {**tokenizer.named, **template.kwargs}
-        if template.is_built_in and tokenizer.start_id is None:
-            self._variables["bos_token"] = ""
         try:
             self._compiled = _environment().from_string(template.text)
             self.end_token = self._probe(tokenizer)
@@ -70,7 +69,7 @@ class ChatRenderer:
                 f"conversation: {error}"
             ) from error
 
-    def _probe(self, tokenizer: TextTokenizer) -> str:
+    def _probe(self, tokenizer: SpecialTokens) -> str:
         """Find the control tokens, special or not, and return the one that ends a reply."""
         question, reply = Message("user", _PLACE), Message("assistant", _PLACE)
         with _time_limit():
@@ -262,11 +261,6 @@ def _unmarked(text: str) -> MarkedText:
             spans.append((len(plain), len(plain) + len(reply)))
         plain += reply + rest
     return MarkedText(plain, tuple(spans))
-
-
-def marks_thoughts(token: str) -> bool:
-    """Return whether a token begins or ends what a model thinks before it answers."""
-    return any(word in token.lower() for word in ("think", "channel"))
 
 
 def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:

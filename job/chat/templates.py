@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from job.chat.text_tokenizer import TextTokenizer, read_json
+from job.chat.text_tokenizer import SpecialTokens, read_json
 from job.errors import UsageError
 from job.spec.fields import TINY, is_template_file
 
@@ -26,6 +26,8 @@ _TURN_TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
 }
 """The special tokens that a built-in template needs."""
+
+_START = "{{ bos_token }}\n"
 
 _INSTRUCT = re.compile(r"(?i)(?:^|[-_.])(?:instruct|it|chat)(?:[-_.]|$)")
 """Names of presets tuned to follow instructions; pretrained ones have no chat template."""
@@ -51,16 +53,12 @@ class ChatTemplate:
         variables = json.dumps(dict(self.kwargs), sort_keys=True) if self.kwargs else ""
         return hashlib.sha256((self.text + variables).encode()).hexdigest()
 
-    @property
-    def is_built_in(self) -> bool:
-        """Whether the text is that of a built-in template."""
-        return any(self.text == built_in(name).text for name in BUILT_IN)
 
-
-def built_in(name: str) -> ChatTemplate:
-    """Return a built-in template."""
+def built_in(name: str, *, starts: bool = True) -> ChatTemplate:
+    """Return a built-in template, without a start token for a tokenizer that puts none first."""
     path = resources.files("job") / "chat" / "builtin" / f"{name}.jinja"
-    return ChatTemplate(name, "built in", path.read_text("utf-8"))
+    text = path.read_text("utf-8")
+    return ChatTemplate(name, "built in", text if starts else text.replace(_START, ""))
 
 
 def own_templates(folder: Path) -> dict[str, tuple[str, str]]:
@@ -86,7 +84,7 @@ def own_templates(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def choose_template(
-    name: str, preset: str, folder: Path | None, tokenizer: TextTokenizer, family: str = ""
+    name: str, preset: str, folder: Path | None, tokenizer: SpecialTokens, family: str = ""
 ) -> ChatTemplate:
     """Return the chat template that the spec names.
 
@@ -101,6 +99,7 @@ def choose_template(
         UsageError: there is no such template, or it does not fit the tokenizer.
     """
     own = own_templates(folder) if folder else {}
+    starts = tokenizer.start_id is not None
     if name == AUTO:
         if "default" in own:
             text, file = own["default"]
@@ -118,7 +117,7 @@ def choose_template(
                 f"model.chat_template: {name} needs the tokens {', '.join(missing)}, which this "
                 "model's tokenizer does not have; use plain or auto"
             )
-        template = built_in(name)
+        template = built_in(name, starts=starts)
         replaces_own = "default" in own and own["default"][0] != template.text
         return ChatTemplate(name, template.source, template.text, replaces_own=replaces_own)
     if name in own:
@@ -149,16 +148,17 @@ def _is_instruct(preset: str) -> bool:
     return preset == TINY or bool(_INSTRUCT.search(preset.rstrip("/").rpartition("/")[2]))
 
 
-def _auto(preset: str, tokenizer: TextTokenizer, family: str) -> ChatTemplate:
+def _auto(preset: str, tokenizer: SpecialTokens, family: str) -> ChatTemplate:
     """Return the template of a model that carries none."""
     fitting = [n for n, tokens in _TURN_TOKENS.items() if tokenizer.special_ids.keys() >= {*tokens}]
+    starts = tokenizer.start_id is not None
     if not _is_instruct(preset):
-        plain = built_in(PLAIN)
+        plain = built_in(PLAIN, starts=starts)
         return replace(plain, source=_DOUBTFUL.format(fitting[0])) if fitting else plain
     if fitting:
-        return built_in(fitting[0])
+        return built_in(fitting[0], starts=starts)
     if family.startswith(("Mistral", "Mixtral")):
-        return built_in("mistral")
+        return built_in("mistral", starts=starts)
     raise UsageError(
         f"model.chat_template: {preset} is an instruct model, but its files have no chat template "
         f"and its special tokens are none that are known; write {', '.join(BUILT_IN)}, or the path "

@@ -43,8 +43,8 @@ _SPLIT = (
 )
 
 
-class TextTokenizer(Protocol):
-    """What `ChatTokenizer` needs of a tokenizer."""
+class SpecialTokens(Protocol):
+    """The special tokens of a tokenizer, which chat templates write."""
 
     special_ids: Mapping[str, int]
     """The id of every special token."""
@@ -54,6 +54,11 @@ class TextTokenizer(Protocol):
     """The special tokens with a role, such as `bos_token`, by its name in chat templates."""
     start_id: int | None
     """The token put before a text, if the tokenizer does that by itself."""
+
+
+class TextTokenizer(SpecialTokens, Protocol):
+    """What `ChatTokenizer` needs of a tokenizer."""
+
     stop_ids: tuple[int, ...]
     """The tokens that end a text, as the checkpoint's files name them."""
     pad_id: int

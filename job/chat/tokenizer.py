@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from job.chat.conversation import Conversation, MarkedText, Message, TokenizedConversation
-from job.chat.renderer import ChatRenderer, UnrenderableError, marks_thoughts
+from job.chat.renderer import ChatRenderer, UnrenderableError
 from job.chat.templates import ChatTemplate
 from job.chat.text_tokenizer import TextTokenizer
+from job.chat.thoughts import marks_thoughts
 from job.errors import UsageError
 
 

@@ -18,9 +18,9 @@ import requests
 import urllib3
 
 from job.chat.conversation import Conversation
+from job.chat.thoughts import split_thoughts
 from job.errors import SetupError
 from job.evals.budget import Budget
-from job.evals.thoughts import split_thoughts
 from job.runtime import logs
 from job.spec.schema import Reference
 from job.storage.retry import retry_after

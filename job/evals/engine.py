@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from job.chat.conversation import Conversation
+from job.chat.thoughts import split_thoughts
 from job.chat.tokenizer import OptionTokens
 from job.evals.batching import (
     COMPILE_TOKENS,
@@ -25,7 +26,6 @@ from job.evals.batching import (
     batch_packed,
     round_length,
 )
-from job.evals.thoughts import split_thoughts
 from job.model.generation import SamplerState, Sampling
 from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.lora import Weights

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from job.chat.thoughts import split_thoughts
 from job.evals.predictions import ChoiceLine, DialogueLine, answered
 from job.evals.statistics import (
     WORST_DISCORDANCE,
@@ -23,7 +24,6 @@ from job.evals.statistics import (
     proportion,
     wilson,
 )
-from job.evals.thoughts import split_thoughts
 from job.results import (
     Comparison,
     DialogueComparison,

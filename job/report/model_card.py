@@ -63,8 +63,6 @@ def license_in(card: Path) -> str:
 def license_of(preset: str) -> str:
     """Return the license of a model as hubs name it; `other` if its name does not tell."""
     name = preset.rstrip("/").rpartition("/")[2].lower()
-    if name.startswith("smollm2"):
-        return "apache-2.0"
     if not name.startswith("gemma"):
         return "other"
     # The number in gemma-2b is a size: it is the first Gemma.

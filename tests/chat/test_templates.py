@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.chat.conversation import Conversation, MarkedText, Message, TokenizedConversation
+from job.chat.conversation import Conversation, Message
 from job.chat.renderer import ChatRenderer, UnrenderableError
 from job.chat.templates import BUILT_IN, ChatTemplate, built_in, choose_template
 from job.errors import UsageError
@@ -23,21 +23,12 @@ TOKENS = (*GEMMA, *CHATML, *LLAMA, *TURN)
 
 
 class Words:
-    """A tokenizer that only has special tokens."""
-
-    stop_ids = (1,)
-    pad_id = 2
+    """Special tokens, the first of which begins a text."""
 
     def __init__(self, tokens: Sequence[str] = TOKENS, start: int | None = 0) -> None:
         self.special_ids = self.added_ids = {token: number for number, token in enumerate(tokens)}
         self.named = {"bos_token": tokens[0], "eos_token": tokens[1]}
         self.start_id = start
-
-    def encode(self, texts: Sequence[MarkedText]) -> list[TokenizedConversation]:
-        raise NotImplementedError
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        raise NotImplementedError
 
 
 def renderer(text: str, words: Words | None = None, **kwargs: object) -> ChatRenderer:
@@ -87,9 +78,13 @@ def test_built_in_templates_render_as_documented(name: str) -> None:
     assert EXPECTED[name].startswith(chat.prompt(CHAT[:-1]))
 
 
-def test_a_built_in_template_adds_no_start_token_of_its_own() -> None:
-    chat = ChatRenderer(built_in("plain"), Words(start=None))
-    assert chat.prompt([Message("user", "a")]) == "a\n"
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_ins_start_a_text_only_where_the_tokenizer_does(name: str) -> None:
+    chat = ChatRenderer(built_in(name, starts=False), Words())
+    (text,) = chat.training_texts(CHAT)
+    assert text.text == EXPECTED[name].removeprefix("<bos>")
+    chosen = choose_template(name, "model", None, Words(start=None))
+    assert chosen.text == chat.template.text
 
 
 def test_weight_0_takes_a_reply_out_of_the_loss() -> None:

@@ -72,8 +72,6 @@ def test_a_local_model_is_not_named_for_the_hub() -> None:
         ("hf://google/gemma-4-26b-a4b-it", "apache-2.0"),
         ("hf://google/gemma-5-1b", "other"),
         ("hf://google/medgemma-4b-it", "other"),
-        ("smollm2-135m-instruct", "apache-2.0"),
-        ("hf://HuggingFaceTB/SmolLM2-1.7B", "apache-2.0"),
         ("hf://Qwen/Qwen3-0.6B", "other"),
         ("llama3_8b_en", "other"),
         ("tiny", "other"),

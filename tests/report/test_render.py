@@ -152,12 +152,12 @@ def test_caveats_follow_from_the_results(render: Render, results: Results) -> No
     assert "model is tiny, with random weights" in render(Results.model_validate(tiny), [], [])
 
 
-def doubtful(truncated: int = 199) -> Results:
+def doubtful() -> Results:
     """A run without the model's own template, whose tuned dialogues were cut."""
     run = full()
     run["model"] |= {"chat_template": "plain", "chat_template_ignored": True}
     run["evaluation"]["dialogue"]["models"]["finetuned"] |= {
-        "truncated": truncated,
+        "truncated": 199,
         "cut_in_thoughts": 12,
     }
     run["evaluation"]["multiple_choice"][0]["models"]["baseline"] |= {
@@ -181,20 +181,19 @@ def test_what_makes_the_verdict_doubtful_is_at_the_top(render: Render) -> None:
 
 
 @pytest.mark.parametrize("render", [html_text, render_markdown])
-def test_fewer_than_9_in_10_cut_answers_are_no_warning(render: Render, results: Results) -> None:
-    assert "Warning" not in render(results, HISTORY, FLIPS)
-    assert "179 of 200" not in render(doubtful(179), HISTORY, FLIPS)
-    assert "180 of 200" in render(doubtful(180), HISTORY, FLIPS)
-
-
-@pytest.mark.parametrize("render", [html_text, render_markdown])
-def test_missing_answers_are_not_counted_among_the_cut(render: Render) -> None:
+@pytest.mark.parametrize(
+    ("truncated", "missing", "warned"),
+    [(0, 0, ""), (179, 0, ""), (180, 0, "180 of 200"), (90, 100, "90 of 100"), (89, 100, "")],
+)
+def test_nine_in_ten_answers_cut_of_those_there_are_a_warning(
+    render: Render, truncated: int, missing: int, warned: str
+) -> None:
     run = full()
-    run["evaluation"]["dialogue"]["models"]["baseline"] |= {"truncated": 0, "missing": 200}
-    run["evaluation"]["dialogue"]["models"]["finetuned"] |= {"truncated": 90, "missing": 100}
+    score = run["evaluation"]["dialogue"]["models"]["finetuned"]
+    score |= {"truncated": truncated, "missing": missing}
     text = render(Results.model_validate(run), HISTORY, FLIPS)
-    assert "dialogue: 90 of 100 answers of finetuned" in text
-    assert text.count("Warning:") == 1
+    assert text.count("Warning:") == bool(warned)
+    assert warned == "" or f"dialogue: {warned} answers of finetuned" in text
 
 
 @pytest.mark.parametrize("render", [html_text, render_markdown])

@@ -9,6 +9,11 @@ _OPEN = r"<think>|\[THINK\]|<\|START_THINKING\|>|<\|channel>(?:thought\b)?"
 _MARKER = re.compile(rf"({_OPEN})|</think>|\[/THINK\]|<\|END_THINKING\|>|<channel\|>")
 
 
+def marks_thoughts(token: str) -> bool:
+    """Tell whether a token begins or ends what a model thinks before it answers."""
+    return bool(_MARKER.fullmatch(token))
+
+
 def split_thoughts(text: str, prompt: str = "") -> tuple[str, str | None]:
     """Return thoughts and the answer, which is None if the text ends inside its thoughts.
 

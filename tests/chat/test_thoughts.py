@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from job.chat.thoughts import split_thoughts
 from job.evals.engine import Engine
 from job.evals.local_model import LocalModel
 from job.evals.metrics import rouge_scores, score_choices, score_dialogues, summarize_style
 from job.evals.predictions import DialogueLine, SideLine, format_predictions, parse_predictions
 from job.evals.statistics import Bootstrap
 from job.evals.tasks import Question, SideBySidePrompt, Task
-from job.evals.thoughts import split_thoughts
 from job.model.language_model import LanguageModel
 from job.model.load import load_model
 from job.spec.schema import Model, MultipleChoiceEval
