@@ -6,6 +6,7 @@ must be what transformers and PEFT compute from the same files in float32.
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from jax.sharding import Mesh
+from safetensors.numpy import load_file, save_file
 
 from job.adapters.keras_format import load_adapter
 from job.data.examples import Example
@@ -33,7 +35,7 @@ pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif("REAL_MODEL" not in os.environ, reason="a quarter of an hour; REAL_MODEL=1"),
 ]
-MODELS = ("smollm2",)
+MODELS = ("smollm2", "gemma3_270m")
 LORA = {"rank": 8, "alpha": 16, "targets": ["query", "value"]}
 LENGTHS = (
     1,
@@ -88,7 +90,8 @@ def spec_of(folder: Path, runs: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=MODELS)
 def comparison(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Comparison:
-    folder, work = getattr(real_models, request.param)(), tmp_path_factory.mktemp("real")
+    work = tmp_path_factory.mktemp("real")
+    folder = in_float32(getattr(real_models, request.param)(), work / request.param)
     (work / "spec.yaml").write_text(yaml.safe_dump(spec_of(folder, work)))
 
     def succeed(*arguments: str) -> None:
@@ -128,6 +131,15 @@ def comparison(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Compari
     weights["merged-keras"] = keras.weights
     losses = dict(record["outcome"]["training"]["loss"])
     return Comparison(model, weights, prompts, chats, losses, theirs)
+
+
+def in_float32(folder: Path, target: Path) -> Path:
+    """Copy a checkpoint, so that merging into its weights does not round them to bfloat16."""
+    shutil.copytree(folder, target)
+    path = target / "model.safetensors"
+    weights = {name: weight.astype(np.float32) for name, weight in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    return target
 
 
 def on_one_device(section: Model) -> LanguageModel:
