@@ -4,13 +4,13 @@ Field names and nesting are a public contract (`schema_version`): tools read thi
 bucket. It is written last, so its presence means that the run is complete.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 SCHEMA_VERSION = 1
 Interval = tuple[float, float]
-Finding = Literal["improved", "worse", "no measurable change"]
+Finding = Literal["improved", "worse", "no measurable change", "not enough evidence"]
 
 
 class Record(BaseModel):
@@ -163,16 +163,22 @@ class GroupScore(Record):
 class PairedTest(Record):
     """Model `b` compared with model `a` on the examples that both answered."""
 
+    lower_is_better: ClassVar[bool] = False
+
     a: str
     b: str
+    family: Literal["primary", "secondary"] = "primary"
+    """The primary family decides the verdict: tasks, baseline compared with fine-tuned."""
     difference: float
     """`b` minus `a`: positive where `b` is higher."""
     ci95: Interval
     p_value: float
     p_holm: float
-    """`p_value` corrected for all paired tests of these results (Holm 1979)."""
+    """`p_value` corrected for all tests of the family (Holm 1979)."""
     finding: Finding
     """The conclusion from `p_holm` at the 5% level."""
+    detectable: float | None = None
+    """Minimum detectable effect at 80% power and the corrected level; null: none is detectable."""
 
 
 class Comparison(PairedTest):
@@ -181,9 +187,6 @@ class Comparison(PairedTest):
     questions: int
     gained: int
     lost: int
-    detectable: float | None
-    """Minimum detectable effect at 80% power, with this many questions and this share of them that
-    only one model answers correctly; null: no difference is detectable."""
 
 
 class MultipleChoiceResult(Record):
@@ -234,10 +237,16 @@ class TrivialBaselines(Record):
     polite_sentence: Estimate
 
 
-class DialogueComparison(PairedTest):
-    """ROUGE-L on the prompts that both models answered: the paired bootstrap."""
+class MeanComparison(PairedTest):
+    """Means over the examples that both models have: random sign flips of the differences."""
 
     examples: int
+
+
+class LossComparison(MeanComparison):
+    """Mean losses of the responses, by example."""
+
+    lower_is_better: ClassVar[bool] = True
 
 
 class StyleTrait(Record):
@@ -256,11 +265,30 @@ class Dialogue(Record):
     models: dict[str, DialogueScore]
     nulls: TrivialBaselines
     """The public name of the trivial baselines."""
-    comparison: DialogueComparison
+    comparison: MeanComparison
     markers: list[StyleTrait] = []
     """The public name of the style traits."""
-    reference_comparison: DialogueComparison | None = None
+    reference_comparison: MeanComparison | None = None
     """The reference compared with the fine-tuned model, if it answered."""
+
+
+class LossScore(Record):
+    """Cross-entropy of the held-out responses, in nats per token."""
+
+    mean: float
+    """Over all tokens; its exponential is the perplexity."""
+    by_example: Estimate
+    """Mean of the examples' means: each example counts as much."""
+
+
+class HeldOutLoss(Record):
+    examples: int
+    tokens: int
+    """Tokens of the responses."""
+    models: dict[str, LossScore]
+    lower: Share
+    """Examples whose loss fell."""
+    comparison: LossComparison
 
 
 class SideBySide(Record):
@@ -273,6 +301,7 @@ class SideBySide(Record):
 class Evaluation(Record):
     multiple_choice: list[MultipleChoiceResult]
     dialogue: Dialogue | None
+    loss: HeldOutLoss | None = None
     side_by_side: list[SideBySide]
 
 
@@ -312,10 +341,22 @@ class Cost(Record):
     """Chips at list price plus the reference model; null if a chip's price is unknown."""
 
 
+VerdictAnswer = Literal[
+    "better", "worse", "better and worse", "no clear change", "not enough evidence"
+]
+
+
 class Verdict(Record):
+    answer: VerdictAnswer | None = None
+    """None in results of earlier versions."""
     sentence: str
+    next_step: str = ""
     benchmark: Finding | None
+    """Of the task with the most questions."""
     style: Finding | None
+    """Of ROUGE-L of the answers to held-out prompts."""
+    loss: Finding | None = None
+    """Of the loss on held-out responses."""
 
 
 class Results(Record):

@@ -7,7 +7,7 @@ them.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from job.model.generation import SamplerState, Sampling
 from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.lora import Weights
 from job.runtime.watchdog import progress
+from job.train.loss import chunk_length
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,16 @@ class Generation:
     """Number of new tokens, without the stop token."""
     finish: Literal["stop", "length"]
     thoughts: str = ""
+
+
+class TokenScore(NamedTuple):
+    """How likely a model finds given tokens."""
+
+    loglikelihood: float
+    """Sum of the tokens' log-probabilities."""
+    tokens: int
+    is_greedy: bool
+    """Whether each is the likeliest token in its place."""
 
 
 class BatchCache(Protocol):
@@ -201,6 +212,97 @@ class Engine:
         return np.array(
             self._run_batches(len(prompts), batches, run_batch, cache, label), np.float32
         )
+
+    @cached_property
+    def score_program(self) -> Callable[..., Any]:
+        """The jitted program that scores the tokens after `positions`, `[devices, chunks, n]`.
+
+        It returns their log-probabilities and whether each is the likeliest token, in arrays
+        `[chunks, devices, n]`. Logits are computed for one chunk at a time.
+        """
+        model = self._model
+
+        def score(
+            weights: Weights,
+            tokens: Any,
+            segment_ids: Any,
+            positions: Any,
+            max_length: int | None = None,
+        ) -> Any:
+            flat = positions.reshape(len(positions), -1)
+            states = model.hidden_states(
+                weights,
+                {"token_ids": tokens, "segment_ids": segment_ids, "positions": flat},
+                ForwardConfig(model.can_pack, "none", max_length),
+            )
+            targets = jnp.take_along_axis(tokens.reshape(len(flat), -1), flat + 1, axis=1)
+
+            def split(array: Any) -> Any:
+                return jnp.moveaxis(array.reshape(*positions.shape, *array.shape[2:]), 1, 0)
+
+            def score_chunk(chunk: tuple[Any, Any]) -> tuple[Any, Any]:
+                states, targets = chunk
+                logits = model.logits(weights, states)
+                chosen = jnp.take_along_axis(logits, targets[..., None], axis=2)[..., 0]
+                return chosen - jax.nn.logsumexp(logits, axis=2), logits.argmax(axis=2) == targets
+
+            return jax.lax.map(score_chunk, (split(states), split(targets)))
+
+        return jax.jit(score, static_argnames="max_length", out_shardings=model.replicated)
+
+    def score_tokens(
+        self,
+        weights: Weights,
+        rows: Sequence[tuple[list[int], list[bool]]],
+        label: str,
+        cache: BatchCache | None = None,
+    ) -> list[TokenScore]:
+        """Score the marked tokens of each row, given all tokens before them.
+
+        Args:
+            weights: as `LanguageModel.weights`.
+            rows: token ids and marks, `[tokens]` both; the first token has no mark.
+            label: name of the work in progress messages.
+            cache: results of batches that need not run again.
+        """
+        model = self._model
+        # Positions before marked tokens, counted from the last token of the row.
+        before = [np.flatnonzero(marks) - len(marks) for _, marks in rows]
+        tokens = [token_ids for token_ids, _ in rows]
+        batches = list(
+            batch_packed(
+                tokens, self.batch_size, model.devices, self._compile_tokens, packing=model.can_pack
+            )
+        )
+        most = 1
+        for batch in batches:
+            counts = [len(before[index]) for index in batch.indices]
+            most = max(most, int(np.bincount(batch.end_indices[0], counts).max()))
+        width = chunk_length(1, most, model.vocabulary, jnp.float32)
+        shape = (model.devices, -(-most // width), width)
+        max_length = round_length(max(map(len, tokens), default=0))
+
+        def run_batch(batch: PackedPrompts) -> list[Any]:
+            positions = np.zeros((shape[0], shape[1] * width), np.int32)
+            places, filled = [], [0] * model.devices
+            ends = batch.ends[batch.end_indices]
+            for index, device, end in zip(batch.indices, batch.end_indices[0], ends, strict=True):
+                place = slice(filled[device], filled[device] + len(before[index]))
+                positions[device, place] = end + before[index]
+                filled[device] = place.stop
+                places.append((device, place))
+            arrays = batch.tokens, batch.segment_ids, positions.reshape(shape)
+            results = self.score_program(weights, *model.shard_batch(arrays), max_length=max_length)
+            scores, best = (
+                np.moveaxis(np.asarray(r), 0, 1).reshape(len(positions), -1) for r in results
+            )
+            return [
+                (float(scores[at].sum(dtype=np.float64)), len(scores[at]), bool(best[at].all()))
+                for at in places
+            ]
+
+        values = self._run_batches(len(rows), batches, run_batch, cache, label)
+        return [TokenScore(*fields) for fields in values]
 
     def generate_program(self, sampling: Sampling | None = None) -> Callable[..., Any]:
         """Return the jitted program that generates, greedily without `sampling`.

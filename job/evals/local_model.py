@@ -8,15 +8,18 @@ import numpy as np
 
 from job.chat.tokenizer import ChatTokenizer
 from job.data.examples import Example
+from job.data.packing import tokenize
 from job.evals.answer_parsing import parse_choice
 from job.evals.engine import Engine, Generation
 from job.evals.metrics import rouge_scores
 from job.evals.prediction_cache import PredictionCaches
 from job.evals.predictions import (
     DIALOGUE,
+    LOSS,
     SIDE_BY_SIDE,
     ChoiceLine,
     DialogueLine,
+    LossLine,
     SideLine,
     choice_line,
 )
@@ -80,6 +83,18 @@ class LocalModel:
             for example, answer in zip(examples, answers, strict=True)
         ]
         return lines, truncated
+
+    def measure_losses(self, examples: Sequence[Example], max_length: int) -> list[LossLine]:
+        """Return the losses of the examples' responses, without those past `max_length` tokens."""
+        rows = tokenize(examples, self.tokenizer, max_length, "response").examples
+        scores = self.engine.score_tokens(
+            self.weights, [(r.token_ids, r.loss_mask) for r in rows], "loss", self.caches.open(LOSS)
+        )
+        sums: dict[str, tuple[int, float]] = {}
+        for row, score in zip(rows, scores, strict=True):
+            tokens, nats = sums.get(row.id, (0, 0.0))
+            sums[row.id] = tokens + score.tokens, nats - score.loglikelihood
+        return [LossLine(id=i, tokens=n, nats=round(nats, 6)) for i, (n, nats) in sums.items()]
 
     def answer_side_by_side(
         self, prompts: Sequence[SideBySidePrompt], max_new_tokens: int

@@ -12,23 +12,26 @@ from functools import cache
 from typing import Any
 
 from job.chat.thoughts import split_thoughts
-from job.evals.predictions import ChoiceLine, DialogueLine, answered
+from job.evals.predictions import ChoiceLine, DialogueLine, LossLine, answered
 from job.evals.statistics import (
     WORST_DISCORDANCE,
     Bootstrap,
+    Family,
     bootstrap_mean,
-    bootstrap_test,
+    compare_means,
     compare_proportions,
-    finding_of_interval,
     minimum_detectable_effect,
     proportion,
     wilson,
 )
 from job.results import (
     Comparison,
-    DialogueComparison,
     DialogueScore,
     GroupScore,
+    HeldOutLoss,
+    LossComparison,
+    LossScore,
+    MeanComparison,
     ModelScore,
     MultipleChoiceResult,
     Share,
@@ -37,7 +40,12 @@ from job.results import (
 )
 from job.spec.schema import MultipleChoiceEval
 
-COMPARED_MODELS = (("baseline", "finetuned"), ("finetuned", "reference"))
+BEFORE_AFTER = ("baseline", "finetuned")
+COMPARED_MODELS: tuple[tuple[str, str], ...] = (BEFORE_AFTER, ("finetuned", "reference"))
+
+
+def _family(models: tuple[str, str]) -> Family:
+    return "secondary" if "reference" in models else "primary"
 
 
 # Multiple choice
@@ -65,23 +73,14 @@ def _cut_in_thoughts(lines: Iterable[ChoiceLine | DialogueLine]) -> int:
 
 
 def compare_choices(
-    models: tuple[str, str],
-    before: Sequence[ChoiceLine],
-    after: Sequence[ChoiceLine],
-    bootstrap: Bootstrap,
+    models: tuple[str, str], before: Sequence[ChoiceLine], after: Sequence[ChoiceLine]
 ) -> Comparison | None:
-    """Compare two models on the questions both answered; None if there are none.
-
-    The p-value is not adjusted for other tests; see `statistics.apply_holm`.
-
-    Args:
-        models: names of the models that gave `before` and `after`.
-    """
+    """Compare two models on the questions both answered; see `statistics.compare_proportions`."""
     first, second = (
         {identity: line.correct for identity, line in answered(lines).items()}
         for lines in (before, after)
     )
-    return compare_proportions(models, first, second, bootstrap)
+    return compare_proportions(models, first, second, _family(models))
 
 
 def group_scores(models: Mapping[str, Sequence[ChoiceLine]]) -> list[GroupScore]:
@@ -105,7 +104,6 @@ def _group_accuracy(group: str, lines: Sequence[ChoiceLine]) -> Share:
 def summarize_choices(
     entry: MultipleChoiceEval,
     models: Mapping[str, Sequence[ChoiceLine]],
-    bootstrap: Bootstrap,
     revision: str | None = None,
     in_training_text: int | None = None,
 ) -> MultipleChoiceResult:
@@ -114,14 +112,13 @@ def summarize_choices(
     Args:
         entry: the task's section of the spec.
         models: predictions by model; "baseline" is required.
-        bootstrap: settings of the intervals of differences.
         revision: commit of the dataset, where it has one.
         in_training_text: number of questions that overlap the training text, if known.
     """
     questions = models["baseline"]
     majority, count = Counter(line.gold for line in questions).most_common(1)[0]
     comparisons = [
-        compare_choices((a, b), models[a], models[b], bootstrap)
+        compare_choices((a, b), models[a], models[b])
         for a, b in COMPARED_MODELS
         if a in models and b in models
     ]
@@ -193,30 +190,13 @@ def compare_dialogues(
     before: Sequence[DialogueLine],
     after: Sequence[DialogueLine],
     bootstrap: Bootstrap,
-) -> DialogueComparison | None:
-    """Compare ROUGE-L on the prompts both models answered; None if there are none.
-
-    The p-value is not adjusted for other tests; see `statistics.apply_holm`.
-
-    Args:
-        models: names of the models that gave `before` and `after`.
-    """
-    first, second = answered(before), answered(after)
-    shared = [identity for identity in first if identity in second]
-    if not shared:
-        return None
-    differences = [second[i].rougeL - first[i].rougeL for i in shared]
-    estimate, p_value = bootstrap_test(differences, bootstrap)
-    return DialogueComparison(
-        a=models[0],
-        b=models[1],
-        examples=len(shared),
-        difference=estimate.mean,
-        ci95=estimate.ci95,
-        p_value=p_value,
-        p_holm=p_value,
-        finding=finding_of_interval(estimate.ci95, len(shared)),
+) -> MeanComparison | None:
+    """Compare ROUGE-L on the prompts both models answered; see `statistics.compare_means`."""
+    first, second = (
+        {identity: line.rougeL for identity, line in answered(lines).items()}
+        for lines in (before, after)
     )
+    return compare_means(MeanComparison, models, first, second, bootstrap, _family(models))
 
 
 def trivial_baselines(lines: Sequence[DialogueLine], bootstrap: Bootstrap) -> TrivialBaselines:
@@ -239,6 +219,39 @@ def _rouge_l(line: DialogueLine, answer: str) -> float:
     return rouge_scores(line.expected, answer)["rougeL"]
 
 
+# Loss
+
+
+def summarize_loss(
+    models: Mapping[str, Sequence[LossLine]], bootstrap: Bootstrap
+) -> HeldOutLoss | None:
+    """Summarize the losses of the held-out responses; None without any.
+
+    Args:
+        models: losses by model, "baseline" and "finetuned", of the same examples.
+        bootstrap: settings of the intervals.
+    """
+    means = {name: {line.id: line.loss for line in lines} for name, lines in models.items()}
+    before, after = (means[name] for name in BEFORE_AFTER)
+    comparison = compare_means(LossComparison, BEFORE_AFTER, before, after, bootstrap, "primary")
+    if comparison is None:
+        return None
+    tokens = {name: sum(line.tokens for line in lines) for name, lines in models.items()}
+    return HeldOutLoss(
+        examples=len(before),
+        tokens=tokens["baseline"],
+        models={
+            name: LossScore(
+                mean=sum(line.nats for line in lines) / tokens[name],
+                by_example=bootstrap_mean(list(means[name].values()), bootstrap),
+            )
+            for name, lines in models.items()
+        },
+        lower=proportion(sum(after[i] < before[i] for i in before), len(before)),
+        comparison=comparison,
+    )
+
+
 # Style traits
 
 
@@ -258,28 +271,19 @@ def _phrase_regex(phrase: str) -> str:
 
 
 def summarize_style(
-    traits: Mapping[str, Sequence[str]],
-    models: Mapping[str, Sequence[DialogueLine]],
-    bootstrap: Bootstrap,
+    traits: Mapping[str, Sequence[str]], models: Mapping[str, Sequence[DialogueLine]]
 ) -> list[StyleTrait]:
     """Return how often each trait occurs in the expected answers and in each model's.
 
     Args:
         traits: phrases by trait; any of them shows it.
         models: predictions by model; "baseline" and "finetuned" are required and compared.
-        bootstrap: settings of the intervals of differences.
     """
-    return [
-        _style_trait(name, phrase_pattern(phrases), models, bootstrap)
-        for name, phrases in traits.items()
-    ]
+    return [_style_trait(name, phrase_pattern(phrases), models) for name, phrases in traits.items()]
 
 
 def _style_trait(
-    name: str,
-    pattern: re.Pattern[str],
-    models: Mapping[str, Sequence[DialogueLine]],
-    bootstrap: Bootstrap,
+    name: str, pattern: re.Pattern[str], models: Mapping[str, Sequence[DialogueLine]]
 ) -> StyleTrait:
     def matches(text: str) -> bool:
         text = split_thoughts(text)[1] or text
@@ -297,6 +301,6 @@ def _style_trait(
             model: proportion(sum(shown.values()), len(shown)) for model, shown in by_model.items()
         },
         comparison=compare_proportions(
-            ("baseline", "finetuned"), by_model["baseline"], by_model["finetuned"], bootstrap
+            BEFORE_AFTER, by_model["baseline"], by_model["finetuned"], "secondary"
         ),
     )

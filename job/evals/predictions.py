@@ -12,6 +12,7 @@ from job.storage.base import Store
 ModelName = Literal["baseline", "finetuned", "reference"]
 DIALOGUE = "dialogue"
 SIDE_BY_SIDE = "side_by_side"
+LOSS = "loss"
 
 
 class Line(BaseModel):
@@ -62,6 +63,20 @@ class DialogueLine(Line):
     rouge1: float
     rouge2: float
     rougeL: float  # noqa: N815 - the name the field uses
+
+
+class LossLine(Line):
+    """The cross-entropy of a held-out response."""
+
+    tokens: int
+    """Tokens of the response."""
+    nats: float
+    """Their summed loss."""
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
 
 
 class SideLine(Line):

@@ -1,23 +1,39 @@
 """Confidence intervals, paired tests, power, and the correction for multiple tests.
 
-scipy does the arithmetic where it can. Intervals are 95%; tests are two-sided at the 5% level.
+scipy does the arithmetic where it can. Intervals are 95%; tests are two-sided at the 5% level,
+shared by the tests of a family (see `decide_findings`).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
-from job.results import Comparison, Estimate, Finding, Interval, PairedTest, Record, Share
+from job.results import (
+    Comparison,
+    Estimate,
+    Finding,
+    Interval,
+    MeanComparison,
+    Record,
+    Share,
+)
 
+Family = Literal["primary", "secondary"]
+type Test = Comparison | MeanComparison
 ALPHA = 0.05
 POWER = 0.8
 """Probability that a test detects a change of its minimum detectable effect."""
 
-MIN_BOOTSTRAP_ITEMS = 10
-"""With fewer items the bootstrap interval is too unreliable to claim a change."""
+MIN_ITEMS = 50
+"""With fewer items no change of a mean is claimed, and none is excluded."""
+
+SIGN_FLIPS = 20_000
+"""Random sign flips of a permutation test, at least: its smallest p-value is 1 in 10,000, which
+decides after Holm's correction for hundreds of tests too."""
 
 WORST_DISCORDANCE = 0.5
 """Share of questions that exactly one of two unrelated models gets right.
@@ -27,7 +43,7 @@ gets right. This is the assumption before anything is measured.
 """
 
 _MAX_RANDOM_NUMBERS = 4_000_000
-"""Random numbers the bootstrap holds in memory."""
+"""Random numbers held in memory at a time."""
 
 _NEGLIGIBLE = 1e-12
 
@@ -77,23 +93,76 @@ def bootstrap_mean(values: Sequence[float], bootstrap: Bootstrap) -> Estimate:
     return _estimate(array, _resampled_means(array, bootstrap))
 
 
-def bootstrap_test(differences: Sequence[float], bootstrap: Bootstrap) -> tuple[Estimate, float]:
-    """Return the mean difference with its interval, and the p-value for a mean of 0.
+def sign_flip_test(differences: Sequence[float], bootstrap: Bootstrap) -> tuple[Estimate, float]:
+    """Return the mean difference, and the p-value for a center of 0 by random sign flips.
 
-    The p-value inverts the interval (Efron and Tibshirani 1993, section 15.4): twice the share
-    of resampled means on the other side of 0, and at least 2 / (samples + 1). It is 1 with
-    fewer than `MIN_BOOTSTRAP_ITEMS` items.
+    If nothing changed, each difference is as likely as its negative (Fisher 1935). The interval
+    holds the centers that the test does not reject: it is found from means of random subsets
+    (Hartigan 1969), since flipping the signs of a subset raises the mean above the observed one
+    exactly if the subset's mean is below the center.
 
     Args:
         differences: one per pair; not empty.
     """
     array = np.asarray(differences, dtype=np.float64)
-    means = _resampled_means(array, bootstrap)
-    if len(array) < MIN_BOOTSTRAP_ITEMS:
-        return _estimate(array, means), 1.0
-    tail = min((means <= 0).sum(), (means >= 0).sum())
-    p_value = min(1.0, 2 * (1 + int(tail)) / (1 + bootstrap.samples))
-    return _estimate(array, means), p_value
+    generator = np.random.default_rng(bootstrap.seed)
+    draws = max(bootstrap.samples, SIGN_FLIPS)
+    chunk = max(1, _MAX_RANDOM_NUMBERS // len(array))
+    sums, sizes = [], []
+    for start in range(0, draws, chunk):
+        subsets = generator.random((min(chunk, draws - start), len(array))) < 0.5
+        sums.append(subsets @ array)
+        sizes.append(subsets.sum(axis=1))
+    size = np.concatenate(sizes)
+    means = np.sort(np.concatenate(sums)[size > 0] / size[size > 0])
+    same = draws - len(means)  # empty subsets flip nothing
+    tail = min((means <= 0).sum(), (means >= 0).sum()) + same
+    p_value = min(1.0, 2 * (1 + int(tail)) / (1 + draws))
+    rank = max(0, math.ceil(ALPHA / 2 * (1 + draws)) - 2 - same)
+    interval = (float(means[rank]), float(means[-1 - rank]))
+    return Estimate(mean=float(array.mean()), ci95=interval), p_value
+
+
+def paired_interval(gained: int, lost: int, questions: int) -> Interval:
+    """Return the score interval of a difference of paired proportions (Tango 1998).
+
+    It has a width even if no question changed: those that were not asked may have.
+
+    Args:
+        gained: questions only the second model got right.
+        lost: questions only the first model got right.
+        questions: questions both answered; above 0.
+    """
+    limit = float(stats.norm.isf(ALPHA / 2))
+    observed = (gained - lost) / questions
+
+    def excess(sign: int) -> Callable[[float], float]:
+        return lambda center: sign * paired_score(gained, lost, questions, center) - limit
+
+    edge = 1 - 1e-9
+    ends = [
+        sign * edge
+        if excess(-sign)(sign * edge) <= 0
+        else float(optimize.brentq(excess(-sign), observed, sign * edge))
+        for sign in (-1, 1)
+    ]
+    return ends[0], ends[1]
+
+
+def paired_score(gained: int, lost: int, questions: int, center: float) -> float:
+    """Return Tango's score statistic of a difference of paired proportions.
+
+    It is standard normal if the difference is `center`, above -1 and below 1.
+    """
+    linear = -gained - lost + (2 * questions - gained + lost) * center
+    constant = -lost * center * (1 - center)
+    root = math.sqrt(max(0.0, linear**2 - 8 * questions * constant))
+    rarer = (root - linear) / (4 * questions)
+    variance = questions * (2 * rarer + center * (1 - center))
+    excess = gained - lost - questions * center
+    if variance <= 0:
+        return math.copysign(math.inf, excess) if excess else 0.0
+    return excess / math.sqrt(variance)
 
 
 def _resampled_means(array: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
@@ -126,7 +195,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def mcnemar_power(questions: int, discordant: float, difference: float) -> float:
+def mcnemar_power(
+    questions: int, discordant: float, difference: float, level: float = ALPHA
+) -> float:
     """Return the probability that the exact McNemar test detects a change of accuracy.
 
     The sum is exact: the number m of discordant questions is binomial, the gained ones among
@@ -137,13 +208,14 @@ def mcnemar_power(questions: int, discordant: float, difference: float) -> float
         questions: number of questions both models answer.
         discordant: share of them that only one model gets right; above 0.
         difference: of the accuracies, at most `discordant`.
+        level: of the two-sided test.
     """
     changed = np.arange(questions + 1)
     weights = stats.binom.pmf(changed, questions, discordant)
     likely = weights > _NEGLIGIBLE
     changed, weights = changed[likely], weights[likely]
-    # The largest count of the rarer kind with p below 5%; -1 where there is none.
-    critical = stats.binom.ppf(ALPHA / 2, changed, 0.5) - 1
+    # The largest count of the rarer kind with p below the level; -1 where there is none.
+    critical = stats.binom.ppf(level / 2, changed, 0.5) - 1
     gained = (discordant + difference) / (2 * discordant)
     detected = stats.binom.cdf(critical, changed, gained) + stats.binom.cdf(
         critical, changed, 1 - gained
@@ -151,7 +223,9 @@ def mcnemar_power(questions: int, discordant: float, difference: float) -> float
     return float(weights @ detected)
 
 
-def minimum_detectable_effect(questions: int, discordant: float) -> float | None:
+def minimum_detectable_effect(
+    questions: int, discordant: float, level: float = ALPHA
+) -> float | None:
     """Return the smallest change of accuracy that McNemar's test detects with 80% power.
 
     With 100 questions and 20% of them discordant it is 0.128; with 4,183 it is 0.020.
@@ -160,13 +234,14 @@ def minimum_detectable_effect(questions: int, discordant: float) -> float | None
         questions: number of questions both models answer.
         discordant: share of them that only one model gets right, as observed, or
             `WORST_DISCORDANCE` before that. A change larger than this share counts as all gains.
+        level: of the two-sided test.
 
     Returns:
         The difference as a share of the questions; None if there are too few for any.
     """
 
     def power(difference: float) -> float:
-        return mcnemar_power(questions, max(discordant, difference), difference)
+        return mcnemar_power(questions, max(discordant, difference), difference, level)
 
     low, high = 0.0, 1.0
     if power(high) < POWER:
@@ -177,68 +252,104 @@ def minimum_detectable_effect(questions: int, discordant: float) -> float | None
     return high
 
 
-def finding_of_test(difference: float, p_value: float) -> Finding:
-    """Return the finding of a paired test at the 5% level."""
-    if p_value >= ALPHA or difference == 0:
-        return "no measurable change"
-    return "improved" if difference > 0 else "worse"
+def detectable_mean(differences: Sequence[float], level: float = ALPHA) -> float | None:
+    """Return the smallest mean difference that a paired test detects with 80% power.
 
-
-def finding_of_interval(interval: Interval, items: int) -> Finding:
-    """Return the finding of a paired difference's bootstrap interval: a change if it excludes 0.
-
-    With fewer than `MIN_BOOTSTRAP_ITEMS` items no change is claimed.
+    By the normal approximation, from the spread of the differences. None below `MIN_ITEMS` items.
     """
-    if items < MIN_BOOTSTRAP_ITEMS:
-        return "no measurable change"
-    low, high = interval
-    if low > 0:
-        return "improved"
-    return "worse" if high < 0 else "no measurable change"
+    if len(differences) < MIN_ITEMS:
+        return None
+    error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
+    return error * _detectable_errors(level)
+
+
+def _detectable_errors(level: float) -> float:
+    """Return the minimum detectable effect in standard errors."""
+    return float(stats.norm.isf(level / 2) + stats.norm.ppf(POWER))
 
 
 def compare_proportions(
     models: tuple[str, str],
     before: Mapping[str, bool],
     after: Mapping[str, bool],
-    bootstrap: Bootstrap,
+    family: Family,
 ) -> Comparison | None:
     """Compare two models by McNemar's test on the items both have; None if there are none.
 
-    `p_holm` is still the plain p-value; `apply_holm` sets it for all tests of a record.
+    `decide_findings` corrects it for the other tests of its family.
 
     Args:
         models: names of the models that gave `before` and `after`.
         before: success by item id, of the first model.
         after: success by item id, of the second model.
+        family: of tests.
     """
     shared = [identity for identity in before if identity in after]
     if not shared:
         return None
     changes = [int(after[i]) - int(before[i]) for i in shared]
     gained, lost = changes.count(1), changes.count(-1)
-    estimate = bootstrap_mean(changes, bootstrap)
     p_value = mcnemar(gained, lost)
     return Comparison(
         a=models[0],
         b=models[1],
+        family=family,
         questions=len(shared),
         gained=gained,
         lost=lost,
+        difference=(gained - lost) / len(shared),
+        ci95=paired_interval(gained, lost, len(shared)),
+        p_value=p_value,
+        p_holm=p_value,
+        finding="no measurable change",
+        detectable=None,
+    )
+
+
+def compare_means[T: MeanComparison](
+    kind: type[T],
+    models: tuple[str, str],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    bootstrap: Bootstrap,
+    family: Family,
+) -> T | None:
+    """Compare two models by a sign-flip test on the items both have; None if there are none.
+
+    `decide_findings` corrects it for the other tests of its family.
+
+    Args:
+        kind: of the record to return.
+        models: names of the models that gave `before` and `after`.
+        before: value by item id, of the first model.
+        after: value by item id, of the second model.
+        bootstrap: the random draws.
+        family: of tests.
+    """
+    shared = [identity for identity in before if identity in after]
+    if not shared:
+        return None
+    differences = [after[i] - before[i] for i in shared]
+    estimate, p_value = sign_flip_test(differences, bootstrap)
+    return kind(
+        a=models[0],
+        b=models[1],
+        family=family,
+        examples=len(shared),
         difference=estimate.mean,
         ci95=estimate.ci95,
         p_value=p_value,
         p_holm=p_value,
-        finding=finding_of_test(estimate.mean, p_value),
-        detectable=minimum_detectable_effect(len(shared), (gained + lost) / len(shared)),
+        finding="no measurable change",
+        detectable=detectable_mean(differences),
     )
 
 
-def paired_tests(record: Record) -> list[PairedTest]:
+def paired_tests(record: Record) -> list[Test]:
     """Return all tests nested in a record, in the order of its fields."""
-    tests: list[PairedTest] = []
+    tests: list[Test] = []
 
-    def collect(test: PairedTest) -> PairedTest:
+    def collect(test: Test) -> Test:
         tests.append(test)
         return test
 
@@ -246,22 +357,49 @@ def paired_tests(record: Record) -> list[PairedTest]:
     return tests
 
 
-def apply_holm[R: Record](record: R) -> R:
-    """Return a record whose tests have `p_holm` and `finding` adjusted for all tests in it."""
-    adjusted = iter(holm([test.p_value for test in paired_tests(record)]))
+def decide_findings[R: Record](record: R) -> R:
+    """Return a record whose tests have their finding, corrected for all tests of their family.
 
-    def adjust(test: PairedTest) -> PairedTest:
-        p_holm = next(adjusted)
-        # The correction only removes findings.
-        finding = test.finding if p_holm < ALPHA else "no measurable change"
-        return test.model_copy(update={"p_holm": p_holm, "finding": finding})
+    The primary family, the tasks' comparisons of baseline and tuned model, is declared by the
+    spec: whether tuning helped does not depend on what else is measured. Each family has the 5%
+    level. The minimum detectable effect is that of the level all its tests have at least.
+    """
+    tests = paired_tests(record)
+    corrected: dict[str, list[float]] = {}
+    for family in {test.family for test in tests}:
+        corrected[family] = holm([test.p_value for test in tests if test.family == family])
+    levels = {family: ALPHA / len(values) for family, values in corrected.items()}
+    remaining = {family: iter(values) for family, values in corrected.items()}
 
-    changed: R = _map_tests(record, adjust)
+    def decide(test: Test) -> Test:
+        p_holm, detectable = next(remaining[test.family]), test.detectable
+        level = levels[test.family]
+        if isinstance(test, Comparison):
+            share = (test.gained + test.lost) / test.questions
+            detectable = minimum_detectable_effect(test.questions, share, level)
+        elif detectable is not None:
+            detectable *= _detectable_errors(level) / _detectable_errors(ALPHA)
+        finding = _finding(test, p_holm, detectable)
+        changes = {"p_holm": p_holm, "finding": finding, "detectable": detectable}
+        return test.model_copy(update=changes)
+
+    changed: R = _map_tests(record, decide)
     return changed
 
 
-def _map_tests(value: Any, change: Callable[[PairedTest], PairedTest]) -> Any:
-    if isinstance(value, PairedTest):
+def _finding(test: Test, p_holm: float, detectable: float | None) -> Finding:
+    items = test.questions if isinstance(test, Comparison) else test.examples
+    # McNemar's test is exact with few items too.
+    can_tell = isinstance(test, Comparison) or items >= MIN_ITEMS
+    if can_tell and p_holm < ALPHA and test.difference:
+        return "improved" if (test.difference > 0) != test.lower_is_better else "worse"
+    if items < MIN_ITEMS or detectable is None:
+        return "not enough evidence"
+    return "no measurable change"
+
+
+def _map_tests(value: Any, change: Callable[[Test], Test]) -> Any:
+    if isinstance(value, Comparison | MeanComparison):
         return change(value)
     if isinstance(value, Record):
         names = type(value).model_fields

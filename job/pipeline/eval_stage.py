@@ -17,6 +17,7 @@ from job.evals.local_model import LocalModel
 from job.evals.prediction_cache import PredictionCaches
 from job.evals.predictions import (
     DIALOGUE,
+    LOSS,
     SIDE_BY_SIDE,
     Line,
     ModelName,
@@ -66,6 +67,10 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
             lines, truncated = local.answer_examples(examples, evals.dialogue.max_new_tokens)
             write_predictions(run, name, DIALOGUE, lines)
             logs.get().info("dialogue evaluated", examples=len(lines), truncated=truncated)
+        held_out = read_examples(run, layout.VALIDATION_EXAMPLES)
+        losses = local.measure_losses(held_out, evals.max_prompt_tokens)
+        write_predictions(run, name, LOSS, losses)
+        logs.get().info("held-out loss measured", examples=len(losses))
         section = evals.side_by_side
         examples = read_examples(run, layout.VALIDATION_EXAMPLES, section.max_examples)
         prompts = side_by_side_prompts(examples, section)

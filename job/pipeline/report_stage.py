@@ -7,21 +7,24 @@ from job.evals.metrics import (
     compare_dialogues,
     score_dialogues,
     summarize_choices,
+    summarize_loss,
     summarize_style,
     trivial_baselines,
 )
 from job.evals.predictions import (
     DIALOGUE,
+    LOSS,
     SIDE_BY_SIDE,
     ChoiceLine,
     DialogueLine,
     Line,
+    LossLine,
     ModelName,
     SideLine,
     answered,
     read_predictions,
 )
-from job.evals.statistics import Bootstrap, apply_holm
+from job.evals.statistics import Bootstrap, decide_findings
 from job.evals.tasks import format_options
 from job.machine.accelerators import find_accelerator
 from job.pipeline import layout
@@ -52,7 +55,7 @@ from job.train.metrics import HISTORY
 def run_stage(run: Run) -> Results:
     """Compute the results from the saved predictions, and write the report and the model card."""
     reference = run.outcome("reference", ReferenceOutcome).result
-    evaluation = apply_holm(_evaluation(run, reference))
+    evaluation = decide_findings(_evaluation(run, reference))
     trained = run.outcome("train", TrainOutcome)
     results = Results(
         verdict=decide(evaluation),
@@ -100,6 +103,9 @@ def _evaluation(run: Run, reference: ReferenceResult) -> Evaluation:
             for entry in run.spec.evals.multiple_choice
         ],
         dialogue=_dialogue(run, has_reference=has_reference),
+        loss=summarize_loss(
+            _predictions(run, LOSS, LossLine, has_reference=False), _bootstrap(run)
+        ),
         side_by_side=_side_by_side(run, has_reference=has_reference),
     )
 
@@ -129,7 +135,7 @@ def _multiple_choice(
     models = _predictions(run, entry.name, ChoiceLine, has_reference=has_reference)
     revision = run.outcome("baseline", EvalOutcome).slices[entry.name].revision
     overlaps = _overlapping_questions(run, entry.name)
-    return summarize_choices(entry, models, _bootstrap(run), revision, overlaps)
+    return summarize_choices(entry, models, revision, overlaps)
 
 
 def _overlapping_questions(run: Run, name: str) -> int | None:
@@ -157,7 +163,7 @@ def _dialogue(run: Run, *, has_reference: bool) -> Dialogue | None:
         examples=len(before),
         max_new_tokens=section.max_new_tokens,
         models={name: score_dialogues(lines, bootstrap) for name, lines in models.items()},
-        markers=summarize_style(section.markers, models, bootstrap),
+        markers=summarize_style(section.markers, models),
         nulls=trivial_baselines(before, bootstrap),
         comparison=comparison,
         reference_comparison=compare_dialogues(

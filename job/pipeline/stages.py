@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from job.chat.templates import BUILT_IN, built_in
+from job.evals.predictions import LOSS
 from job.evals.tasks import few_shot_source
 from job.pipeline.layout import ADAPTER
 from job.pipeline.run import Run, StageRecord
@@ -107,7 +108,7 @@ def _eval_inputs(spec: Spec, revisions: Revisions) -> object:
     exclude = {"multiple_choice": True, "batch_size": True, "bootstrap_samples": True}
     evals = spec.evals.model_dump(mode="json", exclude=exclude | {"dialogue": {"markers"}})
     tasks = _tasks(spec.evals.multiple_choice, revisions)
-    return [spec.seed, _base_model(spec, revisions), evals, tasks, _PARSING_VERSION]
+    return [spec.seed, _base_model(spec, revisions), evals, tasks, _PARSING_VERSION, LOSS]
 
 
 def _train_inputs(spec: Spec, revisions: Revisions) -> object:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from job.errors import UsageError
 from job.evals.metrics import compare_choices, compare_dialogues
 from job.evals.predictions import ChoiceLine, DialogueLine, Line
-from job.evals.statistics import Bootstrap, apply_holm
-from job.results import Comparison, DialogueComparison, Estimate, Record, Results
+from job.evals.statistics import Bootstrap, decide_findings
+from job.results import Comparison, Estimate, MeanComparison, Record, Results
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TaskTest(PairTest):
 class DialogueTest(PairTest):
     """The fine-tuned models of two runs on held-out dialogues that both answered, by ROUGE-L."""
 
-    test: DialogueComparison
+    test: MeanComparison
 
 
 class RunComparison(Record):
@@ -104,7 +104,7 @@ def compare_runs(runs: Sequence[FinishedRun]) -> RunComparison:
         tasks += task_tests
         dialogues += dialogue_tests
         notes += pair.notes
-    return apply_holm(
+    return decide_findings(
         RunComparison(
             runs=[
                 RunSummary(
@@ -161,7 +161,7 @@ class _Pair:
                     self._second.choices.get(ours.name, []),
                     _choice_key,
                 )
-                test = compare_choices(self._models, before, after, self._bootstrap)
+                test = compare_choices(self._models, before, after)
                 if test is None:
                     self._note(f"{ours.name} has no question that both answered")
                 else:

@@ -66,6 +66,7 @@ _FINDINGS = {
     "improved": "higher",
     "worse": "lower",
     "no measurable change": "no measurable difference",
+    "not enough evidence": "not enough evidence",
 }
 
 
@@ -100,7 +101,7 @@ def show(comparison: RunComparison, console: Console) -> None:
     for note in comparison.notes:
         console.print(Text(f"Not compared: {legible(note)}"))
     console.print(
-        "Exact McNemar test and paired bootstrap on questions and dialogues matched by id and "
+        "Exact McNemar test and sign-flip test on questions and dialogues matched by id and "
         "text. Findings are based on p-values corrected for all tests here (Holm)."
     )
 

@@ -19,9 +19,9 @@ from markupsafe import Markup
 from job.report.plots import accuracy_bars, loss_curve, model_label, ordered, percent, rate_curve
 from job.results import (
     Comparison,
-    DialogueComparison,
     Estimate,
     Interval,
+    MeanComparison,
     MultipleChoiceResult,
     Results,
     TrivialBaselines,
@@ -30,6 +30,9 @@ from job.runtime.logs import legible
 
 SHOWN_FLIPS = 40
 """Most changed questions on the page, gained and lost; all are in predictions.jsonl."""
+
+FEW = 200
+"""Examples below which the page warns about tests of means."""
 
 PHONE_WIDTH = 340
 """Width in pixels of the figures for narrow screens."""
@@ -136,7 +139,7 @@ def key_figures(results: Results) -> list[KeyFigure]:
     if dialogue := results.evaluation.dialogue:
         rouge = {name: f"{score.rougeL.mean:.3f}" for name, score in dialogue.models.items()}
         note = f"{_signed(dialogue.comparison.difference)} ({_span(dialogue.comparison.ci95)})"
-        figures.append(KeyFigure("ROUGE-L, held out", _arrow(rouge), note))
+        figures.append(KeyFigure("Likeness (ROUGE-L), held out", _arrow(rouge), note))
     loss = results.training.loss
     validation = {"baseline": loss.validation_before, "finetuned": loss.validation_after}
     known = {name: _nats(value) for name, value in validation.items() if value is not None}
@@ -221,8 +224,20 @@ def caveats(results: Results) -> Iterator[str]:
             "Accuracy depends on the prompt and on the scoring mode (letters compares logits, "
             "generate parses text), by several points: compare only results of the same mode."
         )
+    train = results.run.spec.get("train", {})
+    if train.get("keep") == "best" or train.get("patience"):
+        yield (
+            "The checkpoint was chosen by the loss on the same held-out examples that are reported "
+            "here, which favors the tuned model: measure on other examples before you rely on it."
+        )
     if sum(len(choice.comparisons) for choice in choices) + bool(dialogue) > 1:
         yield "Findings are based on p-values corrected for multiple comparisons (Holm)."
+    means = [part.comparison for part in (dialogue, results.evaluation.loss) if part]
+    if fewest := min((test.examples for test in means if test.examples < FEW), default=0):
+        yield (
+            f"Means over {fewest:,} held-out examples are uncertain: with fewer than {FEW}, tests "
+            "of means are only roughly right."
+        )
     if dialogue:
         yield (
             "ROUGE measures word overlap with one expected answer, not correctness, and depends on "
@@ -334,7 +349,7 @@ def _amount(value: float, unit: str) -> str:
     return f"{value:,.2f} {unit}" if value >= 0.1 or value == 0 else f"{value:.2g} {unit}"
 
 
-def _finding(pair: Comparison | DialogueComparison) -> str:
+def _finding(pair: Comparison | MeanComparison) -> str:
     """Return the finding, in neutral words unless it compares before and after training."""
     if (pair.a, pair.b) == _BEFORE_AFTER:
         return pair.finding

@@ -1,103 +1,165 @@
-"""The verdict: one sentence on whether fine-tuning changed anything, and by how much."""
+"""The verdict: a plain answer to whether fine-tuning helped, and what to do next.
 
-from job.results import Comparison, Dialogue, Evaluation, Finding, MultipleChoiceResult, Verdict
+The statistics behind it are in the tests of the results: a finding there is a finding here.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from job.results import (
+    Comparison,
+    Dialogue,
+    Evaluation,
+    Finding,
+    MultipleChoiceResult,
+    PairedTest,
+    Verdict,
+    VerdictAnswer,
+)
+
+LIKENESS = "likeness to your answers"
+"""What ROUGE-L of the answers to held-out prompts measures."""
+
+
+class Measure(NamedTuple):
+    """One thing that fine-tuning was to improve, before and after."""
+
+    noun: str
+    before: str
+    after: str
+    test: PairedTest
+    detectable: str
+    """The smallest change that would probably have been found."""
+    items: str
+    note: str = ""
+    """What to know about the level."""
+
+    def clause(self) -> str:
+        """Say what became of it."""
+        change = f"from {self.before} to {self.after}{self.note}"
+        match self.test.finding:
+            case "improved":
+                return f"{self.noun} rose {change}"
+            case "worse":
+                return f"{self.noun} fell {change}"
+            case "no measurable change":
+                return (
+                    f"no clear change of {self.noun} ({change}; a change of {self.detectable} "
+                    "would probably have shown)"
+                )
+        return f"{self.items} are too few to judge {self.noun} ({change})"
 
 
 def decide(evaluation: Evaluation) -> Verdict:
-    """Return the verdict of a run.
+    """Return the verdict of a run: from the multiple-choice tasks and the held-out dialogues.
 
-    The benchmark is the task with the most questions, which can show the smallest change. The
-    style is ROUGE-L of the answers to held-out prompts.
+    That the loss on held-out responses fell is said apart: it shows that the model learned the
+    data, not that its answers are better. It decides where nothing else was measured.
     """
-    tasks = [(t, c) for t in evaluation.multiple_choice if (c := _before_after(t)) is not None]
-    largest = max(tasks, key=lambda pair: pair[1].questions, default=None)
-    dialogue = evaluation.dialogue
-    benchmark = largest[1].finding if largest else None
-    style = dialogue.comparison.finding if dialogue else None
-    parts = [part for part in (_benchmark(largest), _style(dialogue)) if part]
-    if not parts:
-        return Verdict(sentence="Nothing was measured.", benchmark=None, style=None)
+    tasks = list(_tasks(evaluation))
+    likeness = [] if evaluation.dialogue is None else [_likeness(evaluation.dialogue)]
+    measures = [*likeness, *tasks]
+    loss = evaluation.loss.comparison.finding if evaluation.loss else None
+    answer = _answer([measure.test.finding for measure in measures] or ([loss] if loss else []))
+    clauses = [
+        measure.clause()
+        for finding in _ORDER
+        for measure in measures
+        if measure.test.finding == finding
+    ]
+    if evaluation.loss is not None:
+        before, after = (evaluation.loss.models[name].mean for name in ("baseline", "finetuned"))
+        clauses.append(
+            f"{_LEARNED[evaluation.loss.comparison.finding]} ({before:.3f} to {after:.3f})"
+        )
+    largest = max(tasks, key=_questions, default=None)
     return Verdict(
-        sentence=f"{_headline(benchmark, style, dialogue)}: {'; '.join(parts)}.",
-        benchmark=benchmark,
-        style=style,
+        answer=answer,
+        sentence=f"{_HEADLINES[answer]}: {'; '.join(clauses) or 'nothing was measured'}.",
+        next_step=_next_step(answer, measures, loss),
+        benchmark=None if largest is None else largest.test.finding,
+        style=likeness[0].test.finding if likeness else None,
+        loss=loss,
     )
 
 
-def _before_after(result: MultipleChoiceResult) -> Comparison | None:
-    return next((c for c in result.comparisons if (c.a, c.b) == ("baseline", "finetuned")), None)
+_ORDER: tuple[Finding, ...] = ("improved", "worse", "no measurable change", "not enough evidence")
 
+_HEADLINES: dict[VerdictAnswer, str] = {
+    "better": "Fine-tuning helped",
+    "worse": "Fine-tuning hurt",
+    "better and worse": "Fine-tuning helped in one way and hurt in another",
+    "no clear change": "Fine-tuning made no clear change",
+    "not enough evidence": "Fine-tuning cannot be judged on so little evidence",
+}
 
-_PHRASES: dict[Finding, str] = {
-    "improved": "improved {what}",
-    "worse": "made {what} worse",
-    "no measurable change": "made no measurable change to {what}",
+_LEARNED: dict[Finding, str] = {
+    "improved": "it learned the data: the loss on held-out responses fell",
+    "worse": "the loss on held-out responses rose",
+    "no measurable change": "the loss on held-out responses did not change measurably",
+    "not enough evidence": "the loss on held-out responses is of too few examples to judge",
 }
 
 
-def _headline(benchmark: Finding | None, style: Finding | None, dialogue: Dialogue | None) -> str:
-    the_benchmark, the_style = "the benchmark", "the similarity to the held-out answers"
-    if style == "improved" and dialogue is not None and _below_trivial(dialogue):
-        the_style += " (still below trivial baselines)"
-    if benchmark is None or style is None:
-        only = benchmark or style
-        assert only is not None
-        what = the_benchmark if style is None else the_style
-        return f"Fine-tuning {_PHRASES[only].format(what=what)}"
-    if benchmark == style:
-        if benchmark == "no measurable change":
-            return "Fine-tuning made no measurable change"
-        return f"Fine-tuning {_PHRASES[benchmark].format(what=f'{the_benchmark} and {the_style}')}"
-    first = _PHRASES[style].format(what=the_style)
-    return f"Fine-tuning {first} but {_PHRASES[benchmark].format(what=the_benchmark)}"
+def _answer(findings: list[Finding]) -> VerdictAnswer:
+    if "improved" in findings:
+        return "better and worse" if "worse" in findings else "better"
+    if "worse" in findings:
+        return "worse"
+    return "no clear change" if "no measurable change" in findings else "not enough evidence"
 
 
-def _trivial(dialogue: Dialogue) -> float:
-    """Return the highest ROUGE-L of the trivial baselines."""
-    scores = dialogue.nulls
-    trivial = (scores.echoed_prompt, scores.other_answer, scores.polite_sentence)
-    return max(estimate.mean for estimate in trivial)
+def _next_step(answer: VerdictAnswer, measures: list[Measure], loss: Finding | None) -> str:
+    if answer == "better":
+        return "Read the answers side by side; if you agree, use the adapter."
+    if answer in ("worse", "better and worse"):
+        return (
+            "Do not use the adapter as it is: lower the learning rate or the epochs, or mix in "
+            "examples of what got worse."
+        )
+    few = [measure.items for measure in measures if measure.test.finding == "not enough evidence"]
+    if answer == "not enough evidence":
+        measured = f"{' and '.join(few)} were measured" if few else "nothing was measured"
+        return f"Measure more: {measured}; 50 are the least, 200 or more are better."
+    if loss == "improved":
+        return (
+            "Read the answers side by side: the model learned from the data, but its answers did "
+            "not get measurably closer to yours. More evaluation examples show smaller changes."
+        )
+    return "Train longer, or with a higher learning rate or more data: little was learned."
 
 
-def _below_trivial(dialogue: Dialogue) -> bool:
-    return max(score.rougeL.mean for score in dialogue.models.values()) < _trivial(dialogue)
+def before_after(result: MultipleChoiceResult) -> Comparison | None:
+    """Return the comparison of the baseline with the fine-tuned model, if both answered."""
+    return next((c for c in result.comparisons if (c.a, c.b) == ("baseline", "finetuned")), None)
 
 
-def _benchmark(largest: tuple[MultipleChoiceResult, Comparison] | None) -> str | None:
-    if largest is None:
-        return None
-    task, comparison = largest
-    before, after = task.models["baseline"], task.models["finetuned"]
-    low, high = comparison.ci95
-    return (
-        f"{task.name} accuracy ({task.scoring}) went from {before.accuracy:.1%} to "
-        f"{after.accuracy:.1%} on {comparison.questions} questions, a change of "
-        f"{100 * comparison.difference:+.1f} points (95% interval {100 * low:+.1f} to "
-        f"{100 * high:+.1f}, {_p_value(comparison)}; always answering "
-        f"{task.majority_letter} scores {task.majority_accuracy:.1%})"
+def _tasks(evaluation: Evaluation) -> Iterator[Measure]:
+    for task in evaluation.multiple_choice:
+        if (test := before_after(task)) is not None:
+            before, after = (task.models[name].accuracy for name in ("baseline", "finetuned"))
+            below = max(before, after) < task.majority_accuracy
+            yield Measure(
+                f"{task.name} accuracy", f"{before:.1%}", f"{after:.1%}", test,
+                f"{100 * (test.detectable or 0):.1f} points", f"{test.questions:,} questions",
+                f", below the {task.majority_accuracy:.1%} of always answering "
+                f"{task.majority_letter}" if below else "",
+            )  # fmt: skip
+
+
+def _questions(measure: Measure) -> int:
+    return measure.test.questions if isinstance(measure.test, Comparison) else 0
+
+
+def _likeness(dialogue: Dialogue) -> Measure:
+    before, after = (dialogue.models[name].rougeL.mean for name in ("baseline", "finetuned"))
+    scores, test = dialogue.nulls, dialogue.comparison
+    trivial = max(
+        score.mean for score in (scores.echoed_prompt, scores.other_answer, scores.polite_sentence)
     )
-
-
-def _p_value(comparison: Comparison) -> str:
-    text = f"exact McNemar p = {comparison.p_value:#.2g}"
-    if comparison.p_holm == comparison.p_value:
-        return text
-    return f"{text}, Holm-corrected p = {comparison.p_holm:#.2g}"
-
-
-def _style(dialogue: Dialogue | None) -> str | None:
-    if dialogue is None:
-        return None
-    before, after = dialogue.models["baseline"], dialogue.models["finetuned"]
-    low, high = dialogue.comparison.ci95
-    trivial = _trivial(dialogue)
-    context = (
-        f"both below the {trivial:.3f} of trivial baselines"
-        if _below_trivial(dialogue)
-        else f"trivial baselines score {trivial:.3f}"
-    )
-    return (
-        f"ROUGE-L on {dialogue.examples} held-out dialogues went from {before.rougeL.mean:.3f} to "
-        f"{after.rougeL.mean:.3f}, a change of {dialogue.comparison.difference:+.3f} (95% interval "
-        f"{low:+.3f} to {high:+.3f}; {context})"
-    )
+    return Measure(
+        LIKENESS, f"{before:.3f}", f"{after:.3f}", test, f"{test.detectable or 0:.3f}",
+        f"{test.examples:,} held-out dialogues",
+        f", below the {trivial:.3f} of answers that need no model"
+        if max(before, after) < trivial else "",
+    )  # fmt: skip

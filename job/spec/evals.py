@@ -137,7 +137,7 @@ class Evals(Section):
         1024, description="Longer prompts lose their beginning; they are counted as truncated."
     )
     bootstrap_samples: Annotated[int, Field(ge=100, strict=True)] = Field(
-        2000, description="Bootstrap resamples per interval."
+        2000, description="Random resamples per interval."
     )
     multiple_choice: list[MultipleChoiceEval] = Field([], description="Multiple-choice tasks.")
     dialogue: DialogueEval | None = Field(
@@ -153,7 +153,7 @@ class Evals(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two entries of `multiple_choice` are named '{name}'; rename one")
-            if name in ("dialogue", "side_by_side"):
+            if name in ("dialogue", "side_by_side", "loss"):
                 raise ValueError(f"'{name}' is the name of another evaluation; rename the entry")
         return self
 

@@ -135,5 +135,5 @@ def test_style_is_counted_outside_of_thoughts() -> None:
         thoughts="see a doctor?", tokens=1, finish="stop", rouge1=0, rouge2=0, rougeL=0,
     )  # fmt: skip
     models = {"baseline": [line], "finetuned": [line]}
-    (trait,) = summarize_style({"refers": ["doctor"]}, models, Bootstrap(50, 0))
+    (trait,) = summarize_style({"refers": ["doctor"]}, models)
     assert (trait.expected.count, trait.models["baseline"].count) == (0, 0)

@@ -14,7 +14,7 @@ from job.evals.metrics import (
     summarize_style,
 )
 from job.evals.predictions import ChoiceLine, DialogueLine, choice_line
-from job.evals.statistics import Bootstrap, mcnemar, wilson
+from job.evals.statistics import decide_findings, mcnemar, wilson
 from job.evals.tasks import Question
 from job.spec.evals import MARKERS
 from job.spec.schema import MultipleChoiceEval
@@ -64,7 +64,7 @@ def test_without_an_answer_the_interval_is_0_to_1(choices: str) -> None:
 def test_models_are_compared_on_questions_both_answered() -> None:
     before = lines("BBBAA!!")
     after = lines("AA-BA!A")
-    comparison = compare_choices(("baseline", "finetuned"), before, after, Bootstrap(500, 0))
+    comparison = compare_choices(("baseline", "finetuned"), before, after)
     assert comparison is not None
     assert (comparison.a, comparison.b, comparison.questions) == ("baseline", "finetuned", 5)
     assert (comparison.gained, comparison.lost) == (2, 1)
@@ -76,7 +76,7 @@ def test_models_are_compared_on_questions_both_answered() -> None:
 def test_questions_are_matched_by_id() -> None:
     before = lines("AB")
     after = [*lines("B", start=1), *lines("A")]
-    comparison = compare_choices(("a", "b"), before, after, Bootstrap(100, 0))
+    comparison = compare_choices(("a", "b"), before, after)
     assert comparison is not None
     assert (comparison.questions, comparison.gained, comparison.lost) == (2, 0, 0)
     assert (comparison.difference, comparison.p_value) == (0.0, 1.0)
@@ -84,17 +84,18 @@ def test_questions_are_matched_by_id() -> None:
 
 @pytest.mark.parametrize(("before", "after"), [("AB", ""), ("", "AB"), ("!!", "AB"), ("A!", "!A")])
 def test_without_shared_questions_there_is_no_comparison(before: str, after: str) -> None:
-    assert compare_choices(("a", "b"), lines(before), lines(after), Bootstrap(100, 0)) is None
+    assert compare_choices(("a", "b"), lines(before), lines(after)) is None
 
 
 def test_a_clear_change_shows_in_both_directions() -> None:
     poor, good = lines("B" * 40), lines("A" * 30 + "B" * 10)
-    better = compare_choices(("a", "b"), poor, good, Bootstrap(500, 0))
-    worse = compare_choices(("b", "a"), good, poor, Bootstrap(500, 0))
+    better = compare_choices(("a", "b"), poor, good)
+    worse = compare_choices(("b", "a"), good, poor)
     assert better is not None
     assert worse is not None
-    assert (better.finding, worse.finding) == ("improved", "worse")
-    assert better.ci95 == (-worse.ci95[1], -worse.ci95[0])
+    findings = [decide_findings(test).finding for test in (better, worse)]
+    assert findings == ["improved", "worse"]
+    assert better.ci95 == pytest.approx((-worse.ci95[1], -worse.ci95[0]))
     assert better.ci95[0] > 0
 
 
@@ -108,7 +109,7 @@ def test_a_task_has_chance_and_majority_baselines() -> None:
         "finetuned": lines("AABBBBAA", golds),
         "reference": lines("AABBBBC!", golds),
     }
-    result = summarize_choices(ENTRY, models, Bootstrap(200, 0), "abc")
+    result = summarize_choices(ENTRY, models, "abc")
     assert (result.name, result.revision, result.questions, result.chance) == (
         "first",
         "abc",
@@ -129,9 +130,9 @@ def test_a_task_has_chance_and_majority_baselines() -> None:
 
 def test_without_a_reference_there_is_one_comparison() -> None:
     models = {"baseline": lines("AB"), "finetuned": lines("AA")}
-    result = summarize_choices(ENTRY, models, Bootstrap(100, 0))
+    result = summarize_choices(ENTRY, models)
     assert [(c.a, c.b) for c in result.comparisons] == [("baseline", "finetuned")]
-    silent = summarize_choices(ENTRY, models | {"reference": lines("!!")}, Bootstrap(100, 0))
+    silent = summarize_choices(ENTRY, models | {"reference": lines("!!")})
     assert [(c.a, c.b) for c in silent.comparisons] == [("baseline", "finetuned")]
     assert silent.models["reference"].missing == 2
 
@@ -194,12 +195,12 @@ def test_each_trait_is_a_share_of_each_model_and_the_expected() -> None:
         dialogue_line(n, "Go to the emergency room now.", "Consult a doctor.") for n in range(20)
     ]
     models = {"baseline": before, "finetuned": after}
-    traits = {trait.name: trait for trait in summarize_style(MARKERS, models, Bootstrap(500, 0))}
+    traits = {trait.name: trait for trait in summarize_style(MARKERS, models)}
     urgent = traits["urges urgent care"]
     assert (urgent.models["baseline"].share, urgent.models["finetuned"].share) == (0.0, 1.0)
     assert urgent.expected.share == 0.0
     assert urgent.comparison is not None
-    assert (urgent.comparison.gained, urgent.comparison.finding) == (20, "improved")
+    assert (urgent.comparison.gained, urgent.comparison.lost) == (20, 0)
     assert traits["hedges"].models["baseline"].count == 20
     assert traits["refers to a professional"].expected.share == 1.0
     assert traits["asks back"].comparison is not None

@@ -1,7 +1,6 @@
 """Intervals and tests have published and hand-computed values; Holm covers all tests."""
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,16 +9,18 @@ from hypothesis import strategies as st
 
 from job.evals.statistics import (
     Bootstrap,
-    apply_holm,
     bootstrap_mean,
-    finding_of_interval,
-    finding_of_test,
-    holm,
+    compare_means,
+    compare_proportions,
+    decide_findings,
+    detectable_mean,
     mcnemar,
+    mcnemar_power,
     paired_tests,
+    sign_flip_test,
     wilson,
 )
-from job.results import Evaluation, Finding, Interval, PairedTest
+from job.results import Comparison, Evaluation, Finding, LossComparison, MeanComparison
 from tests.report import full
 
 
@@ -131,81 +132,105 @@ def test_bootstrap_interval_covers_the_mean_95_percent() -> None:
     assert 360 <= covered <= 392
 
 
-@pytest.mark.parametrize(
-    ("function", "arguments", "finding"),
-    [
-        (finding_of_test, (0.1, 0.049), "improved"),
-        (finding_of_test, (-0.1, 0.049), "worse"),
-        (finding_of_test, (0.1, 0.05), "no measurable change"),
-        (finding_of_test, (0.0, 0.001), "no measurable change"),
-        (finding_of_test, (-0.1, 1.0), "no measurable change"),
-        (finding_of_interval, ((0.01, 0.2), 10), "improved"),
-        (finding_of_interval, ((-0.2, -0.01), 99), "worse"),
-        (finding_of_interval, ((-0.1, 0.1), 99), "no measurable change"),
-        (finding_of_interval, ((0.0, 0.1), 99), "no measurable change"),
-        (finding_of_interval, ((-0.1, 0.0), 99), "no measurable change"),
-        (finding_of_interval, ((0.01, 0.2), 9), "no measurable change"),
-    ],
-)
-def test_findings(
-    function: Callable[..., Finding],
-    arguments: tuple[float | int | Interval, ...],
-    finding: Finding,
-) -> None:
-    assert function(*arguments) == finding
-
-
 def evaluation(*p_values: float) -> Evaluation:
-    """Return two comparisons of accuracies and one of dialogues, each a change on its own."""
+    """Return tests: tuning on questions and dialogues, then the reference and a style trait."""
     document = full()["evaluation"]
-    document["dialogue"]["markers"] = []
-    tests = [*document["multiple_choice"][0]["comparisons"], document["dialogue"]["comparison"]]
-    for test, p_value in zip(tests, p_values, strict=True):
-        test |= {"p_value": p_value, "p_holm": p_value, "finding": "improved"}
+    dialogue = document["dialogue"]
+    tuned, reference = document["multiple_choice"][0]["comparisons"]
+    tests = [tuned, dialogue["comparison"], reference, dialogue["markers"][0]["comparison"]]
+    families = ["primary", "primary", "secondary", "secondary"]
+    for test, family, p_value in zip(tests, families, p_values, strict=True):
+        test |= {"p_value": p_value, "p_holm": p_value, "family": family, "difference": 0.1}
+    dialogue["comparison"]["detectable"] = 0.02
     return Evaluation.model_validate(document)
 
 
-def values(tests: list[PairedTest]) -> list[tuple[float, float, str]]:
-    return [(test.p_value, test.p_holm, test.finding) for test in tests]
+def test_tests_are_corrected_for_the_others_of_their_family() -> None:
+    tests = paired_tests(decide_findings(evaluation(0.04, 0.001, 0.02, 0.03)))
+    by_p_value = {test.p_value: (test.p_holm, test.finding) for test in tests}
+    assert by_p_value == {
+        0.04: (0.04, "improved"), 0.001: (0.002, "improved"),
+        0.02: (0.04, "improved"), 0.03: (0.04, "improved"),
+    }  # fmt: skip
 
 
-def test_every_test_is_corrected_for_the_others() -> None:
-    p_values = [0.04, 0.001, 0.02]
-    tests = paired_tests(apply_holm(evaluation(*p_values)))
-    assert [test.p_value for test in tests] == p_values
-    assert [test.p_holm for test in tests] == holm(p_values) == pytest.approx([0.04, 0.003, 0.04])
+def test_a_reference_does_not_change_whether_tuning_helped() -> None:
+    """With all tests in one family, 0.02 of four would be 0.06."""
+    for reference in (0.9, 1e-9):
+        tests = paired_tests(decide_findings(evaluation(0.02, 0.5, reference, 0.5)))
+        assert [t.finding for t in tests if t.p_value == 0.02] == ["improved"]
 
 
-def test_the_correction_removes_findings() -> None:
-    tests = paired_tests(apply_holm(evaluation(0.03, 0.2, 0.001)))
-    assert [test.finding for test in tests] == [
-        "no measurable change",
-        "no measurable change",
-        "improved",
-    ]
+def test_detectable_effects_are_those_of_the_level_in_use() -> None:
+    """At the 5% level of a lone test, power at the stated effect would be too low."""
+    alone = evaluation(0.5, 0.5, 0.5, 0.5).model_copy(update={"dialogue": None})
+    (single, *_) = paired_tests(decide_findings(alone))
+    (shared, *_) = paired_tests(decide_findings(evaluation(0.5, 0.5, 0.5, 0.5)))
+    assert isinstance(single, Comparison)
+    share = (single.gained + single.lost) / single.questions
+    for test, level in ((single, 0.05), (shared, 0.025)):
+        assert test.detectable is not None
+        power = mcnemar_power(4183, share, test.detectable, level)
+        assert power == pytest.approx(0.8, abs=0.002)
 
 
-def test_the_correction_adds_no_finding() -> None:
-    given = evaluation(0.001, 0.001, 0.001)
-    dialogue = given.dialogue
-    assert dialogue is not None
-    unsure = dialogue.comparison.model_copy(update={"finding": "no measurable change"})
-    given = given.model_copy(
-        update={"dialogue": dialogue.model_copy(update={"comparison": unsure})}
-    )
-    assert values(paired_tests(apply_holm(given)))[2] == (0.001, 0.003, "no measurable change")
+@pytest.mark.parametrize(
+    ("examples", "shift", "finding"),
+    [
+        (49, 1.0, "not enough evidence"),
+        (49, 0.0, "not enough evidence"),
+        (50, 1.0, "improved"),
+        (50, -1.0, "worse"),
+        (200, 0.0, "no measurable change"),
+    ],
+)
+def test_means_of_few_items_are_not_enough_evidence(
+    examples: int, shift: float, finding: Finding
+) -> None:
+    noise = np.random.default_rng(0).normal(size=examples)
+    noise -= noise.mean()
+    before = {str(i): 0.0 for i in range(examples)}
+    after = {str(i): float(value) + shift for i, value in enumerate(noise)}
+    for kind, expected in ((MeanComparison, finding), (LossComparison, MIRRORED[finding])):
+        test = compare_means(kind, ("a", "b"), before, after, Bootstrap(200, 0), "primary")
+        assert test is not None
+        assert decide_findings(test).finding == expected
 
 
-def test_correcting_twice_changes_nothing() -> None:
-    given = evaluation(0.03, 0.2, 0.001)
-    once = apply_holm(given)
-    assert apply_holm(once) == once
-    assert once.side_by_side == given.side_by_side
-    assert once.multiple_choice[0].models == given.multiple_choice[0].models
+MIRRORED: dict[Finding, Finding] = {
+    "improved": "worse", "worse": "improved", "no measurable change": "no measurable change",
+    "not enough evidence": "not enough evidence",
+}  # fmt: skip
 
 
-def test_a_single_test_is_not_corrected() -> None:
-    alone = evaluation(0.03, 0.2, 0.001).model_copy(update={"multiple_choice": []})
-    assert values(paired_tests(apply_holm(alone))) == [(0.001, 0.001, "improved")]
-    nothing = alone.model_copy(update={"dialogue": None})
-    assert apply_holm(nothing) == nothing
+@pytest.mark.parametrize(
+    ("gained", "lost", "same", "finding"),
+    [
+        (8, 0, 2, "improved"),  # exact with ten questions too
+        (0, 8, 2, "worse"),
+        (2, 1, 7, "not enough evidence"),
+        (6, 5, 189, "no measurable change"),
+        (0, 0, 4000, "no measurable change"),
+    ],
+)
+def test_few_questions_decide_only_if_the_exact_test_does(
+    gained: int, lost: int, same: int, finding: Finding
+) -> None:
+    changes = [1] * gained + [-1] * lost + [0] * same
+    before = {str(i): change < 0 for i, change in enumerate(changes)}
+    after = {str(i): change > 0 for i, change in enumerate(changes)}
+    test = compare_proportions(("a", "b"), before, after, "primary")
+    assert test is not None
+    assert decide_findings(test).finding == finding
+
+
+def test_detectable_means_are_found_four_times_in_five() -> None:
+    generator = np.random.default_rng(7)
+    found = 0
+    for seed in range(300):
+        differences = generator.normal(size=100)
+        effect = detectable_mean(differences.tolist())
+        assert effect is not None
+        moved = differences - differences.mean() + generator.normal(effect, 0.1)
+        found += sign_flip_test(moved.tolist(), Bootstrap(0, seed))[1] < 0.05
+    assert 219 <= found <= 261  # 240 expected

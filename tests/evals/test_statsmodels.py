@@ -15,12 +15,14 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from job.evals.statistics import (
-    MIN_BOOTSTRAP_ITEMS,
+    SIGN_FLIPS,
     Bootstrap,
     bootstrap_mean,
-    bootstrap_test,
     holm,
     mcnemar,
+    paired_interval,
+    paired_score,
+    sign_flip_test,
     wilson,
 )
 
@@ -111,40 +113,84 @@ DIFFERENCES = st.lists(st.floats(-1, 1), min_size=1, max_size=40)
 
 
 @given(DIFFERENCES, st.integers(0, 99))
-@settings(deadline=None)
-def test_bootstrap_test_agrees_with_its_interval(differences: list[float], seed: int) -> None:
-    estimate, p_value = bootstrap_test(differences, Bootstrap(400, seed))
-    assert estimate == bootstrap_mean(differences, Bootstrap(400, seed))
-    assert bootstrap_test([-d for d in differences], Bootstrap(400, seed))[1] == p_value
-    assert 2 / 401 <= p_value <= 1
-    if len(differences) < MIN_BOOTSTRAP_ITEMS:
-        assert p_value == 1
-        return
+@settings(deadline=None, max_examples=60)
+def test_sign_flip_interval_inverts_the_test(differences: list[float], seed: int) -> None:
+    bootstrap = Bootstrap(400, seed)
+    estimate, p_value = sign_flip_test(differences, bootstrap)
     low, high = estimate.ci95
-    if p_value < 0.045:
-        assert low > 0 or high < 0
-    if low > 0 or high < 0:
-        assert p_value < 0.055
+    assert min(differences) <= low <= high <= max(differences)
+    assert 2 / (SIGN_FLIPS + 1) <= p_value <= 1
+    if len(differences) > 5:  # with fewer no p-value is below 5%
+        assert (p_value < 0.05) == (low > 0 or high < 0)
+    assert sign_flip_test([-d for d in differences], bootstrap)[1] == p_value
 
 
-def test_bootstrap_test_is_a_z_test_with_many_values() -> None:
-    values = np.random.default_rng(5).normal(0.03, 1.0, size=4000)
-    z = values.mean() / (values.std() / math.sqrt(len(values)))
-    expected = 2 * scipy_stats.norm.sf(abs(z))
-    assert bootstrap_test(values.tolist(), Bootstrap(20_000, 0))[1] == pytest.approx(
-        expected, abs=0.01
+def test_sign_flip_test_agrees_with_scipy() -> None:
+    values = np.random.default_rng(5).gamma(2, size=40) - 1.6
+    expected = scipy_stats.permutation_test(
+        (values,), np.mean, permutation_type="samples", n_resamples=50_000,
+        rng=np.random.default_rng(1),
+    ).pvalue  # fmt: skip
+    assert sign_flip_test(values.tolist(), Bootstrap(50_000, 0))[1] == pytest.approx(
+        expected, abs=0.005
     )
 
 
-def test_bootstrap_test_keeps_its_error_rate() -> None:
-    generator = np.random.default_rng(6)
-    rejected = sum(
-        bootstrap_test(generator.normal(size=60).tolist(), Bootstrap(400, seed))[1] < 0.05
-        for seed in range(600)
-    )
-    assert 15 <= rejected <= 50
+@pytest.mark.parametrize("size", [10, 50, 200])
+def test_sign_flip_test_keeps_its_error_rate(size: int) -> None:
+    generator = np.random.default_rng(size)
+    rejected = covered = 0
+    for seed in range(400):
+        # Scores of two equal models: skewed, but exchangeable.
+        values = generator.gamma(0.5, size=(2, size))
+        estimate, p_value = sign_flip_test((values[0] - values[1]).tolist(), Bootstrap(0, seed))
+        rejected += p_value < 0.05
+        covered += estimate.ci95[0] <= 0 <= estimate.ci95[1]
+    assert 6 <= rejected <= 34  # 20 expected, within 3 standard deviations
+    assert covered == 400 - rejected
 
 
 def test_equal_differences_have_extreme_p_values() -> None:
-    assert bootstrap_test([0.0] * 30, Bootstrap(400, 0))[1] == 1
-    assert bootstrap_test([0.2] * 30, Bootstrap(400, 0))[1] == 2 / 401
+    assert sign_flip_test([0.0] * 30, Bootstrap(400, 0))[1] == 1
+    assert sign_flip_test([0.2] * 30, Bootstrap(400, 0))[1] == 2 / (SIGN_FLIPS + 1)
+
+
+@pytest.mark.parametrize("questions", [20, 50])
+def test_paired_interval_covers_the_difference_95_percent(questions: int) -> None:
+    # Exactly: the chance of each count of gained and lost questions times whether it holds.
+    counts = [(g, n - g) for n in range(questions + 1) for g in range(n + 1)]
+    intervals = np.array([paired_interval(g, lost, questions) for g, lost in counts])
+    coverages = []
+    for gained, lost in [(0.05, 0.05), (0.2, 0.1), (0.3, 0.3), (0.1, 0.02), (0.5, 0.1)]:
+        others = 1 - gained - lost
+        table = [(g, n, questions - g - n) for g, n in counts]
+        chance = scipy_stats.multinomial.pmf(table, questions, [gained, lost, others])
+        holds = (intervals[:, 0] <= gained - lost) & (gained - lost <= intervals[:, 1])
+        coverages.append(float(chance[holds].sum()))
+    assert min(coverages) > 0.93
+    assert 0.94 < np.mean(coverages) < 0.975
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 60))
+@settings(deadline=None)
+def test_paired_interval_mirrors_and_has_a_width(gained: int, lost: int, same: int) -> None:
+    questions = gained + lost + same + 1
+    low, high = paired_interval(gained, lost, questions)
+    assert -1 <= low < (gained - lost) / questions < high <= 1
+    assert paired_interval(lost, gained, questions) == pytest.approx((-high, -low), abs=1e-6)
+
+
+def test_paired_interval_has_published_values() -> None:
+    # Fagerland, Lydersen and Laake 2014, table VI: 21 children, 1 and 7 discordant.
+    assert paired_interval(1, 7, 21) == pytest.approx((-0.517, -0.026), abs=5e-4)
+    z = scipy_stats.norm.isf(0.025)
+    edge = z**2 / (100 + z**2)
+    assert paired_interval(0, 0, 100) == pytest.approx((-edge, edge), abs=1e-6)
+
+
+@given(st.integers(0, 200), st.integers(0, 200), st.integers(0, 200))
+def test_paired_score_at_0_is_that_of_mcnemar(gained: int, lost: int, same: int) -> None:
+    if gained + lost:
+        expected = (gained - lost) / math.sqrt(gained + lost)
+        questions = gained + lost + same
+        assert paired_score(gained, lost, questions, 0.0) == pytest.approx(expected, abs=1e-9)

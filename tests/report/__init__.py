@@ -48,7 +48,9 @@ def full() -> dict[str, Any]:
     empty = minimal()
     return empty | {
         "verdict": {
+            "answer": "better",
             "sentence": "Fine-tuning helped: medmcqa accuracy went from 31.0% to 35.1%.",
+            "next_step": "Read the answers side by side.",
             "benchmark": "improved",
             "style": "no measurable change",
         },
@@ -230,7 +232,7 @@ def evil(value: Any, key: str = "") -> Any:
         return {f"{EVIL}{name}" if free else name: evil(item, name) for name, item in value.items()}
     if isinstance(value, list):
         return [evil(item, key) for item in value]
-    choices = ("status", "scoring", "finding", "benchmark", "style", "a", "b")
+    choices = ("status", "scoring", "answer", "finding", "benchmark", "style", "a", "b", "family")
     return EVIL if isinstance(value, str) and key not in choices else value
 
 

@@ -43,8 +43,8 @@ def local(tmp_path: Path, name: str, *rest: Any, **more: Any) -> str:
 
 
 def test_runs_are_tested_on_the_questions_and_dialogues_of_both(at: At) -> None:
-    leave_run(at("one"), "one", answers("B" * 30 + "A" * 10), talks([0.1] * 12))
-    leave_run(at("two"), "two", answers("A" * 20 + "B" * 10 + "A" * 9 + "B"), talks([0.2] * 12))
+    leave_run(at("one"), "one", answers("B" * 30 + "A" * 10), talks([0.1] * 60))
+    leave_run(at("two"), "two", answers("A" * 20 + "B" * 10 + "A" * 9 + "B"), talks([0.2] * 60))
     found = compare_finished([at("one").uri, at("two").uri])
     (choice,), (dialogue,) = found.multiple_choice, found.dialogue
     test = choice.test
@@ -52,7 +52,7 @@ def test_runs_are_tested_on_the_questions_and_dialogues_of_both(at: At) -> None:
     assert (test.questions, test.gained, test.lost) == (40, 20, 1)
     assert (choice.only_a, choice.only_b) == (0, 0)
     assert test.p_value == mcnemar(20, 1)
-    assert dialogue.test.examples == 12
+    assert dialogue.test.examples == 60
     assert dialogue.test.difference == pytest.approx(0.1)
     assert [test.p_holm, dialogue.test.p_holm] == holm([test.p_value, dialogue.test.p_value])
     assert [test.finding, dialogue.test.finding] == ["improved", "improved"]
@@ -85,7 +85,7 @@ def test_each_run_is_tested_against_the_first(
     found = [test.test for test in compare_finished(runs).multiple_choice]
     assert [(test.a, test.b) for test in found] == [("one", "two"), ("one", "three")]
     assert [(test.p_value, test.p_holm) for test in found] == [(2 / 2**6, 4 / 2**6), (1, 1)]
-    assert found[0].finding == "no measurable change"
+    assert found[0].finding == "not enough evidence"
 
 
 def rescored(results: dict[str, Any]) -> None:
@@ -191,8 +191,8 @@ def compared(tmp_path: Path) -> RunComparison:
         results["run"]["spec"] = {"seed": 1, "evil": EVIL}
         results["verdict"]["sentence"] = results["model"]["preset"] = EVIL
 
-    first = local(tmp_path, "one", answers("BBBBAA"), talks([0.1] * 12))
-    second = local(tmp_path, "two", answers("ABBBAA"), talks([0.2] * 12), change=other)
+    first = local(tmp_path, "one", answers("BBBBAA"), talks([0.1] * 60))
+    second = local(tmp_path, "two", answers("ABBBAA"), talks([0.2] * 60), change=other)
     return compare_finished([first, second])
 
 
@@ -201,8 +201,8 @@ def test_the_table_shows_the_findings(compared: RunComparison) -> None:
     show(compared, Console(file=out, width=200))
     text = out.getvalue()
     for words in (
-        "two vs. one", "6 questions", "+16.7 points", "1 gained, 0 lost", "12 dialogues",
-        "no measurable difference", "higher", "train.epochs", "35.1%",
+        "two vs. one", "6 questions", "+16.7 points", "1 gained, 0 lost", "60 dialogues",
+        "not enough evidence", "higher", "train.epochs", "35.1%",
     ):  # fmt: skip
         assert words in text
     assert "\x1b" not in text

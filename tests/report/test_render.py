@@ -67,7 +67,7 @@ def test_the_verdict_comes_before_every_figure_and_section(
 ) -> None:
     text = render(results, HISTORY, FLIPS)
     verdict = text.index(results.verdict.sentence)
-    for later in ("Benchmark:", "31.0% \u2192 35.1%", "What was run", "Multiple choice", "Caveats"):
+    for later in ("Next step:", "31.0% \u2192 35.1%", "What was run", "Multiple choice", "Caveats"):
         assert verdict < text.index(later)
 
 

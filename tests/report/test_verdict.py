@@ -1,123 +1,141 @@
-"""The verdict says no more than the tests show."""
+"""The verdict is a plain sentence that says no more than the tests show."""
+
+from typing import Any
 
 import pytest
 
 from job.report.verdict import decide
-from job.results import (
-    Comparison,
-    Dialogue,
-    DialogueComparison,
-    DialogueScore,
-    Estimate,
-    Evaluation,
-    Finding,
-    ModelScore,
-    MultipleChoiceResult,
-    TrivialBaselines,
-)
-
-
-def score(correct: int, questions: int) -> ModelScore:
-    accuracy = correct / questions
-    return ModelScore(
-        correct=correct, unparsed=0, missing=0, accuracy=accuracy, ci95=(0, 1), letters={}
-    )
-
-
-def questions(
-    finding: Finding, number: int = 100, name: str = "medmcqa", p_holm: float = 0.42
-) -> MultipleChoiceResult:
-    comparison = Comparison(
-        a="baseline", b="finetuned", questions=number, gained=9, lost=5, p_value=0.42,
-        p_holm=p_holm, difference=0.04, ci95=(-0.03, 0.11), finding=finding, detectable=0.11,
-    )  # fmt: skip
-    return MultipleChoiceResult(
-        name=name, scoring="letters", dataset="d", revision=None, questions=number, chance=0.25,
-        majority_letter="A", majority_accuracy=0.322, comparisons=[comparison],
-        detectable_at_worst=0.2,
-        models={"baseline": score(30, number), "finetuned": score(34, number)},
-    )  # fmt: skip
-
-
-def dialogue(finding: Finding, after: float = 0.2) -> Dialogue:
-    def scores(value: float) -> DialogueScore:
-        estimate = Estimate(mean=value, ci95=(value, value))
-        return DialogueScore(
-            rouge1=estimate, rouge2=estimate, rougeL=estimate, mean_tokens=9, truncated=0
-        )
-
-    null = Estimate(mean=0.106, ci95=(0.1, 0.11))
-    return Dialogue(
-        examples=20, max_new_tokens=64,
-        models={"baseline": scores(0.05), "finetuned": scores(after)},
-        nulls=TrivialBaselines(echoed_prompt=null, other_answer=null, polite_sentence=null),
-        comparison=DialogueComparison(
-            a="baseline", b="finetuned", examples=20, difference=0.15, ci95=(0.1, 0.2),
-            p_value=0.001, p_holm=0.001, finding=finding,
-        ),
-    )  # fmt: skip
-
+from job.results import Evaluation, Finding, Verdict
+from tests.report import full
 
 SAME: Finding = "no measurable change"
+FEW: Finding = "not enough evidence"
+
+
+def verdict(
+    questions: Finding | None = None,
+    likeness: Finding | None = None,
+    loss: Finding | None = None,
+    **changes: Any,
+) -> Verdict:
+    """Decide on findings of 4,183 questions, 200 dialogues and the loss; None is not measured."""
+    document = full()["evaluation"]
+    (task,), dialogue = document["multiple_choice"], document["dialogue"]
+    task["comparisons"] = task["comparisons"][:1]
+    task["comparisons"][0]["finding"] = questions or SAME
+    dialogue["comparison"] |= {"finding": likeness or SAME, "detectable": 0.012}
+    dialogue["models"]["finetuned"]["rougeL"]["mean"] = changes.get("rouge", 0.153)
+    comparison = dialogue["comparison"] | {"finding": loss or SAME}
+    scores = {"baseline": 3.433, "finetuned": 3.099}
+    measured = {
+        "examples": 200, "tokens": 9000, "comparison": comparison,
+        "lower": {"count": 190, "of": 200, "share": 0.95, "ci95": [0.9, 0.98]},
+        "models": {
+            name: {"mean": value, "by_example": {"mean": value, "ci95": [3, 4]}}
+            for name, value in scores.items()
+        },
+    }  # fmt: skip
+    document |= {
+        "multiple_choice": [task] if questions else [],
+        "dialogue": dialogue if likeness else None,
+        "loss": measured if loss else None,
+    }
+    return decide(Evaluation.model_validate(document))
+
+
+ROSE = "likeness to your answers rose from 0.109 to 0.153"
+UNCLEAR = (
+    "no clear change of medmcqa accuracy (from 31.0% to 35.1%; a change of 2.0 points would "
+    "probably have shown)"
+)
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "style", "headline"),
+    ("findings", "answer", "sentence"),
     [
-        (SAME, SAME, "Fine-tuning made no measurable change:"),
-        (SAME, None, "Fine-tuning made no measurable change to the benchmark:"),
-        ("worse", None, "Fine-tuning made the benchmark worse:"),
-        (None, "improved", "Fine-tuning improved the similarity to the held-out answers:"),
-        ("improved", "improved", "Fine-tuning improved the benchmark and the similarity"),
-        (SAME, "improved", "but made no measurable change to the benchmark:"),
-        ("worse", "improved", "but made the benchmark worse:"),
+        ((SAME, "improved"), "better", f"Fine-tuning helped: {ROSE}; {UNCLEAR}."),
         (
-            "improved",
-            "worse",
-            "Fine-tuning made the similarity to the held-out answers worse",
+            ("improved", SAME),
+            "better",
+            "Fine-tuning helped: medmcqa accuracy rose from 31.0% to 35.1%; no clear change of "
+            "likeness to your answers (from 0.109 to 0.153; a change of 0.012 would probably "
+            "have shown).",
         ),
+        (("worse", SAME), "worse", "Fine-tuning hurt: medmcqa accuracy fell from 31.0%"),
+        (
+            ("worse", "improved"),
+            "better and worse",
+            f"Fine-tuning helped in one way and hurt in another: {ROSE}; medmcqa accuracy fell",
+        ),
+        ((SAME, None), "no clear change", f"Fine-tuning made no clear change: {UNCLEAR}."),
+        (
+            (None, FEW),
+            "not enough evidence",
+            "Fine-tuning cannot be judged on so little evidence: 200 held-out dialogues are too "
+            "few to judge likeness to your answers (from 0.109 to 0.153).",
+        ),
+        ((FEW, SAME), "no clear change", "Fine-tuning made no clear change: no clear change of"),
+        (
+            (SAME, None, "improved"),
+            "no clear change",
+            f"Fine-tuning made no clear change: {UNCLEAR}; it learned the data: the loss on "
+            "held-out responses fell (3.433 to 3.099).",
+        ),
+        (
+            (None, None, "improved"),
+            "better",
+            "Fine-tuning helped: it learned the data: the loss on held-out responses fell",
+        ),
+        ((), "not enough evidence", "Fine-tuning cannot be judged on so little evidence: nothing"),
     ],
 )
-def test_headline_states_the_finding_of_each_test(
-    benchmark: Finding | None, style: Finding | None, headline: str
+def test_the_sentence_says_what_each_test_found(
+    findings: tuple[Finding | None, ...], answer: str, sentence: str
 ) -> None:
-    verdict = decide(
-        Evaluation(
-            multiple_choice=[questions(benchmark)] if benchmark else [],
-            dialogue=dialogue(style) if style else None,
-            side_by_side=[],
-        )
+    decided = verdict(*findings)
+    assert decided.sentence.startswith(sentence)
+    assert decided.answer == answer
+    names = ("benchmark", "style", "loss")
+    assert {n: getattr(decided, n) for n in names} == dict(
+        zip(names, (*findings, None, None, None), strict=False)
     )
-    assert headline in verdict.sentence
-    assert (verdict.benchmark, verdict.style) == (benchmark, style)
 
 
-def test_benchmark_is_the_task_with_the_most_questions() -> None:
-    tasks = [questions("improved", 100, "small"), questions(SAME, 4183, "large")]
-    verdict = decide(Evaluation(multiple_choice=tasks, dialogue=None, side_by_side=[]))
-    assert verdict.benchmark == SAME
-    assert "large accuracy (letters)" in verdict.sentence
-    assert "on 4183 questions" in verdict.sentence
+@pytest.mark.parametrize(
+    ("findings", "step"),
+    [
+        (("improved", None), "Read the answers side by side; if you agree, use the adapter."),
+        (("worse", "improved"), "Do not use the adapter as it is:"),
+        ((FEW, None), "Measure more: 4,183 questions were measured; 50 are the least"),
+        ((SAME, SAME, "improved"), "Read the answers side by side: the model learned"),
+        ((SAME, SAME, SAME), "Train longer, or with a higher learning rate"),
+    ],
+)
+def test_there_is_one_next_step(findings: tuple[Finding | None, ...], step: str) -> None:
+    assert verdict(*findings).next_step.startswith(step)
 
 
-def test_scores_are_compared_with_trivial_baselines() -> None:
-    tasks = [questions(SAME)]
-    high = decide(Evaluation(multiple_choice=tasks, dialogue=dialogue("improved"), side_by_side=[]))
-    assert "30.0% to 34.0%" in high.sentence
-    assert "p = 0.42; always answering A scores 32.2%" in high.sentence
-    assert "trivial baselines score 0.106" in high.sentence
-    low = decide(
-        Evaluation(multiple_choice=[], dialogue=dialogue("improved", 0.09), side_by_side=[])
-    )
-    assert "both below the 0.106 of trivial baselines" in low.sentence
+def test_scores_below_those_of_no_model_are_said() -> None:
+    low = verdict(None, "improved", rouge=0.11)
+    assert "rose from 0.109 to 0.110, below the 0.111 of answers that need no model" in low.sentence
+    assert "need no model" not in verdict(None, "improved").sentence
 
 
-def test_a_corrected_p_value_follows_the_raw_one() -> None:
-    tasks = [questions(SAME, p_holm=0.84)]
-    verdict = decide(Evaluation(multiple_choice=tasks, dialogue=None, side_by_side=[]))
-    assert "p = 0.42, Holm-corrected p = 0.84; always" in verdict.sentence
+def test_a_reference_does_not_hide_that_both_are_below() -> None:
+    """Only the best of all models counted once, and that was the reference."""
+    document = full()["evaluation"]
+    dialogue = document["dialogue"]
+    dialogue["models"]["reference"] = dialogue["models"]["finetuned"]
+    dialogue["models"]["finetuned"] = dialogue["models"]["baseline"]
+    dialogue["comparison"]["finding"] = "improved"
+    sentence = decide(Evaluation.model_validate(document)).sentence
+    assert "to 0.109, below the 0.111 of answers that need no model" in sentence
 
 
-def test_no_evaluation_says_nothing_was_measured() -> None:
-    verdict = decide(Evaluation(multiple_choice=[], dialogue=None, side_by_side=[]))
-    assert verdict.sentence == "Nothing was measured."
+def test_the_benchmark_is_the_task_with_the_most_questions() -> None:
+    document = full()["evaluation"]
+    (large,) = document["multiple_choice"]
+    small = {**large, "name": "small", "comparisons": [{**large["comparisons"][0], "questions": 9}]}
+    small["comparisons"][0]["finding"] = "worse"
+    document["multiple_choice"] = [small, large]
+    assert decide(Evaluation.model_validate(document)).benchmark == "improved"
