@@ -121,12 +121,12 @@ def _next_step(answer: VerdictAnswer, measures: list[Measure], loss: Finding | N
     if answer == "not enough evidence":
         measured = f"{' and '.join(few)} were measured" if few else "nothing was measured"
         return f"Measure more: {measured}; 50 are the least, 200 or more are better."
-    if loss == "improved":
-        return (
-            "Read the answers side by side: the model learned from the data, but its answers did "
-            "not get measurably closer to yours. More evaluation examples show smaller changes."
-        )
-    return "Train longer, or with a higher learning rate or more data: little was learned."
+    if loss == "no measurable change":
+        return "Train longer, or with a higher learning rate or more data: little was learned."
+    return (
+        "Read the answers side by side. More questions and held-out examples would show smaller "
+        "changes."
+    )
 
 
 def before_after(result: MultipleChoiceResult) -> Comparison | None:

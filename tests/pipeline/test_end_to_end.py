@@ -91,7 +91,7 @@ def test_every_documented_file_is_there_with_its_checksum(smoke: Finished) -> No
         "adapter/peft/adapter_model.safetensors",
         "evals/contamination.json", TRAINING + EVENTS,
         *(f"evals/{model}/{name}/predictions.jsonl" for model in ("baseline", "finetuned")
-          for name in ("questions", "questions-generated", "dialogue", "side_by_side")),
+          for name in ("questions", "questions-generated", "dialogue", "loss", "side_by_side")),
     }  # fmt: skip
     assert set(artifacts) == expected
     for path, item in artifacts.items():
@@ -117,6 +117,11 @@ def test_training_lowers_the_validation_loss(smoke: Finished) -> None:
     assert loss.validation_before is not None
     assert loss.validation_after is not None
     assert loss.validation_after < loss.validation_before - 0.5
+    measured = smoke.results.evaluation.loss
+    assert measured is not None
+    assert measured.models["baseline"].mean == pytest.approx(loss.validation_before, abs=1e-5)
+    assert measured.models["finetuned"].mean == pytest.approx(loss.validation_after, abs=1e-5)
+    assert measured.lower.count == measured.examples == 20
     assert smoke.results.training.tokens.trained <= smoke.results.training.tokens.padded
     assert smoke.results.reference.status == "skipped"
     assert smoke.results.reference.reason == "OPENROUTER_API_KEY is not set"

@@ -107,7 +107,7 @@ def test_the_sentence_says_what_each_test_found(
         (("improved", None), "Read the answers side by side; if you agree, use the adapter."),
         (("worse", "improved"), "Do not use the adapter as it is:"),
         ((FEW, None), "Measure more: 4,183 questions were measured; 50 are the least"),
-        ((SAME, SAME, "improved"), "Read the answers side by side: the model learned"),
+        ((SAME, SAME, "improved"), "Read the answers side by side. More questions"),
         ((SAME, SAME, SAME), "Train longer, or with a higher learning rate"),
     ],
 )
