@@ -10,7 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 SCHEMA_VERSION = 1
 Interval = tuple[float, float]
-Finding = Literal["improved", "worse", "no measurable change", "not enough evidence"]
+Finding = Literal[
+    "improved", "worse", "no measurable change", "not enough evidence", "not worse", "cannot tell"
+]
+"""Of a retention task: not worse, worse, or cannot tell."""
 
 
 class Record(BaseModel):
@@ -167,8 +170,8 @@ class PairedTest(Record):
 
     a: str
     b: str
-    family: Literal["primary", "secondary"] = "primary"
-    """The primary family decides the verdict: tasks, baseline compared with fine-tuned."""
+    family: Literal["primary", "retention", "secondary"] = "primary"
+    """The first two decide the verdict: tasks, baseline compared with fine-tuned."""
     difference: float
     """`b` minus `a`: positive where `b` is higher."""
     ci95: Interval
@@ -179,6 +182,10 @@ class PairedTest(Record):
     """The conclusion from `p_holm` at the 5% level."""
     detectable: float | None = None
     """Minimum detectable effect at 80% power and the corrected level; null: none is detectable."""
+    margin: float | None = None
+    """Drop that a retention task accepts."""
+    p_not_worse: float | None = None
+    """One-sided p-value for a drop of at least the margin (non-inferiority)."""
 
 
 class Comparison(PairedTest):
@@ -291,6 +298,20 @@ class HeldOutLoss(Record):
     comparison: LossComparison
 
 
+class HarnessResult(Record):
+    """A task of lm-evaluation-harness."""
+
+    name: str
+    task: str
+    metric: str
+    samples: int
+    truncated: int
+    """Prompts that lost their beginning."""
+    models: dict[str, float]
+    """Mean of the metric; of perplexities, the mean log-likelihood of a word or byte."""
+    comparison: Comparison | MeanComparison
+
+
 class SideBySide(Record):
     id: str
     prompt: str
@@ -300,6 +321,7 @@ class SideBySide(Record):
 
 class Evaluation(Record):
     multiple_choice: list[MultipleChoiceResult]
+    harness: list[HarnessResult] = []
     dialogue: Dialogue | None
     loss: HeldOutLoss | None = None
     side_by_side: list[SideBySide]

@@ -35,6 +35,10 @@ class ChatTokenizer:
         self.template = template
         self.start_id = tokenizer.start_id
         self.pad_id = tokenizer.pad_id
+        self.bos_id = tokenizer.special_ids.get(tokenizer.named.get("bos_token", ""))
+        self.eos_id = tokenizer.special_ids.get(
+            tokenizer.named.get("eos_token", ""), tokenizer.stop_ids[0]
+        )
         end = tokenizer.added_ids[self.renderer.end_token]
         others = (i for i in tokenizer.stop_ids if i != end)
         self.stop_ids: tuple[int, ...] = (*others, end)
@@ -47,6 +51,19 @@ class ChatTokenizer:
         """Return the tokens of each text alone, without a start or end token."""
         marked = [MarkedText(self.renderer.neutralize(text)) for text in texts]
         return [tokens.token_ids for tokens in self._tokenizer.encode(marked)]
+
+    def encode_markup(self, text: str, *, starts: bool) -> list[int]:
+        """Return the tokens of a text in which special tokens count as such.
+
+        Args:
+            text: a rendered prompt, or a text of a benchmark.
+            starts: whether it gets the tokenizer's start token, unless it begins with one.
+        """
+        (tokens,) = self._tokenizer.encode([MarkedText(text)])
+        ids = tokens.token_ids
+        if not starts or self.start_id is None or ids[:1] == [self.start_id]:
+            return ids
+        return [self.start_id, *ids]
 
     def tokenize(
         self, conversations: Sequence[Conversation]

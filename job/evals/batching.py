@@ -15,8 +15,8 @@ from job.data.packing import best_fit
 PACKED_LENGTH = 512
 """Length of packed rows in tokens, unless a prompt is longer."""
 
-BATCHING_VERSION = 4
-"""Increase it when the same prompts are batched differently: cached results become invalid."""
+BATCHING_VERSION = 5
+"""Increase it when prompts are batched or results cached differently: caches become invalid."""
 
 CPU_COMPILE_TOKENS = 2_000
 """Tokens a CPU processes in the time one more program takes to compile: an order of magnitude."""

@@ -5,7 +5,7 @@ them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -336,7 +336,20 @@ class Engine:
         cache: BatchCache | None = None,
         sampling: Sampling | None = None,
     ) -> list[Generation]:
-        """Generate an answer to each prompt until a stop token or `max_new_tokens`.
+        """Generate an answer to each prompt; see `generate_tokens` for the arguments."""
+        rows = self.generate_tokens(weights, prompts, max_new_tokens, label, cache, sampling)
+        return [self._decode(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
+
+    def generate_tokens(
+        self,
+        weights: Weights,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        label: str,
+        cache: BatchCache | None = None,
+        sampling: Sampling | None = None,
+    ) -> list[list[int]]:
+        """Generate after each prompt, up to and with a stop token, or `max_new_tokens`.
 
         Args:
             weights: as `LanguageModel.weights`.
@@ -347,6 +360,7 @@ class Engine:
             sampling: how to sample; greedy without it.
         """
         model = self._model
+        stop_ids = model.tokenizer.stop_ids
 
         def run_batch(batch: PaddedPrompts) -> list[Any]:
             tokens, lengths = model.shard_batch((batch.tokens, batch.lengths))
@@ -354,23 +368,21 @@ class Engine:
             program = self.generate_program(sampling)
             rows = program(weights, tokens, lengths, limit=max_new_tokens, state=state)
             rows = np.asarray(rows)[: len(batch.indices)]
-            return [
-                astuple(self._decode(row.tolist(), prompts[index]))
-                for index, row in zip(batch.indices, rows, strict=True)
-            ]
+            stopped = np.isin(rows, stop_ids)
+            ends = np.where(stopped.any(axis=1), stopped.argmax(axis=1) + 1, rows.shape[1])
+            return [row[:end].tolist() for row, end in zip(rows, ends, strict=True)]
 
         batches = batch_by_length(
             prompts, self.batch_size, model.devices, model.tokenizer.pad_id, self._compile_tokens
         )
-        values = self._run_batches(len(prompts), batches, run_batch, cache, label)
-        return [Generation(*fields) for fields in values]
+        return self._run_batches(len(prompts), batches, run_batch, cache, label)
 
     def _decode(self, tokens: list[int], prompt: list[int]) -> Generation:
-        """Decode an answer up to its first stop token."""
+        """Decode an answer that may end in a stop token."""
         tokenizer = self._model.tokenizer
-        end = next((i for i, token in enumerate(tokens) if token in tokenizer.stop_ids), None)
-        text, prompt_end = tokenizer.decode(tokens[:end]).strip(), tokenizer.decode(prompt[-16:])
+        is_complete = bool(tokens) and tokens[-1] in tokenizer.stop_ids
+        new = tokens[:-1] if is_complete else tokens
+        text, prompt_end = tokenizer.decode(new).strip(), tokenizer.decode(prompt[-16:])
         thoughts, answer = split_thoughts(text, prompt_end)
-        if end is None:
-            return Generation(answer or "", len(tokens), "length", thoughts)
-        return Generation(answer or "", end, "stop", thoughts)
+        finish: Literal["stop", "length"] = "stop" if is_complete else "length"
+        return Generation(answer or "", len(new), finish, thoughts)

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from job.chat.thoughts import split_thoughts
-from job.evals.predictions import ChoiceLine, DialogueLine, LossLine, answered
+from job.evals.predictions import ChoiceLine, DialogueLine, HarnessLine, LossLine, answered
 from job.evals.statistics import (
     WORST_DISCORDANCE,
     Bootstrap,
@@ -28,6 +28,7 @@ from job.results import (
     Comparison,
     DialogueScore,
     GroupScore,
+    HarnessResult,
     HeldOutLoss,
     LossComparison,
     LossScore,
@@ -38,14 +39,17 @@ from job.results import (
     StyleTrait,
     TrivialBaselines,
 )
+from job.spec.evals import HarnessEval, Role
 from job.spec.schema import MultipleChoiceEval
 
 BEFORE_AFTER = ("baseline", "finetuned")
 COMPARED_MODELS: tuple[tuple[str, str], ...] = (BEFORE_AFTER, ("finetuned", "reference"))
 
 
-def _family(models: tuple[str, str]) -> Family:
-    return "secondary" if "reference" in models else "primary"
+def _family(models: tuple[str, str], role: Role = "target") -> Family:
+    if "reference" in models:
+        return "secondary"
+    return "retention" if role == "retention" else "primary"
 
 
 # Multiple choice
@@ -73,14 +77,22 @@ def _cut_in_thoughts(lines: Iterable[ChoiceLine | DialogueLine]) -> int:
 
 
 def compare_choices(
-    models: tuple[str, str], before: Sequence[ChoiceLine], after: Sequence[ChoiceLine]
+    models: tuple[str, str],
+    before: Sequence[ChoiceLine],
+    after: Sequence[ChoiceLine],
+    entry: MultipleChoiceEval | None = None,
 ) -> Comparison | None:
-    """Compare two models on the questions both answered; see `statistics.compare_proportions`."""
+    """Compare two models on the questions both answered; see `statistics.compare_proportions`.
+
+    `entry` says whether it is a retention task.
+    """
     first, second = (
         {identity: line.correct for identity, line in answered(lines).items()}
         for lines in (before, after)
     )
-    return compare_proportions(models, first, second, _family(models))
+    family = _family(models, entry.role if entry else "target")
+    margin = entry.margin if entry and family == "retention" else None
+    return compare_proportions(models, first, second, family, margin)
 
 
 def group_scores(models: Mapping[str, Sequence[ChoiceLine]]) -> list[GroupScore]:
@@ -118,7 +130,7 @@ def summarize_choices(
     questions = models["baseline"]
     majority, count = Counter(line.gold for line in questions).most_common(1)[0]
     comparisons = [
-        compare_choices((a, b), models[a], models[b])
+        compare_choices((a, b), models[a], models[b], entry)
         for a, b in COMPARED_MODELS
         if a in models and b in models
     ]
@@ -248,6 +260,47 @@ def summarize_loss(
             for name, lines in models.items()
         },
         lower=proportion(sum(after[i] < before[i] for i in before), len(before)),
+        comparison=comparison,
+    )
+
+
+# Tasks of lm-evaluation-harness
+
+
+def summarize_harness(
+    entry: HarnessEval,
+    models: Mapping[str, Sequence[HarnessLine]],
+    truncated: int,
+    bootstrap: Bootstrap,
+) -> HarnessResult:
+    """Summarize one task of lm-evaluation-harness; scores of 0 and 1 are compared as accuracies.
+
+    Args:
+        entry: its section of the spec.
+        models: samples by model, "baseline" and "finetuned".
+        truncated: number of prompts that lost their beginning.
+        bootstrap: settings of the tests of means.
+    """
+    scores = {name: {line.id: line.score for line in lines} for name, lines in models.items()}
+    before, after = (scores[name] for name in BEFORE_AFTER)
+    family = _family(BEFORE_AFTER, entry.role)
+    margin = entry.margin if family == "retention" else None
+    comparison: Comparison | MeanComparison | None
+    if {*before.values(), *after.values()} <= {0.0, 1.0}:
+        right = [{i: score == 1 for i, score in each.items()} for each in (before, after)]
+        comparison = compare_proportions(BEFORE_AFTER, right[0], right[1], family, margin)
+    else:
+        comparison = compare_means(
+            MeanComparison, BEFORE_AFTER, before, after, bootstrap, family, margin
+        )
+    assert comparison is not None  # both models have every sample
+    return HarnessResult(
+        name=entry.name,
+        task=entry.task,
+        metric=models["baseline"][0].metric,
+        samples=len(before),
+        truncated=truncated,
+        models={name: sum(each.values()) / len(each) for name, each in scores.items()},
         comparison=comparison,
     )
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -77,6 +77,17 @@ class LossLine(Line):
     def loss(self) -> float:
         """Nats per token."""
         return self.nats / self.tokens
+
+
+class HarnessLine(Line):
+    """A sample of a task of lm-evaluation-harness."""
+
+    metric: str
+    score: float
+    """Its value of the metric; of perplexities, the log-likelihood of a word or byte."""
+    target: str
+    answers: list[Any]
+    """What the model said, as the task filtered it: texts, or log-likelihoods."""
 
 
 class SideLine(Line):

@@ -22,7 +22,7 @@ from job.results import (
     Share,
 )
 
-Family = Literal["primary", "secondary"]
+Family = Literal["primary", "retention", "secondary"]
 type Test = Comparison | MeanComparison
 ALPHA = 0.05
 POWER = 0.8
@@ -195,6 +195,29 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def not_worse(gained: int, lost: int, questions: int, margin: float) -> float:
+    """Return the one-sided p-value for a drop of at least `margin` (non-inferiority, Tango 1998).
+
+    Args:
+        gained: questions only the second model got right.
+        lost: questions only the first model got right.
+        questions: questions both answered; above 0.
+        margin: of the accuracies, between 0 and 1.
+    """
+    return float(stats.norm.sf(paired_score(gained, lost, questions, -margin)))
+
+
+def questions_for_retention(discordant: float, margin: float) -> int:
+    """Return how many questions show with 80% power that an unchanged accuracy is not worse.
+
+    Args:
+        discordant: share of the questions that only one model gets right.
+        margin: drop that is accepted.
+    """
+    errors = float(stats.norm.isf(ALPHA) + stats.norm.ppf(POWER))
+    return math.ceil(discordant * (errors / margin) ** 2)
+
+
 def mcnemar_power(
     questions: int, discordant: float, difference: float, level: float = ALPHA
 ) -> float:
@@ -273,6 +296,7 @@ def compare_proportions(
     before: Mapping[str, bool],
     after: Mapping[str, bool],
     family: Family,
+    margin: float | None = None,
 ) -> Comparison | None:
     """Compare two models by McNemar's test on the items both have; None if there are none.
 
@@ -283,6 +307,7 @@ def compare_proportions(
         before: success by item id, of the first model.
         after: success by item id, of the second model.
         family: of tests.
+        margin: drop that a retention task accepts.
     """
     shared = [identity for identity in before if identity in after]
     if not shared:
@@ -302,7 +327,8 @@ def compare_proportions(
         p_value=p_value,
         p_holm=p_value,
         finding="no measurable change",
-        detectable=None,
+        margin=margin,
+        p_not_worse=None if margin is None else not_worse(gained, lost, len(shared), margin),
     )
 
 
@@ -313,6 +339,7 @@ def compare_means[T: MeanComparison](
     after: Mapping[str, float],
     bootstrap: Bootstrap,
     family: Family,
+    margin: float | None = None,
 ) -> T | None:
     """Compare two models by a sign-flip test on the items both have; None if there are none.
 
@@ -325,12 +352,17 @@ def compare_means[T: MeanComparison](
         after: value by item id, of the second model.
         bootstrap: the random draws.
         family: of tests.
+        margin: drop that a retention task accepts.
     """
     shared = [identity for identity in before if identity in after]
     if not shared:
         return None
     differences = [after[i] - before[i] for i in shared]
     estimate, p_value = sign_flip_test(differences, bootstrap)
+    above = None
+    if margin is not None:
+        _, above = sign_flip_test([value + margin for value in differences], bootstrap)
+        above = above / 2 if estimate.mean > -margin else 1 - above / 2
     return kind(
         a=models[0],
         b=models[1],
@@ -342,6 +374,8 @@ def compare_means[T: MeanComparison](
         p_holm=p_value,
         finding="no measurable change",
         detectable=detectable_mean(differences),
+        margin=margin,
+        p_not_worse=above,
     )
 
 
@@ -389,6 +423,12 @@ def decide_findings[R: Record](record: R) -> R:
 
 def _finding(test: Test, p_holm: float, detectable: float | None) -> Finding:
     items = test.questions if isinstance(test, Comparison) else test.examples
+    if test.p_not_worse is not None:
+        # Each claim has its own level: "worse nowhere" needs all of them.
+        if test.p_not_worse < ALPHA and items >= MIN_ITEMS:
+            return "not worse"
+        lower = p_holm < ALPHA and test.difference < 0 and items >= MIN_ITEMS
+        return "worse" if lower else "cannot tell"
     # McNemar's test is exact with few items too.
     can_tell = isinstance(test, Comparison) or items >= MIN_ITEMS
     if can_tell and p_holm < ALPHA and test.difference:

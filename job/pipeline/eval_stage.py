@@ -29,6 +29,7 @@ from job.pipeline.data_stage import read_examples
 from job.pipeline.run import Run
 from job.pipeline.train_stage import load_trained
 from job.runtime import logs
+from job.spec.evals import HarnessEval
 
 
 class TaskOutcome(BaseModel):
@@ -62,6 +63,8 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     with PredictionCaches(run.store, key_of, inputs, run.processes.broadcast) as caches:
         local = LocalModel(engine, model.tokenizer, weights, caches)
         outcomes = {task.entry.name: _evaluate_task(run, name, local, task) for task in tasks}
+        for entry in evals.harness:
+            outcomes[entry.name] = _evaluate_harness(run, name, local, entry)
         if evals.dialogue is not None:
             examples = read_examples(run, layout.VALIDATION_EXAMPLES, evals.dialogue.max_examples)
             lines, truncated = local.answer_examples(examples, evals.dialogue.max_new_tokens)
@@ -90,6 +93,17 @@ def _evaluate_task(run: Run, name: ModelName, local: LocalModel, task: Task) -> 
         correct=sum(line.correct for line in lines),
     )
     return TaskOutcome(revision=task.revision, questions=len(lines), cut=truncated)
+
+
+def _evaluate_harness(
+    run: Run, name: ModelName, local: LocalModel, entry: HarnessEval
+) -> TaskOutcome:
+    from job.evals.harness import evaluate
+
+    lines, truncated = evaluate(local, entry, run.spec.evals.max_prompt_tokens)
+    write_predictions(run, name, entry.name, lines)
+    logs.get().info("task evaluated", eval=entry.name, task=entry.task, samples=len(lines))
+    return TaskOutcome(revision=None, questions=len(lines), cut=truncated)
 
 
 def _check_contamination(run: Run, tasks: Sequence[Task]) -> None:

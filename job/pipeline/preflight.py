@@ -12,6 +12,7 @@ from job.pipeline.run import Preflight, Run, StageRecord, now
 from job.pipeline.stages import stage_digests
 from job.pipeline.status import earlier_preflight
 from job.runtime import logs
+from job.spec.evals import HarnessEval
 from job.spec.fields import SAMPLES, SMOLLM2, is_template_file
 from job.spec.load import digest, run_id, spec_text
 from job.spec.pinning import resolve_all
@@ -48,6 +49,8 @@ def check_local_inputs(spec: Spec) -> None:
             f"model.preset: there is no folder {preset!r}; for a model on the Hub write "
             "hf://owner/name"
         )
+    for entry in spec.evals.harness:
+        _check_harness(entry)
     template = spec.model.chat_template
     if is_template_file(template) and not Path(template).is_file():
         raise UsageError(f"model.chat_template: there is no file {template!r}")
@@ -65,6 +68,19 @@ def check_local_inputs(spec: Spec) -> None:
                 f"{where}.dataset: there is no file {source.dataset!r}; "
                 "for a dataset on the Hub write hf://owner/name"
             )
+
+
+def _check_harness(entry: HarnessEval) -> None:
+    if entry.include is not None and not Path(entry.include).is_dir():
+        raise UsageError(f"evals.harness: there is no folder {entry.include!r}")
+    try:
+        from job.evals.harness import check_task
+    except ImportError as error:
+        raise SetupError(
+            "evals.harness needs the packages of the `harness` extra; run "
+            "`uv run --extra harness job run SPEC`"
+        ) from error
+    check_task(entry)
 
 
 def check_model_files(spec: Spec) -> None:

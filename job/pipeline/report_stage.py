@@ -7,6 +7,7 @@ from job.evals.metrics import (
     compare_dialogues,
     score_dialogues,
     summarize_choices,
+    summarize_harness,
     summarize_loss,
     summarize_style,
     trivial_baselines,
@@ -17,6 +18,7 @@ from job.evals.predictions import (
     SIDE_BY_SIDE,
     ChoiceLine,
     DialogueLine,
+    HarnessLine,
     Line,
     LossLine,
     ModelName,
@@ -40,6 +42,7 @@ from job.results import (
     DataInfo,
     Dialogue,
     Evaluation,
+    HarnessResult,
     MultipleChoiceResult,
     ReferenceResult,
     Results,
@@ -47,6 +50,7 @@ from job.results import (
     SideBySide,
     Training,
 )
+from job.spec.evals import HarnessEval
 from job.spec.load import digest
 from job.spec.schema import MultipleChoiceEval
 from job.train.metrics import HISTORY
@@ -102,6 +106,7 @@ def _evaluation(run: Run, reference: ReferenceResult) -> Evaluation:
             _multiple_choice(run, entry, has_reference=has_reference)
             for entry in run.spec.evals.multiple_choice
         ],
+        harness=[_harness(run, entry) for entry in run.spec.evals.harness],
         dialogue=_dialogue(run, has_reference=has_reference),
         loss=summarize_loss(
             _predictions(run, LOSS, LossLine, has_reference=False), _bootstrap(run)
@@ -145,6 +150,12 @@ def _overlapping_questions(run: Run, name: str) -> int | None:
         return None
     overlap = Contamination.model_validate_json(content).slices.get(name)
     return overlap.found if overlap else None
+
+
+def _harness(run: Run, entry: HarnessEval) -> HarnessResult:
+    models = _predictions(run, entry.name, HarnessLine, has_reference=False)
+    truncated = run.outcome("baseline", EvalOutcome).slices[entry.name].cut
+    return summarize_harness(entry, models, truncated, _bootstrap(run))
 
 
 def _dialogue(run: Run, *, has_reference: bool) -> Dialogue | None:

@@ -105,10 +105,17 @@ def _data_inputs(spec: Spec, revisions: Revisions) -> object:
 
 def _eval_inputs(spec: Spec, revisions: Revisions) -> object:
     # The batch size, and what is computed from the answers later, change no prediction.
-    exclude = {"multiple_choice": True, "batch_size": True, "bootstrap_samples": True}
-    evals = spec.evals.model_dump(mode="json", exclude=exclude | {"dialogue": {"markers"}})
+    evals = spec.evals.model_dump(
+        mode="json",
+        exclude={
+            "multiple_choice": True, "batch_size": True, "bootstrap_samples": True,
+            "dialogue": {"markers"}, "harness": {"__all__": {"role", "margin"}},
+        },
+    )  # fmt: skip
+    folders = [Path(entry.include) for entry in spec.evals.harness if entry.include]
+    files = [[_content(p) for p in sorted(f.rglob("*")) if p.is_file()] for f in folders]
     tasks = _tasks(spec.evals.multiple_choice, revisions)
-    return [spec.seed, _base_model(spec, revisions), evals, tasks, _PARSING_VERSION, LOSS]
+    return [spec.seed, _base_model(spec, revisions), evals, tasks, files, _PARSING_VERSION, LOSS]
 
 
 def _train_inputs(spec: Spec, revisions: Revisions) -> object:
@@ -195,7 +202,7 @@ def _source(source: Source, revisions: Revisions) -> object:
 def _tasks(entries: Sequence[MultipleChoiceEval], revisions: Revisions) -> object:
     return [
         [
-            entry.model_dump(mode="json"),
+            entry.model_dump(mode="json", exclude={"role", "margin"}),
             *(_source(source, revisions) for source in (entry, few_shot_source(entry)) if source),
         ]
         for entry in entries

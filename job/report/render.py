@@ -351,6 +351,8 @@ def _amount(value: float, unit: str) -> str:
 
 def _finding(pair: Comparison | MeanComparison) -> str:
     """Return the finding, in neutral words unless it compares before and after training."""
+    if pair.p_not_worse is not None and pair.margin is not None:
+        return f"{pair.finding} (margin {pair.margin:.3g}, one-sided p {_p(pair.p_not_worse)})"
     if (pair.a, pair.b) == _BEFORE_AFTER:
         return pair.finding
     return {"improved": "higher", "worse": "lower"}.get(pair.finding, pair.finding)

@@ -6,11 +6,13 @@ The statistics behind it are in the tests of the results: a finding there is a f
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from job.evals.statistics import questions_for_retention
 from job.results import (
     Comparison,
     Dialogue,
     Evaluation,
     Finding,
+    HarnessResult,
     MultipleChoiceResult,
     PairedTest,
     Verdict,
@@ -56,11 +58,16 @@ def decide(evaluation: Evaluation) -> Verdict:
     That the loss on held-out responses fell is said apart: it shows that the model learned the
     data, not that its answers are better. It decides where nothing else was measured.
     """
-    tasks = list(_tasks(evaluation))
+    choices = list(_tasks(evaluation))
+    measured = [*choices, *map(_harness, evaluation.harness)]
+    tasks = [measure for measure in measured if measure.test.family == "primary"]
+    kept = [measure for measure in measured if measure.test.family == "retention"]
     likeness = [] if evaluation.dialogue is None else [_likeness(evaluation.dialogue)]
     measures = [*likeness, *tasks]
     loss = evaluation.loss.comparison.finding if evaluation.loss else None
     answer = _answer([measure.test.finding for measure in measures] or ([loss] if loss else []))
+    if any(measure.test.finding == "worse" for measure in kept):
+        answer = "better and worse" if answer in ("better", "better and worse") else "worse"
     clauses = [
         measure.clause()
         for finding in _ORDER
@@ -72,7 +79,8 @@ def decide(evaluation: Evaluation) -> Verdict:
         clauses.append(
             f"{_LEARNED[evaluation.loss.comparison.finding]} ({before:.3f} to {after:.3f})"
         )
-    largest = max(tasks, key=_questions, default=None)
+    clauses += _retention(kept)
+    largest = max(choices, key=_questions, default=None)
     return Verdict(
         answer=answer,
         sentence=f"{_HEADLINES[answer]}: {'; '.join(clauses) or 'nothing was measured'}.",
@@ -145,6 +153,40 @@ def _tasks(evaluation: Evaluation) -> Iterator[Measure]:
                 f", below the {task.majority_accuracy:.1%} of always answering "
                 f"{task.majority_letter}" if below else "",
             )  # fmt: skip
+
+
+def _harness(result: HarnessResult) -> Measure:
+    before, after = (f"{result.models[name]:.3f}" for name in ("baseline", "finetuned"))
+    test, noun = result.comparison, f"{result.name} {result.metric}"
+    items = f"{result.samples:,} samples"
+    return Measure(noun, before, after, test, f"{test.detectable or 0:.3f}", items)
+
+
+def _retention(kept: list[Measure]) -> list[str]:
+    """Say where the model got worse, where it did not, and where that cannot be told."""
+    clauses = [measure.clause() for measure in kept if measure.test.finding == "worse"]
+    same = [measure for measure in kept if measure.test.finding == "not worse"]
+    if same:
+        margins = sorted({100 * (measure.test.margin or 0) for measure in same})
+        names = ", ".join(measure.noun for measure in same)
+        where = "worse nowhere by more than" if len(same) == len(kept) else "not worse by more than"
+        limits = " or ".join(f"{m:g}" for m in margins)
+        points = "point" if margins == [1] else "points"
+        clauses.append(f"{where} {limits} {points} ({names})")
+    clauses += [
+        f"{measure.items} are too few to tell whether {measure.noun} got worse "
+        f"(from {measure.before} to {measure.after}){_needed(measure.test)}"
+        for measure in kept
+        if measure.test.finding == "cannot tell"
+    ]
+    return clauses
+
+
+def _needed(test: PairedTest) -> str:
+    if not isinstance(test, Comparison) or not test.margin or not test.gained + test.lost:
+        return ""
+    needed = questions_for_retention((test.gained + test.lost) / test.questions, test.margin)
+    return f"; about {needed:,} would do" if needed > test.questions else ""
 
 
 def _questions(measure: Measure) -> int:

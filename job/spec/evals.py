@@ -34,6 +34,11 @@ class FewShot(Section):
     )
 
 
+Role = Literal["target", "retention"]
+_ROLE = "target: did tuning help? retention: did it break anything?"
+_MARGIN = "Drop of the score, as a share, that retention accepts."
+
+
 class MultipleChoiceEval(Source):
     name: Name = Field(description="Name of the task in results.json and evals/<model>/<name>/.")
     scoring: Literal["letters", "generate"] = Field(
@@ -64,6 +69,8 @@ class MultipleChoiceEval(Source):
         None, description="Solved questions before each question; unset: none (zero-shot)."
     )
     limit: Positive | None = Field(None, description="Use the first N questions; unset: all.")
+    role: Role = Field("target", description=_ROLE)
+    margin: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description=_MARGIN)
     max_new_tokens: Positive = Field(16, description="Maximum tokens of a generated answer.")
 
     @model_validator(mode="after")
@@ -117,6 +124,22 @@ class DialogueEval(Section):
         return self.examples or 200
 
 
+class HarnessEval(Section):
+    name: Name = Field(description="Name of the task in results.json and evals/<model>/<name>/.")
+    task: str = Field(min_length=1, description="A task or group of lm-evaluation-harness.")
+    include: str | None = Field(None, description="Folder with task files of your own.")
+    metric: str | None = Field(None, description="Metric of the task; unset: its first.")
+    few_shot: Annotated[int, Field(ge=0, strict=True)] | None = Field(
+        None, description="Number of solved examples; unset: as the task says."
+    )
+    limit: Positive | None = Field(None, description="Use the first N samples; unset: all.")
+    chat_template: bool = Field(
+        False, description="Whether its prompts are rendered by the model's chat template."
+    )
+    role: Role = Field("retention", description=_ROLE)
+    margin: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description=_MARGIN)
+
+
 class SideBySideEval(Section):
     examples: Annotated[int, Field(ge=0, strict=True)] | None = Field(
         None,
@@ -140,6 +163,9 @@ class Evals(Section):
         2000, description="Random resamples per interval."
     )
     multiple_choice: list[MultipleChoiceEval] = Field([], description="Multiple-choice tasks.")
+    harness: list[HarnessEval] = Field(
+        [], description="Tasks of lm-evaluation-harness (extra `harness`)."
+    )
     dialogue: DialogueEval | None = Field(
         DialogueEval(), description="ROUGE on held-out examples; null: none."
     )
@@ -149,10 +175,11 @@ class Evals(Section):
 
     @model_validator(mode="after")
     def _unique_names(self) -> Self:
-        names = [item.name for item in self.multiple_choice]
+        names = [entry.name for entry in self.multiple_choice]
+        names += [entry.name for entry in self.harness]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"two entries of `multiple_choice` are named '{name}'; rename one")
+                raise ValueError(f"two evaluations are named '{name}'; rename one")
             if name in ("dialogue", "side_by_side", "loss"):
                 raise ValueError(f"'{name}' is the name of another evaluation; rename the entry")
         return self

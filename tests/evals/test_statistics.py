@@ -234,3 +234,38 @@ def test_detectable_means_are_found_four_times_in_five() -> None:
         moved = differences - differences.mean() + generator.normal(effect, 0.1)
         found += sign_flip_test(moved.tolist(), Bootstrap(0, seed))[1] < 0.05
     assert 219 <= found <= 261  # 240 expected
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "same", "finding"),
+    [
+        (20, 20, 3960, "not worse"),
+        (100, 130, 9770, "not worse"),  # a drop that is certain, but below one point
+        (5, 200, 3795, "worse"),
+        (20, 20, 160, "cannot tell"),
+        (0, 0, 40, "cannot tell"),
+    ],
+)
+def test_retention_is_judged_by_the_margin(
+    gained: int, lost: int, same: int, finding: Finding
+) -> None:
+    changes = [1] * gained + [-1] * lost + [0] * same
+    before = {str(i): change < 0 for i, change in enumerate(changes)}
+    after = {str(i): change > 0 for i, change in enumerate(changes)}
+    test = compare_proportions(("a", "b"), before, after, "retention", 0.01)
+    assert test is not None
+    assert decide_findings(test).finding == finding
+
+
+@pytest.mark.parametrize(
+    ("drop", "finding"), [(0.0, "not worse"), (0.3, "worse"), (0.02, "cannot tell")]
+)
+def test_retention_of_means_is_judged_by_the_margin(drop: float, finding: Finding) -> None:
+    noise = np.random.default_rng(1).normal(scale=0.1, size=400)
+    noise -= noise.mean() + drop
+    before = {str(i): 0.5 for i in range(400)}
+    after = {str(i): 0.5 + float(value) for i, value in enumerate(noise)}
+    bootstrap = Bootstrap(200, 0)
+    test = compare_means(MeanComparison, ("a", "b"), before, after, bootstrap, "retention", 0.02)
+    assert test is not None
+    assert decide_findings(test).finding == finding

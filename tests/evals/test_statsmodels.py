@@ -20,8 +20,10 @@ from job.evals.statistics import (
     bootstrap_mean,
     holm,
     mcnemar,
+    not_worse,
     paired_interval,
     paired_score,
+    questions_for_retention,
     sign_flip_test,
     wilson,
 )
@@ -194,3 +196,27 @@ def test_paired_score_at_0_is_that_of_mcnemar(gained: int, lost: int, same: int)
         expected = (gained - lost) / math.sqrt(gained + lost)
         questions = gained + lost + same
         assert paired_score(gained, lost, questions, 0.0) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(("questions", "margin"), [(60, 0.1), (100, 0.05)])
+def test_a_drop_of_the_margin_is_rarely_called_not_worse(questions: int, margin: float) -> None:
+    """Exactly: the size of the test where the accuracy falls by the margin."""
+    counts = [(g, n - g) for n in range(questions + 1) for g in range(n + 1)]
+    found = np.array([not_worse(g, lost, questions, margin) < 0.05 for g, lost in counts])
+    sizes = []
+    for gained in (0.02, 0.1, 0.2):
+        lost = gained + margin
+        table = [(g, n, questions - g - n) for g, n in counts]
+        chance = scipy_stats.multinomial.pmf(table, questions, [gained, lost, 1 - gained - lost])
+        sizes.append(float(chance[found].sum()))
+    assert max(sizes) < 0.06
+    assert np.mean(sizes) > 0.03
+
+
+def test_enough_questions_show_that_nothing_got_worse() -> None:
+    generator = np.random.default_rng(11)
+    questions = questions_for_retention(0.2, 0.03)
+    assert questions == 1374  # 0.2 (1.645 + 0.842)^2 / 0.03^2
+    drawn = generator.multinomial(questions, [0.1, 0.1, 0.8], size=1000)
+    found = sum(not_worse(int(g), int(lost), questions, 0.03) < 0.05 for g, lost, _ in drawn)
+    assert 750 <= found <= 850

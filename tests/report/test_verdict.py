@@ -37,6 +37,7 @@ def verdict(
     }  # fmt: skip
     document |= {
         "multiple_choice": [task] if questions else [],
+        "harness": changes.get("harness", []),
         "dialogue": dialogue if likeness else None,
         "loss": measured if loss else None,
     }
@@ -139,3 +140,51 @@ def test_the_benchmark_is_the_task_with_the_most_questions() -> None:
     small["comparisons"][0]["finding"] = "worse"
     document["multiple_choice"] = [small, large]
     assert decide(Evaluation.model_validate(document)).benchmark == "improved"
+
+
+def kept(finding: Finding, name: str = "arc") -> dict[str, Any]:
+    """A retention task of lm-evaluation-harness."""
+    (task,) = full()["evaluation"]["multiple_choice"]
+    comparison = task["comparisons"][0] | {
+        "family": "retention", "margin": 0.01, "p_not_worse": 0.2, "finding": finding,
+        "questions": 400, "gained": 20, "lost": 20,
+    }  # fmt: skip
+    scores = {"baseline": 0.5, "finetuned": 0.49}
+    return {
+        "name": name, "task": name, "metric": "acc", "samples": 400, "truncated": 0,
+        "models": scores, "comparison": comparison,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("harness", "answer", "said"),
+    [
+        (
+            [kept("not worse"), kept("not worse", "hellaswag")],
+            "better",
+            "; worse nowhere by more than 1 point (arc acc, hellaswag acc).",
+        ),
+        ([kept("worse")], "better and worse", "; arc acc fell from 0.500 to 0.490."),
+        (
+            [kept("cannot tell")],
+            "better",
+            "; 400 samples are too few to tell whether arc acc got worse (from 0.500 to 0.490); "
+            "about 6,183 would do.",
+        ),
+        (
+            [kept("not worse"), kept("cannot tell", "hellaswag")],
+            "better",
+            "; not worse by more than 1 point (arc acc); 400 samples are too few",
+        ),
+    ],
+)
+def test_retention_is_said_in_its_own_words(
+    harness: list[dict[str, Any]], answer: str, said: str
+) -> None:
+    decided = verdict("improved", harness=harness)
+    assert decided.answer == answer
+    assert said in decided.sentence
+
+
+def test_a_loss_elsewhere_is_the_verdict_where_nothing_else_changed() -> None:
+    assert verdict(SAME, harness=[kept("worse")]).answer == "worse"
