@@ -5,7 +5,7 @@ function serves the base model, training and the tuned model, and nothing is ass
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -59,21 +59,29 @@ class LanguageModel:
     """A KerasHub task, its frozen weights on their devices, its tokenizer and its LoRA layout."""
 
     def __init__(
-        self, task: Any, tokenizer: ChatTokenizer, model: Model, preset: Preset, mesh: Mesh
+        self,
+        task: Any,
+        tokenizer: ChatTokenizer,
+        model: Model,
+        preset: Preset,
+        mesh: Mesh,
+        put: Callable[[Any, NamedSharding], Any] = device_put,
     ) -> None:
+        """Place the weights of a task with `put`, which gives an array its sharding."""
         self.task = task
         self.backbone = task.backbone
         self.tokenizer = tokenizer
         self.preset = preset
         self.mesh = mesh
+        self._put = put
         self.lora: LoraLayout = make_lora_layout(self.backbone, model.lora)
         self.parameters: int = self.backbone.count_params()
         self.chunking: Chunking = CPU if self.platform == "cpu" else ACCELERATOR
-        check_shardable(self.backbone.variables, mesh)
-        self.weights: Weights = self._place(self.backbone.variables)
-
-    def _place(self, variables: Sequence[Any]) -> Weights:
-        return tuple(device_put(v.value, weight_sharding(v.shape, self.mesh)) for v in variables)
+        variables = self.backbone.variables
+        check_shardable(variables, mesh)
+        self.weights: Weights = tuple(
+            put(v.value, weight_sharding(v.shape, mesh)) for v in variables
+        )
 
     # What the model is.
 
@@ -121,7 +129,7 @@ class LanguageModel:
 
     def replicate(self, tree: Any) -> Any:
         """Copy a tree of arrays to every device of the mesh."""
-        return jax.tree.map(lambda array: device_put(array, self.replicated), tree)
+        return jax.tree.map(lambda array: self._put(array, self.replicated), tree)
 
     def shard_batch(self, tree: Any, axis: int = 0) -> Any:
         """Split host arrays over the data-parallel devices along `axis`.
@@ -129,13 +137,13 @@ class LanguageModel:
         Each process copies only the rows of its own devices.
         """
         sharding = self._sharding(*([None] * axis), DATA_AXIS)
-        return jax.tree.map(lambda array: device_put(array, sharding), tree)
+        return jax.tree.map(lambda array: self._put(array, sharding), tree)
 
     def process_local(self, value: int) -> jax.Array:
         """Return int32 `[data, model]`: each process's own value on its own devices."""
-        sharding = self._sharding(*self.mesh.axis_names)
-        local = np.full((1, 1), value, np.int32)
-        return jax.make_array_from_callback(self.mesh.devices.shape, sharding, lambda _: local)
+        values = np.full(self.mesh.devices.shape, value, np.int32)
+        array: jax.Array = self._put(values, self._sharding(*self.mesh.axis_names))
+        return array
 
     def _sharding(self, *axes: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, jax.P(*axes))  # type: ignore[no-untyped-call]

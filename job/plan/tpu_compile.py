@@ -23,8 +23,8 @@ from job.evals.batching import even_batch_size, packed_length, packed_rows, roun
 from job.evals.engine import Engine
 from job.machine.accelerators import Accelerator, Machine
 from job.machine.limits import divisors
-from job.model.abstract import AbstractModel, abstract_model
-from job.model.language_model import ForwardConfig
+from job.model.abstract import abstract_model
+from job.model.language_model import ForwardConfig, LanguageModel
 from job.plan.cost_analysis import CompiledProgram, Costs, combine, compile_program, with_costs
 from job.plan.model_shape import Config
 from job.plan.plan import Program
@@ -80,7 +80,8 @@ class Compiler:
         self.spec = spec
         self.work = work
         self._chip: Accelerator = machine.accelerator
-        self.model: AbstractModel = abstract_model(spec.model, config, mesh)
+        self.model: LanguageModel = abstract_model(spec.model, config, mesh)
+        self._lora = self.model.lora.init(spec.seed)
         self.rows = work.batch_size // self.model.devices
         # No example is longer than max_length.
         packed = spec.train.packing and self.model.can_pack
@@ -129,14 +130,12 @@ class Compiler:
         """Return the training step with a per-device batch size of `micro`."""
         model, train = self.model, self.spec.train
         logs.get().info("compiling", program="train", micro_batch=micro)
-        start = model.lora.init(self.spec.seed)
-        optimizer, _ = make_optimizer(train, self.work.steps, start)
+        optimizer, _ = make_optimizer(train, self.work.steps, self._lora)
         config = make_step_config(
             train, self._forward, self.spec.model.lora.dropout, self.spec.seed
         )
-        state = TrainState(
-            model.abstract_lora(), model.replicate(tuple(v.value for v in optimizer.variables))
-        )
+        variables = tuple(variable.value for variable in optimizer.variables)
+        state = model.replicate(TrainState(self._lora, variables))
         step, _ = make_step(model, optimizer, config, train.compile)
         accumulation, width = self.rows // micro, self._loss_width(micro)
         batch = self._batch(micro, accumulation, width)
@@ -182,11 +181,11 @@ class Compiler:
         batch = self._batch(micro, 1, width)
         shared = self._shared.get(micro)
         if shared:
-            program = self._combine(shared, [model.weights, model.abstract_lora(), batch])
+            program = self._combine(shared, [model.weights, model.replicate(self._lora), batch])
         else:
             logs.get().info("compiling", program="validate")
             sums = make_validation(model, self._forward)
-            program = compile_program(sums, model.abstract_lora(), model.weights, batch)
+            program = compile_program(sums, model.replicate(self._lora), model.weights, batch)
         if not program.fits:
             return program
         head = self._head(width, backward=bool(shared))
@@ -254,7 +253,7 @@ class Compiler:
         return shard_input(self.model, batch, accumulation, width)
 
     def _chunk_length(self, width: int) -> int:
-        return chunk_length(1, width, self.model.vocabulary, self.model.compute_dtype)
+        return chunk_length(1, width, self.model.vocabulary, self.model.backbone.compute_dtype)
 
     def _loss_chunks(self, width: int) -> int:
         return math.ceil(width / self._chunk_length(width))
@@ -264,7 +263,7 @@ class Compiler:
         model, length = self.model, self._chunk_length(width)
         if self._loss_chunks(width) == 1:
             return Costs(0, 0)
-        hidden = model.hidden_size
+        states = jnp.zeros((), model.backbone.compute_dtype)
 
         def sums(weights: Any, states: Any, targets: Any, mask: Any) -> Any:
             def loss(states: Any) -> Any:
@@ -276,9 +275,7 @@ class Compiler:
             return jax.grad(loss)(states) if backward else loss(states)
 
         lists = {
-            "states": np.broadcast_to(
-                jnp.zeros((), model.compute_dtype), (model.devices, length, hidden)
-            ),
+            "states": np.broadcast_to(states, (model.devices, length, model.backbone.hidden_dim)),
             "targets": np.broadcast_to(np.int32(0), (model.devices, length)),
             "mask": np.broadcast_to(np.float32(0), (model.devices, length)),
         }
