@@ -132,9 +132,7 @@ def _prepare_to_compile(machines: Sequence[Machine], options: PlanOptions) -> No
                 f"--compile: {machine.name} is not a TPU, and other compilers need their device; "
                 "leave --compile out, or name a TPU with --on"
             )
-    log = logs.RunLog()
-    log.discard()
-    logs.configure(log, sys.stderr)  # stdout is the plan's
+    logs.configure(None, sys.stderr)  # stdout is the plan's
 
 
 def _compile(spec: Spec, config: Config, plan: MachinePlan, work: Workload) -> list[Program]:

@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import structlog
@@ -106,7 +105,9 @@ class _Command:
             )
             stale = [stage for stage in self._requested() if stage.name in status.stale]
             if not stale and "preflight" in status.records:
-                self._log_skipped()
+                for name in self.stages:
+                    structlog.contextvars.bind_contextvars(stage=name)
+                    logs.get().info("stage skipped: up to date")
                 self._log_end(store)
                 return
             logs.get().info(
@@ -125,8 +126,10 @@ class _Command:
                     self.run_id, spec, store, Path(work), STOP, environment, processes,
                     records=status.records, pending=frozenset(stage.name for stage in stale),
                 )  # fmt: skip
-                unchanged = partial(self._is_unchanged, status, store)
-                with STOP.graceful(), hold_run_lease(run, unchanged):
+                with (
+                    STOP.graceful(),
+                    hold_run_lease(run, lambda: self._status(store) == status),
+                ):
                     self._run_logged(run, status, stale)
 
     def _open_store(self, processes: ProcessGroup) -> Store:
@@ -135,15 +138,11 @@ class _Command:
         if processes.is_primary:
             return store
         structlog.contextvars.bind_contextvars(process=processes.index)
-        logs.configure(self.log, least=logging.WARNING)
-        self.log.discard()
+        logs.configure(least=logging.WARNING)
         return ReadOnlyStore(store)
 
     def _status(self, store: Store) -> RunStatus:
         return read_run_status(self.loaded.spec, store, fresh=self.fresh)
-
-    def _is_unchanged(self, status: RunStatus, store: Store) -> bool:
-        return self._status(store) == status
 
     def _requested(self) -> list[Stage]:
         return [stage for stage in STAGES if stage.name in self.stages]
@@ -182,11 +181,6 @@ class _Command:
         finally:
             if log_file:
                 log_file.close()
-
-    def _log_skipped(self) -> None:
-        for name in self.stages:
-            structlog.contextvars.bind_contextvars(stage=name)
-            logs.get().info("stage skipped: up to date")
 
     def _log_end(self, store: Store) -> None:
         """Log the verdict, and where the results, the report and the adapter are."""

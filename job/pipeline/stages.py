@@ -4,6 +4,7 @@ The digest of a stage covers its own inputs and, through the stages it needs, th
 with the same digest were made from the same inputs.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,42 +44,15 @@ class Stage:
     """Whether the stage uses the devices; other stages run on the primary process."""
 
 
-def _run_data(run: Run) -> BaseModel:
-    from job.pipeline.data_stage import run_stage
+def _run_in(module: str, *arguments: str) -> Callable[[Run], BaseModel]:
+    """Return the `run_stage` of a module, which is imported when it runs: it may import JAX."""
 
-    return run_stage(run)
+    def run_stage(run: Run) -> BaseModel:
+        stage = importlib.import_module(f"job.pipeline.{module}")
+        outcome: BaseModel = stage.run_stage(run, *arguments)
+        return outcome
 
-
-def _run_baseline(run: Run) -> BaseModel:
-    from job.pipeline.eval_stage import run_stage
-    from job.pipeline.train_stage import prepare_in_background
-
-    prepare_in_background(run)
-    return run_stage(run, "baseline")
-
-
-def _run_train(run: Run) -> BaseModel:
-    from job.pipeline.train_stage import run_stage
-
-    return run_stage(run)
-
-
-def _run_finetuned(run: Run) -> BaseModel:
-    from job.pipeline.eval_stage import run_stage
-
-    return run_stage(run, "finetuned")
-
-
-def _run_reference(run: Run) -> BaseModel:
-    from job.pipeline.reference_stage import run_stage
-
-    return run_stage(run)
-
-
-def _run_report(run: Run) -> BaseModel:
-    from job.pipeline.report_stage import run_stage
-
-    return run_stage(run)
+    return run_stage
 
 
 def reference_has_more_to_do(outcome: Mapping[str, object], reference: Reference | None) -> bool:
@@ -138,22 +112,34 @@ def _report_inputs(spec: Spec, _revisions: Revisions) -> object:
 
 
 STAGES = (
-    Stage("data", (), _data_inputs, _run_data),
-    Stage("baseline", ("data",), _eval_inputs, _run_baseline, on_all_processes=True),
-    Stage("train", ("data",), _train_inputs, _run_train, on_all_processes=True),
-    Stage("finetuned", ("data", "train"), _eval_inputs, _run_finetuned, on_all_processes=True),
+    Stage("data", (), _data_inputs, _run_in("data_stage")),
+    Stage(
+        "baseline",
+        ("data",),
+        _eval_inputs,
+        _run_in("eval_stage", "baseline"),
+        on_all_processes=True,
+    ),
+    Stage("train", ("data",), _train_inputs, _run_in("train_stage"), on_all_processes=True),
+    Stage(
+        "finetuned",
+        ("data", "train"),
+        _eval_inputs,
+        _run_in("eval_stage", "finetuned"),
+        on_all_processes=True,
+    ),
     Stage(
         "reference",
         ("data",),
         _reference_inputs,
-        _run_reference,
+        _run_in("reference_stage"),
         lambda record, spec: reference_has_more_to_do(record.outcome, spec.reference),
     ),
     Stage(
         "report",
         ("data", "baseline", "train", "finetuned", "reference"),
         _report_inputs,
-        _run_report,
+        _run_in("report_stage"),
     ),
 )
 NAMES = ("preflight", *(stage.name for stage in STAGES))

@@ -30,7 +30,6 @@ class RunLog:
     def __init__(self) -> None:
         self._waiting: list[str] = []
         self._file: TextIO | None = None
-        self._discarding = False
 
     def attach(self, file: TextIO) -> None:
         """Write the lines so far, and all later ones, to an open text file."""
@@ -43,26 +42,22 @@ class RunLog:
         """Stop writing to the file; later lines go to the terminal only."""
         self._file = None
 
-    def discard(self) -> None:
-        """Drop all lines: the primary process writes the log."""
-        self._discarding = True
-        self._waiting = []
-
     def line(self, text: str) -> None:
         """Add one line, with its line break."""
         if self._file is None:
-            if not self._discarding:
-                self._waiting.append(text)
+            self._waiting.append(text)
         else:
             self._file.write(text)
             self._file.flush()
 
 
-def configure(run_log: RunLog, stream: TextIO | None = None, *, least: int = logging.INFO) -> None:
+def configure(
+    run_log: RunLog | None = None, stream: TextIO | None = None, *, least: int = logging.INFO
+) -> None:
     """Configure structlog for this process, and silence the libraries.
 
     Args:
-        run_log: gets every line as JSON.
+        run_log: gets every line as JSON, if given.
         stream: for the lines; by default `sys.stdout` at the time of each line, so that a progress
             bar can stay below them.
         least: the lowest level to log.
@@ -78,7 +73,8 @@ def configure(run_log: RunLog, stream: TextIO | None = None, *, least: int = log
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
     def tee(_logger: object, _method: str, event: Event) -> Event:
-        run_log.line(json.dumps(_cloud(event), ensure_ascii=False, default=str) + "\n")
+        if run_log is not None:
+            run_log.line(json.dumps(_cloud(event), ensure_ascii=False, default=str) + "\n")
         return event
 
     processors: list[Any] = [structlog.contextvars.merge_contextvars, _stamp, redact, tee]
