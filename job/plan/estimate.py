@@ -44,51 +44,26 @@ class Layout:
     """Per-device batch size; the rest of `rows` is accumulated."""
 
 
-@dataclass(frozen=True)
-class _Values:
-    """Number of values per token that are replicated on each device, or sharded over `model`."""
+def _matmul_outputs(layer: Layer, hidden: int, model: int) -> float:
+    """Return the values per token and device of a block's kernels, LoRA updates included.
 
-    replicated: int = 0
-    sharded: int = 0
-
-    def __add__(self, other: "_Values") -> "_Values":
-        return _Values(self.replicated + other.replicated, self.sharded + other.sharded)
-
-    def per_device(self, model: int) -> float:
-        """Return the values on each device of a mesh with this `model` size."""
-        return self.replicated + self.sharded / model
+    Args:
+        model: parts that they are sharded into; those of the model's width are summed over the
+            devices, and then replicated.
+    """
+    return layer.expert_outputs / model + sum(
+        linear.output / (1 if linear.output == hidden else model)
+        for linear in layer.linears.values()
+    )
 
 
-def _saved(shape: ModelShape, spec: Spec) -> _Values:
-    """Return the values per token that are saved for the backward pass."""
-    values = _Values()
-    for layer in shape.layers:
-        values += _Values(replicated=shape.hidden)
-        if spec.train.remat == "blocks":
-            continue
-        values += _matmul_outputs(layer, shape.hidden)
-        if spec.train.remat == "none":
-            values += _elementwise(layer, shape.hidden, spec)
-    return values
-
-
-def _matmul_outputs(layer: Layer, hidden: int) -> _Values:
-    """Return the outputs of a block's kernels, LoRA updates included."""
-    values = _Values(sharded=layer.expert_outputs)
-    for linear in layer.linears.values():
-        # Outputs of the model's width are summed over the devices, and then replicated.
-        wide = linear.output == hidden
-        values += _Values(linear.output, 0) if wide else _Values(0, linear.output)
-    return values
-
-
-def _elementwise(layer: Layer, hidden: int, spec: Spec) -> _Values:
+def _elementwise(layer: Layer, hidden: int, model: int, spec: Spec) -> float:
     """Return what a block without rematerialization saves besides outputs of kernels."""
     feed = max(linear.output for linear in layer.linears.values())
     keys = visible_keys(layer, spec.train.row_length, spec.train.max_length)
     experts = layer.expert_outputs // 2 + layer.expert_sums
     heads = layer.heads * (4 * layer.head_dim + 3 * keys)
-    return _Values(8 * hidden, experts + 3 * feed + heads)
+    return 8 * hidden + (experts + 3 * feed + heads) / model
 
 
 def estimate_memory(
@@ -103,14 +78,13 @@ def estimate_memory(
     size = _BYTES[spec.model.dtype]
     adapter = shape.adapter(spec.model.lora)
     tokens = layout.micro * spec.train.row_length
-    backward = (
-        _Values(2 * shape.hidden)
-        + _matmul_outputs(layer, shape.hidden)
-        + _elementwise(layer, shape.hidden, spec)
-        for layer in shape.layers
-    )
-    block = max(values.per_device(layout.model) for values in backward)
-    saved = _saved(shape, spec).per_device(layout.model)
+    saved, block = 0.0, 0.0
+    for layer in shape.layers:
+        outputs = _matmul_outputs(layer, shape.hidden, layout.model)
+        others = _elementwise(layer, shape.hidden, layout.model, spec)
+        residuals = {"blocks": 0.0, "matmuls": outputs, "none": outputs + others}
+        saved += shape.hidden + residuals[spec.train.remat]
+        block = max(block, 2 * shape.hidden + outputs + others)
     losses = math.ceil(tokens * loss_share)
     return MemoryPlan(
         weights=math.ceil(shape.parameters * size / layout.model),
