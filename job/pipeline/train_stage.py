@@ -150,7 +150,7 @@ def prepare_in_background(run: Run) -> None:
     run.prepared_training = Threads(1).submit(_compiled, prepared, compile_step)
 
 
-def _compiled(prepared: PreparedTraining, compile_step: Callable[[], None]) -> PreparedTraining:
+def _compiled(prepared: PreparedTraining, compile_step: Callable[[], object]) -> PreparedTraining:
     import jax
 
     begin = time.monotonic()

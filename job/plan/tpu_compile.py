@@ -6,9 +6,9 @@ other iterations of the head's chunks, of gradient accumulation and of decoding 
 """
 
 import bisect
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +25,7 @@ from job.machine.accelerators import Accelerator, Machine
 from job.machine.limits import divisors
 from job.model.abstract import abstract_model
 from job.model.language_model import ForwardConfig, LanguageModel
-from job.plan.cost_analysis import CompiledProgram, Costs, combine, compile_program, with_costs
+from job.plan.cost_analysis import CompiledProgram, Costs, combine, compile_program
 from job.plan.model_shape import Config
 from job.plan.plan import Program
 from job.plan.workload import EvalWorkload, Workload
@@ -41,7 +41,7 @@ from job.train.loss import LossOptions, chunk_length, chunked_cross_entropy
 from job.train.memory import bytes_per_device
 from job.train.optimizer import make_optimizer
 from job.train.state import TrainState
-from job.train.step import make_step_config, make_validation, padded_loss_count, shard_input
+from job.train.step import StepConfig, make_validation, padded_loss_count, shard_input
 
 _PEAK_LOSSES = 1.1
 """Assumed number of losses of the micro-batch with the most, divided by the mean."""
@@ -131,8 +131,12 @@ class Compiler:
         model, train = self.model, self.spec.train
         logs.get().info("compiling", program="train", micro_batch=micro)
         optimizer, _ = make_optimizer(train, self.work.steps, self._lora)
-        config = make_step_config(
-            train, self._forward, self.spec.model.lora.dropout, self.spec.seed
+        config = StepConfig(
+            self._forward,
+            self.spec.model.lora.dropout,
+            train.label_smoothing,
+            train.lora_plus_ratio,
+            self.spec.seed,
         )
         variables = tuple(variable.value for variable in optimizer.variables)
         state = model.replicate(TrainState(self._lora, variables))
@@ -148,7 +152,7 @@ class Compiler:
             return program
         costs = Costs(0, 0).plus(program.costs, times)
         more = accumulation * (self._loss_chunks(width) - 1)
-        return with_costs(program, costs.plus(self._head(width, backward=True), more))
+        return replace(program, costs=costs.plus(self._head(width, backward=True), more))
 
     def _blockwise(
         self, blocks: Sequence[BlockProgram], state: Any, batch: Any, micro: int
@@ -162,7 +166,7 @@ class Compiler:
                 resident += [[x, saved, total, total]] * count + [around, gradient, x]
         programs = [(compile_program(b.function, *b.arguments), b.times) for b in blocks]
         self._shared[micro] = [
-            (dataclasses.replace(program, seconds=0.0, cpu_seconds=0.0), times // micro_batches)
+            (replace(program, seconds=0.0, cpu_seconds=0.0), times // micro_batches)
             for block, (program, times) in zip(blocks, programs, strict=True)
             if block.name in VALIDATION_PROGRAMS
         ]
@@ -189,7 +193,7 @@ class Compiler:
         if not program.fits:
             return program
         head = self._head(width, backward=bool(shared))
-        return with_costs(program, program.costs.plus(head, self._loss_chunks(width) - 1))
+        return replace(program, costs=program.costs.plus(head, self._loss_chunks(width) - 1))
 
     def letters(self, work: EvalWorkload) -> CompiledProgram:
         """Return the log-likelihoods of the letters for one batch of questions."""
@@ -213,7 +217,8 @@ class Compiler:
         tokens, lengths = self._prompt_batch(round_length(work.prompt_tokens))
         function = jax.jit(partial(self._engine.generate_program(), limit=work.new_tokens))
         program = compile_program(function, self.model.weights, tokens, lengths)
-        return first, step, with_costs(program, first.costs.plus(step.costs, work.new_tokens))
+        costs = first.costs.plus(step.costs, work.new_tokens)
+        return first, step, replace(program, costs=costs)
 
     def generation_parts(self, work: EvalWorkload) -> tuple[CompiledProgram, CompiledProgram]:
         """Return prefill and one decoding step of a batch of prompts."""

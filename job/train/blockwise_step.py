@@ -69,34 +69,6 @@ class LoweredPrograms:
                 pass
 
 
-class _Program:
-    """A compiled function whose outputs have given shardings."""
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        out_shardings: Any,
-        donated: Any = (),
-        options: dict[str, str] | None = None,
-    ) -> None:
-        self.run = jax.jit(
-            function, out_shardings=out_shardings, donate_argnums=donated, compiler_options=options
-        )
-        self._out_shardings = out_shardings
-
-    def output_shapes(self, *arguments: Any) -> Any:
-        """Return the shapes, dtypes and shardings of the outputs."""
-
-        def with_sharding(sharding: Any, outputs: Any) -> Any:
-            return jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),  # type: ignore[no-untyped-call]
-                outputs,
-            )
-
-        outputs = jax.eval_shape(self.run, *arguments)
-        return jax.tree.map(with_sharding, self._out_shardings, outputs)
-
-
 class BlockPrograms:
     """The programs of the forward and the backward pass."""
 
@@ -113,21 +85,25 @@ class BlockPrograms:
         self._config = config
         replicated, sharded = model.replicated, model.sharded
         context = {"segment_ids": sharded, "micro_batch": replicated}
-        begin = shared.begin if shared else _Program(self._begin, (sharded, context, sharded))
-        self.begin: _Program = begin
-        self.end = _Program(self._end, (sharded, replicated))
-        self.forward: dict[int, _Program] = {}
-        self.backward: dict[int, _Program] = {}
+        outputs = (sharded, context, sharded)
+        self.begin: Any = shared.begin if shared else jax.jit(self._begin, out_shardings=outputs)
+        self.end = jax.jit(self._end, out_shardings=(sharded, replicated))
+        self.forward: dict[int, Any] = {}
+        self.backward: dict[int, Any] = {}
         if shared is not None and shared._config.dropout == config.dropout:
             self.forward, self.backward = shared.forward, shared.backward
             return
         options = _SMALLER_TILES if model.platform == "tpu" else None
         for kind in set(blocks.kinds):
             residuals = blocks.residual_shardings(kind)
-            self.forward[kind] = _Program(self._make_forward(kind), (sharded, residuals))
-            # The gradient of the block's output is donated to that of its input.
-            self.backward[kind] = _Program(
-                self._make_backward(kind), (sharded, replicated), 5, options
+            self.forward[kind] = jax.jit(
+                self._make_forward(kind), out_shardings=(sharded, residuals)
+            )
+            self.backward[kind] = jax.jit(
+                self._make_backward(kind),
+                out_shardings=(sharded, replicated),
+                donate_argnums=5,  # the gradient of the block's output, to that of its input
+                compiler_options=options,
             )
 
     def _begin(self, outer: Weights, batch: Arrays, index: jax.Array) -> Any:
@@ -209,16 +185,16 @@ class BlockwiseStep:
         outer, blocks = self._blocks.outer(weights), self._blocks.arrays(weights, state.lora)
         sums, gradients = self._zero_sums, list(self._zero_gradients)
         for index in range(len(batch["micro_batch"])):
-            x, context, losses = programs.begin.run(outer, without_stop(batch), np.int32(index))
+            x, context, losses = programs.begin(outer, without_stop(batch), np.int32(index))
             inputs, residuals = [], []
             for kind, arrays in zip(kinds, blocks, strict=True):
                 inputs.append(x)
-                x, activations = programs.forward[kind].run(arrays, x, context)
+                x, activations = programs.forward[kind](arrays, x, context)
                 residuals.append(activations)
-            gradient, sums = programs.end.run(outer, x, losses, sums)
+            gradient, sums = programs.end(outer, x, losses, sums)
             del x, activations  # so that popping the lists frees each block's arrays
             for number in reversed(range(len(blocks))):
-                backward, total = programs.backward[kinds[number]].run, gradients[number]
+                backward, total = programs.backward[kinds[number]], gradients[number]
                 gradient, gradients[number] = backward(
                     blocks[number], inputs.pop(), context, residuals.pop(), total, gradient
                 )
@@ -232,10 +208,10 @@ class BlockwiseStep:
         """Compute the loss of one micro-batch `[1, ...]`, without dropout or smoothing."""
         programs = self._validation_programs
         outer, blocks = self._blocks.outer(weights), self._blocks.arrays(weights, lora)
-        x, context, losses = programs.begin.run(outer, without_stop(batch), np.int32(0))
+        x, context, losses = programs.begin(outer, without_stop(batch), np.int32(0))
         for kind, arrays in zip(self._blocks.kinds, blocks, strict=True):
-            x, _ = programs.forward[kind].run(arrays, x, context)
-        sums: LossSums = programs.end.run(outer, x, losses, self._zero_sums)[1]
+            x, _ = programs.forward[kind](arrays, x, context)
+        sums: LossSums = programs.end(outer, x, losses, self._zero_sums)[1]
         return sums
 
     def block_programs(
@@ -246,17 +222,17 @@ class BlockwiseStep:
         outer, blocks = self._blocks.outer(weights), self._blocks.arrays(weights, state.lora)
         micro_batches = len(batch["micro_batch"])
         begin = (outer, without_stop(batch), np.int32(0))
-        yield BlockProgram("begin", programs.begin.run, begin, micro_batches)
-        x, context, losses = programs.begin.output_shapes(*begin)
+        yield BlockProgram("begin", programs.begin, begin, micro_batches)
+        x, context, losses = jax.eval_shape(programs.begin, *begin)
         for kind in sorted(set(kinds)):
             times = micro_batches * kinds.count(kind)
             forward = (blocks[kind], x, context)
-            yield BlockProgram("forward", programs.forward[kind].run, forward, times)
-            _, residuals = programs.forward[kind].output_shapes(*forward)
+            yield BlockProgram("forward", programs.forward[kind], forward, times)
+            _, residuals = jax.eval_shape(programs.forward[kind], *forward)
             backward = (blocks[kind], x, context, residuals, self._zero_gradients[kind], x)
-            yield BlockProgram("backward", programs.backward[kind].run, backward, times)
+            yield BlockProgram("backward", programs.backward[kind], backward, times)
         end = (outer, x, losses, self._zero_sums)
-        yield BlockProgram("end", programs.end.run, end, micro_batches)
+        yield BlockProgram("end", programs.end, end, micro_batches)
         gradients = self._blocks.join_lora(self._zero_gradients)
         update = (state, gradients, self._zero_sums, _update_arrays(batch))
         yield BlockProgram("update", self._update, update, 1)

@@ -15,7 +15,6 @@ import numpy as np
 from job.data.packing import Batch
 from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.lora import Dropout, LoraWeights, Weights, flatten_lora, unflatten_lora
-from job.spec.schema import Train
 from job.train.loss import (
     Head,
     LossOptions,
@@ -52,17 +51,6 @@ class StepConfig(NamedTuple):
 
 TrainStep = Callable[[TrainState, Weights, Arrays], tuple[TrainState, StepMetrics]]
 ValidationStep = Callable[[LoraWeights, Weights, Arrays], LossSums]
-
-
-def make_step_config(train: Train, forward: ForwardConfig, dropout: float, seed: int) -> StepConfig:
-    """Return the step configuration for the train section of a spec."""
-    return StepConfig(
-        forward,
-        dropout=dropout,
-        label_smoothing=train.label_smoothing,
-        lora_plus_ratio=train.lora_plus_ratio,
-        seed=seed,
-    )
 
 
 def shard_input(

@@ -41,7 +41,7 @@ from job.train.metrics import HISTORY, History, model_flops_utilization, trainin
 from job.train.optimizer import make_optimizer
 from job.train.schedule import BatchSchedule
 from job.train.state import StateNames, TrainState
-from job.train.step import StepMetrics, make_step_config
+from job.train.step import StepConfig, StepMetrics
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,9 @@ class Trainer:
         self._names = StateNames(model.lora, optimizer)
         longest = max(rows.longest, data.validation.longest)
         forward = ForwardConfig(config.packed, train.remat, longest)
-        step_config = make_step_config(train, forward, config.dropout, config.seed)
+        step_config = StepConfig(
+            forward, config.dropout, train.label_smoothing, train.lora_plus_ratio, config.seed
+        )
         self.train_step, self._validation_step = make_step(
             model, optimizer, step_config, train.compile
         )
@@ -151,14 +153,11 @@ class Trainer:
         replicated: TrainState = self._model.replicate(jax.tree.map(np.array, state))
         return replicated
 
-    def trace_step(self) -> Callable[[], None]:
+    def trace_step(self) -> Callable[[], object]:
         """Trace the first step and return a function, for any thread, that compiles it."""
         _, batch = self.batches.load(0)
         lowered = self.train_step.lower(self._state, self._model.weights, batch)
-
-        def compile_step() -> None:
-            lowered.compile()
-
+        compile_step: Callable[[], object] = lowered.compile
         return compile_step
 
     def run(self) -> TrainResult:
