@@ -29,7 +29,7 @@ from job.pipeline.preflight import (
     run_preflight,
 )
 from job.pipeline.run import Run, StageRecord, hold_run_lease, now, read_results
-from job.pipeline.run_log import RunLogFile
+from job.pipeline.run_log import RunLog
 from job.pipeline.stages import NAMES, STAGES, Stage, dependents
 from job.pipeline.status import RunStatus, read_run_status
 from job.results import Results
@@ -71,9 +71,9 @@ def run_job(
         run_id=identity,
         stages=NAMES[: NAMES.index(until) + 1] if until else NAMES,
         fresh=fresh,
-        log=logs.RunLog(),
+        log=RunLog(),
     )
-    logs.configure(command.log)
+    logs.configure(command.log.write)
     structlog.contextvars.bind_contextvars(run_id=identity)
     _enter_stage("preflight")
     stall_minutes = loaded.spec.runtime.stall_minutes
@@ -90,7 +90,7 @@ class _Command:
     stages: Sequence[str]
     """Names of the requested stages."""
     fresh: bool
-    log: logs.RunLog
+    log: RunLog
 
     def run(self) -> None:
         """Join the other processes, check the machine, and run the stale stages."""
@@ -151,12 +151,12 @@ class _Command:
         """Run the stages, and save the log however they end."""
         if self.fresh:
             _delete_outputs(run.store)
-        log_file = RunLogFile(run.store, self.log, run.work) if run.processes.is_primary else None
-        save_log = log_file.save if log_file else lambda: None
+        if run.processes.is_primary:
+            self.log.open(run.store, run.work)
 
         def before_exit() -> None:
             STOP.muted = True  # the last writes must not be stopped themselves
-            save_log()
+            self.log.save()
             if run.lease is not None:
                 run.lease.release()
 
@@ -166,7 +166,7 @@ class _Command:
             for stage in self._requested():
                 _enter_stage(stage.name)
                 if stage in stale:
-                    _run_stage(run, stage, save_log)
+                    _run_stage(run, stage, self.log.save)
                 else:
                     logs.get().info("stage skipped: up to date")
             self._log_end(run.store)
@@ -179,8 +179,7 @@ class _Command:
         except Exception as error:
             raise _explain(error, run) from error
         finally:
-            if log_file:
-                log_file.close()
+            self.log.close()
 
     def _log_end(self, store: Store) -> None:
         """Log the verdict, and where the results, the report and the adapter are."""
