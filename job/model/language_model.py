@@ -19,7 +19,14 @@ from keras_hub.samplers import GreedySampler
 
 from job.chat.tokenizer import ChatTokenizer
 from job.model import generation
-from job.model.attention import ACCELERATOR, CPU, Chunking, chunked_attention, segment_attention
+from job.model.attention import (
+    ACCELERATOR,
+    CPU,
+    Chunking,
+    chunked_attention,
+    left_padded_attention,
+    segment_attention,
+)
 from job.model.families import family_of
 from job.model.generation import SamplerState
 from job.model.lora import (
@@ -268,18 +275,31 @@ class LanguageModel:
         Returns:
             The logits after each prompt, float32 `[batch, vocabulary]`, and the key-value cache.
         """
-        padded = generation.left_pad(token_ids, lengths)
-        starts = token_ids.shape[1] - lengths
-        with self._with_weights(weights):
-            hidden, cache = generation.prefill(self.task, padded, starts, max_new_tokens)
-        return self.logits(weights, hidden), cache
+        batch, length = token_ids.shape
+        padded, starts = generation.left_pad(token_ids, lengths), length - lengths
+        with self._with_weights(weights), left_padded_attention(self.backbone, starts):
+            cache = generation.empty_cache(self.task, batch, length + max_new_tokens)
+            _, hidden, cache = self.task.call_with_cache(
+                token_ids=padded, cache=cache, cache_update_index=0
+            )
+        return self.logits(weights, hidden[:, -1]), cache
 
     def decode_step(
         self, weights: Weights, tokens: jax.Array, cache: Any, index: Any, starts: jax.Array
     ) -> tuple[jax.Array, Any]:
-        """Run one more token per row; see `generation.decode_step`."""
-        with self._with_weights(weights):
-            return generation.decode_step(self.task, tokens, cache, index, starts)
+        """Run one more token per row, int32 `[batch]`, at `index` of the rows.
+
+        Args:
+            starts: int32 `[batch]`, index of each prompt's first token.
+
+        Returns:
+            Logits, float32 `[batch, vocabulary]`, and the new cache.
+        """
+        with self._with_weights(weights), left_padded_attention(self.backbone, starts):
+            logits, _, cache = self.task.call_with_cache(
+                token_ids=tokens[:, None], cache=cache, cache_update_index=index
+            )
+        return jnp.asarray(logits[:, 0], jnp.float32), cache
 
     def generate_with_kerashub(
         self,

@@ -145,21 +145,19 @@ STAGES = (
 NAMES = ("preflight", *(stage.name for stage in STAGES))
 
 
-def stage_digests(
-    spec: Spec, revisions: Revisions = NONE, stages: Sequence[Stage] = STAGES
-) -> dict[str, str]:
+def stage_digests(spec: Spec, revisions: Revisions = NONE) -> dict[str, str]:
     """Return the digest of every stage's inputs, including those of the stages it needs."""
     digests: dict[str, str] = {}
-    for stage in stages:
+    for stage in STAGES:
         needed = {name: digests[name] for name in stage.needs}
         digests[stage.name] = digest([stage.name, stage.inputs(spec, revisions), needed])
     return digests
 
 
-def dependents(name: str, stages: Sequence[Stage] = STAGES) -> list[str]:
+def dependents(name: str) -> list[str]:
     """Return the names of the stages that need `name`, directly or not."""
     names = [name]
-    for stage in stages:
+    for stage in STAGES:
         if any(need in names for need in stage.needs):
             names.append(stage.name)
     return names[1:]
