@@ -9,7 +9,8 @@ another without waiting for the host. Validation uses the first three, and usual
 of its own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -97,10 +98,10 @@ class BlockPrograms:
         for kind in set(blocks.kinds):
             residuals = blocks.residual_shardings(kind)
             self.forward[kind] = jax.jit(
-                self._make_forward(kind), out_shardings=(sharded, residuals)
+                partial(self._forward, kind), out_shardings=(sharded, residuals)
             )
             self.backward[kind] = jax.jit(
-                self._make_backward(kind),
+                partial(self._backward, kind),
                 out_shardings=(sharded, replicated),
                 donate_argnums=5,  # the gradient of the block's output, to that of its input
                 compiler_options=options,
@@ -116,29 +117,26 @@ class BlockPrograms:
     def _dropout(self, context: Arrays) -> Dropout | None:
         return dropout_for(self._config, context["micro_batch"])
 
-    def _make_forward(self, kind: int) -> Callable[..., Any]:
-        def forward(arrays: BlockArrays, x: jax.Array, context: Arrays) -> Any:
-            segment_ids, dropout = context["segment_ids"], self._dropout(context)
-            return self._blocks.forward(kind, arrays, x, segment_ids, dropout)
+    def _forward(self, kind: int, arrays: BlockArrays, x: jax.Array, context: Arrays) -> Any:
+        segment_ids, dropout = context["segment_ids"], self._dropout(context)
+        return self._blocks.forward(kind, arrays, x, segment_ids, dropout)
 
-        return forward
-
-    def _make_backward(self, kind: int) -> Callable[..., Any]:
-        def backward(
-            arrays: BlockArrays,
-            x: jax.Array,
-            context: Arrays,
-            residuals: tuple[jax.Array, ...],
-            total: LoraWeights,
-            gradient: jax.Array,
-        ) -> Any:
-            segment_ids, dropout = context["segment_ids"], self._dropout(context)
-            x_gradient, lora_gradient = self._blocks.backward(
-                kind, arrays, x, segment_ids, residuals, gradient, dropout
-            )
-            return x_gradient, jax.tree.map(jnp.add, total, lora_gradient)
-
-        return backward
+    def _backward(
+        self,
+        kind: int,
+        arrays: BlockArrays,
+        x: jax.Array,
+        context: Arrays,
+        residuals: tuple[jax.Array, ...],
+        total: LoraWeights,
+        gradient: jax.Array,
+    ) -> Any:
+        """Return the gradient of a block's input, and its adapter's added to the total."""
+        segment_ids, dropout = context["segment_ids"], self._dropout(context)
+        x_gradient, lora_gradient = self._blocks.backward(
+            kind, arrays, x, segment_ids, residuals, gradient, dropout
+        )
+        return x_gradient, jax.tree.map(jnp.add, total, lora_gradient)
 
     def _end(self, outer: Weights, x: jax.Array, losses: Arrays, total: LossSums) -> Any:
         """Return the gradient of the last block's output, and the loss added to the total."""
