@@ -20,6 +20,7 @@ from job.adapters.hf_weight_map import bare_name
 from job.adapters.low_rank import LowRankUpdate
 from job.adapters.peft_format import PeftAdapter
 from job.adapters.safetensors_io import TensorFile
+from job.chat.text_tokenizer import read_json
 from job.errors import StageError, UsageError
 from job.model.load import load_task
 from job.model.lora import LoraLayout, LoraWeights
@@ -36,11 +37,8 @@ SHARD_BYTES = 2_000_000_000
 
 def is_checkpoint(folder: Path) -> bool:
     """Tell whether a preset's folder is a transformers checkpoint in safetensors files."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return "model_type" in config and any((folder / name).is_file() for name in (_INDEX, _SINGLE))
+    is_config = "model_type" in read_json(folder / "config.json")
+    return is_config and any((folder / name).is_file() for name in (_INDEX, _SINGLE))
 
 
 def _shards(folder: Path) -> list[str]:

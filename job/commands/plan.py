@@ -52,11 +52,7 @@ def plan_job(loaded: LoadedSpec, options: PlanOptions) -> Plan:
     Raises:
         UsageError: there is no such machine, or the model's shape is not known.
     """
-    if not 0 < options.mfu <= 1:
-        raise UsageError(f"--mfu {options.mfu}: write a share of peak FLOP/s, like {MFU}")
-    for option, number in (("--examples", options.examples), ("--tokens", options.tokens)):
-        if number is not None and number < 1:
-            raise UsageError(f"{option} {number}: write a number above 0")
+    _check(options)
     spec = loaded.spec
     machines = [parse_machine(name) for name in options.on] or [default_machine(spec)]
     if options.sizes:
@@ -121,6 +117,14 @@ def _progress(spec: Spec, store: Store) -> tuple[list[str], DataInfo | None, tup
         with contextlib.suppress(ValidationError):
             data = DataInfo.model_validate(records["data"].outcome)
     return stale, data, ()
+
+
+def _check(options: PlanOptions) -> None:
+    if not 0 < options.mfu <= 1:
+        raise UsageError(f"--mfu {options.mfu}: write a share of peak FLOP/s, like {MFU}")
+    for option, number in (("--examples", options.examples), ("--tokens", options.tokens)):
+        if number is not None and number < 1:
+            raise UsageError(f"{option} {number}: write a number above 0")
 
 
 def _prepare_to_compile(machines: Sequence[Machine], options: PlanOptions) -> None:

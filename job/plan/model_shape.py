@@ -4,12 +4,12 @@ No weights are needed. The configurations of common presets are listed here; tha
 read, and that of another Hub repository is downloaded, one small file.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from job.chat.text_tokenizer import read_json
 from job.errors import UsageError
 from job.model.smollm2 import CONFIG as SMOLLM2_CONFIG
 from job.spec.fields import SMOLLM2, TINY
@@ -192,20 +192,26 @@ def find_config(model: Model) -> Config:
         }
     if (known := _known(preset)) is not None:
         return known
-    if Path(preset).is_dir():
-        return _read(Path(preset, "config.json"), preset)
-    if not preset.startswith("hf://"):
+    if not preset.startswith("hf://") and not Path(preset).is_dir():
         raise UsageError(
             f"model.preset: the shape of {preset!r} is not known without its files; write its "
             "folder, or hf://owner/name"
         )
-    name = preset.removeprefix("hf://")
+    folder = _download(model) if preset.startswith("hf://") else Path(preset)
+    config = read_json(folder / "config.json")
+    if not config:
+        raise UsageError(f"model.preset: {preset!r} has no config.json, or an empty one")
+    return config
+
+
+def _download(model: Model) -> Path:
+    name = model.preset.removeprefix("hf://")
     repository = Repository("model", name, model.revision)
     commit = repository.commit()
     files = [file for file in repository.files(commit) if file.path == "config.json"]
     folder = cache_folder("models", name.replace("/", "--"), commit)
     repository.fetch(commit, files, folder)
-    return _read(folder / "config.json", preset)
+    return folder
 
 
 def _known(preset: str) -> Config | None:
@@ -213,16 +219,6 @@ def _known(preset: str) -> Config | None:
     for suffix in ("-it", "-pt"):
         name = name.removesuffix(suffix)
     return next((config for config, names in _KNOWN.values() if name in names), None)
-
-
-def _read(path: Path, preset: str) -> Config:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model.preset: {preset!r} has no readable config.json: {error}") from None
-    if not isinstance(config, dict):
-        raise UsageError(f"model.preset: the config.json of {preset!r} is not a JSON object")
-    return config
 
 
 class _Sizes:
