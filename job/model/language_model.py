@@ -182,7 +182,7 @@ class LanguageModel:
         segment_ids, positions = batch["segment_ids"], batch["positions"]
         narrow = can_narrow(self.backbone)
         with (
-            self._with_weights(self._merge_unbranched(weights, lora)),
+            self.with_weights(self._merge_unbranched(weights, lora)),
             segment_attention(self.backbone) if config.packed else nullcontext(),
             self.chunked_attention(segment_ids, config.longest),
             nullcontext()
@@ -196,7 +196,7 @@ class LanguageModel:
 
     def logits(self, weights: Weights, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[..., vocabulary]` of hidden states `[..., hidden]`."""
-        with self._with_weights(weights):
+        with self.with_weights(weights):
             logits = self.backbone.token_embedding(hidden, reverse=True)
         return jnp.asarray(logits, jnp.float32)
 
@@ -218,7 +218,8 @@ class LanguageModel:
         return chunked_attention(self.backbone, segment_ids, longest, self.chunking)
 
     @contextmanager
-    def _with_weights(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Iterator[None]:
+    def with_weights(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Iterator[None]:
+        """Run the backbone with these weights, and values of other variables."""
         mapping = [*zip(self.backbone.variables, weights, strict=True), *more]
         with keras.StatelessScope(state_mapping=mapping), fast_rotary(self.backbone):
             yield
@@ -277,7 +278,7 @@ class LanguageModel:
         """
         batch, length = token_ids.shape
         padded, starts = generation.left_pad(token_ids, lengths), length - lengths
-        with self._with_weights(weights), left_padded_attention(self.backbone, starts):
+        with self.with_weights(weights), left_padded_attention(self.backbone, starts):
             cache = generation.empty_cache(self.task, batch, length + max_new_tokens)
             _, hidden, cache = self.task.call_with_cache(
                 token_ids=padded, cache=cache, cache_update_index=0
@@ -295,7 +296,7 @@ class LanguageModel:
         Returns:
             Logits, float32 `[batch, vocabulary]`, and the new cache.
         """
-        with self._with_weights(weights), left_padded_attention(self.backbone, starts):
+        with self.with_weights(weights), left_padded_attention(self.backbone, starts):
             logits, _, cache = self.task.call_with_cache(
                 token_ids=tokens[:, None], cache=cache, cache_update_index=index
             )
@@ -315,7 +316,7 @@ class LanguageModel:
         mask = jnp.arange(padded.shape[1]) < lengths[:, None]
         # Most families come with a sampler that draws at random.
         self.task.sampler = GreedySampler() if sampler is None else sampler.sampler
-        with self._with_weights(weights, *([] if sampler is None else sampler.mapping())):
+        with self.with_weights(weights, *([] if sampler is None else sampler.mapping())):
             outputs = self.task.generate_step(
                 {"token_ids": padded, "padding_mask": mask}, stop_token_ids=list(stop_ids)
             )

@@ -107,11 +107,11 @@ class BlockPrograms:
                 compiler_options=options,
             )
 
-    def _begin(self, outer: Weights, batch: Arrays, index: jax.Array) -> Any:
+    def _begin(self, weights: Weights, batch: Arrays, index: jax.Array) -> Any:
         """Return a micro-batch's first block input, its context and its loss positions."""
         rows = {name: array[index] for name, array in batch.items()}
         context = {name: rows.pop(name) for name in ("segment_ids", "micro_batch")}
-        x = self._blocks.embed(outer, rows.pop("token_ids"), context["segment_ids"])
+        x = self._blocks.embed(weights, rows.pop("token_ids"), context["segment_ids"])
         return x, context, rows
 
     def _dropout(self, context: Arrays) -> Dropout | None:
@@ -138,13 +138,13 @@ class BlockPrograms:
         )
         return x_gradient, jax.tree.map(jnp.add, total, lora_gradient)
 
-    def _end(self, outer: Weights, x: jax.Array, losses: Arrays, total: LossSums) -> Any:
+    def _end(self, weights: Weights, x: jax.Array, losses: Arrays, total: LossSums) -> Any:
         """Return the gradient of the last block's output, and the loss added to the total."""
 
         def loss(x: jax.Array) -> tuple[jax.Array, LossSums]:
-            hidden = gather_positions(self._blocks.final_norm(outer, x), losses["positions"])
+            hidden = gather_positions(self._blocks.final_norm(weights, x), losses["positions"])
             smoothing = self._config.label_smoothing
-            sums = head_loss(self._model, self._blocks.logits, outer, hidden, losses, smoothing)
+            sums = head_loss(self._model, weights, hidden, losses, smoothing)
             return sums.loss, sums
 
         (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(x)
@@ -180,16 +180,16 @@ class BlockwiseStep:
     ) -> tuple[TrainState, StepMetrics]:
         """Run a step. A step whose loss or gradient is not finite changes nothing."""
         programs, kinds = self.programs, self._blocks.kinds
-        outer, blocks = self._blocks.outer(weights), self._blocks.arrays(weights, state.lora)
+        blocks = self._blocks.arrays(weights, state.lora)
         sums, gradients = self._zero_sums, list(self._zero_gradients)
         for index in range(len(batch["micro_batch"])):
-            x, context, losses = programs.begin(outer, without_stop(batch), np.int32(index))
+            x, context, losses = programs.begin(weights, without_stop(batch), np.int32(index))
             inputs, residuals = [], []
             for kind, arrays in zip(kinds, blocks, strict=True):
                 inputs.append(x)
                 x, activations = programs.forward[kind](arrays, x, context)
                 residuals.append(activations)
-            gradient, sums = programs.end(outer, x, losses, sums)
+            gradient, sums = programs.end(weights, x, losses, sums)
             del x, activations  # so that popping the lists frees each block's arrays
             for number in reversed(range(len(blocks))):
                 backward, total = programs.backward[kinds[number]], gradients[number]
@@ -205,11 +205,11 @@ class BlockwiseStep:
     def validate(self, lora: LoraWeights, weights: Weights, batch: Arrays) -> LossSums:
         """Compute the loss of one micro-batch `[1, ...]`, without dropout or smoothing."""
         programs = self._validation_programs
-        outer, blocks = self._blocks.outer(weights), self._blocks.arrays(weights, lora)
-        x, context, losses = programs.begin(outer, without_stop(batch), np.int32(0))
+        blocks = self._blocks.arrays(weights, lora)
+        x, context, losses = programs.begin(weights, without_stop(batch), np.int32(0))
         for kind, arrays in zip(self._blocks.kinds, blocks, strict=True):
             x, _ = programs.forward[kind](arrays, x, context)
-        sums: LossSums = programs.end(outer, x, losses, self._zero_sums)[1]
+        sums: LossSums = programs.end(weights, x, losses, self._zero_sums)[1]
         return sums
 
     def block_programs(
@@ -217,9 +217,9 @@ class BlockwiseStep:
     ) -> Iterator[BlockProgram]:
         """Yield the programs of a step in their order; arguments may be shapes."""
         programs, kinds = self.programs, self._blocks.kinds
-        outer, blocks = self._blocks.outer(weights), self._blocks.arrays(weights, state.lora)
+        blocks = self._blocks.arrays(weights, state.lora)
         micro_batches = len(batch["micro_batch"])
-        begin = (outer, without_stop(batch), np.int32(0))
+        begin = (weights, without_stop(batch), np.int32(0))
         yield BlockProgram("begin", programs.begin, begin, micro_batches)
         x, context, losses = jax.eval_shape(programs.begin, *begin)
         for kind in sorted(set(kinds)):
@@ -229,7 +229,7 @@ class BlockwiseStep:
             _, residuals = jax.eval_shape(programs.forward[kind], *forward)
             backward = (blocks[kind], x, context, residuals, self._zero_gradients[kind], x)
             yield BlockProgram("backward", programs.backward[kind], backward, times)
-        end = (outer, x, losses, self._zero_sums)
+        end = (weights, x, losses, self._zero_sums)
         yield BlockProgram("end", programs.end, end, micro_batches)
         gradients = self._blocks.join_lora(self._zero_gradients)
         update = (state, gradients, self._zero_sums, _update_arrays(batch))

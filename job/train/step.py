@@ -16,7 +16,6 @@ from job.data.packing import Batch
 from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.lora import Dropout, LoraWeights, Weights, flatten_lora, unflatten_lora
 from job.train.loss import (
-    Head,
     LossOptions,
     LossSums,
     chunk_length,
@@ -110,7 +109,6 @@ def dropout_for(config: StepConfig, micro_batch: jax.Array) -> Dropout | None:
 
 def head_loss(
     model: LanguageModel,
-    head: Head,
     weights: Weights,
     hidden: jax.Array,
     rows: Arrays,
@@ -123,7 +121,9 @@ def head_loss(
         label_smoothing=label_smoothing,
         soft_cap=bool(getattr(model.backbone.token_embedding, "logit_soft_cap", None)),
     )
-    return chunked_cross_entropy(head, weights, hidden, rows["targets"], rows["weights"], options)
+    return chunked_cross_entropy(
+        model.logits, weights, hidden, rows["targets"], rows["weights"], options
+    )
 
 
 def loss_sums(
@@ -132,7 +132,7 @@ def loss_sums(
     """Compute the loss of one micro-batch; traceable, differentiable by `lora`."""
     dropout = dropout_for(config, rows["micro_batch"])
     hidden = model.hidden_states(weights, rows, config.forward, lora, dropout)
-    return head_loss(model, model.logits, weights, hidden, rows, config.label_smoothing)
+    return head_loss(model, weights, hidden, rows, config.label_smoothing)
 
 
 def make_train_step(model: LanguageModel, optimizer: Any, config: StepConfig) -> TrainStep:
