@@ -35,7 +35,6 @@ from job.train.step import (
     make_train_step,
     make_update,
     make_validation,
-    without_stop,
 )
 
 CompileMode = Literal["auto", "blocks", "step"]
@@ -109,7 +108,7 @@ class BlockPrograms:
 
     def _begin(self, weights: Weights, batch: Arrays, index: jax.Array) -> Any:
         """Return a micro-batch's first block input, its context and its loss positions."""
-        rows = {name: array[index] for name, array in batch.items()}
+        rows = {name: array[index] for name, array in batch.items() if name != "stop"}
         context = {name: rows.pop(name) for name in ("segment_ids", "micro_batch")}
         x = self._blocks.embed(weights, rows.pop("token_ids"), context["segment_ids"])
         return x, context, rows
@@ -183,7 +182,7 @@ class BlockwiseStep:
         blocks = self._blocks.arrays(weights, state.lora)
         sums, gradients = self._zero_sums, list(self._zero_gradients)
         for index in range(len(batch["micro_batch"])):
-            x, context, losses = programs.begin(weights, without_stop(batch), np.int32(index))
+            x, context, losses = programs.begin(weights, batch, np.int32(index))
             inputs, residuals = [], []
             for kind, arrays in zip(kinds, blocks, strict=True):
                 inputs.append(x)
@@ -197,16 +196,14 @@ class BlockwiseStep:
                     blocks[number], inputs.pop(), context, residuals.pop(), total, gradient
                 )
         joined = self._blocks.join_lora(gradients)
-        result: tuple[TrainState, StepMetrics] = self._update(
-            state, joined, sums, _update_arrays(batch)
-        )
+        result: tuple[TrainState, StepMetrics] = self._update(state, joined, sums, batch)
         return result
 
     def validate(self, lora: LoraWeights, weights: Weights, batch: Arrays) -> LossSums:
         """Compute the loss of one micro-batch `[1, ...]`, without dropout or smoothing."""
         programs = self._validation_programs
         blocks = self._blocks.arrays(weights, lora)
-        x, context, losses = programs.begin(weights, without_stop(batch), np.int32(0))
+        x, context, losses = programs.begin(weights, batch, np.int32(0))
         for kind, arrays in zip(self._blocks.kinds, blocks, strict=True):
             x, _ = programs.forward[kind](arrays, x, context)
         sums: LossSums = programs.end(weights, x, losses, self._zero_sums)[1]
@@ -219,7 +216,7 @@ class BlockwiseStep:
         programs, kinds = self.programs, self._blocks.kinds
         blocks = self._blocks.arrays(weights, state.lora)
         micro_batches = len(batch["micro_batch"])
-        begin = (weights, without_stop(batch), np.int32(0))
+        begin = (weights, batch, np.int32(0))
         yield BlockProgram("begin", programs.begin, begin, micro_batches)
         x, context, losses = jax.eval_shape(programs.begin, *begin)
         for kind in sorted(set(kinds)):
@@ -232,17 +229,13 @@ class BlockwiseStep:
         end = (weights, x, losses, self._zero_sums)
         yield BlockProgram("end", programs.end, end, micro_batches)
         gradients = self._blocks.join_lora(self._zero_gradients)
-        update = (state, gradients, self._zero_sums, _update_arrays(batch))
+        update = (state, gradients, self._zero_sums, batch)
         yield BlockProgram("update", self._update, update, 1)
 
     def lower(self, state: TrainState, weights: Weights, batch: Arrays) -> LoweredPrograms:
         """Trace the programs of a step."""
         programs = self.block_programs(state, weights, batch)
         return LoweredPrograms([p.function.lower(*p.arguments) for p in programs])
-
-
-def _update_arrays(batch: Arrays) -> Arrays:
-    return {name: batch[name] for name in ("weights", "stop")}
 
 
 def make_step(

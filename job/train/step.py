@@ -90,11 +90,6 @@ def shard_input(
     return sharded | {"micro_batch": model.replicate(numbers), "stop": model.process_local(stop)}
 
 
-def without_stop(batch: Arrays) -> Arrays:
-    """Return the arrays of a batch that have a micro-batch axis."""
-    return {name: array for name, array in batch.items() if name != "stop"}
-
-
 def padded_loss_count(losses: int) -> int:
     """Round the length of a list of loss positions up to a multiple of 8, at least 8."""
     return max(8, -(-losses // 8) * 8)
@@ -150,7 +145,8 @@ def make_train_step(model: LanguageModel, optimizer: Any, config: StepConfig) ->
 
         zero = jnp.zeros((), jnp.float32)
         zeros = (jax.tree.map(jnp.zeros_like, state.lora), LossSums(zero, zero))
-        total, _ = jax.lax.scan(accumulate, zeros, without_stop(batch), unroll=unroll)
+        rows = {name: array for name, array in batch.items() if name != "stop"}
+        total, _ = jax.lax.scan(accumulate, zeros, rows, unroll=unroll)
         return update(state, *total, batch)
 
     return jax.jit(step, donate_argnums=0, out_shardings=model.replicated)
