@@ -6,7 +6,7 @@ which function. The axis order follows from the layer's einsum and is then verif
 function, so a family that stacks or permutes its weights is refused rather than exported wrongly.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -145,7 +145,7 @@ def target_matrices(backbone: Any, layout: LoraLayout) -> tuple[LinearMatrix, ..
             raise UsageError(f"{target.path} cannot be written as the adapter of one linear layer")
         kind = (layer.name, target.kernel_shape)
         if kind not in verified:
-            verified[kind] = tensor.hook is not None and _inverts(matrix.from_kernel, tensor)
+            verified[kind] = tensor.hook is not None and _inverts(matrix, tensor)
         if not verified[kind]:
             raise UsageError(
                 f"{target.path}: the axis order in transformers differs from the layer's einsum"
@@ -159,41 +159,14 @@ def target_matrices(backbone: Any, layout: LoraLayout) -> tuple[LinearMatrix, ..
     return tuple(matrices)
 
 
-def _inverts(function: Callable[[np.ndarray], np.ndarray], tensor: CheckpointTensor) -> bool:
-    """Tell whether a function from a variable's value to a tensor inverts the tensor's hook."""
+def _inverts(matrix: LinearMatrix, tensor: CheckpointTensor) -> bool:
+    """Tell whether a matrix's order of axes inverts the tensor's hook."""
     assert tensor.hook is not None
-    value = _probe(tensor.variable.shape)
+    # Small integers, which hooks that cast to 16 bits preserve.
+    numbers = np.random.default_rng(0).integers(-1000, 1000, matrix.kernel_shape)
+    kernel = numbers.astype(np.float32)
     try:
-        converted = tensor.hook(function(value), list(value.shape))
+        converted = tensor.hook(matrix.from_kernel(kernel), list(kernel.shape))
     except (ValueError, IndexError):
         return False
-    return converted.shape == value.shape and bool(np.array_equal(converted, value))
-
-
-def _probe(shape: Sequence[int]) -> np.ndarray:
-    # Small integers, which hooks that cast to 16 bits preserve.
-    numbers = np.random.default_rng(0).integers(-1000, 1000, tuple(int(size) for size in shape))
-    return numbers.astype(np.float32)
-
-
-def inverse_hook(tensor: CheckpointTensor, layer: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the function from a variable's value to the checkpoint's tensor.
-
-    Args:
-        layer: the layer whose kernel the variable is, or None.
-
-    Raises:
-        UsageError: the tensor is not just the variable in another axis order.
-    """
-    if tensor.hook is None:
-        return lambda value: value
-    candidates: list[Callable[[np.ndarray], np.ndarray]] = []
-    axes = None if layer is None else linear_axes(layer)
-    if axes is not None:
-        shape = tuple(int(size) for size in tensor.variable.shape)
-        candidates.append(LinearMatrix(tensor.name, shape, *axes).from_kernel)
-    candidates += [lambda value: value, np.transpose, lambda value: value.reshape(-1)]
-    for candidate in candidates:
-        if _inverts(candidate, tensor):
-            return candidate
-    raise UsageError(f"{tensor.name} cannot be computed from {tensor.variable.path}")
+    return np.array_equal(converted, kernel)

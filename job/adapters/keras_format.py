@@ -9,8 +9,7 @@ Importing this module imports neither JAX nor Keras: commands read descriptions 
 a platform.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -119,20 +118,6 @@ def save_adapter(path: Path, layout: "LoraLayout", lora: "LoraWeights") -> None:
             inner["lora_kernel_b"] = np.asarray(b, np.float32) * np.float32(layout.scale)
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[h5py.File]:
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, KeyError) as error:
-        raise StageError(f"{path.name} is not a LoRA file of this model: {error}") from error
-
-
-def _pair(file: h5py.File, index: int) -> tuple[np.ndarray, np.ndarray]:
-    inner = file[f"lora/{index}/vars"]
-    return inner["lora_kernel_a"][()], inner["lora_kernel_b"][()]
-
-
 def load_adapter(path: Path, layout: "LoraLayout") -> "tuple[LoraLayout, LoraWeights]":
     """Load an adapter with the rank and the targets of a layout.
 
@@ -144,39 +129,40 @@ def load_adapter(path: Path, layout: "LoraLayout") -> "tuple[LoraLayout, LoraWei
     """
     import jax.numpy as jnp
 
-    with _open(path) as file:
-        rank = int(file["lora/vars/rank"][()])
-        if rank != layout.rank:
-            raise StageError(f"{path.name} has rank {rank}, but model.lora.rank is {layout.rank}")
-        pairs = []
-        for target in layout.targets:
-            a, b = _pair(file, target.layer_index)
-            _check_shapes(path, target.path, a, b, layout.shapes(target))
-            pairs.append((jnp.asarray(a), jnp.asarray(b)))
-    return replace(layout, alpha=float(rank), rslora=False), tuple(pairs)
+    kernels = [(t.layer_index, t.path, t.kernel_shape) for t in layout.targets]
+    pairs = load_layers(path, layout.rank, kernels).values()
+    lora = tuple((jnp.asarray(a), jnp.asarray(b)) for a, b in pairs)
+    return replace(layout, alpha=float(layout.rank), rslora=False), lora
 
 
-def load_layers(path: Path, info: AdapterInfo) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Load A and B of the described layers by number; B includes the factor.
+def load_layers(
+    path: Path, rank: int, kernels: Iterable[tuple[int, str, Sequence[int]]]
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Load A and B of some layers by number; B includes the factor.
+
+    Args:
+        path: the h5 file.
+        rank: its rank.
+        kernels: number, path and kernel shape of each layer.
 
     Raises:
-        StageError: the file does not match its description.
+        StageError: the file is not a LoRA file, or has another rank or other layers.
     """
-    pairs = {}
-    with _open(path) as file:
-        for layer in info.layers:
-            a, b = _pair(file, layer.index)
-            *front, last = layer.kernel
-            _check_shapes(path, layer.path, a, b, ((*front, info.rank), (info.rank, last)))
-            pairs[layer.index] = a, b
-    return pairs
-
-
-def _check_shapes(
-    path: Path, layer: str, a: np.ndarray, b: np.ndarray, expected: tuple[object, object]
-) -> None:
-    if (a.shape, b.shape) != expected:
-        raise StageError(
-            f"{path.name}: the adapter of {layer} has shapes {a.shape} and {b.shape}, "
-            f"the model needs {expected}"
-        )
+    layers = {}
+    try:
+        with h5py.File(path, "r") as file:
+            if (stored := int(file["lora/vars/rank"][()])) != rank:
+                raise StageError(f"{path.name} has rank {stored}, but model.lora.rank is {rank}")
+            for index, name, (*front, last) in kernels:
+                inner = file[f"lora/{index}/vars"]
+                a, b = inner["lora_kernel_a"][()], inner["lora_kernel_b"][()]
+                expected = ((*front, rank), (rank, last))
+                if (a.shape, b.shape) != expected:
+                    raise StageError(
+                        f"{path.name}: the adapter of {name} has shapes {a.shape} and {b.shape}, "
+                        f"the model needs {expected}"
+                    )
+                layers[index] = a, b
+    except (OSError, KeyError) as error:
+        raise StageError(f"{path.name} is not a LoRA file of this model: {error}") from error
+    return layers

@@ -16,9 +16,11 @@ from job.storage.base import Store
 from job.storage.hub import SCHEME, Repository
 from job.storage.locations import cache_folder, open_store
 
-_KERAS = (DESCRIPTION, H5)
-_PEFT = (PEFT_CONFIG, PEFT_WEIGHTS)
 AdapterFormat = Literal["keras", "peft"]
+_FILES: dict[AdapterFormat, tuple[str, str]] = {
+    "keras": (DESCRIPTION, H5),
+    "peft": (PEFT_CONFIG, PEFT_WEIGHTS),
+}
 
 
 class AdapterFiles(NamedTuple):
@@ -29,13 +31,9 @@ class AdapterFiles(NamedTuple):
     folder: str
     """Prefix of the files in the store: empty, or ending with a slash."""
 
-    @property
-    def names(self) -> tuple[str, str]:
-        return _KERAS if self.kind == "keras" else _PEFT
-
     def digests(self) -> dict[str, str]:
         """Compute the SHA-256 of each file, by name."""
-        contents = {name: self.store.read(self.folder + name) for name in self.names}
+        contents = {name: self.store.read(self.folder + name) for name in _FILES[self.kind]}
         return {name: hashlib.sha256(c or b"").hexdigest() for name, c in contents.items()}
 
     def fetch(self, folder: Path) -> Path:
@@ -44,7 +42,7 @@ class AdapterFiles(NamedTuple):
         Raises:
             StageError: a file is missing.
         """
-        for name in self.names:
+        for name in _FILES[self.kind]:
             if not self.store.download(self.folder + name, folder / name):
                 raise StageError(f"{self.store.uri}: the file {self.folder}{name} is missing")
         return folder
@@ -65,14 +63,13 @@ def find_adapter(
         UsageError, SetupError, StageError: there is no adapter, or it cannot be read.
     """
     store = open_store(_cached_snapshot(uri, revisions) if uri.startswith(SCHEME) else uri)
-    kinds: tuple[tuple[AdapterFormat, str], ...] = (("keras", _KERAS[0]), ("peft", _PEFT[0]))
     for folder in (subfolder, ""):
-        for kind, name in kinds:
-            if store.size(folder + name) is not None:
+        for kind, names in _FILES.items():
+            if store.size(folder + names[0]) is not None:
                 return AdapterFiles(kind, store, folder)
     raise UsageError(
-        f"{where}: {uri} has no adapter: it has neither {subfolder}{_KERAS[0]} nor {_KERAS[0]} nor "
-        f"PEFT's {_PEFT[0]}"
+        f"{where}: {uri} has no adapter: it has neither {subfolder}{DESCRIPTION} nor {DESCRIPTION} "
+        f"nor PEFT's {PEFT_CONFIG}"
     )
 
 
@@ -80,7 +77,8 @@ def _cached_snapshot(uri: str, revisions: Revisions) -> str:
     name = uri.removeprefix(SCHEME)
     commit = revisions.get(revision_key("model", name, None)) or resolve_commit("model", name, None)
     repository = Repository("model", name, None)
-    files = [file for file in repository.files(commit) if file.path in (*_KERAS, *_PEFT)]
+    names = [name for names in _FILES.values() for name in names]
+    files = [file for file in repository.files(commit) if file.path in names]
     cached = cache_folder("adapters", name.replace("/", "--"), commit)
     repository.fetch(commit, files, cached)
     return str(cached)

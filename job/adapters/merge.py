@@ -16,13 +16,14 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
-from job.adapters.hf_weight_map import CheckpointTensor, bare_name, checkpoint_tensors, inverse_hook
+from job.adapters.hf_weight_map import bare_name
 from job.adapters.low_rank import LowRankUpdate
 from job.adapters.peft_format import PeftAdapter
 from job.adapters.safetensors_io import TensorFile
+from job.chat.text_tokenizer import read_json
 from job.errors import StageError, UsageError
 from job.model.load import load_task
-from job.model.lora import LoraLayout, LoraWeights, weighted_layers
+from job.model.lora import LoraLayout, LoraWeights
 from job.model.patching import Patch, patched
 from job.runtime import logs
 
@@ -36,11 +37,8 @@ SHARD_BYTES = 2_000_000_000
 
 def is_checkpoint(folder: Path) -> bool:
     """Tell whether a preset's folder is a transformers checkpoint in safetensors files."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return "model_type" in config and any((folder / name).is_file() for name in (_INDEX, _SINGLE))
+    is_config = "model_type" in read_json(folder / "config.json")
+    return is_config and any((folder / name).is_file() for name in (_INDEX, _SINGLE))
 
 
 def _shards(folder: Path) -> list[str]:
@@ -149,11 +147,10 @@ def _logits(backbone: Any) -> np.ndarray:
 
 
 def write_checkpoint(backbone: Any, tokenizer: Any, target: Path) -> None:
-    """Write a loaded model as a transformers checkpoint, one shard in memory at a time.
+    """Write a loaded model as a transformers checkpoint, in shards of `SHARD_BYTES`.
 
     Raises:
-        UsageError: KerasHub cannot write this family's configuration or tokenizer, or a weight is
-            not a checkpoint's tensor in another axis order.
+        UsageError: KerasHub cannot write this family's weights, configuration or tokenizer.
     """
     from keras_hub.src.utils.transformers.export import hf_exporter
 
@@ -173,30 +170,18 @@ def write_checkpoint(backbone: Any, tokenizer: Any, target: Path) -> None:
         hf_exporter.export_tokenizer(tokenizer, str(target))
     except ValueError as error:
         raise UsageError(f"the tokenizer cannot be written for transformers: {error}") from error
-    _write_weights(backbone, target)
-
-
-def _write_weights(backbone: Any, target: Path) -> None:
-    tensors = {tensor.name: tensor for tensor in checkpoint_tensors(backbone)}
-    kernels = {
-        id(kernel): layer
-        for layer in weighted_layers(backbone)
-        if (kernel := getattr(layer, "_kernel", None)) is not None
-    }
-
-    def value(tensor: CheckpointTensor) -> np.ndarray:
-        to_tensor = inverse_hook(tensor, kernels.get(id(tensor.variable)))
-        return np.ascontiguousarray(to_tensor(np.asarray(tensor.variable.value)))
-
+    weights = hf_exporter.MODEL_EXPORTERS[kind](backbone, include_lm_head=True)
+    if backbone.token_embedding.tie_weights:
+        weights.pop("lm_head.weight", None)
+    tensors = {name: np.ascontiguousarray(weight) for name, weight in weights.items()}
     shards = split_state_dict_into_shards_factory(
         tensors,
-        get_storage_size=lambda tensor: int(tensor.variable.value.nbytes),
+        get_storage_size=lambda tensor: tensor.nbytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,
     )
     for file, names in shards.filename_to_tensors.items():
-        values = {name: value(tensors[name]) for name in names}
-        save_file(values, target / file, metadata={"format": "pt"})
+        save_file({name: tensors[name] for name in names}, target / file, {"format": "pt"})
         logs.get().info("shard written", file=file)
     if shards.is_sharded:
         content = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}

@@ -76,7 +76,8 @@ def _from_keras(folder: Path, spec: Spec, model: LanguageModel) -> KernelFactors
                 f"{_WHERE}: the kernel of {layer.path} has shape {tuple(layer.kernel)} in the "
                 f"adapter and {tuple(shapes[index])} in {spec.model.preset}"
             )
-    pairs = load_layers(folder / H5, info)
+    kernels = [(layer.index, layer.path, layer.kernel) for layer in info.layers]
+    pairs = load_layers(folder / H5, info.rank, kernels)
     return {index: (a, b, 1.0) for index, (a, b) in pairs.items()}
 
 

@@ -27,7 +27,7 @@ def compare_finished(uris: Sequence[str], html: str | None = None) -> RunCompari
         UsageError: there are fewer than two runs, one is not finished, or they share no example.
         StageError: files of a run are missing or damaged, or the page cannot be written.
     """
-    logs.configure(logs.RunLog())
+    logs.configure()
     if len(uris) < 2:
         raise UsageError("name at least two runs; a run is <output>/<run-id>")
     runs = [read_finished(uri) for uri in uris]

@@ -37,7 +37,7 @@ def export_run(uri: str, to: str, folder: str, rank: str) -> None:
             f"--to {to}: there is no such format; write one of {', '.join(EXPORT_FORMATS)}"
         )
     _check_rank(rank, to)
-    logs.configure(logs.RunLog())
+    logs.configure()
     with _new_folder(Path(folder)) as target, tempfile.TemporaryDirectory(prefix="job-") as work:
         source = TrainedRun(uri, Path(work), "job export")
         if to == "peft":

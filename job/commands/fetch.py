@@ -52,7 +52,7 @@ def fetch_run(uri: str, folder: str) -> None:
         UsageError: there is no finished run at `uri`.
         StageError: a file is missing, or does not have its checksum.
     """
-    logs.configure(logs.RunLog())
+    logs.configure()
     source, content, results = open_finished_run(uri)
     target = LocalStore(Path(folder))
     if target.read(RESULTS) != content:

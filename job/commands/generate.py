@@ -101,7 +101,7 @@ def generate_answers(
     """
     options.check()
     texts = _prompts(prompts, prompt_file)
-    logs.configure(logs.RunLog(), sys.stderr, least=logging.WARNING)
+    logs.configure(None, sys.stderr, least=logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="job-") as work:
         run = TrainedRun(uri, Path(work), "job generate")
         engine, weights = _load(run, options)

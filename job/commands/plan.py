@@ -7,14 +7,22 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
+from job.chat.templates import planned_template
 from job.errors import JobError, UsageError
 from job.machine.accelerators import Machine, machine_sizes, parse_machine
-from job.pipeline.run import StageRecord
 from job.pipeline.stages import STAGES, stage_digests
 from job.pipeline.status import earlier_preflight, read_stage_records, stale_stages
-from job.plan.estimate import MFU
-from job.plan.model_shape import Config, find_config
-from job.plan.plan import MachinePlan, Plan, PlanInput, default_machine, make_plan
+from job.plan.estimate import MFU, plan_machine
+from job.plan.model_shape import Config, find_config, model_shape
+from job.plan.plan import (
+    MachinePlan,
+    ModelPlan,
+    Plan,
+    Program,
+    StagePlan,
+    WorkPlan,
+    default_machine,
+)
 from job.plan.workload import Workload, workload
 from job.results import DataInfo
 from job.runtime import logs
@@ -44,34 +52,53 @@ def plan_job(loaded: LoadedSpec, options: PlanOptions) -> Plan:
     Raises:
         UsageError: there is no such machine, or the model's shape is not known.
     """
-    if not 0 < options.mfu <= 1:
-        raise UsageError(f"--mfu {options.mfu}: write a share of peak FLOP/s, like {MFU}")
-    for option, number in (("--examples", options.examples), ("--tokens", options.tokens)):
-        if number is not None and number < 1:
-            raise UsageError(f"{option} {number}: write a number above 0")
+    _check(options)
     spec = loaded.spec
     machines = [parse_machine(name) for name in options.on] or [default_machine(spec)]
     if options.sizes:
-        machines = _all_sizes(machines)
+        kinds = {machine.accelerator.name: machine.accelerator for machine in machines}
+        machines = [size for kind in kinds.values() for size in machine_sizes(kind)]
     config = find_config(spec.model)
     if options.compile:
-        if options.sizes:
-            raise UsageError("--compile shows programs and --table sizes; leave one of them out")
-        _check_compiles(machines)
-        log = logs.RunLog()
-        log.discard()
-        logs.configure(log, sys.stderr)  # stdout is the plan's
+        _prepare_to_compile(machines, options)
     store = open_store(child_uri(spec.output, run_id(spec)))
     stale, data, unread = _progress(spec, store)
     work = workload(spec, data, options.examples, options.tokens)
     work = replace(work, assumptions=(*work.assumptions, *unread))
-    plan = make_plan(
-        PlanInput(spec, loaded.source, store.uri, config, machines, stale, work, options.mfu)
+    shape = model_shape(config, spec.model.preset)
+    plans = [
+        plan
+        for machine in machines
+        for plan in plan_machine(shape, spec, work, machine, options.mfu)
+    ]
+    if options.compile:
+        for plan in plans:
+            plan.programs = _compile(spec, config, plan, work)
+    return Plan(
+        spec=loaded.source,
+        run=store.uri,
+        stages=[StagePlan(name=stage.name, skipped=stage.name not in stale) for stage in STAGES],
+        model=ModelPlan(
+            preset=spec.model.preset,
+            chat_template=planned_template(spec.model.chat_template, spec.model.preset),
+            family=shape.family,
+            dtype=spec.model.dtype,
+            parameters=shape.parameters,
+            trainable=shape.adapter(spec.model.lora),
+        ),
+        work=WorkPlan(
+            examples=work.examples,
+            tokens=work.tokens,
+            rows=work.rows,
+            row_length=work.row_length,
+            steps=work.steps,
+            slots_a_step=work.slots_a_step,
+            evaluations={evaluation.name: evaluation.prompts for evaluation in work.evaluations},
+            assumptions=list(work.assumptions),
+        ),
+        mfu=options.mfu,
+        machines=plans,
     )
-    if not options.compile:
-        return plan
-    compiled = [_with_programs(spec, config, machine, work) for machine in plan.machines]
-    return plan.model_copy(update={"machines": compiled})
 
 
 def _progress(spec: Spec, store: Store) -> tuple[list[str], DataInfo | None, tuple[str, ...]]:
@@ -85,20 +112,35 @@ def _progress(spec: Spec, store: Store) -> tuple[list[str], DataInfo | None, tup
         stale = stale_stages(spec, store, records, stage_digests(spec, revisions))
     except JobError as error:
         return [stage.name for stage in STAGES], None, (f"nothing is done yet ({error})",)
-    return stale, _data_info(records) if "data" not in stale else None, ()
+    data = None
+    if "data" not in stale:
+        with contextlib.suppress(ValidationError):
+            data = DataInfo.model_validate(records["data"].outcome)
+    return stale, data, ()
 
 
-def _check_compiles(machines: Sequence[Machine]) -> None:
+def _check(options: PlanOptions) -> None:
+    if not 0 < options.mfu <= 1:
+        raise UsageError(f"--mfu {options.mfu}: write a share of peak FLOP/s, like {MFU}")
+    for option, number in (("--examples", options.examples), ("--tokens", options.tokens)):
+        if number is not None and number < 1:
+            raise UsageError(f"{option} {number}: write a number above 0")
+
+
+def _prepare_to_compile(machines: Sequence[Machine], options: PlanOptions) -> None:
+    if options.sizes:
+        raise UsageError("--compile shows programs and --table sizes; leave one of them out")
     for machine in machines:
         if machine.topology_name is None:
             raise UsageError(
                 f"--compile: {machine.name} is not a TPU, and other compilers need their device; "
                 "leave --compile out, or name a TPU with --on"
             )
+    logs.configure(None, sys.stderr)  # stdout is the plan's
 
 
-def _with_programs(spec: Spec, config: Config, plan: MachinePlan, work: Workload) -> MachinePlan:
-    """Return a machine's plan with its programs, compiled for the mesh of the plan."""
+def _compile(spec: Spec, config: Config, plan: MachinePlan, work: Workload) -> list[Program]:
+    """Return the programs of a machine, compiled for the mesh of its plan."""
     from job.machine import devices
 
     machine = parse_machine(plan.machine)
@@ -114,16 +156,4 @@ def _with_programs(spec: Spec, config: Config, plan: MachinePlan, work: Workload
             machine,
             devices.make_mesh(update["runtime"], chips),
         )
-        programs = list(compiler.programs(plan.micro_batch))
-    return plan.model_copy(update={"programs": programs})
-
-
-def _all_sizes(machines: Sequence[Machine]) -> list[Machine]:
-    kinds = {m.accelerator.name: m.accelerator for m in machines}
-    return [size for kind in kinds.values() for size in machine_sizes(kind)]
-
-
-def _data_info(records: dict[str, StageRecord]) -> DataInfo | None:
-    with contextlib.suppress(ValidationError, KeyError):
-        return DataInfo.model_validate(records["data"].outcome)
-    return None
+        return list(compiler.programs(plan.micro_batch))

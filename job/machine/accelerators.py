@@ -286,10 +286,7 @@ ACCELERATORS = (
 
 def find_accelerator(device_kind: str) -> Accelerator | None:
     """Return the accelerator that JAX calls `device_kind`; None if it is not in the registry."""
-    for accelerator in ACCELERATORS:
-        if device_kind in accelerator.device_kinds:
-            return accelerator
-    return None
+    return next((a for a in ACCELERATORS if device_kind in a.device_kinds), None)
 
 
 def parse_machine(name: str) -> Machine:

@@ -221,18 +221,6 @@ def make_mesh(runtime: Runtime, devices: "Sequence[Device] | None" = None) -> "M
     )
 
 
-def _set_compiler_environment(machine: Machine) -> None:
-    """Prepare this process to compile for a TPU it does not have, before JAX is imported."""
-    set_environment()
-    os.environ["JAX_PLATFORMS"] = "cpu"  # only the compiler needs the TPU's platform
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its lock protects devices; none is used
-    os.environ["TPU_ACCELERATOR_TYPE"] = machine.accelerator_type or ""
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-
-
 @contextlib.contextmanager
 def compiling_for(machine: Machine) -> "Iterator[list[Device]]":
     """Yield the devices of a TPU slice, for which programs can be compiled but not run.
@@ -243,7 +231,14 @@ def compiling_for(machine: Machine) -> "Iterator[list[Device]]":
     Raises:
         SetupError: the TPU compiler is not installed.
     """
-    _set_compiler_environment(machine)
+    set_environment()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # only the compiler needs the TPU's platform
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its lock protects devices; none is used
+    os.environ["TPU_ACCELERATOR_TYPE"] = machine.accelerator_type or ""
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     import jax
     from jax.experimental import topologies
 

@@ -74,12 +74,16 @@ class ProcessGroup:
             value = make()
             self._client.key_value_set(key, value)
             return value
+        from jax.errors import JaxRuntimeError
+
         while True:
             check()
             WATCHDOG.beat()
-            received = _or_timeout(lambda: self._client.blocking_key_value_get(key, 1000))
-            if received is not None:
-                return str(received)
+            try:
+                return str(self._client.blocking_key_value_get(key, 1000))
+            except JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise RunStoppedError(f"lost the connection to process 0; {_RESUME}") from error
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any process; all must call this at the same point."""
@@ -132,9 +136,7 @@ class ProcessGroup:
                     resumable = code == EXIT_RESUMABLE
                     return RunStoppedError(message) if resumable else StageError(message)
             time.sleep(_POLL_SECONDS)
-        return RunStoppedError(
-            "lost the connection to another process; run the same command to resume"
-        )
+        return RunStoppedError(f"lost the connection to another process; {_RESUME}")
 
     def _peer_exit(self) -> tuple[int, str] | None:
         """Return the exit code and message of the first process that has exited."""
@@ -213,20 +215,6 @@ class CoordinatedStop:
 
 def _index(key: str) -> str:
     return key.rpartition("/")[2]
-
-
-def _or_timeout(get: Callable[[], Any]) -> Any:
-    """Return the result of a blocking call, or None if it timed out."""
-    from jax.errors import JaxRuntimeError
-
-    try:
-        return get()
-    except JaxRuntimeError as error:
-        if "DEADLINE_EXCEEDED" in str(error):
-            return None
-        raise RunStoppedError(
-            "lost the connection to process 0; run the same command to resume"
-        ) from error
 
 
 def join_processes(runtime: Runtime) -> ProcessGroup:

@@ -79,19 +79,12 @@ class BlockwiseModel:
         self._backbone = model.backbone
         self._config = config
         self._blocks = tuple(blocks)
-        inside = {index for block in blocks for index in block.variables}
-        count = len(self._backbone.variables)
-        self._outer = tuple(index for index in range(count) if index not in inside)
         self._constants = [self._block_constants(block) for block in blocks]
 
     @property
     def kinds(self) -> tuple[int, ...]:
         """The kind of each block."""
         return tuple(block.kind for block in self._blocks)
-
-    def outer(self, weights: Weights) -> Weights:
-        """Select the weights that are in no block: embedding, final norm, head."""
-        return tuple(weights[index] for index in self._outer)
 
     def arrays(self, weights: Weights, lora: LoraWeights) -> list[BlockArrays]:
         """Distribute a model's weights and adapter over its blocks."""
@@ -113,11 +106,11 @@ class BlockwiseModel:
         }
         return tuple(pairs[target] for target in range(len(pairs)))
 
-    def embed(self, outer: Weights, token_ids: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    def embed(self, weights: Weights, token_ids: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Compute the input of the first block, `[batch, length, hidden]`.
 
         Args:
-            outer: from `outer`.
+            weights: of the model; those in blocks are not used.
             token_ids, segment_ids: int32 `[batch, length]`.
         """
         captured: list[jax.Array] = []
@@ -126,27 +119,17 @@ class BlockwiseModel:
             captured.append(x)
             return x
 
-        self._without_blocks(outer, self._model.inputs(token_ids, segment_ids), capture)
+        self._without_blocks(weights, self._model.inputs(token_ids, segment_ids), capture)
         return captured[0]
 
-    def final_norm(self, outer: Weights, x: jax.Array) -> jax.Array:
+    def final_norm(self, weights: Weights, x: jax.Array) -> jax.Array:
         """Compute the last hidden states from the last block's output `[batch, length, hidden]`."""
         unused = jnp.zeros(x.shape[:2], jnp.int32)
         inputs = self._model.inputs(unused, unused)
-        return self._without_blocks(outer, inputs, lambda *_, **__: x)
-
-    def logits(self, outer: Weights, hidden: jax.Array) -> jax.Array:
-        """Compute float32 logits `[..., vocabulary]` of hidden states `[..., hidden]`."""
-        with keras.StatelessScope(state_mapping=self._outer_mapping(outer)):
-            logits = self._backbone.token_embedding(hidden, reverse=True)
-        return jnp.asarray(logits, jnp.float32)
-
-    def _outer_mapping(self, outer: Weights) -> list[Any]:
-        variables = [self._backbone.variables[index] for index in self._outer]
-        return list(zip(variables, outer, strict=True))
+        return self._without_blocks(weights, inputs, lambda *_, **__: x)
 
     def _without_blocks(
-        self, outer: Weights, inputs: Mapping[str, jax.Array], first: Callable[..., Any]
+        self, weights: Weights, inputs: Mapping[str, jax.Array], first: Callable[..., Any]
     ) -> jax.Array:
         """Run the backbone with `first` for its first block and the identity for the others."""
 
@@ -158,7 +141,7 @@ class BlockwiseModel:
             Patch(layers[0], "call", first),
             *(Patch(layer, "call", identity) for layer in layers[1:]),
         ]
-        with keras.StatelessScope(state_mapping=self._outer_mapping(outer)), patched(patches):
+        with self._model.with_weights(weights), patched(patches):
             outputs: jax.Array = self._backbone(inputs)
         return outputs
 

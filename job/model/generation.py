@@ -18,7 +18,6 @@ import keras
 import numpy as np
 from keras_hub import samplers
 
-from job.model.attention import left_padded_attention
 from job.model.patching import Patch, patched
 
 
@@ -44,43 +43,6 @@ def empty_cache(task: Any, batch: int, length: int) -> Any:
     arguments = dict.fromkeys(names) | {"token_ids": jnp.zeros((batch, length), jnp.int32)}
     with patched([Patch(task, "call_with_cache", return_cache)]):
         return task._build_cache(**arguments)[1]
-
-
-def prefill(
-    task: Any, token_ids: jax.Array, starts: jax.Array, max_new_tokens: int
-) -> tuple[jax.Array, Any]:
-    """Run left-padded prompts through the model.
-
-    Args:
-        token_ids: int32 `[batch, length]`.
-        starts: int32 `[batch]`, index of each prompt's first token.
-        max_new_tokens: tokens that the cache has room for after the prompts.
-
-    Returns:
-        The last hidden states `[batch, hidden]` in the compute dtype, and the cache.
-    """
-    batch, length = token_ids.shape
-    cache = empty_cache(task, batch, length + max_new_tokens)
-    with left_padded_attention(task.backbone, starts):
-        _, hidden, cache = task.call_with_cache(
-            token_ids=token_ids, cache=cache, cache_update_index=0
-        )
-    return hidden[:, -1], cache
-
-
-def decode_step(
-    task: Any, tokens: jax.Array, cache: Any, index: Any, starts: jax.Array
-) -> tuple[jax.Array, Any]:
-    """Run one more token per row, int32 `[batch]`, at `index` of the rows.
-
-    Returns:
-        Logits, float32 `[batch, vocabulary]`, and the new cache.
-    """
-    with left_padded_attention(task.backbone, starts):
-        logits, _, cache = task.call_with_cache(
-            token_ids=tokens[:, None], cache=cache, cache_update_index=index
-        )
-    return jnp.asarray(logits[:, 0], jnp.float32), cache
 
 
 def greedy(logits: jax.Array, _step: Any) -> jax.Array:

@@ -5,7 +5,7 @@ function serves the base model, training and the tuned model, and nothing is ass
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,7 +19,14 @@ from keras_hub.samplers import GreedySampler
 
 from job.chat.tokenizer import ChatTokenizer
 from job.model import generation
-from job.model.attention import ACCELERATOR, CPU, Chunking, chunked_attention, segment_attention
+from job.model.attention import (
+    ACCELERATOR,
+    CPU,
+    Chunking,
+    chunked_attention,
+    left_padded_attention,
+    segment_attention,
+)
 from job.model.families import family_of
 from job.model.generation import SamplerState
 from job.model.lora import (
@@ -59,21 +66,29 @@ class LanguageModel:
     """A KerasHub task, its frozen weights on their devices, its tokenizer and its LoRA layout."""
 
     def __init__(
-        self, task: Any, tokenizer: ChatTokenizer, model: Model, preset: Preset, mesh: Mesh
+        self,
+        task: Any,
+        tokenizer: ChatTokenizer,
+        model: Model,
+        preset: Preset,
+        mesh: Mesh,
+        put: Callable[[Any, NamedSharding], Any] = device_put,
     ) -> None:
+        """Place the weights of a task with `put`, which gives an array its sharding."""
         self.task = task
         self.backbone = task.backbone
         self.tokenizer = tokenizer
         self.preset = preset
         self.mesh = mesh
+        self._put = put
         self.lora: LoraLayout = make_lora_layout(self.backbone, model.lora)
         self.parameters: int = self.backbone.count_params()
         self.chunking: Chunking = CPU if self.platform == "cpu" else ACCELERATOR
-        check_shardable(self.backbone.variables, mesh)
-        self.weights: Weights = self._place(self.backbone.variables)
-
-    def _place(self, variables: Sequence[Any]) -> Weights:
-        return tuple(device_put(v.value, weight_sharding(v.shape, self.mesh)) for v in variables)
+        variables = self.backbone.variables
+        check_shardable(variables, mesh)
+        self.weights: Weights = tuple(
+            put(v.value, weight_sharding(v.shape, mesh)) for v in variables
+        )
 
     # What the model is.
 
@@ -121,7 +136,7 @@ class LanguageModel:
 
     def replicate(self, tree: Any) -> Any:
         """Copy a tree of arrays to every device of the mesh."""
-        return jax.tree.map(lambda array: device_put(array, self.replicated), tree)
+        return jax.tree.map(lambda array: self._put(array, self.replicated), tree)
 
     def shard_batch(self, tree: Any, axis: int = 0) -> Any:
         """Split host arrays over the data-parallel devices along `axis`.
@@ -129,13 +144,13 @@ class LanguageModel:
         Each process copies only the rows of its own devices.
         """
         sharding = self._sharding(*([None] * axis), DATA_AXIS)
-        return jax.tree.map(lambda array: device_put(array, sharding), tree)
+        return jax.tree.map(lambda array: self._put(array, sharding), tree)
 
     def process_local(self, value: int) -> jax.Array:
         """Return int32 `[data, model]`: each process's own value on its own devices."""
-        sharding = self._sharding(*self.mesh.axis_names)
-        local = np.full((1, 1), value, np.int32)
-        return jax.make_array_from_callback(self.mesh.devices.shape, sharding, lambda _: local)
+        values = np.full(self.mesh.devices.shape, value, np.int32)
+        array: jax.Array = self._put(values, self._sharding(*self.mesh.axis_names))
+        return array
 
     def _sharding(self, *axes: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, jax.P(*axes))  # type: ignore[no-untyped-call]
@@ -167,7 +182,7 @@ class LanguageModel:
         segment_ids, positions = batch["segment_ids"], batch["positions"]
         narrow = can_narrow(self.backbone)
         with (
-            self._with_weights(self._merge_unbranched(weights, lora)),
+            self.with_weights(self._merge_unbranched(weights, lora)),
             segment_attention(self.backbone) if config.packed else nullcontext(),
             self.chunked_attention(segment_ids, config.longest),
             nullcontext()
@@ -181,7 +196,7 @@ class LanguageModel:
 
     def logits(self, weights: Weights, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[..., vocabulary]` of hidden states `[..., hidden]`."""
-        with self._with_weights(weights):
+        with self.with_weights(weights):
             logits = self.backbone.token_embedding(hidden, reverse=True)
         return jnp.asarray(logits, jnp.float32)
 
@@ -203,7 +218,8 @@ class LanguageModel:
         return chunked_attention(self.backbone, segment_ids, longest, self.chunking)
 
     @contextmanager
-    def _with_weights(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Iterator[None]:
+    def with_weights(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Iterator[None]:
+        """Run the backbone with these weights, and values of other variables."""
         mapping = [*zip(self.backbone.variables, weights, strict=True), *more]
         with keras.StatelessScope(state_mapping=mapping), fast_rotary(self.backbone):
             yield
@@ -260,18 +276,31 @@ class LanguageModel:
         Returns:
             The logits after each prompt, float32 `[batch, vocabulary]`, and the key-value cache.
         """
-        padded = generation.left_pad(token_ids, lengths)
-        starts = token_ids.shape[1] - lengths
-        with self._with_weights(weights):
-            hidden, cache = generation.prefill(self.task, padded, starts, max_new_tokens)
-        return self.logits(weights, hidden), cache
+        batch, length = token_ids.shape
+        padded, starts = generation.left_pad(token_ids, lengths), length - lengths
+        with self.with_weights(weights), left_padded_attention(self.backbone, starts):
+            cache = generation.empty_cache(self.task, batch, length + max_new_tokens)
+            _, hidden, cache = self.task.call_with_cache(
+                token_ids=padded, cache=cache, cache_update_index=0
+            )
+        return self.logits(weights, hidden[:, -1]), cache
 
     def decode_step(
         self, weights: Weights, tokens: jax.Array, cache: Any, index: Any, starts: jax.Array
     ) -> tuple[jax.Array, Any]:
-        """Run one more token per row; see `generation.decode_step`."""
-        with self._with_weights(weights):
-            return generation.decode_step(self.task, tokens, cache, index, starts)
+        """Run one more token per row, int32 `[batch]`, at `index` of the rows.
+
+        Args:
+            starts: int32 `[batch]`, index of each prompt's first token.
+
+        Returns:
+            Logits, float32 `[batch, vocabulary]`, and the new cache.
+        """
+        with self.with_weights(weights), left_padded_attention(self.backbone, starts):
+            logits, _, cache = self.task.call_with_cache(
+                token_ids=tokens[:, None], cache=cache, cache_update_index=index
+            )
+        return jnp.asarray(logits[:, 0], jnp.float32), cache
 
     def generate_with_kerashub(
         self,
@@ -287,7 +316,7 @@ class LanguageModel:
         mask = jnp.arange(padded.shape[1]) < lengths[:, None]
         # Most families come with a sampler that draws at random.
         self.task.sampler = GreedySampler() if sampler is None else sampler.sampler
-        with self._with_weights(weights, *([] if sampler is None else sampler.mapping())):
+        with self.with_weights(weights, *([] if sampler is None else sampler.mapping())):
             outputs = self.task.generate_step(
                 {"token_ids": padded, "padding_mask": mask}, stop_token_ids=list(stop_ids)
             )

@@ -27,7 +27,7 @@ from job.evals.tasks import Task, load_task, side_by_side_prompts
 from job.pipeline import layout
 from job.pipeline.data_stage import read_examples
 from job.pipeline.run import Run
-from job.pipeline.train_stage import load_trained
+from job.pipeline.train_stage import load_trained, prepare_in_background
 from job.runtime import logs
 from job.spec.evals import HarnessEval
 
@@ -49,6 +49,8 @@ class EvalOutcome(BaseModel):
 
 def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     """Evaluate one model on every evaluation of the spec, and write the predictions."""
+    if name == "baseline":
+        prepare_in_background(run)
     model = run.model()
     weights = (
         model.weights if name == "baseline" else model.merged_weights(*load_trained(run, model))

@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import structlog
@@ -30,7 +29,7 @@ from job.pipeline.preflight import (
     run_preflight,
 )
 from job.pipeline.run import Run, StageRecord, hold_run_lease, now, read_results
-from job.pipeline.run_log import RunLogFile
+from job.pipeline.run_log import RunLog
 from job.pipeline.stages import NAMES, STAGES, Stage, dependents
 from job.pipeline.status import RunStatus, read_run_status
 from job.results import Results
@@ -72,9 +71,9 @@ def run_job(
         run_id=identity,
         stages=NAMES[: NAMES.index(until) + 1] if until else NAMES,
         fresh=fresh,
-        log=logs.RunLog(),
+        log=RunLog(),
     )
-    logs.configure(command.log)
+    logs.configure(command.log.write)
     structlog.contextvars.bind_contextvars(run_id=identity)
     _enter_stage("preflight")
     stall_minutes = loaded.spec.runtime.stall_minutes
@@ -91,7 +90,7 @@ class _Command:
     stages: Sequence[str]
     """Names of the requested stages."""
     fresh: bool
-    log: logs.RunLog
+    log: RunLog
 
     def run(self) -> None:
         """Join the other processes, check the machine, and run the stale stages."""
@@ -106,7 +105,9 @@ class _Command:
             )
             stale = [stage for stage in self._requested() if stage.name in status.stale]
             if not stale and "preflight" in status.records:
-                self._log_skipped()
+                for name in self.stages:
+                    structlog.contextvars.bind_contextvars(stage=name)
+                    logs.get().info("stage skipped: up to date")
                 self._log_end(store)
                 return
             logs.get().info(
@@ -125,8 +126,10 @@ class _Command:
                     self.run_id, spec, store, Path(work), STOP, environment, processes,
                     records=status.records, pending=frozenset(stage.name for stage in stale),
                 )  # fmt: skip
-                unchanged = partial(self._is_unchanged, status, store)
-                with STOP.graceful(), hold_run_lease(run, unchanged):
+                with (
+                    STOP.graceful(),
+                    hold_run_lease(run, lambda: self._status(store) == status),
+                ):
                     self._run_logged(run, status, stale)
 
     def _open_store(self, processes: ProcessGroup) -> Store:
@@ -135,15 +138,11 @@ class _Command:
         if processes.is_primary:
             return store
         structlog.contextvars.bind_contextvars(process=processes.index)
-        logs.configure(self.log, least=logging.WARNING)
-        self.log.discard()
+        logs.configure(least=logging.WARNING)
         return ReadOnlyStore(store)
 
     def _status(self, store: Store) -> RunStatus:
         return read_run_status(self.loaded.spec, store, fresh=self.fresh)
-
-    def _is_unchanged(self, status: RunStatus, store: Store) -> bool:
-        return self._status(store) == status
 
     def _requested(self) -> list[Stage]:
         return [stage for stage in STAGES if stage.name in self.stages]
@@ -152,12 +151,12 @@ class _Command:
         """Run the stages, and save the log however they end."""
         if self.fresh:
             _delete_outputs(run.store)
-        log_file = RunLogFile(run.store, self.log, run.work) if run.processes.is_primary else None
-        save_log = log_file.save if log_file else lambda: None
+        if run.processes.is_primary:
+            self.log.open(run.store, run.work)
 
         def before_exit() -> None:
             STOP.muted = True  # the last writes must not be stopped themselves
-            save_log()
+            self.log.save()
             if run.lease is not None:
                 run.lease.release()
 
@@ -167,7 +166,7 @@ class _Command:
             for stage in self._requested():
                 _enter_stage(stage.name)
                 if stage in stale:
-                    _run_stage(run, stage, save_log)
+                    _run_stage(run, stage, self.log.save)
                 else:
                     logs.get().info("stage skipped: up to date")
             self._log_end(run.store)
@@ -180,13 +179,7 @@ class _Command:
         except Exception as error:
             raise _explain(error, run) from error
         finally:
-            if log_file:
-                log_file.close()
-
-    def _log_skipped(self) -> None:
-        for name in self.stages:
-            structlog.contextvars.bind_contextvars(stage=name)
-            logs.get().info("stage skipped: up to date")
+            self.log.close()
 
     def _log_end(self, store: Store) -> None:
         """Log the verdict, and where the results, the report and the adapter are."""

@@ -4,6 +4,7 @@ The digest of a stage covers its own inputs and, through the stages it needs, th
 with the same digest were made from the same inputs.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,42 +45,15 @@ class Stage:
     """Whether the stage uses the devices; other stages run on the primary process."""
 
 
-def _run_data(run: Run) -> BaseModel:
-    from job.pipeline.data_stage import run_stage
+def _run_in(module: str, *arguments: str) -> Callable[[Run], BaseModel]:
+    """Return the `run_stage` of a module, which is imported when it runs: it may import JAX."""
 
-    return run_stage(run)
+    def run_stage(run: Run) -> BaseModel:
+        stage = importlib.import_module(f"job.pipeline.{module}")
+        outcome: BaseModel = stage.run_stage(run, *arguments)
+        return outcome
 
-
-def _run_baseline(run: Run) -> BaseModel:
-    from job.pipeline.eval_stage import run_stage
-    from job.pipeline.train_stage import prepare_in_background
-
-    prepare_in_background(run)
-    return run_stage(run, "baseline")
-
-
-def _run_train(run: Run) -> BaseModel:
-    from job.pipeline.train_stage import run_stage
-
-    return run_stage(run)
-
-
-def _run_finetuned(run: Run) -> BaseModel:
-    from job.pipeline.eval_stage import run_stage
-
-    return run_stage(run, "finetuned")
-
-
-def _run_reference(run: Run) -> BaseModel:
-    from job.pipeline.reference_stage import run_stage
-
-    return run_stage(run)
-
-
-def _run_report(run: Run) -> BaseModel:
-    from job.pipeline.report_stage import run_stage
-
-    return run_stage(run)
+    return run_stage
 
 
 def reference_has_more_to_do(outcome: Mapping[str, object], reference: Reference | None) -> bool:
@@ -146,42 +120,52 @@ def _report_inputs(spec: Spec, _revisions: Revisions) -> object:
 
 
 STAGES = (
-    Stage("data", (), _data_inputs, _run_data),
-    Stage("baseline", ("data",), _eval_inputs, _run_baseline, on_all_processes=True),
-    Stage("train", ("data",), _train_inputs, _run_train, on_all_processes=True),
-    Stage("finetuned", ("data", "train"), _eval_inputs, _run_finetuned, on_all_processes=True),
+    Stage("data", (), _data_inputs, _run_in("data_stage")),
+    Stage(
+        "baseline",
+        ("data",),
+        _eval_inputs,
+        _run_in("eval_stage", "baseline"),
+        on_all_processes=True,
+    ),
+    Stage("train", ("data",), _train_inputs, _run_in("train_stage"), on_all_processes=True),
+    Stage(
+        "finetuned",
+        ("data", "train"),
+        _eval_inputs,
+        _run_in("eval_stage", "finetuned"),
+        on_all_processes=True,
+    ),
     Stage(
         "reference",
         ("data",),
         _reference_inputs,
-        _run_reference,
+        _run_in("reference_stage"),
         lambda record, spec: reference_has_more_to_do(record.outcome, spec.reference),
     ),
     Stage(
         "report",
         ("data", "baseline", "train", "finetuned", "reference"),
         _report_inputs,
-        _run_report,
+        _run_in("report_stage"),
     ),
 )
 NAMES = ("preflight", *(stage.name for stage in STAGES))
 
 
-def stage_digests(
-    spec: Spec, revisions: Revisions = NONE, stages: Sequence[Stage] = STAGES
-) -> dict[str, str]:
+def stage_digests(spec: Spec, revisions: Revisions = NONE) -> dict[str, str]:
     """Return the digest of every stage's inputs, including those of the stages it needs."""
     digests: dict[str, str] = {}
-    for stage in stages:
+    for stage in STAGES:
         needed = {name: digests[name] for name in stage.needs}
         digests[stage.name] = digest([stage.name, stage.inputs(spec, revisions), needed])
     return digests
 
 
-def dependents(name: str, stages: Sequence[Stage] = STAGES) -> list[str]:
+def dependents(name: str) -> list[str]:
     """Return the names of the stages that need `name`, directly or not."""
     names = [name]
-    for stage in stages:
+    for stage in STAGES:
         if any(need in names for need in stage.needs):
             names.append(stage.name)
     return names[1:]

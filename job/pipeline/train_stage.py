@@ -15,7 +15,6 @@ from job.adapters.keras_format import (
     CHAT_TEMPLATE,
     DESCRIPTION,
     H5,
-    AdapterInfo,
     check_model,
     describe,
     load_adapter,
@@ -61,8 +60,6 @@ class TrainOutcome(BaseModel):
 
     model: ModelInfo
     training: Training
-    fill: float
-    """Share of the tokens of the rows that are not padding."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,6 @@ class PreparedTraining:
 
     model: LanguageModel
     tokenized: TokenizedExamples
-    fill: float
     trainer: Trainer
 
 
@@ -86,15 +82,17 @@ def run_stage(run: Run) -> TrainOutcome:
         run.prepared_training.result() if run.prepared_training else prepare(run)
     )
     model = prepared.model
-    matrices = exportable_matrices(model)
+    matrices = None
+    try:
+        matrices = target_matrices(model.backbone, model.lora)
+    except UsageError as error:
+        logs.get().warning("adapter loads in KerasHub only", reason=str(error))
     result = prepared.trainer.run()
     write_adapter(run, model, result.lora, matrices)
     for key, content in result.files.items():
         run.put(key, content)
     return TrainOutcome(
-        model=_model_info(run, model),
-        training=_training(run, prepared.tokenized, result),
-        fill=prepared.fill,
+        model=_model_info(run, model), training=_training(run, prepared.tokenized, result)
     )
 
 
@@ -134,7 +132,7 @@ def prepare(run: Run) -> PreparedTraining:
     )
     data = TrainData(rows, validation, initial_lora)
     trainer = Trainer(model, data, config, run.store, run.coordinated_stop)
-    return PreparedTraining(model, tokenized, rows.fill, trainer)
+    return PreparedTraining(model, tokenized, trainer)
 
 
 def prepare_in_background(run: Run) -> None:
@@ -152,7 +150,7 @@ def prepare_in_background(run: Run) -> None:
     run.prepared_training = Threads(1).submit(_compiled, prepared, compile_step)
 
 
-def _compiled(prepared: PreparedTraining, compile_step: Callable[[], None]) -> PreparedTraining:
+def _compiled(prepared: PreparedTraining, compile_step: Callable[[], object]) -> PreparedTraining:
     import jax
 
     begin = time.monotonic()
@@ -243,15 +241,6 @@ def _training(run: Run, tokenized: TokenizedExamples, result: TrainResult) -> Tr
     )
 
 
-def exportable_matrices(model: LanguageModel) -> tuple[LinearMatrix, ...] | None:
-    """Return the transformers matrices of the adapted kernels; None, with a warning, if none."""
-    try:
-        return target_matrices(model.backbone, model.lora)
-    except UsageError as error:
-        logs.get().warning("adapter loads in KerasHub only", reason=str(error))
-        return None
-
-
 def write_adapter(
     run: Run, model: LanguageModel, lora: LoraWeights, matrices: Sequence[LinearMatrix] | None
 ) -> None:
@@ -280,14 +269,9 @@ def load_trained(run: Run, model: LanguageModel) -> tuple[LoraLayout, LoraWeight
     info = read_info(run.fetch(ADAPTER + DESCRIPTION))
     check_model(info, run.spec.model.preset, model.family, ADAPTER + DESCRIPTION)
     path = run.fetch(ADAPTER + H5)
-    check_file(info, H5, path)
-    return load_adapter(path, model.lora)
-
-
-def check_file(info: AdapterInfo, name: str, path: Path) -> None:
-    """Raise StageError unless a file has the checksum in the adapter's description."""
-    if info.files.get(name) != file_sha256(path):
+    if info.files.get(H5) != file_sha256(path):
         raise StageError(
-            f"{ADAPTER}{name} does not have the checksum in {DESCRIPTION}: "
+            f"{ADAPTER}{H5} does not have the checksum in {DESCRIPTION}: "
             "it was truncated or modified"
         )
+    return load_adapter(path, model.lora)

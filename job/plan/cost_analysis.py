@@ -5,7 +5,6 @@ operand of every operation, on-chip memory included, so roofline times bound by 
 rather than too low. It counts the body of a loop once: callers add the other iterations.
 """
 
-import dataclasses
 import math
 import re
 import time
@@ -40,11 +39,11 @@ class Costs:
     collective_bytes: float = 0.0
 
     def plus(self, other: "Costs", times: float = 1.0) -> "Costs":
-        """Return these costs plus `times` the others; negative `times` subtract them."""
+        """Return these costs plus `times` the others."""
         return Costs(
-            max(0.0, self.flops + times * other.flops),
-            max(0.0, self.bytes_accessed + times * other.bytes_accessed),
-            max(0.0, self.collective_bytes + times * other.collective_bytes),
+            self.flops + times * other.flops,
+            self.bytes_accessed + times * other.bytes_accessed,
+            self.collective_bytes + times * other.collective_bytes,
         )
 
     def bounds(self, chip: Accelerator) -> dict[str, float]:
@@ -73,8 +72,6 @@ class CompiledProgram:
     cpu_seconds: float
     """CPU time of compilation, which does not depend on other processes."""
     collectives: dict[str, int] = field(default_factory=dict)
-    text: str = field(default="", repr=False)
-    """Text of the optimized program."""
 
 
 def compile_program(function: Callable[..., Any], *arguments: Any) -> CompiledProgram:
@@ -90,8 +87,7 @@ def compile_program(function: Callable[..., Any], *arguments: Any) -> CompiledPr
         return CompiledProgram(False, needed_bytes(str(error)), 0, Costs(0, 0), *clocks)
     clocks = time.perf_counter() - begin, time.process_time() - used
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
-    text = compiled.as_text()
-    kinds, moved = collectives(text)
+    kinds, moved = collectives(compiled.as_text())
     return CompiledProgram(
         fits=True,
         memory=memory.argument_size_in_bytes
@@ -103,7 +99,6 @@ def compile_program(function: Callable[..., Any], *arguments: Any) -> CompiledPr
         seconds=clocks[0],
         cpu_seconds=clocks[1],
         collectives=kinds,
-        text=text,
     )
 
 
@@ -160,10 +155,4 @@ def combine(
         seconds=sum(program.seconds for program, _ in programs),
         cpu_seconds=sum(program.cpu_seconds for program, _ in programs),
         collectives=dict(kinds),
-        text="\n".join(program.text for program, _ in programs),
     )
-
-
-def with_costs(program: CompiledProgram, costs: Costs) -> CompiledProgram:
-    """Return the program with other costs, such as with all iterations of its loops."""
-    return dataclasses.replace(program, costs=costs)

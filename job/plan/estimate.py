@@ -8,18 +8,18 @@ a test compares the two.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from job.machine.accelerators import Machine
+from job.machine.accelerators import Machine, machine_spec
 from job.machine.limits import (
     ATTENTION_CHUNK,
     LOGITS_SLICE_BYTES,
-    USABLE_SHARE,
     largest_divisor,
 )
 from job.plan.model_shape import Layer, ModelShape
+from job.plan.plan import MachineCost, MachinePlan, MemoryPlan
 from job.plan.workload import EvalWorkload, Workload
-from job.spec.schema import Spec
+from job.spec.schema import Mesh, Spec
 
 MFU = 0.4
 """Default share of peak FLOP/s (model FLOPs utilization)."""
@@ -30,26 +30,6 @@ _LIVE_SHARE = 0.4
 
 _OPTIMIZER_COPIES = {"sgd": 0.0, "adamw": 2.0, "lion": 1.0, "adafactor": 0.1, "muon": 1.0}
 """Float32 values of optimizer state per trained parameter."""
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on each device while training, by part."""
-
-    weights: int
-    adapter: int
-    """LoRA weights and their gradients."""
-    optimizer: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.adapter + self.optimizer + self.activations + self.logits
-
-    def fits(self, device_bytes: int) -> bool:
-        """Return whether the estimate fits a device with `device_bytes` of memory."""
-        return self.total <= USABLE_SHARE * device_bytes
 
 
 @dataclass(frozen=True)
@@ -64,105 +44,55 @@ class Layout:
     """Per-device batch size; the rest of `rows` is accumulated."""
 
 
-@dataclass(frozen=True)
-class MachineEstimate:
-    """The estimate of one spec on one machine."""
+def _matmul_outputs(layer: Layer, hidden: int, model: int) -> float:
+    """Return the values per token and device of a block's kernels, LoRA updates included.
 
-    machine: Machine
-    layout: Layout
-    work: Workload
-    """The workload, with a batch size that the mesh divides."""
-    memory: MemoryEstimate
-    fits: bool | None
-    """None if the memory of the machine is not known."""
-    flops_a_step: float
-    """FLOPs of a step over all devices."""
-    step_seconds: float | None
-    stage_seconds: dict[str, float] | None
-    """Seconds of the stages that use the devices; None if the machine's speed is not known."""
-    advice: tuple[str, ...]
-    """Settings to change if it does not fit."""
-
-    @property
-    def seconds(self) -> float | None:
-        """Seconds of all stages that use the devices."""
-        return None if self.stage_seconds is None else sum(self.stage_seconds.values())
+    Args:
+        model: parts that they are sharded into; those of the model's width are summed over the
+            devices, and then replicated.
+    """
+    return layer.expert_outputs / model + sum(
+        linear.output / (1 if linear.output == hidden else model)
+        for linear in layer.linears.values()
+    )
 
 
-@dataclass(frozen=True)
-class _Values:
-    """Number of values per token that are replicated on each device, or sharded over `model`."""
-
-    replicated: int = 0
-    sharded: int = 0
-
-    def __add__(self, other: "_Values") -> "_Values":
-        return _Values(self.replicated + other.replicated, self.sharded + other.sharded)
-
-    def per_device(self, model: int) -> float:
-        """Return the values on each device of a mesh with this `model` size."""
-        return self.replicated + self.sharded / model
-
-
-def _saved(shape: ModelShape, spec: Spec) -> _Values:
-    """Return the values per token that are saved for the backward pass."""
-    values = _Values()
-    for layer in shape.layers:
-        values += _Values(replicated=shape.hidden)
-        if spec.train.remat == "blocks":
-            continue
-        values += _matmul_outputs(layer, shape.hidden)
-        if spec.train.remat == "none":
-            values += _elementwise(layer, shape.hidden, spec)
-    return values
-
-
-def _matmul_outputs(layer: Layer, hidden: int) -> _Values:
-    """Return the outputs of a block's kernels, LoRA updates included."""
-    values = _Values(sharded=layer.expert_outputs)
-    for linear in layer.linears.values():
-        # Outputs of the model's width are summed over the devices, and then replicated.
-        wide = linear.output == hidden
-        values += _Values(linear.output, 0) if wide else _Values(0, linear.output)
-    return values
-
-
-def _elementwise(layer: Layer, hidden: int, spec: Spec) -> _Values:
+def _elementwise(layer: Layer, hidden: int, model: int, spec: Spec) -> float:
     """Return what a block without rematerialization saves besides outputs of kernels."""
     feed = max(linear.output for linear in layer.linears.values())
     keys = visible_keys(layer, spec.train.row_length, spec.train.max_length)
     experts = layer.expert_outputs // 2 + layer.expert_sums
     heads = layer.heads * (4 * layer.head_dim + 3 * keys)
-    return _Values(8 * hidden, experts + 3 * feed + heads)
-
-
-def _block_backward(layer: Layer, hidden: int, spec: Spec) -> _Values:
-    """Return the intermediate results of one block's backward pass."""
-    outputs = _matmul_outputs(layer, hidden)
-    return _Values(replicated=2 * hidden) + outputs + _elementwise(layer, hidden, spec)
+    return 8 * hidden + (experts + 3 * feed + heads) / model
 
 
 def estimate_memory(
-    shape: ModelShape, spec: Spec, layout: Layout, loss_share: float
-) -> MemoryEstimate:
+    shape: ModelShape, spec: Spec, layout: Layout, loss_share: float, limit: int | None = None
+) -> MemoryPlan:
     """Return the bytes on each device of a training step.
 
     Args:
         loss_share: share of a row's tokens that have a loss.
+        limit: bytes of a device.
     """
     size = _BYTES[spec.model.dtype]
     adapter = shape.adapter(spec.model.lora)
     tokens = layout.micro * spec.train.row_length
-    blocks = (_block_backward(layer, shape.hidden, spec) for layer in shape.layers)
-    block = max(values.per_device(layout.model) for values in blocks)
-    saved = _saved(shape, spec).per_device(layout.model)
+    saved, block = 0.0, 0.0
+    for layer in shape.layers:
+        outputs = _matmul_outputs(layer, shape.hidden, layout.model)
+        others = _elementwise(layer, shape.hidden, layout.model, spec)
+        residuals = {"blocks": 0.0, "matmuls": outputs, "none": outputs + others}
+        saved += shape.hidden + residuals[spec.train.remat]
+        block = max(block, 2 * shape.hidden + outputs + others)
     losses = math.ceil(tokens * loss_share)
-    return MemoryEstimate(
+    return MemoryPlan(
         weights=math.ceil(shape.parameters * size / layout.model),
         adapter=2 * 4 * adapter,
         optimizer=math.ceil(4 * _OPTIMIZER_COPIES[spec.train.optimizer] * adapter),
         activations=math.ceil(tokens * size * (saved + _LIVE_SHARE * block)),
         logits=min(LOGITS_SLICE_BYTES, size * losses * shape.vocabulary),
+        limit=limit,
     )
 
 
@@ -194,24 +124,60 @@ def step_flops(shape: ModelShape, spec: Spec, work: Workload) -> float:
     return token * work.slots_a_step
 
 
+def plan_machine(
+    shape: ModelShape, spec: Spec, work: Workload, machine: Machine, mfu: float = MFU
+) -> list[MachinePlan]:
+    """Return the plan with the spec's mesh and, if that does not fit, with one that does."""
+    plan = estimate(shape, spec, work, machine, mfu)
+    model = spec.runtime.mesh.model
+    sharded = plan
+    while sharded.memory.fits is False and (model := model * 2) <= machine.chips:
+        runtime = spec.runtime.model_copy(update={"mesh": Mesh(data="auto", model=model)})
+        changed = spec.model_copy(update={"runtime": runtime})
+        sharded = estimate(shape, changed, work, machine, mfu)
+    if plan.memory.fits is not False:
+        return [plan]
+    plan.advice += _ways_to_fit(shape, spec, work, machine, sharded)
+    return [plan, sharded] if sharded.memory.fits else [plan]
+
+
+def _ways_to_fit(
+    shape: ModelShape, spec: Spec, work: Workload, machine: Machine, sharded: MachinePlan
+) -> list[str]:
+    """Return the settings with which the spec would fit; `sharded` is with the largest mesh."""
+
+    def fits(**changes: str) -> bool | None:
+        train = spec.train.model_copy(update=changes)
+        changed = spec.model_copy(update={"train": train})
+        return estimate(shape, changed, work, machine).memory.fits
+
+    if spec.train.micro_batch != "auto" and fits(micro_batch="auto"):
+        return ["train.micro_batch auto"]
+    ways = ["train.remat blocks"] if fits(remat="blocks") else []
+    if sharded.memory.fits:
+        ways.append(f"runtime.mesh.model {sharded.mesh['model']}")
+    return ways or ["a machine with more memory or more chips"]
+
+
 def estimate(
     shape: ModelShape, spec: Spec, work: Workload, machine: Machine, mfu: float = MFU
-) -> MachineEstimate:
+) -> MachinePlan:
     """Estimate a spec on a machine; the mesh is the spec's, as far as there are chips for it.
 
     Args:
         mfu: assumed share of peak FLOP/s.
     """
     layout, work, advice = _layout(shape, spec, work, machine)
-    memory = estimate_memory(shape, spec, layout, work.loss_share)
-    limit = machine.accelerator.hbm_bytes
-    fits = None if limit is None else memory.fits(limit)
-    if limit is not None and not fits:
-        advice += _alternatives(shape, spec, work, machine, layout, limit)
+    kind = machine.accelerator
     flops = step_flops(shape, spec, work)
-    step = _step_seconds(shape, spec, layout, machine, flops, mfu)
-    stages = None
-    if step is not None:
+    step = stages = seconds = cost = None
+    if kind.peak_flops and kind.hbm_bandwidth:
+        weights = shape.parameters * _BYTES[spec.model.dtype] / layout.model
+        step = max(
+            flops / (layout.data * layout.model) / kind.peak_flops / mfu,
+            2 * (layout.rows // layout.micro) * weights / kind.hbm_bandwidth,
+        )
+        step += _communication_seconds(shape, spec, layout, machine)
         # Validation is a forward pass: less than half the time of training on the same rows.
         rows = math.ceil(work.validation_rows / layout.data) * layout.data
         validation = work.validations * rows * step / work.batch_size / 2
@@ -219,12 +185,34 @@ def estimate(
             evaluation_seconds(shape, spec, e, layout, machine, mfu) for e in work.evaluations
         )
         stages = {"baseline": evals, "train": work.steps * step + validation, "finetuned": evals}
-    return MachineEstimate(machine, layout, work, memory, fits, flops, step, stages, advice)
+        seconds = sum(stages.values())
+        if kind.price is not None:
+            cost = MachineCost(
+                on_demand=machine.cost(seconds),
+                spot=machine.cost(seconds, spot=True),
+                prices_of=kind.price.date,
+            )
+    return MachinePlan(
+        **asdict(machine_spec(machine)),
+        mesh={"data": layout.data, "model": layout.model},
+        batch_size=work.batch_size,
+        steps=work.steps,
+        rows_a_device=layout.rows,
+        micro_batch=layout.micro,
+        memory=estimate_memory(shape, spec, layout, work.loss_share, kind.hbm_bytes),
+        flops_a_step=flops,
+        step_seconds=step,
+        tokens_per_second=None if step is None else work.slots_a_step / step,
+        stage_seconds=stages,
+        seconds=seconds,
+        cost=cost,
+        advice=advice,
+    )
 
 
 def _layout(
     shape: ModelShape, spec: Spec, work: Workload, machine: Machine
-) -> tuple[Layout, Workload, tuple[str, ...]]:
+) -> tuple[Layout, Workload, list[str]]:
     mesh, chips = spec.runtime.mesh, machine.chips
     model = min(mesh.model, chips)
     data = max(1, chips // model) if mesh.data == "auto" else mesh.data
@@ -237,63 +225,14 @@ def _layout(
         work = replace(work, batch_size=batch)
         advice.append(f"train.batch_size {batch}")
     rows = work.batch_size // data
-    micro, limit = rows, machine.accelerator.hbm_bytes
     if spec.train.micro_batch != "auto":
-        micro = math.gcd(spec.train.micro_batch, rows)
-    elif limit is not None:
+        return Layout(data, model, rows, math.gcd(spec.train.micro_batch, rows)), work, advice
 
-        def fits(micro: int) -> bool:
-            trial = Layout(data, model, rows, micro)
-            return estimate_memory(shape, spec, trial, work.loss_share).fits(limit)
+    def fits(micro: int) -> bool:
+        trial, limit = Layout(data, model, rows, micro), machine.accelerator.hbm_bytes
+        return estimate_memory(shape, spec, trial, work.loss_share, limit).fits is not False
 
-        micro = largest_divisor(rows, fits)
-    return Layout(data, model, rows, micro), work, tuple(advice)
-
-
-def _alternatives(
-    shape: ModelShape, spec: Spec, work: Workload, machine: Machine, layout: Layout, limit: int
-) -> tuple[str, ...]:
-    """Return the settings with which the spec would fit devices with `limit` bytes of memory."""
-
-    def fits(spec: Spec, layout: Layout) -> bool:
-        return estimate_memory(shape, spec, layout, work.loss_share).fits(limit)
-
-    if (
-        spec.train.micro_batch != "auto"
-        and layout.micro > 1
-        and fits(spec, replace(layout, micro=1))
-    ):
-        return ("train.micro_batch auto",)
-    ways = []
-    remat = spec.model_copy(update={"train": spec.train.model_copy(update={"remat": "blocks"})})
-    if fits(remat, layout):
-        ways.append("train.remat blocks")
-    model = layout.model * 2
-    while model <= machine.chips:
-        data = max(1, machine.chips // model)
-        if fits(spec, Layout(data, model, math.ceil(work.batch_size / data), 1)):
-            ways.append(f"runtime.mesh.model {model}")
-            break
-        model *= 2
-    return tuple(ways) or ("a machine with more memory or more chips",)
-
-
-def _step_seconds(
-    shape: ModelShape,
-    spec: Spec,
-    layout: Layout,
-    machine: Machine,
-    flops: float,
-    mfu: float,
-) -> float | None:
-    kind = machine.accelerator
-    if kind.peak_flops is None or kind.hbm_bandwidth is None:
-        return None
-    used = layout.data * layout.model
-    passes = layout.rows // layout.micro
-    weights = shape.parameters * _BYTES[spec.model.dtype] / layout.model
-    busy = max(flops / used / kind.peak_flops / mfu, 2 * passes * weights / kind.hbm_bandwidth)
-    return busy + _communication_seconds(shape, spec, layout, machine)
+    return Layout(data, model, rows, largest_divisor(rows, fits)), work, advice
 
 
 def _communication_seconds(

@@ -4,12 +4,12 @@ No weights are needed. The configurations of common presets are listed here; tha
 read, and that of another Hub repository is downloaded, one small file.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from job.chat.text_tokenizer import read_json
 from job.errors import UsageError
 from job.model.smollm2 import CONFIG as SMOLLM2_CONFIG
 from job.spec.fields import SMOLLM2, TINY
@@ -192,20 +192,26 @@ def find_config(model: Model) -> Config:
         }
     if (known := _known(preset)) is not None:
         return known
-    if Path(preset).is_dir():
-        return _read(Path(preset, "config.json"), preset)
-    if not preset.startswith("hf://"):
+    if not preset.startswith("hf://") and not Path(preset).is_dir():
         raise UsageError(
             f"model.preset: the shape of {preset!r} is not known without its files; write its "
             "folder, or hf://owner/name"
         )
-    name = preset.removeprefix("hf://")
+    folder = _download(model) if preset.startswith("hf://") else Path(preset)
+    config = read_json(folder / "config.json")
+    if not config:
+        raise UsageError(f"model.preset: {preset!r} has no config.json, or an empty one")
+    return config
+
+
+def _download(model: Model) -> Path:
+    name = model.preset.removeprefix("hf://")
     repository = Repository("model", name, model.revision)
     commit = repository.commit()
     files = [file for file in repository.files(commit) if file.path == "config.json"]
     folder = cache_folder("models", name.replace("/", "--"), commit)
     repository.fetch(commit, files, folder)
-    return _read(folder / "config.json", preset)
+    return folder
 
 
 def _known(preset: str) -> Config | None:
@@ -213,37 +219,6 @@ def _known(preset: str) -> Config | None:
     for suffix in ("-it", "-pt"):
         name = name.removesuffix(suffix)
     return next((config for config, names in _KNOWN.values() if name in names), None)
-
-
-def _read(path: Path, preset: str) -> Config:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model.preset: {preset!r} has no readable config.json: {error}") from None
-    if not isinstance(config, dict):
-        raise UsageError(f"model.preset: the config.json of {preset!r} is not a JSON object")
-    return config
-
-
-def model_shape(config: Config, preset: str) -> ModelShape:
-    """Return the shape that a configuration describes.
-
-    Raises:
-        UsageError: its family is not supported here, or it lacks a size.
-    """
-    family = str(config.get("class_name") or config.get("model_type") or "unknown")
-    make = _FAMILIES.get(family)
-    if make is None:
-        raise UsageError(
-            f"model.preset: the shape of {preset!r} ({family}) cannot be derived from its "
-            f"configuration; known families are {', '.join(sorted(_FAMILIES))}"
-        )
-    if "text_config" in config:
-        config = {**config["text_config"], "model_type": family}
-    try:
-        return make(_Sizes(config.get("config", config)), family)
-    except KeyError as error:
-        raise UsageError(f"model.preset: the configuration of {preset!r} has no {error}") from None
 
 
 class _Sizes:
@@ -257,7 +232,6 @@ class _Sizes:
         "vocabulary_size": "vocab_size",
         "sliding_window_size": "sliding_window",
         "expert_intermediate_dim": "moe_intermediate_size",
-        "tie_word_embeddings": "tie_word_embeddings",
     }
 
     def __init__(self, config: Config) -> None:
@@ -274,126 +248,89 @@ class _Sizes:
         return int(value)
 
 
-def _attention(hidden: int, heads: int, keys: int, head_dim: int) -> dict[str, Linear]:
-    return {
+class _Family(NamedTuple):
+    """What the sizes in a configuration do not say about a family's blocks."""
+
+    feed_forward: tuple[str, str, str]
+    """KerasHub's names of the gate, the other first kernel, and the last one."""
+    norms: int
+    """Vectors of the model's width in a block."""
+    head_norms: int = 0
+    """Vectors of a head's width in a block."""
+    period: int | None = None
+    """One block in so many has no attention window; None: all blocks are alike."""
+    head_dim: int | None = None
+    """Width of a head unless the configuration says; None: that of the model over all heads."""
+    tied: bool = False
+    """Whether the head is the embeddings, unless the configuration says."""
+
+
+_GEMMA3 = _Family(("ffw_gating", "ffw_gating_2", "ffw_linear"), 4, 2, 6, 256, tied=True)
+_GEMMA4 = _GEMMA3._replace(norms=8)
+_LLAMA = _Family(
+    ("feedforward_gate_dense", "feedforward_intermediate_dense", "feedforward_output_dense"), 2
+)
+_QWEN3 = _LLAMA._replace(head_norms=2)
+
+_FAMILIES: Mapping[str, _Family] = {
+    "Gemma3Backbone": _GEMMA3, "gemma3_text": _GEMMA3, "gemma3": _GEMMA3,
+    "Gemma4Backbone": _GEMMA4, "gemma4_text": _GEMMA4, "gemma4": _GEMMA4,
+    "Llama3Backbone": _LLAMA, "LlamaBackbone": _LLAMA, "llama": _LLAMA,
+    "MistralBackbone": _LLAMA, "mistral": _LLAMA,
+    "Qwen3Backbone": _QWEN3, "qwen3": _QWEN3,
+}  # fmt: skip
+
+
+def model_shape(config: Config, preset: str) -> ModelShape:
+    """Return the shape that a configuration describes.
+
+    Raises:
+        UsageError: its family is not supported here, or it lacks a size.
+    """
+    name = str(config.get("class_name") or config.get("model_type") or "unknown")
+    family = _FAMILIES.get(name)
+    if family is None:
+        raise UsageError(
+            f"model.preset: the shape of {preset!r} ({name}) cannot be derived from its "
+            f"configuration; known families are {', '.join(sorted(_FAMILIES))}"
+        )
+    sizes = _Sizes(config.get("text_config") or config.get("config") or config)
+    try:
+        layers = tuple(_layer(sizes, family, number) for number in range(sizes["num_layers"]))
+        tied = bool(sizes.get("tie_word_embeddings", family.tied))
+        return ModelShape(name, sizes["hidden_dim"], sizes["vocabulary_size"], tied, layers)
+    except KeyError as error:
+        raise UsageError(f"model.preset: the configuration of {preset!r} has no {error}") from None
+
+
+def _layer(sizes: _Sizes, family: _Family, number: int) -> Layer:
+    hidden, heads, feed = (
+        sizes["hidden_dim"], sizes["num_query_heads"], sizes["intermediate_dim"]
+    )  # fmt: skip
+    keys = sizes.get("num_key_value_heads", heads)
+    head_dim = sizes.get("head_dim", family.head_dim or hidden // heads)
+    window = sizes.get("sliding_window_size")
+    shares_keys = False
+    if family.period and number % family.period == family.period - 1:
+        window, head_dim = None, sizes.get("global_head_dim", head_dim)
+        keys = sizes.get("num_global_key_value_heads", keys)
+        shares_keys = sizes.get("num_global_key_value_heads") is not None
+    gate, up, down = family.feed_forward
+    linears = {
         "query": Linear(heads * hidden, head_dim, heads * head_dim),
         "key": Linear(keys * hidden, head_dim, keys * head_dim),
         "value": Linear(keys * hidden, head_dim, keys * head_dim),
         "attention_output": Linear(heads * head_dim, hidden, hidden),
-    }
-
-
-def _feed_forward(hidden: int, feed: int, names: tuple[str, str, str]) -> dict[str, Linear]:
-    gate, up, down = names
-    return {
         gate: Linear(hidden, feed, feed),
         up: Linear(hidden, feed, feed),
         down: Linear(feed, hidden, hidden),
     }
-
-
-_GEMMA_NAMES = ("ffw_gating", "ffw_gating_2", "ffw_linear")
-
-_LLAMA_NAMES = (
-    "feedforward_gate_dense",
-    "feedforward_intermediate_dense",
-    "feedforward_output_dense",
-)
-
-_PERIOD = 6
-"""Gemma 3 and 4 alternate five blocks with an attention window and one without."""
-
-
-def _gemma3_shape(sizes: _Sizes, family: str) -> ModelShape:
-    hidden, heads, keys = (
-        sizes["hidden_dim"],
-        sizes["num_query_heads"],
-        sizes.get("num_key_value_heads", 4),
-    )
-    head_dim = sizes["head_dim"]
-    linears = _attention(hidden, heads, keys, head_dim) | _feed_forward(
-        hidden, sizes["intermediate_dim"], _GEMMA_NAMES
-    )
-    window = sizes.get("sliding_window_size", 4096)
-    layers = tuple(
-        Layer(
-            linears,
-            heads,
-            keys,
-            head_dim,
-            None if number % _PERIOD == _PERIOD - 1 else window,
-            4 * hidden + 2 * head_dim,
-        )
-        for number in range(sizes["num_layers"])
-    )
-    return ModelShape(family, hidden, sizes["vocabulary_size"], True, layers)
-
-
-def _gemma4_shape(sizes: _Sizes, family: str) -> ModelShape:
-    hidden, heads = sizes["hidden_dim"], sizes["num_query_heads"]
-    experts = outputs = sums = 0
-    if sizes.get("enable_moe_block", False):
-        count, feed = sizes["num_experts"], sizes["expert_intermediate_dim"]
-        experts = count * (3 * hidden * feed + hidden + 1)
-        outputs, sums = 2 * count * feed, count * hidden
-    layers = []
-    for number in range(sizes["num_layers"]):
-        is_global = number % _PERIOD == _PERIOD - 1
-        head_dim = sizes.get("global_head_dim" if is_global else "head_dim", sizes["head_dim"])
-        keys = sizes["num_key_value_heads"]
-        if is_global:
-            keys = sizes.get("num_global_key_value_heads", keys)
-        linears = _attention(hidden, heads, keys, head_dim)
-        if is_global and sizes.get("num_global_key_value_heads"):
-            del linears["value"]  # keys are also the values
-        linears |= _feed_forward(hidden, sizes["intermediate_dim"], _GEMMA_NAMES)
-        window = None if is_global else sizes["sliding_window_size"]
-        layers.append(
-            Layer(
-                linears,
-                heads,
-                keys,
-                head_dim,
-                window,
-                8 * hidden + 2 * head_dim,
-                experts,
-                outputs,
-                sums,
-            )
-        )
-    return ModelShape(family, hidden, sizes["vocabulary_size"], True, tuple(layers))
-
-
-def _llama_shape(sizes: _Sizes, family: str) -> ModelShape:
-    hidden, heads = sizes["hidden_dim"], sizes["num_query_heads"]
-    keys = sizes.get("num_key_value_heads", heads)
-    head_dim = sizes.get("head_dim", hidden // heads)
-    linears = _attention(hidden, heads, keys, head_dim) | _feed_forward(
-        hidden, sizes["intermediate_dim"], _LLAMA_NAMES
-    )
-    norms = 2 * hidden + (2 * head_dim if "qwen3" in family.lower() else 0)
-    layer = Layer(linears, heads, keys, head_dim, sizes.get("sliding_window_size"), norms)
-    return ModelShape(
-        family,
-        hidden,
-        sizes["vocabulary_size"],
-        bool(sizes.get("tie_word_embeddings", False)),
-        (layer,) * sizes["num_layers"],
-    )
-
-
-_FAMILIES: Mapping[str, Callable[[_Sizes, str], ModelShape]] = {
-    "Gemma3Backbone": _gemma3_shape,
-    "gemma3_text": _gemma3_shape,
-    "gemma3": _gemma3_shape,
-    "Gemma4Backbone": _gemma4_shape,
-    "gemma4_text": _gemma4_shape,
-    "gemma4": _gemma4_shape,
-    "Llama3Backbone": _llama_shape,
-    "LlamaBackbone": _llama_shape,
-    "llama": _llama_shape,
-    "MistralBackbone": _llama_shape,
-    "mistral": _llama_shape,
-    "Qwen3Backbone": _llama_shape,
-    "qwen3": _llama_shape,
-}
+    if shares_keys:
+        del linears["value"]  # keys are also the values
+    others = family.norms * hidden + family.head_norms * head_dim
+    if not sizes.get("enable_moe_block", False):
+        return Layer(linears, heads, keys, head_dim, window, others)
+    count, feed = sizes["num_experts"], sizes["expert_intermediate_dim"]
+    experts = count * (3 * hidden * feed + hidden + 1)
+    sums = count * hidden
+    return Layer(linears, heads, keys, head_dim, window, others, experts, 2 * count * feed, sums)

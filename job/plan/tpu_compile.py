@@ -6,9 +6,9 @@ other iterations of the head's chunks, of gradient accumulation and of decoding 
 """
 
 import bisect
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -23,9 +23,9 @@ from job.evals.batching import even_batch_size, packed_length, packed_rows, roun
 from job.evals.engine import Engine
 from job.machine.accelerators import Accelerator, Machine
 from job.machine.limits import divisors
-from job.model.abstract import AbstractModel, abstract_model
-from job.model.language_model import ForwardConfig
-from job.plan.cost_analysis import CompiledProgram, Costs, combine, compile_program, with_costs
+from job.model.abstract import abstract_model
+from job.model.language_model import ForwardConfig, LanguageModel
+from job.plan.cost_analysis import CompiledProgram, Costs, combine, compile_program
 from job.plan.model_shape import Config
 from job.plan.plan import Program
 from job.plan.workload import EvalWorkload, Workload
@@ -41,7 +41,7 @@ from job.train.loss import LossOptions, chunk_length, chunked_cross_entropy
 from job.train.memory import bytes_per_device
 from job.train.optimizer import make_optimizer
 from job.train.state import TrainState
-from job.train.step import make_step_config, make_validation, padded_loss_count, shard_input
+from job.train.step import StepConfig, make_validation, padded_loss_count, shard_input
 
 _PEAK_LOSSES = 1.1
 """Assumed number of losses of the micro-batch with the most, divided by the mean."""
@@ -80,7 +80,8 @@ class Compiler:
         self.spec = spec
         self.work = work
         self._chip: Accelerator = machine.accelerator
-        self.model: AbstractModel = abstract_model(spec.model, config, mesh)
+        self.model: LanguageModel = abstract_model(spec.model, config, mesh)
+        self._lora = self.model.lora.init(spec.seed)
         self.rows = work.batch_size // self.model.devices
         # No example is longer than max_length.
         packed = spec.train.packing and self.model.can_pack
@@ -129,14 +130,16 @@ class Compiler:
         """Return the training step with a per-device batch size of `micro`."""
         model, train = self.model, self.spec.train
         logs.get().info("compiling", program="train", micro_batch=micro)
-        start = model.lora.init(self.spec.seed)
-        optimizer, _ = make_optimizer(train, self.work.steps, start)
-        config = make_step_config(
-            train, self._forward, self.spec.model.lora.dropout, self.spec.seed
+        optimizer, _ = make_optimizer(train, self.work.steps, self._lora)
+        config = StepConfig(
+            self._forward,
+            self.spec.model.lora.dropout,
+            train.label_smoothing,
+            train.lora_plus_ratio,
+            self.spec.seed,
         )
-        state = TrainState(
-            model.abstract_lora(), model.replicate(tuple(v.value for v in optimizer.variables))
-        )
+        variables = tuple(variable.value for variable in optimizer.variables)
+        state = model.replicate(TrainState(self._lora, variables))
         step, _ = make_step(model, optimizer, config, train.compile)
         accumulation, width = self.rows // micro, self._loss_width(micro)
         batch = self._batch(micro, accumulation, width)
@@ -149,7 +152,7 @@ class Compiler:
             return program
         costs = Costs(0, 0).plus(program.costs, times)
         more = accumulation * (self._loss_chunks(width) - 1)
-        return with_costs(program, costs.plus(self._head(width, backward=True), more))
+        return replace(program, costs=costs.plus(self._head(width, backward=True), more))
 
     def _blockwise(
         self, blocks: Sequence[BlockProgram], state: Any, batch: Any, micro: int
@@ -163,7 +166,7 @@ class Compiler:
                 resident += [[x, saved, total, total]] * count + [around, gradient, x]
         programs = [(compile_program(b.function, *b.arguments), b.times) for b in blocks]
         self._shared[micro] = [
-            (dataclasses.replace(program, seconds=0.0, cpu_seconds=0.0), times // micro_batches)
+            (replace(program, seconds=0.0, cpu_seconds=0.0), times // micro_batches)
             for block, (program, times) in zip(blocks, programs, strict=True)
             if block.name in VALIDATION_PROGRAMS
         ]
@@ -182,15 +185,15 @@ class Compiler:
         batch = self._batch(micro, 1, width)
         shared = self._shared.get(micro)
         if shared:
-            program = self._combine(shared, [model.weights, model.abstract_lora(), batch])
+            program = self._combine(shared, [model.weights, model.replicate(self._lora), batch])
         else:
             logs.get().info("compiling", program="validate")
             sums = make_validation(model, self._forward)
-            program = compile_program(sums, model.abstract_lora(), model.weights, batch)
+            program = compile_program(sums, model.replicate(self._lora), model.weights, batch)
         if not program.fits:
             return program
         head = self._head(width, backward=bool(shared))
-        return with_costs(program, program.costs.plus(head, self._loss_chunks(width) - 1))
+        return replace(program, costs=program.costs.plus(head, self._loss_chunks(width) - 1))
 
     def letters(self, work: EvalWorkload) -> CompiledProgram:
         """Return the log-likelihoods of the letters for one batch of questions."""
@@ -214,7 +217,8 @@ class Compiler:
         tokens, lengths = self._prompt_batch(round_length(work.prompt_tokens))
         function = jax.jit(partial(self._engine.generate_program(), limit=work.new_tokens))
         program = compile_program(function, self.model.weights, tokens, lengths)
-        return first, step, with_costs(program, first.costs.plus(step.costs, work.new_tokens))
+        costs = first.costs.plus(step.costs, work.new_tokens)
+        return first, step, replace(program, costs=costs)
 
     def generation_parts(self, work: EvalWorkload) -> tuple[CompiledProgram, CompiledProgram]:
         """Return prefill and one decoding step of a batch of prompts."""
@@ -254,7 +258,7 @@ class Compiler:
         return shard_input(self.model, batch, accumulation, width)
 
     def _chunk_length(self, width: int) -> int:
-        return chunk_length(1, width, self.model.vocabulary, self.model.compute_dtype)
+        return chunk_length(1, width, self.model.vocabulary, self.model.backbone.compute_dtype)
 
     def _loss_chunks(self, width: int) -> int:
         return math.ceil(width / self._chunk_length(width))
@@ -264,7 +268,7 @@ class Compiler:
         model, length = self.model, self._chunk_length(width)
         if self._loss_chunks(width) == 1:
             return Costs(0, 0)
-        hidden = model.hidden_size
+        states = jnp.zeros((), model.backbone.compute_dtype)
 
         def sums(weights: Any, states: Any, targets: Any, mask: Any) -> Any:
             def loss(states: Any) -> Any:
@@ -276,9 +280,7 @@ class Compiler:
             return jax.grad(loss)(states) if backward else loss(states)
 
         lists = {
-            "states": np.broadcast_to(
-                jnp.zeros((), model.compute_dtype), (model.devices, length, hidden)
-            ),
+            "states": np.broadcast_to(states, (model.devices, length, model.backbone.hidden_dim)),
             "targets": np.broadcast_to(np.int32(0), (model.devices, length)),
             "mask": np.broadcast_to(np.float32(0), (model.devices, length)),
         }

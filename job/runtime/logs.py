@@ -12,7 +12,7 @@ import re
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -21,48 +21,16 @@ import structlog
 Event = MutableMapping[str, Any]
 
 
-class RunLog:
-    """The lines of `logs/job.jsonl`, held in memory until `attach` names a file.
-
-    Nothing may be written before the spec and the environment are checked, so the first lines wait.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: list[str] = []
-        self._file: TextIO | None = None
-        self._discarding = False
-
-    def attach(self, file: TextIO) -> None:
-        """Write the lines so far, and all later ones, to an open text file."""
-        file.writelines(self._waiting)
-        file.flush()
-        self._waiting = []
-        self._file = file
-
-    def detach(self) -> None:
-        """Stop writing to the file; later lines go to the terminal only."""
-        self._file = None
-
-    def discard(self) -> None:
-        """Drop all lines: the primary process writes the log."""
-        self._discarding = True
-        self._waiting = []
-
-    def line(self, text: str) -> None:
-        """Add one line, with its line break."""
-        if self._file is None:
-            if not self._discarding:
-                self._waiting.append(text)
-        else:
-            self._file.write(text)
-            self._file.flush()
-
-
-def configure(run_log: RunLog, stream: TextIO | None = None, *, least: int = logging.INFO) -> None:
+def configure(
+    write_line: Callable[[str], None] | None = None,
+    stream: TextIO | None = None,
+    *,
+    least: int = logging.INFO,
+) -> None:
     """Configure structlog for this process, and silence the libraries.
 
     Args:
-        run_log: gets every line as JSON.
+        write_line: gets every line as JSON, with its line break.
         stream: for the lines; by default `sys.stdout` at the time of each line, so that a progress
             bar can stay below them.
         least: the lowest level to log.
@@ -78,7 +46,8 @@ def configure(run_log: RunLog, stream: TextIO | None = None, *, least: int = log
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
     def tee(_logger: object, _method: str, event: Event) -> Event:
-        run_log.line(json.dumps(_cloud(event), ensure_ascii=False, default=str) + "\n")
+        if write_line is not None:
+            write_line(json.dumps(_cloud(event), ensure_ascii=False, default=str) + "\n")
         return event
 
     processors: list[Any] = [structlog.contextvars.merge_contextvars, _stamp, redact, tee]

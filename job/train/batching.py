@@ -1,8 +1,8 @@
 """The rows of each step as arrays on the devices, in micro-batches that fit into their memory."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from job.data.packing import Batch, PackedRows
@@ -13,6 +13,7 @@ from job.runtime import logs
 from job.spec.schema import Train
 from job.train.memory import activation_bytes, bytes_per_device, rows_that_fit
 from job.train.schedule import BatchSchedule
+from job.train.state import TrainState
 from job.train.step import Arrays, StepConfig, padded_loss_count, shard_input
 
 
@@ -39,19 +40,14 @@ class BatchLoader:
         """Micro-batches of a step."""
         return self._rows_per_device // self.per_device_batch_size
 
-    def fit_to_memory(self, config: StepConfig, state: Sequence[Any]) -> None:
-        """Estimate the largest micro-batch that fits, unless the spec sets its size.
-
-        Args:
-            config: the step's configuration.
-            state: arrays on each device besides the model's weights.
-        """
+    def fit_to_memory(self, config: StepConfig, state: TrainState) -> None:
+        """Estimate the largest micro-batch that fits, unless the spec sets its size."""
         if self._fixed:
             return
         length = self._rows.buckets[-1]
         losses = int(np.count_nonzero(self._rows.batch.loss_weights, axis=1).max(initial=1))
-        row = activation_bytes(self._model, config, length, padded_loss_count(losses))
-        resident = bytes_per_device([*self._model.weights, *state])
+        row = activation_bytes(self._model, state.lora, config, length, padded_loss_count(losses))
+        resident = bytes_per_device([*self._model.weights, *jax.tree.leaves(state)])
         memory = device_memory(self._model.mesh.local_devices[0])
         size = rows_that_fit(self._rows_per_device, row, resident, memory)
         self.per_device_batch_size = size
@@ -96,6 +92,20 @@ class BatchLoader:
         batch = self._rows.batch.take(indices, length)
         count, losses = self.gradient_accumulation_steps, self.loss_count(length)
         return batch, shard_input(self._model, batch, count, losses, step, stop=stop)
+
+    def load_validation(self, rows: PackedRows) -> Iterator[Arrays]:
+        """Yield the batches of validation rows, of the sizes and so the programs of the steps."""
+        batch_size = self._model.devices * self.per_device_batch_size
+        counts = np.count_nonzero(rows.batch.loss_weights, axis=1)
+        for length in rows.buckets:
+            bucket = np.flatnonzero(rows.lengths == length)
+            most = int(np.sort(counts[bucket])[::-1][: self.per_device_batch_size].sum())
+            # At least the steps' own count, so that validation shares their programs.
+            losses = max(padded_loss_count(most), self.loss_count(length))
+            for start in range(0, len(bucket), batch_size):
+                indices = bucket[start : start + batch_size]
+                indices = np.pad(indices, (0, batch_size - len(indices)), constant_values=-1)
+                yield shard_input(self._model, rows.batch.take(indices, length), 1, losses)
 
     def loss_count(self, length: int) -> int:
         """Return the length of a device's list of loss positions, for every step of this length.

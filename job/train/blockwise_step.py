@@ -9,7 +9,8 @@ another without waiting for the host. Validation uses the first three, and usual
 of its own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -34,7 +35,6 @@ from job.train.step import (
     make_train_step,
     make_update,
     make_validation,
-    without_stop,
 )
 
 CompileMode = Literal["auto", "blocks", "step"]
@@ -69,34 +69,6 @@ class LoweredPrograms:
                 pass
 
 
-class _Program:
-    """A compiled function whose outputs have given shardings."""
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        out_shardings: Any,
-        donated: Any = (),
-        options: dict[str, str] | None = None,
-    ) -> None:
-        self.run = jax.jit(
-            function, out_shardings=out_shardings, donate_argnums=donated, compiler_options=options
-        )
-        self._out_shardings = out_shardings
-
-    def output_shapes(self, *arguments: Any) -> Any:
-        """Return the shapes, dtypes and shardings of the outputs."""
-
-        def with_sharding(sharding: Any, outputs: Any) -> Any:
-            return jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),  # type: ignore[no-untyped-call]
-                outputs,
-            )
-
-        outputs = jax.eval_shape(self.run, *arguments)
-        return jax.tree.map(with_sharding, self._out_shardings, outputs)
-
-
 class BlockPrograms:
     """The programs of the forward and the backward pass."""
 
@@ -113,64 +85,65 @@ class BlockPrograms:
         self._config = config
         replicated, sharded = model.replicated, model.sharded
         context = {"segment_ids": sharded, "micro_batch": replicated}
-        begin = shared.begin if shared else _Program(self._begin, (sharded, context, sharded))
-        self.begin: _Program = begin
-        self.end = _Program(self._end, (sharded, replicated))
-        self.forward: dict[int, _Program] = {}
-        self.backward: dict[int, _Program] = {}
+        outputs = (sharded, context, sharded)
+        self.begin: Any = shared.begin if shared else jax.jit(self._begin, out_shardings=outputs)
+        self.end = jax.jit(self._end, out_shardings=(sharded, replicated))
+        self.forward: dict[int, Any] = {}
+        self.backward: dict[int, Any] = {}
         if shared is not None and shared._config.dropout == config.dropout:
             self.forward, self.backward = shared.forward, shared.backward
             return
         options = _SMALLER_TILES if model.platform == "tpu" else None
         for kind in set(blocks.kinds):
             residuals = blocks.residual_shardings(kind)
-            self.forward[kind] = _Program(self._make_forward(kind), (sharded, residuals))
-            # The gradient of the block's output is donated to that of its input.
-            self.backward[kind] = _Program(
-                self._make_backward(kind), (sharded, replicated), 5, options
+            self.forward[kind] = jax.jit(
+                partial(self._forward, kind), out_shardings=(sharded, residuals)
+            )
+            self.backward[kind] = jax.jit(
+                partial(self._backward, kind),
+                out_shardings=(sharded, replicated),
+                donate_argnums=5,  # the gradient of the block's output, to that of its input
+                compiler_options=options,
             )
 
-    def _begin(self, outer: Weights, batch: Arrays, index: jax.Array) -> Any:
+    def _begin(self, weights: Weights, batch: Arrays, index: jax.Array) -> Any:
         """Return a micro-batch's first block input, its context and its loss positions."""
-        rows = {name: array[index] for name, array in batch.items()}
+        rows = {name: array[index] for name, array in batch.items() if name != "stop"}
         context = {name: rows.pop(name) for name in ("segment_ids", "micro_batch")}
-        x = self._blocks.embed(outer, rows.pop("token_ids"), context["segment_ids"])
+        x = self._blocks.embed(weights, rows.pop("token_ids"), context["segment_ids"])
         return x, context, rows
 
     def _dropout(self, context: Arrays) -> Dropout | None:
         return dropout_for(self._config, context["micro_batch"])
 
-    def _make_forward(self, kind: int) -> Callable[..., Any]:
-        def forward(arrays: BlockArrays, x: jax.Array, context: Arrays) -> Any:
-            segment_ids, dropout = context["segment_ids"], self._dropout(context)
-            return self._blocks.forward(kind, arrays, x, segment_ids, dropout)
+    def _forward(self, kind: int, arrays: BlockArrays, x: jax.Array, context: Arrays) -> Any:
+        segment_ids, dropout = context["segment_ids"], self._dropout(context)
+        return self._blocks.forward(kind, arrays, x, segment_ids, dropout)
 
-        return forward
+    def _backward(
+        self,
+        kind: int,
+        arrays: BlockArrays,
+        x: jax.Array,
+        context: Arrays,
+        residuals: tuple[jax.Array, ...],
+        total: LoraWeights,
+        gradient: jax.Array,
+    ) -> Any:
+        """Return the gradient of a block's input, and its adapter's added to the total."""
+        segment_ids, dropout = context["segment_ids"], self._dropout(context)
+        x_gradient, lora_gradient = self._blocks.backward(
+            kind, arrays, x, segment_ids, residuals, gradient, dropout
+        )
+        return x_gradient, jax.tree.map(jnp.add, total, lora_gradient)
 
-    def _make_backward(self, kind: int) -> Callable[..., Any]:
-        def backward(
-            arrays: BlockArrays,
-            x: jax.Array,
-            context: Arrays,
-            residuals: tuple[jax.Array, ...],
-            total: LoraWeights,
-            gradient: jax.Array,
-        ) -> Any:
-            segment_ids, dropout = context["segment_ids"], self._dropout(context)
-            x_gradient, lora_gradient = self._blocks.backward(
-                kind, arrays, x, segment_ids, residuals, gradient, dropout
-            )
-            return x_gradient, jax.tree.map(jnp.add, total, lora_gradient)
-
-        return backward
-
-    def _end(self, outer: Weights, x: jax.Array, losses: Arrays, total: LossSums) -> Any:
+    def _end(self, weights: Weights, x: jax.Array, losses: Arrays, total: LossSums) -> Any:
         """Return the gradient of the last block's output, and the loss added to the total."""
 
         def loss(x: jax.Array) -> tuple[jax.Array, LossSums]:
-            hidden = gather_positions(self._blocks.final_norm(outer, x), losses["positions"])
+            hidden = gather_positions(self._blocks.final_norm(weights, x), losses["positions"])
             smoothing = self._config.label_smoothing
-            sums = head_loss(self._model, self._blocks.logits, outer, hidden, losses, smoothing)
+            sums = head_loss(self._model, weights, hidden, losses, smoothing)
             return sums.loss, sums
 
         (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(x)
@@ -206,36 +179,34 @@ class BlockwiseStep:
     ) -> tuple[TrainState, StepMetrics]:
         """Run a step. A step whose loss or gradient is not finite changes nothing."""
         programs, kinds = self.programs, self._blocks.kinds
-        outer, blocks = self._blocks.outer(weights), self._blocks.arrays(weights, state.lora)
+        blocks = self._blocks.arrays(weights, state.lora)
         sums, gradients = self._zero_sums, list(self._zero_gradients)
         for index in range(len(batch["micro_batch"])):
-            x, context, losses = programs.begin.run(outer, without_stop(batch), np.int32(index))
+            x, context, losses = programs.begin(weights, batch, np.int32(index))
             inputs, residuals = [], []
             for kind, arrays in zip(kinds, blocks, strict=True):
                 inputs.append(x)
-                x, activations = programs.forward[kind].run(arrays, x, context)
+                x, activations = programs.forward[kind](arrays, x, context)
                 residuals.append(activations)
-            gradient, sums = programs.end.run(outer, x, losses, sums)
+            gradient, sums = programs.end(weights, x, losses, sums)
             del x, activations  # so that popping the lists frees each block's arrays
             for number in reversed(range(len(blocks))):
-                backward, total = programs.backward[kinds[number]].run, gradients[number]
+                backward, total = programs.backward[kinds[number]], gradients[number]
                 gradient, gradients[number] = backward(
                     blocks[number], inputs.pop(), context, residuals.pop(), total, gradient
                 )
         joined = self._blocks.join_lora(gradients)
-        result: tuple[TrainState, StepMetrics] = self._update(
-            state, joined, sums, _update_arrays(batch)
-        )
+        result: tuple[TrainState, StepMetrics] = self._update(state, joined, sums, batch)
         return result
 
     def validate(self, lora: LoraWeights, weights: Weights, batch: Arrays) -> LossSums:
         """Compute the loss of one micro-batch `[1, ...]`, without dropout or smoothing."""
         programs = self._validation_programs
-        outer, blocks = self._blocks.outer(weights), self._blocks.arrays(weights, lora)
-        x, context, losses = programs.begin.run(outer, without_stop(batch), np.int32(0))
+        blocks = self._blocks.arrays(weights, lora)
+        x, context, losses = programs.begin(weights, batch, np.int32(0))
         for kind, arrays in zip(self._blocks.kinds, blocks, strict=True):
-            x, _ = programs.forward[kind].run(arrays, x, context)
-        sums: LossSums = programs.end.run(outer, x, losses, self._zero_sums)[1]
+            x, _ = programs.forward[kind](arrays, x, context)
+        sums: LossSums = programs.end(weights, x, losses, self._zero_sums)[1]
         return sums
 
     def block_programs(
@@ -243,32 +214,28 @@ class BlockwiseStep:
     ) -> Iterator[BlockProgram]:
         """Yield the programs of a step in their order; arguments may be shapes."""
         programs, kinds = self.programs, self._blocks.kinds
-        outer, blocks = self._blocks.outer(weights), self._blocks.arrays(weights, state.lora)
+        blocks = self._blocks.arrays(weights, state.lora)
         micro_batches = len(batch["micro_batch"])
-        begin = (outer, without_stop(batch), np.int32(0))
-        yield BlockProgram("begin", programs.begin.run, begin, micro_batches)
-        x, context, losses = programs.begin.output_shapes(*begin)
+        begin = (weights, batch, np.int32(0))
+        yield BlockProgram("begin", programs.begin, begin, micro_batches)
+        x, context, losses = jax.eval_shape(programs.begin, *begin)
         for kind in sorted(set(kinds)):
             times = micro_batches * kinds.count(kind)
             forward = (blocks[kind], x, context)
-            yield BlockProgram("forward", programs.forward[kind].run, forward, times)
-            _, residuals = programs.forward[kind].output_shapes(*forward)
+            yield BlockProgram("forward", programs.forward[kind], forward, times)
+            _, residuals = jax.eval_shape(programs.forward[kind], *forward)
             backward = (blocks[kind], x, context, residuals, self._zero_gradients[kind], x)
-            yield BlockProgram("backward", programs.backward[kind].run, backward, times)
-        end = (outer, x, losses, self._zero_sums)
-        yield BlockProgram("end", programs.end.run, end, micro_batches)
+            yield BlockProgram("backward", programs.backward[kind], backward, times)
+        end = (weights, x, losses, self._zero_sums)
+        yield BlockProgram("end", programs.end, end, micro_batches)
         gradients = self._blocks.join_lora(self._zero_gradients)
-        update = (state, gradients, self._zero_sums, _update_arrays(batch))
+        update = (state, gradients, self._zero_sums, batch)
         yield BlockProgram("update", self._update, update, 1)
 
     def lower(self, state: TrainState, weights: Weights, batch: Arrays) -> LoweredPrograms:
         """Trace the programs of a step."""
         programs = self.block_programs(state, weights, batch)
         return LoweredPrograms([p.function.lower(*p.arguments) for p in programs])
-
-
-def _update_arrays(batch: Arrays) -> Arrays:
-    return {name: batch[name] for name in ("weights", "stop")}
 
 
 def make_step(

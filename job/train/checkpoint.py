@@ -5,11 +5,10 @@ adapter so far) with the progress in its metadata. It carries the digest of the 
 and a hash of its arrays, so that a checkpoint of another training, or a damaged one, is never used.
 """
 
-import contextvars
 import hashlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from pydantic import BaseModel
 from job.errors import StageError
 from job.machine.distributed import ProcessGroup
 from job.runtime import logs
+from job.runtime.threads import Threads
 from job.storage.base import Store
 
 CHECKPOINTS = "checkpoints/"
@@ -132,7 +132,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: CheckpointFolder) -> None:
         self._folder = folder
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._worker = Threads(1)
         self._write_in_progress: Future[None] | None = None
 
     def __enter__(self) -> "CheckpointWriter":
@@ -156,8 +156,7 @@ class CheckpointWriter:
         """
         self.wait()
         snapshot = Checkpoint(checkpoint.progress.model_copy(), checkpoint.arrays)
-        context = contextvars.copy_context()
-        self._write_in_progress = self._worker.submit(context.run, self._write, snapshot, files)
+        self._write_in_progress = self._worker.submit(self._write, snapshot, files)
 
     def _write(self, checkpoint: Checkpoint, files: Mapping[str, bytes]) -> None:
         for key, content in files.items():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from job.machine.limits import LOGITS_SLICE_BYTES, USABLE_SHARE, largest_divisor
 from job.model.language_model import LanguageModel
@@ -51,34 +51,25 @@ def saved_bytes(loss: Callable[..., Any], *arguments: Any) -> int:
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in residuals.values())
 
 
-def _abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
-
-
-def activation_bytes(model: LanguageModel, config: StepConfig, length: int, losses: int) -> int:
+def activation_bytes(
+    model: LanguageModel, lora: LoraWeights, config: StepConfig, length: int, losses: int
+) -> int:
     """Return the bytes of activations that a device saves for one row's backward pass.
 
-    Nothing runs: the loss is traced with shapes.
+    Nothing runs: the loss is traced.
 
     Args:
         model: the model.
+        lora: an adapter, of which only shapes matter.
         config: the step's configuration.
         length: tokens of the row.
         losses: positions with a loss.
     """
     widths = {"token_ids": length, "segment_ids": length, "positions": losses, "targets": losses}
-    rows = {name: _abstract((1, width), jnp.int32) for name, width in widths.items()}
-    rows |= {
-        "weights": _abstract((1, losses), jnp.float32),
-        "micro_batch": _abstract((), jnp.int32),
-    }
-    weights = tuple(_abstract(weight.shape, weight.dtype) for weight in model.weights)
-    lora = tuple(
-        tuple(_abstract(shape, jnp.float32) for shape in model.lora.shapes(target))
-        for target in model.lora.targets
-    )
+    rows = {name: np.zeros((1, width), np.int32) for name, width in widths.items()}
+    rows |= {"weights": np.zeros((1, losses), np.float32), "micro_batch": np.zeros((), np.int32)}
 
     def loss(lora: LoraWeights, weights: Weights, rows: Arrays) -> jax.Array:
         return loss_sums(model, weights, lora, rows, config).loss
 
-    return saved_bytes(loss, lora, weights, rows)
+    return saved_bytes(loss, lora, model.weights, rows)

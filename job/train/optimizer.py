@@ -1,7 +1,6 @@
 """The Keras optimizer of a spec and its learning-rate schedule."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -42,35 +41,22 @@ class WarmupSchedule(keras.optimizers.schedules.LearningRateSchedule):  # type: 
         return {"peak": self.peak, "shape": self.shape, "warmup": self.warmup, "steps": self.steps}
 
 
-_OPTIMIZERS: dict[str, Callable[[WarmupSchedule, Train], Any]] = {
-    "sgd": lambda rate, train: keras.optimizers.SGD(rate, global_clipnorm=train.clip_norm),
-    "adamw": lambda rate, train: keras.optimizers.AdamW(
-        rate, weight_decay=train.weight_decay, global_clipnorm=train.clip_norm
-    ),
-    "lion": lambda rate, train: keras.optimizers.Lion(
-        rate, weight_decay=train.weight_decay, global_clipnorm=train.clip_norm
-    ),
-    "adafactor": lambda rate, train: keras.optimizers.Adafactor(
-        rate,
-        relative_step=False,  # the schedule is the spec's
-        weight_decay=train.weight_decay,
-        global_clipnorm=train.clip_norm,
-    ),
-    "muon": lambda rate, train: keras.optimizers.Muon(
-        rate,
-        weight_decay=train.weight_decay,
-        adam_weight_decay=train.weight_decay,
-        global_clipnorm=train.clip_norm,
-    ),
-}
-
-
 def make_optimizer(train: Train, steps: int, lora: LoraWeights) -> tuple[Any, WarmupSchedule]:
     """Return the optimizer, built for the LoRA weights, and its schedule over `steps` steps."""
     schedule = WarmupSchedule(
         train.learning_rate, train.schedule, math.ceil(train.warmup_ratio * steps), steps
     )
-    optimizer = _OPTIMIZERS[train.optimizer](schedule, train)
+    decay = {"weight_decay": train.weight_decay}
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+        "sgd": (keras.optimizers.SGD, {}),
+        "adamw": (keras.optimizers.AdamW, decay),
+        "lion": (keras.optimizers.Lion, decay),
+        # The schedule is the spec's, not Adafactor's own.
+        "adafactor": (keras.optimizers.Adafactor, decay | {"relative_step": False}),
+        "muon": (keras.optimizers.Muon, decay | {"adam_weight_decay": train.weight_decay}),
+    }
+    kind, settings = kinds[train.optimizer]
+    optimizer = kind(schedule, global_clipnorm=train.clip_norm, **settings)
     # The names appear in the optimizer's variable paths, from which checkpoints name them.
     parameters = [
         keras.Variable(array, dtype="float32", name=f"lora_{number}")

@@ -15,9 +15,7 @@ import numpy as np
 from job.data.packing import Batch
 from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.lora import Dropout, LoraWeights, Weights, flatten_lora, unflatten_lora
-from job.spec.schema import Train
 from job.train.loss import (
-    Head,
     LossOptions,
     LossSums,
     chunk_length,
@@ -52,17 +50,6 @@ class StepConfig(NamedTuple):
 
 TrainStep = Callable[[TrainState, Weights, Arrays], tuple[TrainState, StepMetrics]]
 ValidationStep = Callable[[LoraWeights, Weights, Arrays], LossSums]
-
-
-def make_step_config(train: Train, forward: ForwardConfig, dropout: float, seed: int) -> StepConfig:
-    """Return the step configuration for the train section of a spec."""
-    return StepConfig(
-        forward,
-        dropout=dropout,
-        label_smoothing=train.label_smoothing,
-        lora_plus_ratio=train.lora_plus_ratio,
-        seed=seed,
-    )
 
 
 def shard_input(
@@ -103,11 +90,6 @@ def shard_input(
     return sharded | {"micro_batch": model.replicate(numbers), "stop": model.process_local(stop)}
 
 
-def without_stop(batch: Arrays) -> Arrays:
-    """Return the arrays of a batch that have a micro-batch axis."""
-    return {name: array for name, array in batch.items() if name != "stop"}
-
-
 def padded_loss_count(losses: int) -> int:
     """Round the length of a list of loss positions up to a multiple of 8, at least 8."""
     return max(8, -(-losses // 8) * 8)
@@ -122,7 +104,6 @@ def dropout_for(config: StepConfig, micro_batch: jax.Array) -> Dropout | None:
 
 def head_loss(
     model: LanguageModel,
-    head: Head,
     weights: Weights,
     hidden: jax.Array,
     rows: Arrays,
@@ -135,7 +116,9 @@ def head_loss(
         label_smoothing=label_smoothing,
         soft_cap=bool(getattr(model.backbone.token_embedding, "logit_soft_cap", None)),
     )
-    return chunked_cross_entropy(head, weights, hidden, rows["targets"], rows["weights"], options)
+    return chunked_cross_entropy(
+        model.logits, weights, hidden, rows["targets"], rows["weights"], options
+    )
 
 
 def loss_sums(
@@ -144,7 +127,7 @@ def loss_sums(
     """Compute the loss of one micro-batch; traceable, differentiable by `lora`."""
     dropout = dropout_for(config, rows["micro_batch"])
     hidden = model.hidden_states(weights, rows, config.forward, lora, dropout)
-    return head_loss(model, model.logits, weights, hidden, rows, config.label_smoothing)
+    return head_loss(model, weights, hidden, rows, config.label_smoothing)
 
 
 def make_train_step(model: LanguageModel, optimizer: Any, config: StepConfig) -> TrainStep:
@@ -162,7 +145,8 @@ def make_train_step(model: LanguageModel, optimizer: Any, config: StepConfig) ->
 
         zero = jnp.zeros((), jnp.float32)
         zeros = (jax.tree.map(jnp.zeros_like, state.lora), LossSums(zero, zero))
-        total, _ = jax.lax.scan(accumulate, zeros, without_stop(batch), unroll=unroll)
+        rows = {name: array for name, array in batch.items() if name != "stop"}
+        total, _ = jax.lax.scan(accumulate, zeros, rows, unroll=unroll)
         return update(state, *total, batch)
 
     return jax.jit(step, donate_argnums=0, out_shardings=model.replicated)

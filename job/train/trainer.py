@@ -41,8 +41,7 @@ from job.train.metrics import HISTORY, History, model_flops_utilization, trainin
 from job.train.optimizer import make_optimizer
 from job.train.schedule import BatchSchedule
 from job.train.state import StateNames, TrainState
-from job.train.step import StepMetrics, make_step_config
-from job.train.validation import Validator
+from job.train.step import StepConfig, StepMetrics
 
 
 @dataclass(frozen=True)
@@ -132,11 +131,14 @@ class Trainer:
         self._names = StateNames(model.lora, optimizer)
         longest = max(rows.longest, data.validation.longest)
         forward = ForwardConfig(config.packed, train.remat, longest)
-        step_config = make_step_config(train, forward, config.dropout, config.seed)
-        self.train_step, validation_step = make_step(model, optimizer, step_config, train.compile)
+        step_config = StepConfig(
+            forward, config.dropout, train.label_smoothing, train.lora_plus_ratio, config.seed
+        )
+        self.train_step, self._validation_step = make_step(
+            model, optimizer, step_config, train.compile
+        )
         self.batches = BatchLoader(train, model, rows, self.schedule)
-        self.batches.fit_to_memory(step_config, jax.tree.leaves(self._initial_state))
-        self._validator = Validator(model, data.validation, self.batches, validation_step)
+        self.batches.fit_to_memory(step_config, self._initial_state)
         self._reset()
 
     def _reset(self) -> None:
@@ -151,14 +153,11 @@ class Trainer:
         replicated: TrainState = self._model.replicate(jax.tree.map(np.array, state))
         return replicated
 
-    def trace_step(self) -> Callable[[], None]:
+    def trace_step(self) -> Callable[[], object]:
         """Trace the first step and return a function, for any thread, that compiles it."""
         _, batch = self.batches.load(0)
         lowered = self.train_step.lower(self._state, self._model.weights, batch)
-
-        def compile_step() -> None:
-            lowered.compile()
-
+        compile_step: Callable[[], object] = lowered.compile
         return compile_step
 
     def run(self) -> TrainResult:
@@ -310,8 +309,17 @@ class Trainer:
 
     def _validate(self) -> Validation:
         """Validate the current adapter; record the best one and whether to stop early."""
-        progress, config = self._progress, self._config.train
-        validation = self._validator.validate(self._state.lora, progress.step)
+        progress, config, rows = self._progress, self._config.train, self._data.validation
+        loss = correct = 0.0
+        for batch in self.batches.load_validation(rows):
+            sums = jax.device_get(
+                self._validation_step(self._state.lora, self._model.weights, batch)
+            )
+            loss, correct = loss + float(sums.loss), correct + float(sums.correct)
+        tokens = float(rows.batch.loss_weights.sum())
+        validation = Validation(
+            step=progress.step, loss=loss / tokens, token_accuracy=correct / tokens
+        )
         progress.validation = validation
         if progress.best is None or validation.loss < progress.best.loss:
             progress.best, progress.validations_since_best = validation, 0

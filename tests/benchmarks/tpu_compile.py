@@ -72,9 +72,10 @@ def published(preset: str, on: Machine) -> Step:
         place = SingleDeviceSharding(chips[0])
 
         def shapes(variables: Any) -> list[Any]:
-            return [abstract_array(v.shape, v.dtype, place) for v in variables]
+            return [abstract_array(v, place) for v in variables]
 
-        task = make_task(model, find_config(model), rank=16)
+        task = make_task(model, find_config(model))
+        task.backbone.enable_lora(16)
         tokens = np.zeros((1, LENGTH), np.int32)
         data = ({"token_ids": tokens, "padding_mask": tokens}, tokens, tokens)
         task.compile(
@@ -89,7 +90,7 @@ def published(preset: str, on: Machine) -> Step:
             shapes(task.optimizer.variables),
             shapes(task.metrics_variables),
         )
-        abstract = jax.tree.map(lambda a: abstract_array(a.shape, a.dtype, place), data)
+        abstract = jax.tree.map(lambda a: abstract_array(a, place), data)
         step = jax.jit(task.train_step, donate_argnums=0)
         program = compile_program(step, state, abstract)
         count = task.backbone.count_params()

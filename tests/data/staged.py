@@ -56,7 +56,7 @@ def files_in(folder: Path) -> list[Path]:
 
 def main() -> None:
     """`python -m tests.data.staged SPEC SHARD_ROWS`: a spec as JSON, staged in this process."""
-    logs.configure(logs.RunLog())
+    logs.configure()
     staging.SHARD_ROWS = int(sys.argv[2])
     stage(Spec.model_validate_json(sys.argv[1]))
 

@@ -41,7 +41,7 @@ def waits() -> list[float]:
 def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     monkeypatch.setenv("OPENROUTER_API_KEY", KEY)
     stream = io.StringIO()
-    logs.configure(logs.RunLog(), stream)
+    logs.configure(stream=stream)
     yield stream
     structlog.reset_defaults()
 

@@ -32,7 +32,7 @@ ROW: Row = {"question": "Which one?", "opa": "Red", "opb": "Green", "opc": "Blue
 @pytest.fixture
 def log() -> Iterator[io.StringIO]:
     stream = io.StringIO()
-    logs.configure(logs.RunLog(), stream)
+    logs.configure(stream=stream)
     yield stream
     structlog.reset_defaults()
 

@@ -69,6 +69,6 @@ def run_reference_stage(store: Store, spec: Spec, run: Run | None = None) -> Ref
 
 
 if __name__ == "__main__":
-    logs.configure(logs.RunLog())
+    logs.configure()
     uri, url = sys.argv[1:]
     run_reference_stage(open_store(uri), spec_of(url))

@@ -6,9 +6,16 @@ from typing import Any
 import pytest
 
 from job.machine.accelerators import machine_sizes, parse_machine
-from job.plan.estimate import Layout, estimate, estimate_memory, step_flops, visible_keys
+from job.plan.estimate import (
+    Layout,
+    estimate,
+    estimate_memory,
+    plan_machine,
+    step_flops,
+    visible_keys,
+)
 from job.plan.model_shape import find_config, model_shape
-from job.plan.plan import PlanInput, default_machine, make_plan
+from job.plan.plan import default_machine
 from job.plan.workload import workload
 from job.results import DataInfo, RowCounts
 from job.spec.load import load_spec
@@ -104,8 +111,8 @@ def test_memory_depends_on_rows_remat_and_sharding() -> None:
 
 def test_a_batch_that_does_not_divide_names_the_next() -> None:
     found = estimated("v5e-128")
-    assert (found.layout.rows, found.work.batch_size) == (1, 128)
-    assert found.advice == ("train.batch_size 128",)
+    assert (found.rows_a_device, found.batch_size) == (1, 128)
+    assert found.advice == ["train.batch_size 128"]
 
 
 def test_twice_the_chips_take_half_the_time_of_a_step() -> None:
@@ -115,28 +122,43 @@ def test_twice_the_chips_take_half_the_time_of_a_step() -> None:
 
 def test_gradients_accumulate_if_rows_do_not_fit() -> None:
     found = estimated("v5e-1", "runtime.devices=null")
-    assert found.fits
-    assert found.layout.micro < found.layout.rows == 64
+    assert found.memory.fits
+    assert found.micro_batch < found.rows_a_device == 64
 
 
 def test_a_model_too_large_for_a_chip_is_sharded() -> None:
     spec = spec_of("model.preset=gemma3_instruct_12b_text")
-    plan = make_plan(
-        PlanInput(
-            spec, source="s", run="r", config=find_config(spec.model),
-            machines=[parse_machine("v5e-8")], stale=["train"], work=workload(spec),
-        )
-    )  # fmt: skip
-    first, second = plan.machines
+    shape = model_shape(find_config(spec.model), "12b")
+    first, second = plan_machine(shape, spec, workload(spec), parse_machine("v5e-8"))
     assert (first.memory.fits, second.memory.fits) == (False, True)
     assert second.mesh["model"] > 1
     assert first.advice[-1] == f"runtime.mesh.model {second.mesh['model']}"
-    assert [stage.name for stage in plan.stages if not stage.skipped] == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("on", "changes", "advice"),
+    [
+        ("v5e-8", ["train.batch_size=512", "train.micro_batch=64"], ["train.micro_batch auto"]),
+        (
+            "v5e-1",
+            ["model.preset=gemma3_instruct_27b_text"],
+            ["a machine with more memory or more chips"],
+        ),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_what_to_change(
+    on: str, changes: list[str], advice: list[str]
+) -> None:
+    spec = spec_of(*changes)
+    shape = model_shape(find_config(spec.model), "x")
+    plan = plan_machine(shape, spec, workload(spec), parse_machine(on))[0]
+    assert plan.memory.fits is False
+    assert plan.advice == advice
 
 
 def test_a_machine_without_known_speed_has_no_time_and_no_cost() -> None:
     found = estimated("cpu", "runtime.devices=null")
-    assert (found.fits, found.step_seconds, found.stage_seconds, found.seconds) == (None,) * 4
+    assert (found.memory.fits, found.step_seconds, found.cost, found.seconds) == (None,) * 4
 
 
 @pytest.mark.parametrize(

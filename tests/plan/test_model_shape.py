@@ -99,9 +99,10 @@ def test_a_folder_is_read_and_counted_as_keras_hub_counts_it(
     ("content", "said"),
     [
         ('{"model_type": "bert"}', ["bert", "known families are", "qwen3"]),
-        ('{"model_type": "llama", "hidden_size": 64}', ["has no 'num_attention_heads'"]),
+        ('{"model_type": "llama", "hidden_size": 64}', ["has no 'num_hidden_layers'"]),
         ("[]", ["is not a JSON object"]),
-        ("{", ["no readable config.json"]),
+        ("{", ["config.json is not JSON"]),
+        ("{}", ["has no config.json, or an empty one"]),
     ],
 )
 def test_an_incomplete_configuration_is_refused(

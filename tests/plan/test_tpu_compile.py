@@ -4,6 +4,7 @@ These need the `tpu` extra and no TPU: `uv run --extra tpu pytest -m tpu`.
 """
 
 import json
+import math
 
 import pytest
 
@@ -55,11 +56,11 @@ def test_a_shipped_spec_fits_its_accelerator_as_the_plan_says(name: str) -> None
     with devices.compiling_for(on) as chips:
         mesh = devices.make_mesh(spec.runtime, chips)
         compiler = Compiler(spec, config, work, on, mesh)
-        step = compiler.train_step(planned.layout.micro)
+        step = compiler.train_step(planned.micro_batch)
     assert step.fits
-    assert planned.fits
+    assert planned.memory.fits
     assert planned.memory.total == pytest.approx(step.memory, rel=0.1)
-    used = planned.layout.data * planned.layout.model
+    used = math.prod(planned.mesh.values())
     assert planned.flops_a_step / used == pytest.approx(step.costs.flops, rel=0.1)
 
 

@@ -11,8 +11,11 @@ import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from job.pipeline.layout import LOG
+from job.pipeline.run_log import RunLog
 from job.runtime import logs
-from job.runtime.logs import REDACTED, SECRET_VARIABLES, Redactor, RunLog
+from job.runtime.logs import REDACTED, SECRET_VARIABLES, Redactor
+from job.storage.local import LocalStore
 
 SECRET = "correct-horse-battery"
 SHAPES = [
@@ -47,7 +50,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENROUTER_API_KEY", f" {SECRET}\n")
     stream = io.StringIO()
-    logs.configure(RunLog(), stream)
+    logs.configure(stream=stream)
     return stream
 
 
@@ -159,21 +162,17 @@ def test_secrets_in_nested_values_are_redacted(value: Any) -> None:
     assert SECRET not in json.dumps(cleaned)
 
 
-def test_lines_before_attach_come_first_and_once(tmp_path: Path) -> None:
+def test_lines_before_the_file_is_open_come_first_and_once(tmp_path: Path) -> None:
     run_log = RunLog()
-    logs.configure(run_log, io.StringIO())
+    logs.configure(run_log.write, io.StringIO())
     logs.get().info("first")
     logs.get().info("second")
-    with (tmp_path / "job.jsonl").open("a", encoding="utf-8") as file:
-        run_log.attach(file)
-        logs.get().info("third")
-        assert messages(tmp_path / "job.jsonl") == ["first", "second", "third"]
-        run_log.detach()
+    run_log.open(LocalStore(tmp_path), tmp_path)
+    logs.get().info("third")
+    assert messages(tmp_path / LOG) == ["first", "second", "third"]
+    run_log.close()
     logs.get().info("after the end")
-    with (tmp_path / "later.jsonl").open("a", encoding="utf-8") as file:
-        run_log.attach(file)
-    assert messages(tmp_path / "job.jsonl") == ["first", "second", "third"]
-    assert messages(tmp_path / "later.jsonl") == ["after the end"]
+    assert messages(tmp_path / LOG) == ["first", "second", "third"]
 
 
 def messages(path: Path) -> list[str]:
@@ -185,12 +184,10 @@ def test_the_log_file_is_redacted_like_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    run_log, stream = RunLog(), Terminal()
-    logs.configure(run_log, stream)
-    with (tmp_path / "job.jsonl").open("w", encoding="utf-8") as file:
-        run_log.attach(file)
-        logs.get().info(f"hello {SECRET}", detail=[SECRET])
-    written = (tmp_path / "job.jsonl").read_text(encoding="utf-8")
+    lines, stream = list[str](), Terminal()
+    logs.configure(lines.append, stream)
+    logs.get().info(f"hello {SECRET}", detail=[SECRET])
+    (written,) = lines
     assert json.loads(written)["message"] == f"hello {REDACTED}"
     assert SECRET not in written + stream.getvalue()
     assert f"hello {REDACTED}" in stream.getvalue()
@@ -198,7 +195,7 @@ def test_the_log_file_is_redacted_like_the_terminal(
 
 def test_a_terminal_gets_a_short_line_without_json() -> None:
     stream = Terminal()
-    logs.configure(RunLog(), stream)
+    logs.configure(stream=stream)
     structlog.contextvars.bind_contextvars(run_id="doctor-1", stage="train")
     logs.get().info("step", loss=1.23456789, rows={"raw": 3})
     shown = stream.getvalue()

@@ -23,7 +23,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     monkeypatch.setattr(watchdog, "_TICK_SECONDS", 0.01)
     monkeypatch.setattr(watchdog, "LINE_SECONDS", 0.3)
     stream = io.StringIO()
-    logs.configure(logs.RunLog(), stream)
+    logs.configure(stream=stream)
     yield stream
     structlog.contextvars.clear_contextvars()
     structlog.reset_defaults()

@@ -212,8 +212,8 @@ def test_training_uses_the_step_compiled_ahead_of_time(
 
 def test_a_step_out_of_memory_leaves_no_arrays_behind(tmp_path: Path, small: LanguageModel) -> None:
     trainer, _ = make_trainer(tmp_path, small, epochs=1)
-    program: Any = trainer.train_step.programs.backward[0]
-    run, load = program.run, trainer.batches.load
+    programs: dict[int, Any] = trainer.train_step.programs.backward
+    run, load = programs[0], trainer.batches.load
     calls, live_bytes = 0, []
 
     def out_of_memory(*args: Any) -> Any:
@@ -228,7 +228,7 @@ def test_a_step_out_of_memory_leaves_no_arrays_behind(tmp_path: Path, small: Lan
             live_bytes.append(sum(array.nbytes for array in jax.live_arrays()))
         return load(step, **options)
 
-    program.run, trainer.batches.load = out_of_memory, measuring  # type: ignore[method-assign]
+    programs[0], trainer.batches.load = out_of_memory, measuring  # type: ignore[method-assign]
     gc.collect()
     gc.disable()
     try:
