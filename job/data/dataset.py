@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from job.data.columnar import COLUMNS
-from job.data.row_blocks import FilePosition
 from job.errors import StageError
 from job.runtime.threads import Threads, prefetch_map
 from job.storage.base import Store, file_sha256
@@ -139,13 +138,8 @@ class Shard(BaseModel):
     """The outcome of the rows that were read for it."""
     file: int
     """Index of the source's file in which the next shard begins."""
-    offset: int
-    line: int
-
-    @property
-    def position(self) -> FilePosition:
-        """The position in that file where the next shard begins."""
-        return FilePosition(self.offset, self.line)
+    row: int
+    """The number of rows of that file before it."""
 
 
 class FileInfo(BaseModel):

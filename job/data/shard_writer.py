@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 
 from job.data.columnar import ExampleColumns
 from job.data.dataset import SCHEMA, RowTally, Shard, ShardFiles, shard_key
-from job.data.row_blocks import FilePosition
 from job.runtime.threads import Threads
 
 _GROUP_BYTES = 8 * 1024 * 1024
@@ -28,7 +27,7 @@ class OpenShard:
         self.path = work / shard_key(number, "parquet")
         self.tally = RowTally()
         self.file = 0
-        self.position = FilePosition()
+        self.row = 0
         self.lengths: list[np.ndarray] = []
         """Characters of the prompts and responses, int `[2, examples]` each."""
         self._thread = thread
@@ -64,8 +63,7 @@ class OpenShard:
             rows=self.tally.kept,
             tally=self.tally,
             file=self.file,
-            offset=self.position.offset,
-            line=self.position.line,
+            row=self.row,
         )
 
 

@@ -39,7 +39,7 @@ from job.data.filters import (
     text_stats,
 )
 from job.data.readers import read_blocks
-from job.data.row_blocks import Block, FilePosition, Row
+from job.data.row_blocks import Block, Row
 from job.data.shard_writer import OpenShard
 from job.data.sources import RowSource
 from job.errors import UsageError
@@ -51,7 +51,7 @@ from job.spec.schema import Data
 from job.storage.base import Store
 from job.storage.lease import Lease, LeaseHeldError, hold_lease
 
-STAGING_VERSION = 4
+STAGING_VERSION = 5
 """Part of every key; increment it when the same rows are staged differently."""
 
 SHARD_ROWS = 16_384
@@ -210,11 +210,13 @@ class _Stager:
 
     def _stage(self, threads: "_Threads", advance: Advance) -> None:
         shard = OpenShard(self._work, len(self._shards), threads.write)
-        blocks = prefetch(self._blocks(), threads.read)
+        file, row = (self._shards[-1].file, self._shards[-1].row) if self._shards else (0, 0)
+        blocks = prefetch(self._blocks(file, row), threads.read)
         for number, checked in delay(self._checked(blocks, threads.check), _PENDING_CHECKS):
             self._check_stop()
             if checked is None:  # the end of a file
-                shard.file, shard.position = number + 1, FilePosition()
+                row = 0
+                shard.file, shard.row = number + 1, row
                 continue
             if self._is_full(shard):
                 shard = self._next(shard, threads)
@@ -224,7 +226,8 @@ class _Stager:
             self.hashes.append(hashes)
             shard.write(checked.examples.take(result.keep), *hashes)
             shard.lengths.append(checked.stats.lengths[:, result.keep])
-            shard.file, shard.position = number, checked.block.end
+            row += len(checked.block)
+            shard.file, shard.row = number, row
             self.rows_read += len(checked.block)
             advance(len(checked.block))
             self._require_examples(shard, _MAX_UNUSABLE_ROWS)
@@ -236,17 +239,14 @@ class _Stager:
     def _is_full(shard: "OpenShard") -> bool:
         return shard.tally.raw >= SHARD_ROWS or shard.tally.text_bytes >= SHARD_BYTES
 
-    def _blocks(self) -> Iterator[tuple[int, Block | None]]:
-        """Yield the blocks after the last complete shard, and None at the end of each file."""
-        first, position = 0, FilePosition()
-        if self._shards:
-            first, position = self._shards[-1].file, self._shards[-1].position
+    def _blocks(self, first: int, skip: int) -> Iterator[tuple[int, Block | None]]:
+        """Yield the blocks from a file and row on, and None at the end of each file."""
         for number in range(first, len(self._rows.files)):
             file = self._rows.files[number]
-            for block in read_blocks(file.fetch(), file.name, position, self._mapper.fields):
+            for block in read_blocks(file.fetch(), file.name, skip, self._mapper.fields):
                 yield number, block
             yield number, None
-            position = FilePosition()
+            skip = 0
 
     def _checked(
         self, blocks: Iterator[tuple[int, Block | None]], thread: Threads

@@ -20,11 +20,11 @@ SAMPLES = "samples"
 TINY, SMOLLM2 = BUILT_PRESETS = ("tiny", "smollm2-135m-instruct")
 """Values of `preset` for models that this job builds; no other program knows these names."""
 
-FILE_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+FILE_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 """Extensions of files that rows can be read from."""
 
 COMPRESSIONS = ("", ".gz", ".zst", ".bz2")
-"""Extensions of compressed files, which may follow; not for Parquet."""
+"""Extensions of compressed files, which may follow; not for Parquet and Arrow."""
 
 LETTERS = string.ascii_uppercase
 LM_EVAL = "lm-eval"

@@ -16,7 +16,7 @@ from job.data.examples import (
     normal_form,
     opening,
 )
-from job.data.row_blocks import ArrowBlock, FilePosition, RowBlock
+from job.data.row_blocks import ArrowBlock, RowBlock
 from job.spec.schema import Data
 from tests.conversations import turns
 
@@ -66,7 +66,7 @@ def examples_of(mapped: ExampleColumns) -> list[tuple[int, Example]]:
 def test_columns_give_what_rows_give(rows: list[dict[str, Any]], spec: dict[str, str]) -> None:
     data = Data(dataset="samples", **spec)
     expected, dropped = by_row(rows, data)
-    mapped = to_columns(RowBlock(rows, FilePosition()), ExampleMapper(data))
+    mapped = to_columns(RowBlock(rows), ExampleMapper(data))
     assert examples_of(mapped) == expected
     assert sorted(mapped.dropped) == dropped
 
@@ -76,7 +76,7 @@ def test_columns_give_what_rows_give(rows: list[dict[str, Any]], spec: dict[str,
 def test_columns_of_a_file_give_the_same(rows: list[dict[str, Any]], spec: dict[str, str]) -> None:
     data = Data(dataset="samples", **spec)
     schema = pa.schema([(name, pa.string()) for name in "abc"])
-    block = ArrowBlock(pa.RecordBatch.from_pylist(rows, schema), FilePosition())
+    block = ArrowBlock(pa.RecordBatch.from_pylist(rows, schema))
     expected, dropped = by_row(rows, data)
     mapped = to_columns(block, ExampleMapper(data))
     assert examples_of(mapped) == expected
