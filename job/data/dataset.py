@@ -120,7 +120,8 @@ class RowTally(BaseModel):
 
 MANIFEST = "manifest.json"
 
-SCHEMA = pa.schema([("hash", pa.uint64()), ("group", pa.uint64()), *COLUMNS])
+HASHES = ("hash", "normal_hash", "prompt_hash", "group_hash")
+SCHEMA = pa.schema([*((name, pa.uint64()) for name in HASHES), *COLUMNS])
 """Columns of a shard: the hashes of `filters.content_hashes`, and the texts."""
 
 READERS = 2
@@ -243,12 +244,12 @@ class ShardFiles:
             path.unlink()
 
     def read_hashes(self, shards: list[Shard]) -> Iterator[np.ndarray]:
-        """Yield the hashes and groups of each shard: uint64 `[2, rows]`."""
+        """Yield the hashes of each shard: uint64 `[4, rows]`."""
 
         def read(shard: Shard) -> np.ndarray:
             with self.open(shard) as path:
-                table = pq.read_table(path, columns=["hash", "group"], use_threads=False)
-            return np.stack([table["hash"].to_numpy(), table["group"].to_numpy()])
+                table = pq.read_table(path, columns=[*HASHES], use_threads=False)
+            return np.stack([column.to_numpy() for column in table.columns])
 
         with Threads(READERS) as pool:
             yield from prefetch_map(read, shards, pool, READERS)

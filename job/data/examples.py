@@ -159,7 +159,16 @@ class ExampleMapper:
         templates = [self.data.prompt, self.data.response, self.data.system]
         named = [field for text in templates if text for field in template_fields(text)]
         messages = [self.data.messages, *_TOOLS] if self.data.messages else []
-        return list(dict.fromkeys([*named, *messages]))
+        group = [self.data.group] if self.data.group else []
+        return list(dict.fromkeys([*named, *messages, *group]))
+
+    def group(self, row: Row) -> str | None:
+        """Return the text of the column `data.group`; None if the spec names none.
+
+        Raises:
+            RowDroppedError: the row has none.
+        """
+        return field_text(row, self.data.group) if self.data.group else None
 
     def __call__(self, row: Row) -> Example:
         """Return the example of a row.

@@ -34,14 +34,14 @@ class OpenShard:
         self._writer: _ParquetFile | None = None
         self._pending: deque[Future[None]] = deque()
 
-    def write(self, examples: ExampleColumns, hashes: np.ndarray, groups: np.ndarray) -> None:
-        """Add examples in the background."""
+    def write(self, examples: ExampleColumns, hashes: np.ndarray) -> None:
+        """Add examples with their hashes, uint64 `[4, examples]`, in the background."""
         if self._writer is None:
             self._writer = _ParquetFile(self.path)
         self.tally.with_messages += len(examples) - examples.batch["messages"].null_count
         while len(self._pending) >= _PENDING_WRITES:
             self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._writer.write, examples, hashes, groups))
+        self._pending.append(self._thread.submit(self._writer.write, examples, hashes))
 
     def close(self, files: ShardFiles) -> Future[Shard]:
         """Finish the file in the background; the result is its record."""
@@ -84,9 +84,9 @@ class _ParquetFile:
         self._pending: list[pa.RecordBatch] = []
         self._pending_bytes = 0
 
-    def write(self, examples: ExampleColumns, hashes: np.ndarray, groups: np.ndarray) -> None:
-        """Add examples with their hashes and groups, uint64 `[examples]`."""
-        columns = [pa.array(hashes), pa.array(groups), *examples.batch.columns]
+    def write(self, examples: ExampleColumns, hashes: np.ndarray) -> None:
+        """Add examples with their hashes, uint64 `[4, examples]`."""
+        columns = [*map(pa.array, hashes), *examples.batch.columns]
         batch = pa.record_batch(columns, schema=SCHEMA)
         self.rows += batch.num_rows
         self._pending.append(batch)

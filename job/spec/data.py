@@ -99,6 +99,12 @@ class Data(Source):
     system: OptionalTemplate | None = Field(
         None, description="System prompt before every prompt; may hold {column} names."
     )
+    group: str | None = Field(
+        None,
+        min_length=1,
+        description="Column that names what belongs together, such as a patient: its examples are "
+        "never on both sides of the split. Unset: examples with the same opening prompt.",
+    )
     train_examples: Positive | Literal["all"] = Field(
         "all", description="Examples to train on, sampled by a seeded hash of the row."
     )

@@ -83,6 +83,18 @@ def test_columns_of_a_file_give_the_same(rows: list[dict[str, Any]], spec: dict[
     assert sorted(mapped.dropped) == dropped
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.int64()])
+def test_the_group_of_columns_is_that_of_rows(kind: pa.DataType) -> None:
+    data = Data(dataset="samples", **SPECS[0], group="g")
+    rows = [{"a": "a", "b": "b", "g": str(n) if kind == pa.string() else n} for n in range(3)]
+    rows.append({"a": "a", "b": "b", "g": None})
+    schema = pa.schema([("a", pa.string()), ("b", pa.string()), ("g", kind)])
+    for block in (RowBlock(rows), ArrowBlock(pa.RecordBatch.from_pylist(rows, schema))):
+        mapped = to_columns(block, ExampleMapper(data))
+        assert mapped.groups.to_pylist() == ["0", "1", "2"]
+        assert mapped.dropped == [(3, "null in 'g'")]
+
+
 def chat(*messages: tuple[str, Any], keys: tuple[str, str] = ("role", "content")) -> dict[str, Any]:
     return {"m": [dict(zip(keys, message, strict=True)) for message in messages]}
 
