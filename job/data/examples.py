@@ -16,7 +16,7 @@ import xxhash
 
 from job.chat.conversation import Conversation, Message, Role
 from job.data.row_blocks import Row
-from job.spec.fields import template_fields
+from job.spec.fields import fill_template, template_fields
 from job.spec.schema import Data
 
 SEPARATOR = "\x1f"
@@ -143,8 +143,7 @@ def fill(template: str, row: Row) -> str:
     Raises:
         RowDroppedError: a field it names is missing or is not text.
     """
-    values: dict[str, Any] = {field: field_text(row, field) for field in template_fields(template)}
-    return template.format(**values)
+    return fill_template(template, [field_text(row, field) for field in template_fields(template)])
 
 
 class ExampleMapper:
