@@ -83,6 +83,12 @@ class DataInfo(Record):
     rows: RowCounts
     train: int
     validation: int
+    grouped_by: str | None = None
+    """Column of what is never on both sides of the split; null: the opening prompt."""
+    left_out: int = 0
+    """Valid rows on neither side because a held-out example is of their group."""
+    shared_prompts: int = 0
+    """Held-out examples whose opening prompt is trained on too, in another group."""
     neutralised: int
     """Rows whose text contained a control token of the chat template, which was neutralized."""
     found: dict[str, int] = {}

@@ -24,7 +24,7 @@ from job.pipeline.layout import VALIDATION_EXAMPLES
 from job.runtime import logs
 from job.runtime.logs import legible
 from job.runtime.signals import STOP
-from job.spec.fields import template_fields
+from job.spec.fields import fill_template, template_fields
 from job.spec.schema import Mesh, Runtime
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _prompt_template(template: str | None) -> Callable[[str], str]:
     fields = template_fields(template) if template else []
     if template is None or len(fields) != 1:
         return lambda text: text
-    return lambda text: template.format(**{fields[0]: text})
+    return lambda text: fill_template(template, [text])
 
 
 @dataclass

@@ -6,7 +6,7 @@ Both ways give the same examples; `examples` defines what a row means.
 import functools
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
@@ -43,6 +43,8 @@ class ExampleColumns:
     """int64 `[examples]`: the index of each example's row in its block."""
     batch: pa.RecordBatch
     """The examples, with the schema `COLUMNS`."""
+    groups: pa.Array
+    """Texts of the column `data.group`; null where the spec names none."""
     dropped: list[tuple[int, str]] = field(default_factory=list)
     """Index and reason of each dropped row."""
 
@@ -53,7 +55,8 @@ class ExampleColumns:
         """Return the examples chosen by a mask, bool `[examples]`."""
         if chosen.all():
             return self
-        return ExampleColumns(self.rows[chosen], self.batch.filter(pa.array(chosen)))
+        mask = pa.array(chosen)
+        return ExampleColumns(self.rows[chosen], self.batch.filter(mask), self.groups.filter(mask))
 
     def dialogues(self) -> pa.Array:
         """Return `Example.text` of each example."""
@@ -62,6 +65,15 @@ class ExampleColumns:
             return pc.binary_join_element_wise(prompts, responses, SEPARATOR)
         rows = zip(*(column.to_pylist() for column in self.batch.columns), strict=True)
         return pa.array((example_from_columns("", *row).text for row in rows), pa.string())
+
+    def first_prompts(self) -> Iterator[tuple[int, str]]:
+        """Yield index and first prompt of each example that is not plain."""
+        column = self.batch["messages"]
+        texts = column.to_pylist() if column.null_count < len(self) else []
+        for number, text in enumerate(texts):
+            if text:
+                messages = messages_from_json(text)
+                yield number, next(m.content for m in messages if m.role == "user")
 
 
 def messages_from_json(text: str) -> tuple[Message, ...]:
@@ -94,17 +106,22 @@ def to_columns(block: Block, mapper: ExampleMapper) -> ExampleColumns:
 def _by_row(rows: list[Row], mapper: ExampleMapper) -> ExampleColumns:
     numbers: list[int] = []
     examples: list[Example] = []
+    groups: list[str | None] = []
     dropped: list[tuple[int, str]] = []
     for number, row in enumerate(rows):
         try:
-            examples.append(mapper(row))
+            example, group = mapper(row), mapper.group(row)
+            examples.append(example)
+            groups.append(group)
             numbers.append(number)
         except RowDroppedError as reason:
             dropped.append((number, str(reason)))
     values = [(e.system, e.prompt, e.response, _history(e), _messages(e)) for e in examples]
     columns = list(zip(*values, strict=True)) or [()] * len(COLUMNS)
     batch = pa.record_batch([*map(pa.array, columns, COLUMNS.types)], schema=COLUMNS)
-    return ExampleColumns(np.array(numbers, np.int64), batch, dropped)
+    return ExampleColumns(
+        np.array(numbers, np.int64), batch, pa.array(groups, pa.string()), dropped
+    )
 
 
 def _history(example: Example) -> list[dict[str, str]] | None:
@@ -156,9 +173,14 @@ def _by_column(block: Block, mapper: ExampleMapper) -> ExampleColumns | None:
             texts = pc.binary_join_element_wise(*parts, "", null_handling="emit_null")
             filled[name] = pc.utf8_trim(texts, _SPACE)
         usable = pc.and_(usable, filled[name].is_valid())
+    groups = pa.nulls(len(block), pa.string())
+    if data.group:
+        groups = columns[data.group]
+        usable = pc.and_(usable, groups.is_valid())
     mask = np.asarray(pc.fill_null(usable, False).to_numpy(zero_copy_only=False), dtype=bool)
     arrays = [filled.get(f.name, pa.nulls(len(block), f.type)) for f in COLUMNS]
-    all_rows = ExampleColumns(np.arange(len(block)), pa.record_batch(arrays, schema=COLUMNS))
+    batch = pa.record_batch(arrays, schema=COLUMNS)
+    all_rows = ExampleColumns(np.arange(len(block)), batch, groups)
     if mask.all():
         return all_rows
     unusable = np.flatnonzero(~mask)

@@ -1,16 +1,17 @@
 """The files of a split, among the files of a repository or a folder.
 
-They come from the spec's `data_files`; else from the `configs` in the README's header; else from
-the names of files and folders (`data/train-00000-of-00002.parquet`, `validation/a.jsonl`), where
-names without a split are `train`. These are the rules of Hub datasets; `datasets` applies them
-to a list of paths, so nothing is read or downloaded.
+They come from the spec's `data_files`; else from where `save_to_disk` put them; else from the
+`configs` in the README's header; else from the names of files and folders
+(`data/train-00000-of-00002.parquet`, `validation/a.jsonl`), where names without a split are
+`train`. These are the rules of Hub datasets; `datasets` applies them to a list of paths, so
+nothing is read or downloaded.
 See https://huggingface.co/docs/hub/datasets-data-files-configuration.
 """
 
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import PurePosixPath
 
 import yaml
 from datasets import DownloadConfig
@@ -21,56 +22,32 @@ from datasets.data_files import (
     sanitize_patterns,
 )
 from datasets.utils.metadata import MetadataConfigs
-from fsspec import AbstractFileSystem, register_implementation
 from huggingface_hub import DatasetCard
 
 from job.data.readers import format_of
 from job.errors import UsageError
 from job.storage.hub import CARD_FILE
 
-_ROOT = "listing://files"
+_ROOT = "reference://"
+"""The file system of fsspec that lists the paths it is given."""
+
 _JSON = (".json", ".jsonl", ".ndjson")
-
-
-class _Listing(AbstractFileSystem):  # type: ignore[misc]
-    """A file system of paths without content."""
-
-    protocol = "listing"
-    cachable = False
-
-    def __init__(self, folders: Mapping[str, Mapping[str, str]], **rest: Any) -> None:
-        super().__init__(**rest)
-        self._folders = folders
-
-    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-        """List a folder."""
-        inside = self._folders.get(self._strip_protocol(path))
-        if inside is None:
-            raise FileNotFoundError(path)
-        if not detail:
-            return list(inside)
-        return [{"name": name, "size": None, "type": kind} for name, kind in inside.items()]
+_SAVED = "state.json"
+"""A file that `save_to_disk` of Hugging Face datasets writes beside the rows of a split."""
 
 
 class _Files:
     """Paths to match patterns against."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        register_implementation(_Listing.protocol, _Listing, clobber=True)
-        folders: dict[str, dict[str, str]] = {"files": {}}
-        for path in paths:
-            entry, kind = f"files/{path}", "file"
-            while "/" in entry:
-                folder, _, _ = entry.rpartition("/")
-                folders.setdefault(folder, {})[entry] = kind
-                entry, kind = folder, "directory"
         self.paths = paths
-        self._config = DownloadConfig(storage_options={_Listing.protocol: {"folders": folders}})
+        files = {"fo": dict.fromkeys(paths, ""), "skip_instance_cache": True}
+        self._config = DownloadConfig(storage_options={"reference": files})
 
     def patterns(self, folder: str) -> dict[str, list[str]]:
         """Return the patterns of each split, from the names of the files in a folder."""
         try:
-            by_split: dict[str, list[str]] = get_data_patterns(_inside(folder), self._config)
+            by_split: dict[str, list[str]] = get_data_patterns(_ROOT + folder, self._config)
         except EmptyDatasetError:
             return {}
         return {str(split): patterns for split, patterns in by_split.items()}
@@ -81,14 +58,10 @@ class _Files:
             return []
         pattern = pattern.removeprefix("./")
         try:
-            matches = resolve_pattern(pattern, _inside(folder), download_config=self._config)
+            matches = resolve_pattern(pattern, _ROOT + folder, download_config=self._config)
         except FileNotFoundError:
             return []
-        return sorted(path.removeprefix(f"{_ROOT}/") for path in matches)
-
-
-def _inside(folder: str) -> str:
-    return f"{_ROOT}/{folder}" if folder else _ROOT
+        return sorted(path.removeprefix(_ROOT) for path in matches)
 
 
 def choose_files(
@@ -120,6 +93,8 @@ def choose_files(
                 f"data_files and config cannot both be set for {where}; remove one of them"
             )
         return _split_files(_Files(readable), {"train": list(data_files)}, "", split, where)
+    if saved := _saved_splits(paths):
+        return _split_files(_Files(readable), saved, "", split, where)
     configs = _configs(readme, where)
     if configs:
         chosen = configs[_config(configs, config, where)]
@@ -127,6 +102,7 @@ def choose_files(
         raise UsageError(f"{where} has no config {config!r}; it has only `default`")
     else:
         chosen = {}
+    _refuse_script(paths, where, has_configs=bool(configs))
     folder = str(chosen.get("data_dir") or "").removeprefix("./").strip("/")
     if listed := chosen.get("data_files"):
         with _as_usage_error(where, f"`configs` of the {CARD_FILE}"):
@@ -138,6 +114,27 @@ def choose_files(
     if not patterns:
         raise UsageError(f"{where} has no file in a format that can be read")
     return _split_files(files, patterns, folder, split, where, strict=False)
+
+
+def _saved_splits(paths: Sequence[str]) -> dict[str, list[str]]:
+    """Return the files of each split that `save_to_disk` wrote, alone or in a folder by name."""
+    folders = [PurePosixPath(path).parent for path in paths if PurePosixPath(path).name == _SAVED]
+    return {
+        folder.name or "train": [(folder / "data*.arrow").as_posix()]
+        for folder in folders
+        if len(folder.parts) < 2
+    }
+
+
+def _refuse_script(paths: Sequence[str], where: str, *, has_configs: bool) -> None:
+    """Raise a UsageError if a program, named as its repository, is what gives the rows."""
+    script = f"{PurePosixPath(where).name}.py"
+    if script in paths and not has_configs:
+        raise UsageError(
+            f"{where}: its rows come from a loading script ({script}), which is not run here; set "
+            "revision: refs/convert/parquet, where the Hub may have them as Parquet, or write the "
+            "files to read in data_files"
+        )
 
 
 def _configs(readme: bytes | None, where: str) -> MetadataConfigs:

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from job.data.columnar import COLUMNS
-from job.data.row_blocks import FilePosition
 from job.errors import StageError
 from job.runtime.threads import Threads, prefetch_map
 from job.storage.base import Store, file_sha256
@@ -121,7 +120,8 @@ class RowTally(BaseModel):
 
 MANIFEST = "manifest.json"
 
-SCHEMA = pa.schema([("hash", pa.uint64()), ("group", pa.uint64()), *COLUMNS])
+HASHES = ("hash", "normal_hash", "prompt_hash", "group_hash")
+SCHEMA = pa.schema([*((name, pa.uint64()) for name in HASHES), *COLUMNS])
 """Columns of a shard: the hashes of `filters.content_hashes`, and the texts."""
 
 READERS = 2
@@ -139,13 +139,8 @@ class Shard(BaseModel):
     """The outcome of the rows that were read for it."""
     file: int
     """Index of the source's file in which the next shard begins."""
-    offset: int
-    line: int
-
-    @property
-    def position(self) -> FilePosition:
-        """The position in that file where the next shard begins."""
-        return FilePosition(self.offset, self.line)
+    row: int
+    """The number of rows of that file before it."""
 
 
 class FileInfo(BaseModel):
@@ -249,12 +244,12 @@ class ShardFiles:
             path.unlink()
 
     def read_hashes(self, shards: list[Shard]) -> Iterator[np.ndarray]:
-        """Yield the hashes and groups of each shard: uint64 `[2, rows]`."""
+        """Yield the hashes of each shard: uint64 `[4, rows]`."""
 
         def read(shard: Shard) -> np.ndarray:
             with self.open(shard) as path:
-                table = pq.read_table(path, columns=["hash", "group"], use_threads=False)
-            return np.stack([table["hash"].to_numpy(), table["group"].to_numpy()])
+                table = pq.read_table(path, columns=[*HASHES], use_threads=False)
+            return np.stack([column.to_numpy() for column in table.columns])
 
         with Threads(READERS) as pool:
             yield from prefetch_map(read, shards, pool, READERS)

@@ -16,7 +16,7 @@ import xxhash
 
 from job.chat.conversation import Conversation, Message, Role
 from job.data.row_blocks import Row
-from job.spec.fields import template_fields
+from job.spec.fields import fill_template, template_fields
 from job.spec.schema import Data
 
 SEPARATOR = "\x1f"
@@ -143,8 +143,7 @@ def fill(template: str, row: Row) -> str:
     Raises:
         RowDroppedError: a field it names is missing or is not text.
     """
-    values: dict[str, Any] = {field: field_text(row, field) for field in template_fields(template)}
-    return template.format(**values)
+    return fill_template(template, [field_text(row, field) for field in template_fields(template)])
 
 
 class ExampleMapper:
@@ -159,7 +158,16 @@ class ExampleMapper:
         templates = [self.data.prompt, self.data.response, self.data.system]
         named = [field for text in templates if text for field in template_fields(text)]
         messages = [self.data.messages, *_TOOLS] if self.data.messages else []
-        return list(dict.fromkeys([*named, *messages]))
+        group = [self.data.group] if self.data.group else []
+        return list(dict.fromkeys([*named, *messages, *group]))
+
+    def group(self, row: Row) -> str | None:
+        """Return the text of the column `data.group`; None if the spec names none.
+
+        Raises:
+            RowDroppedError: the row has none.
+        """
+        return field_text(row, self.data.group) if self.data.group else None
 
     def __call__(self, row: Row) -> Example:
         """Return the example of a row.

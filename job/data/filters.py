@@ -80,6 +80,7 @@ PATTERNS = {
 }
 """RE2 patterns of flags, by name."""
 
+_SEPARATOR = SEPARATOR.encode()
 _CONTEXT_BYTES = 60
 """Bytes shown before a match."""
 
@@ -144,22 +145,35 @@ def find_flags(stats: TextStats) -> Flags:
     return flags
 
 
-def content_hashes(stats: TextStats) -> np.ndarray:
-    """Hash the content of each example, and its letters and digits alone.
+def content_hashes(examples: ExampleColumns, stats: TextStats) -> np.ndarray:
+    """Hash what tells examples apart.
 
     Returns:
-        uint64 `[2, examples]`: equal for duplicates, and for near-duplicates.
+        uint64 `[4, examples]`: equal for duplicates; for near-duplicates, which have the same
+        letters and digits; for the same letters and digits of the opening prompt; and for what
+        the split keeps together, the latter or what the column `data.group` names.
     """
     raw = stats.dialogues.cast(pa.binary()).to_pylist()
     numbers = stats.system.indices.to_pylist()
     openings = [opening(text) for text in stats.system.dictionary.to_pylist()]
     normal_openings = [normal_form(text) for text in openings]
+    normal = [*map(normal_form, raw)]
+    prompts = [text.partition(_SEPARATOR)[0] for text in normal]
+    for number, prompt in examples.first_prompts():
+        prompts[number] = normal_form(prompt.encode()) or prompt.encode()
+    if not all(prompts):  # some are signs alone
+        written = (text.partition(_SEPARATOR)[0] for text in raw)
+        prompts = [form or text for form, text in zip(prompts, written, strict=True)]
 
     def hashes(begin: list[bytes], texts: Iterable[bytes]) -> bytes:
         return b"".join(map(exact_hash, map(operator.add, map(begin.__getitem__, numbers), texts)))
 
-    exact, normal = hashes(openings, raw), hashes(normal_openings, map(normal_form, raw))
-    return np.frombuffer(exact + normal, np.uint64).reshape(2, len(raw))
+    by_prompt = b"".join(map(exact_hash, prompts))
+    by_group = by_prompt
+    if not examples.groups.null_count:
+        by_group = b"".join(map(exact_hash, examples.groups.cast(pa.binary()).to_pylist()))
+    all_hashes = hashes(openings, raw) + hashes(normal_openings, normal) + by_prompt + by_group
+    return np.frombuffer(all_hashes, np.uint64).reshape(4, len(raw))
 
 
 def excerpt(stats: TextStats, number: int, flag: str) -> str:

@@ -1,8 +1,8 @@
-"""Readers of JSON: one object per line, or one array of objects.
+"""A reader of JSON: an array of objects, or objects that follow each other, such as one per line.
 
-An array is streamed, never held in memory. If the caller needs only some columns, Arrow's parser
-reads them without creating a Python object for each value; blocks it cannot read are read row by
-row, with the same result.
+The text is streamed, never held in memory. If the caller needs only some columns, Arrow's parser
+reads them without creating a Python object for each value; rows it cannot read are read one by
+one, with the same result.
 """
 
 import codecs
@@ -19,10 +19,10 @@ from job.data.row_blocks import (
     MAX_ROWS,
     ArrowBlock,
     Block,
-    FilePosition,
     Row,
     RowBlock,
-    open_text,
+    open_bytes,
+    unicode_encoding,
 )
 from job.errors import UsageError
 
@@ -30,51 +30,45 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-_BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
-_COMMA = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)")
-_ROW_BOUNDARY = re.compile(r"\}[ \t\r\n]*,[ \t\r\n]*(?=\{)")
+_ROW_BOUNDARY = {
+    True: re.compile(r"\}[ \t\r\n]*,[ \t\r\n]*(?=\{)"),
+    False: re.compile(r"\}[ \t\r]*\n[ \t\r\n]*(?=\{)"),
+}
+"""What is between the rows of an array, and between rows that follow each other."""
+
 _SEPARATOR = "\x1e"
 _TO_LINES = bytes.maketrans(b"\r\n\x1e", b"\t\t\n")
 """Turns line breaks into tabs, and `_SEPARATOR` into a line break."""
 
-
-def _as_row(value: object, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise UsageError(f"{where}: a row must be an object with named fields, not {value!r:.60}")
-    return value
+_decode_row = json.JSONDecoder(strict=False).raw_decode
 
 
-class _Cursor:
+class _Text:
     """A position in the text of a file, which is read piece by piece."""
 
-    def __init__(self, path: Path, name: str, offset: int) -> None:
-        self._file = open_text(path, name, offset)
-        self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
-        self.text = ""
+    def __init__(self, path: Path, name: str) -> None:
+        self._name = name
+        self._file = open_bytes(path, name)
+        piece = bytes(self._file.read(MAX_BYTES))
+        decoder = codecs.getincrementaldecoder(unicode_encoding(piece))("surrogateescape")
+        self._decode = decoder.decode
+        self.text = self._decode(piece)
         """The current piece of text."""
         self.at = 0
         """The position in `text`."""
-        self.at_end = False
-        self._characters_before = 0
-        self._counted_to = 0
-        self._byte = offset
+        self.at_end = not piece
+        self._lines_before = 0
         self._read_size = MAX_BYTES
-        self._at_start = offset == 0
 
     def more(self) -> None:
         """Drop the text before the position and read on; pieces grow while a row needs several."""
-        self._count_bytes()
-        self._characters_before += self.at
+        self._lines_before += self.text.count("\n", 0, self.at)
         self._read_size = MAX_BYTES if self.at else min(2 * self._read_size, MAX_ROW_BYTES)
         piece = bytes(self._file.read(self._read_size))
-        if self._at_start and piece.startswith(_BOM):
-            self._byte += len(_BOM)
-            piece = piece[len(_BOM) :]
-        self._at_start = False
         self.at_end = not piece
         self.text = self.text[self.at :] + self._decode(piece, not piece)
-        self.at = self._counted_to = 0
+        self.at = 0
 
     def fill(self) -> None:
         """Read until a block of text, or the rest of the file, follows the position."""
@@ -93,94 +87,83 @@ class _Cursor:
                 return ""
             self.more()
 
-    def _count_bytes(self) -> None:
-        uncounted = self.text[self._counted_to : self.at]
-        self._byte += len(uncounted.encode("utf-8", "surrogateescape"))
-        self._counted_to = self.at
-
-    def characters(self) -> int:
-        """Return the number of characters before the position."""
-        return self._characters_before + self.at
-
-    def byte(self) -> int:
-        """Return the position as a byte of the file."""
-        self._count_bytes()
-        return self._byte
+    @property
+    def place(self) -> str:
+        """The name of the file and the line of the position, for messages."""
+        return f"{self._name}:{self._lines_before + self.text.count('\n', 0, self.at) + 1}"
 
 
-def read_json(
-    path: Path, name: str, start: FilePosition, columns: Sequence[str] | None
-) -> Iterator[Block]:
+def read_json(path: Path, name: str, columns: Sequence[str] | None) -> Iterator[Block]:
     """Read an array of objects, or objects that follow each other."""
-    text, line = _Cursor(path, name, 0), start.line
+    text = _Text(path, name)
     in_array = text.skip_space() == "["
-    if start.offset:
-        text = _Cursor(path, name, start.offset)
-    elif in_array:
-        text.at += 1
-    first = start.line == 0
-    decode = json.JSONDecoder(strict=False).raw_decode
+    text.at += in_array
+    first = True
     rows: list[Row] = []
-    block_start = text.characters()
-    while True:
-        comma = _COMMA.match(text.text, text.at) if in_array and not first else None
-        if comma and comma.end() < len(text.text):
-            text.at = comma.end()
-        elif not _next_row(text, name, line, in_array=in_array, first=first):
-            break
-        first = False
-        as_columns = columns if in_array and not rows else None
-        if as_columns and (block := _array_columns(text, as_columns, line, name)):
-            line = block.end.line
-            block_start = text.characters()
-            yield block
-            continue
-        while True:
-            try:
-                value, text.at = decode(text.text, text.at)
-                break
-            except ValueError as error:
-                if text.at_end or not _may_be_incomplete(error, text.text):
-                    reason = getattr(error, "msg", str(error))
-                    raise UsageError(f"{name}: row {line}: not valid JSON: {reason}") from None
-                if len(text.text) - text.at > MAX_ROW_BYTES:
-                    raise UsageError(f"{name}: row {line} is longer than 128 MB") from None
-                text.more()
-            except RecursionError:
-                raise UsageError(f"{name}: row {line}: not valid JSON: nested too deep") from None
-        rows.append(_as_row(value, f"{name}: row {line}"))
-        line += 1
-        if len(rows) == MAX_ROWS or text.characters() - block_start >= MAX_BYTES:
-            block_start = text.characters()
-            yield RowBlock(rows, FilePosition(text.byte(), line))
-            rows = []
-    if not line and not in_array:
-        raise UsageError(f"{name}: not valid JSON: the file is empty")
-    end = FilePosition(text.byte(), line)
-    if in_array:
-        text.at += 1
-        if text.skip_space():
-            raise UsageError(f"{name}: not valid JSON: text after the end of the array")
+    size = 0
+    try:
+        while _next_row(text, in_array=in_array, first=first):
+            first = False
+            if columns and not rows and (block := _columns(text, columns, in_array=in_array)):
+                yield block
+                continue
+            row, length = _row(text)
+            rows.append(row)
+            size += length
+            if len(rows) == MAX_ROWS or size >= MAX_BYTES:
+                yield RowBlock(rows)
+                rows, size = [], 0
+    except UsageError:
+        if rows:  # a caller that stops after these never sees the error
+            yield RowBlock(rows)
+        raise
     if rows:
-        yield RowBlock(rows, end)
+        yield RowBlock(rows)
 
 
-def _next_row(text: _Cursor, name: str, line: int, *, in_array: bool, first: bool) -> bool:
-    """Move to the next object; return False if there is none."""
+def _next_row(text: _Text, *, in_array: bool, first: bool) -> bool:
+    """Move to the next row; return False if there is none."""
     character = text.skip_space()
-    if in_array and character and not first:
-        if character not in ",]":
-            raise UsageError(f"{name}: not valid JSON: expected ',' after row {line - 1}")
-        if character == ",":
-            text.at += 1
-            character = text.skip_space()
-            if character == "]":
-                raise UsageError(f"{name}: not valid JSON: nothing after the last ','")
-    elif in_array and character == ",":
-        raise UsageError(f"{name}: not valid JSON: ',' before the first row")
-    if in_array and not character:
-        raise UsageError(f"{name}: not valid JSON: the array has no end")
-    return character != "" and not (in_array and character == "]")
+    if not in_array:
+        return character != ""
+    if character == "," and not first:
+        text.at += 1
+        character = text.skip_space()
+        if character == "]":
+            raise UsageError(f"{text.place}: not valid JSON: nothing after the last ','")
+    elif character and character != "]" and not first:
+        raise UsageError(f"{text.place}: not valid JSON: expected ',' before the row")
+    if not character:
+        raise UsageError(f"{text.place}: not valid JSON: the array has no end")
+    if character != "]":
+        return True
+    text.at += 1
+    if text.skip_space():
+        raise UsageError(f"{text.place}: not valid JSON: text after the end of the array")
+    return False
+
+
+def _row(text: _Text) -> tuple[Row, int]:
+    """Read one row; return it with its number of characters."""
+    while True:
+        try:
+            row, end = _decode_row(text.text, text.at)
+            break
+        except ValueError as error:
+            if text.at_end or not _may_be_incomplete(error, text.text):
+                reason = getattr(error, "msg", error)
+                raise UsageError(f"{text.place}: not valid JSON: {reason}") from None
+            if len(text.text) - text.at > MAX_ROW_BYTES:
+                raise UsageError(f"{text.place}: the row is longer than 128 MB") from None
+            text.more()
+        except RecursionError:
+            raise UsageError(f"{text.place}: not valid JSON: nested too deep") from None
+    if not isinstance(row, dict):
+        raise UsageError(
+            f"{text.place}: a row must be an object with named fields, not {row!r:.60}"
+        )
+    length, text.at = end - text.at, end
+    return row, length
 
 
 def _may_be_incomplete(error: ValueError, text: str) -> bool:
@@ -189,121 +172,33 @@ def _may_be_incomplete(error: ValueError, text: str) -> bool:
     return message.startswith("Unterminated string") or position > len(text) - 16
 
 
-def _array_columns(text: _Cursor, columns: Sequence[str], line: int, name: str) -> Block | None:
-    """Return the next rows of an array as columns; None if they must be read one by one.
+def _columns(text: _Text, columns: Sequence[str], *, in_array: bool) -> Block | None:
+    """Return the next rows as columns; None if they must be read one by one.
 
-    Rows are split at a brace, a comma and a brace. Where these are inside a row, the parts are
-    not valid JSON, because no JSON string may hold the line breaks that replace them.
+    Rows are split at what looks like the end of one and the begin of the next. Where that is
+    inside a row, the parts are not valid JSON, because no JSON string may hold the line breaks
+    that replace it.
     """
     text.fill()
     piece = text.text[text.at : text.at + MAX_BYTES]
-    *rows, rest = _ROW_BOUNDARY.split(piece, maxsplit=MAX_ROWS)
+    *rows, rest = _ROW_BOUNDARY[in_array].split(piece, maxsplit=MAX_ROWS)
     if not rows:
         return None
     lines = f"}}{_SEPARATOR}".join(rows).encode("utf-8", "surrogateescape") + b"}"
     batch = text_columns(lines.translate(_TO_LINES), len(rows), columns)
     if batch is None:
         return None
+    place = text.place
     text.at += piece.rindex("}", 0, len(piece) - len(rest)) + 1
-    end = FilePosition(text.byte(), line + len(rows))
 
     def read() -> list[Row]:
-        return _objects("},".join(rows) + "}", f"{name}: row ", line)
-
-    return LazyBlock(batch, end, read)
-
-
-def _objects(text: str, where: str, line: int) -> list[Row]:
-    """Parse objects separated by commas or line breaks."""
-    decode, separator = json.JSONDecoder(strict=False).raw_decode, re.compile(r"[ \t\r\n,]*")
-    rows: list[Row] = []
-    at = 0
-    while at < len(text):
         try:
-            value, at = decode(text, at)
+            values: list[Row] = json.loads(f"[{'},'.join(rows)}}}]", strict=False)
         except RecursionError:
-            raise UsageError(
-                f"{where}{line + len(rows)}: not valid JSON: nested too deep"
-            ) from None
-        rows.append(value)
-        match = separator.match(text, at)
-        assert match is not None
-        at = match.end()
-    return rows
+            raise UsageError(f"{place}: not valid JSON: nested too deep") from None
+        return values
 
-
-def read_json_lines(
-    path: Path, name: str, start: FilePosition, columns: Sequence[str] | None
-) -> Iterator[Block]:
-    """Read one object per line; blank lines are skipped."""
-    file = open_text(path, name, start.offset)
-    offset, line = start
-    unread, at_end = b"", False
-    while True:
-        while not at_end and (len(unread) <= MAX_BYTES or b"\n" not in unread):
-            if len(unread) > MAX_ROW_BYTES:
-                raise UsageError(f"{name}:{line + 1}: the line is longer than 128 MB")
-            piece = bytes(file.read(MAX_BYTES))
-            at_end = not piece
-            unread += piece
-        if not unread:
-            return
-        size = _block_size(unread)
-        lines, unread = unread[:size], unread[size:]
-        end = FilePosition(offset + size, line + lines.count(b"\n") + (not lines.endswith(b"\n")))
-        if not line:
-            lines = lines.removeprefix(_BOM)
-        yield from _line_blocks(lines, name, FilePosition(offset, line), end, columns)
-        offset, line = end
-
-
-def _block_size(text: bytes) -> int:
-    """Return the bytes of the lines that make a block."""
-    if len(text) <= MAX_BYTES and text.count(b"\n") <= MAX_ROWS:
-        return len(text)
-    size = text.rfind(b"\n", 0, MAX_BYTES) + 1 or text.find(b"\n") + 1 or len(text)
-    first = text[:size].split(b"\n", MAX_ROWS)
-    return size - len(first[-1]) if len(first) > MAX_ROWS else size
-
-
-def _line_blocks(
-    text: bytes, name: str, begin: FilePosition, end: FilePosition, columns: Sequence[str] | None
-) -> Iterator[Block]:
-    lines = text.split(b"\n")
-    count = sum(1 for line in lines if line and not line.isspace())
-    if not count:
-        return
-    if columns and (batch := text_columns(text, count, columns)) is not None:
-
-        def read() -> list[Row]:
-            return _objects(
-                text.decode("utf-8", "surrogateescape").strip(), f"{name}:", begin.line + 1
-            )
-
-        yield LazyBlock(batch, end, read)
-        return
-    rows: list[Row] = []
-    offset = begin.offset
-    for number, raw in enumerate(lines, begin.line + 1):
-        line = raw.decode("utf-8", "surrogateescape")
-        if line and not line.isspace():
-            where = f"{name}:{number}"
-            try:
-                rows.append(_as_row(_parse(line, where), where))
-            except UsageError:
-                if rows:  # a caller that stops after these never sees the error
-                    yield RowBlock(rows, FilePosition(offset, number - 1))
-                raise
-        offset += len(raw) + 1
-    if rows:
-        yield RowBlock(rows, end)
-
-
-def _parse(text: str, where: str) -> object:
-    try:
-        return json.loads(text, strict=False)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not valid JSON: {getattr(error, 'msg', error)}") from None
+    return LazyBlock(batch, read)
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,42 @@
-"""Read the rows of a file in blocks, in constant memory, from the end of any earlier block.
+"""Read the rows of a file in blocks, in constant memory.
 
-Where a block ends depends only on the rows, not on where reading began, so reading a file in
-parts gives the same blocks as reading it in one pass. Bytes of text files that are not UTF-8
+Where a block ends depends only on the file. Bytes of text files that are in no known encoding
 become lone surrogates: then the row is dropped and counted, instead of refusing the file.
 """
 
+import codecs
 import csv
+import io
+import itertools
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from job.data.json_reader import read_json, read_json_lines
+from job.data.json_reader import read_json
 from job.data.row_blocks import (
-    BEGIN,
     CODECS,
     MAX_BYTES,
     MAX_ROW_BYTES,
     MAX_ROWS,
     ArrowBlock,
     Block,
-    FilePosition,
     Row,
     RowBlock,
-    open_text,
+    open_bytes,
+    unicode_encoding,
 )
 from job.errors import UsageError
+from job.runtime import logs
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_DELIMITERS = (",", ";", "\t")
+_FOREIGN = re.compile(r"[\udc80-\udcff]{4}")
+"""Bytes that are not UTF-8, more in a row than texts in Windows-1252 have."""
+
+_ENOUGH = 1000
+"""Characters beyond ASCII that decide on the encoding of a file."""
 
 
 def format_of(name: str) -> str | None:
@@ -32,19 +44,19 @@ def format_of(name: str) -> str | None:
     path = Path(name.lower())
     if path.suffix in CODECS:
         path = path.with_suffix("")
-        return path.suffix if path.suffix in _READERS and path.suffix != ".parquet" else None
+        return path.suffix if path.suffix in _READERS and path.suffix not in _BINARY else None
     return path.suffix if path.suffix in _READERS else None
 
 
 def read_blocks(
-    path: Path, name: str, start: FilePosition = BEGIN, columns: Sequence[str] | None = None
+    path: Path, name: str, skip: int = 0, columns: Sequence[str] | None = None
 ) -> Iterator[Block]:
     """Yield the blocks of a file.
 
     Args:
         path: the file.
         name: its name in messages; the extension tells the format.
-        start: the position to begin at, the `end` of an earlier block.
+        skip: the number of rows to leave out, those of the first blocks.
         columns: the columns that are needed; others may be missing from the blocks.
 
     Raises:
@@ -52,111 +64,146 @@ def read_blocks(
     """
     reader = _READERS[format_of(name) or ""]
     try:
-        yield from reader(path, name, start, columns)
-    except OSError as error:
+        with path.open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise UsageError(
+                    f"{name}: is a pointer of Git LFS, not the file it stands for; run "
+                    "`git lfs pull` where it was cloned, and copy the file again"
+                )
+        for block in reader(path, name, columns):
+            if skip > 0:
+                skip -= len(block)
+            else:
+                yield block
+    except (OSError, UnicodeError) as error:
         raise UsageError(f"{name}: cannot be read: {error}") from None
 
 
-def _parquet(
-    path: Path, name: str, start: FilePosition, columns: Sequence[str] | None
-) -> Iterator[Block]:
+def _parquet(path: Path, name: str, columns: Sequence[str] | None) -> Iterator[Block]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         # With a buffer size, Arrow reads page after page instead of complete row groups.
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            needed = [column for column in columns if column in names] if columns else names
-            size = _block_rows(file.metadata)
-            line = 0
-            groups: list[int] = []
-            for number in range(file.num_row_groups):
-                count = file.metadata.row_group(number).num_rows
-                if line + count <= start.line and not groups:
-                    line += count
-                else:
-                    groups.append(number)
-            skip, line = start.line - line, start.line
-            pending: list[Any] = []
-            rows = 0
-            for batch in file.iter_batches(size, row_groups=groups, columns=needed or names):
-                skipped = min(skip, batch.num_rows)
-                skip -= skipped
-                pending.append(batch.slice(skipped))
-                rows += batch.num_rows - skipped
-                while rows >= size:
-                    merged = pa.concat_batches(pending)
-                    line, rows = line + size, rows - size
-                    pending = [merged.slice(size)]
-                    yield ArrowBlock(merged.slice(0, size), FilePosition(0, line))
-            if rows:
-                yield ArrowBlock(pa.concat_batches(pending), FilePosition(0, line + rows))
+            needed = _needed(file.schema_arrow.names, columns)
+            for batch in file.iter_batches(_block_rows(file.metadata), columns=needed):
+                yield ArrowBlock(batch)
     except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{name}: not a readable Parquet file: {error}") from None
 
 
 def _block_rows(metadata: Any) -> int:
-    """Return the number of rows in a block of about 2 MB, wherever reading begins."""
+    """Return the number of rows in a block of about 2 MB."""
     total = sum(metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups))
     return int(min(MAX_ROWS, max(1, MAX_BYTES * max(1, metadata.num_rows) // max(1, total))))
 
 
-def _csv(path: Path, name: str, start: FilePosition, _: Sequence[str] | None) -> Iterator[Block]:
-    """Read rows under a header; a row that ends early has nulls."""
-    csv.field_size_limit(MAX_ROW_BYTES)
-    offset = 0
-
-    def lines(file: Any) -> Iterator[str]:
-        nonlocal offset
-        rest = b""
-        while piece := bytes(file.read(MAX_BYTES)):
-            *complete, rest = (rest + piece).split(b"\n")
-            for raw in complete:
-                offset += len(raw) + 1
-                yield raw.decode("utf-8", "surrogateescape") + "\n"
-        if rest:
-            offset += len(rest)
-            yield rest.decode("utf-8", "surrogateescape")
+def _arrow(path: Path, name: str, columns: Sequence[str] | None) -> Iterator[Block]:
+    """Read a stream of Arrow, which `save_to_disk` of Hugging Face datasets writes."""
+    import pyarrow as pa
+    import pyarrow.ipc
 
     try:
-        reader = csv.reader(lines(open_text(path, name, 0)), strict=True)
+        with pa.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+            needed = _needed(stream.schema.names, columns)
+            for batch in stream:
+                for at in range(0, batch.num_rows, MAX_ROWS):
+                    yield ArrowBlock(batch.select(needed).slice(at, MAX_ROWS))
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(f"{name}: not a readable stream of Arrow: {error}") from None
+
+
+def _needed(names: list[str], columns: Sequence[str] | None) -> list[str]:
+    """Return those of the columns that a file has; all of its columns if there are none."""
+    return [column for column in columns or () if column in names] or names
+
+
+def _csv(path: Path, name: str, _: Sequence[str] | None) -> Iterator[Block]:
+    """Read rows under a header, separated by commas, semicolons or tabs.
+
+    A row that ends early has nulls.
+    """
+    csv.field_size_limit(MAX_ROW_BYTES)
+    encoding = _csv_encoding(path, name)
+    file = io.TextIOWrapper(open_bytes(path, name), encoding, "surrogateescape", newline="")
+    try:
+        first = file.readline()
+        counts = {d: len(next(csv.reader([first], delimiter=d), [])) for d in _DELIMITERS}
+        delimiter = max(counts, key=lambda each: counts[each])
+        if (encoding, delimiter) != ("utf-8-sig", ","):
+            logs.get().info("CSV dialect", file=name, encoding=encoding, delimiter=delimiter)
+        reader = csv.reader(itertools.chain([first], file), delimiter=delimiter, strict=True)
         header = next(reader, [])
-        if header:
-            header[0] = header[0].removeprefix("\ufeff")
-        if start.offset:
-            offset = start.offset
-            reader = csv.reader(lines(open_text(path, name, start.offset)), strict=True)
-        lines_before = start.line if start.offset else 0
+        _check_header(header, name)
         rows: list[Row] = []
-        block_start = offset
+        size = 0
         for fields in reader:
             if not fields:
                 continue
             if len(fields) > len(header):
                 raise UsageError(
-                    f"{name}:{lines_before + reader.line_num}: more fields than the header names; "
-                    "quote fields that hold commas"
+                    f"{name}:{reader.line_num}: more fields than the header names; "
+                    f"quote fields that hold {delimiter!r}"
                 )
-            row: Row = dict(zip(header, fields, strict=False))
-            row.update(dict.fromkeys(header[len(fields) :]))
-            rows.append(row)
-            if len(rows) == MAX_ROWS or offset - block_start >= MAX_BYTES:
-                block_start = offset
-                yield RowBlock(rows, FilePosition(offset, lines_before + reader.line_num))
-                rows = []
+            if fields == header and len(header) > 1:
+                raise UsageError(
+                    f"{name}:{reader.line_num}: the header is repeated; remove this line"
+                )
+            rows.append(dict(itertools.zip_longest(header, fields)))
+            size += sum(map(len, fields))
+            if len(rows) == MAX_ROWS or size >= MAX_BYTES:
+                yield RowBlock(rows)
+                rows, size = [], 0
         if rows:
-            yield RowBlock(rows, FilePosition(offset, lines_before + reader.line_num))
+            yield RowBlock(rows)
     except csv.Error as error:
         raise UsageError(f"{name}: not a readable CSV file: {error}") from None
 
 
-Reader = Callable[[Path, str, FilePosition, Sequence[str] | None], Iterator[Block]]
+def _check_header(header: list[str], name: str) -> None:
+    repeated = [column for column, count in Counter(header).items() if column and count > 1]
+    if repeated:
+        raise UsageError(
+            f"{name}: the header names {repeated[0]!r} more than once; give each column its own "
+            "name"
+        )
 
+
+def _csv_encoding(path: Path, name: str) -> str:
+    """Return the encoding of a CSV file: UTF-8, UTF-16, or Windows-1252 (of Excel, for example).
+
+    Raises:
+        UsageError: it is in another one.
+    """
+    file = open_bytes(path, name)
+    piece = bytes(file.read(MAX_BYTES))
+    if (encoding := unicode_encoding(piece)) != "utf-8-sig":
+        return encoding
+    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+    unicode = odd = 0
+    foreign = False
+    while piece and unicode + odd < _ENOUGH:
+        text = decode(piece)
+        if not text.isascii():
+            surrogates = len(re.findall(r"[\udc80-\udcff]", text))
+            odd += surrogates
+            unicode += len(re.findall(r"[^\x00-\x7f]", text)) - surrogates
+            foreign = foreign or bool(_FOREIGN.search(text))
+        piece = bytes(file.read(MAX_BYTES))
+    if unicode >= odd:
+        return encoding
+    if foreign:
+        raise UsageError(f"{name}: neither UTF-8, UTF-16 nor Windows-1252; save it as UTF-8")
+    return "cp1252"
+
+
+Reader = Callable[[Path, str, Sequence[str] | None], Iterator[Block]]
+
+_BINARY = (".parquet", ".arrow")
 _READERS: dict[str, Reader] = {
-    ".json": read_json,
-    ".jsonl": read_json_lines,
-    ".ndjson": read_json_lines,
-    ".csv": _csv,
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), read_json),
+    **dict.fromkeys((".csv", ".tsv"), _csv),
     ".parquet": _parquet,
+    ".arrow": _arrow,
 }

@@ -1,8 +1,9 @@
 """Blocks of rows: what the readers yield and staging checks at a time."""
 
+import codecs
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,42 +22,24 @@ MAX_BYTES = 2 * 1024 * 1024
 Row = dict[str, Any]
 
 
-def open_text(path: Path, name: str, offset: int) -> Any:
-    """Open a file as decompressed bytes, `offset` bytes in."""
+def open_bytes(path: Path, name: str) -> Any:
+    """Open a file as decompressed bytes; the extension of its name tells the compression."""
     import pyarrow as pa
 
-    if Path(name.lower()).suffix not in CODECS:
-        file = path.open("rb")
-        file.seek(offset)
-        return file
-    codec = CODECS[Path(name.lower()).suffix]
-    stream = pa.CompressedInputStream(pa.OSFile(str(path)), codec)
-    while offset > 0:
-        skipped = len(stream.read(min(offset, MAX_BYTES)))
-        if not skipped:
-            break
-        offset -= skipped
-    return stream
+    return pa.input_stream(str(path), compression=CODECS.get(Path(name.lower()).suffix))
 
 
-class FilePosition(NamedTuple):
-    """A position in a file where a row begins."""
-
-    offset: int = 0
-    """Bytes before it; always 0 in Parquet."""
-    line: int = 0
-    """Lines before it, or rows in JSON arrays and Parquet."""
-
-
-BEGIN = FilePosition()
+def unicode_encoding(head: bytes) -> str:
+    """Return the Unicode encoding that the first bytes of a text file show: UTF-8 or UTF-16."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if head[1:2] == b"\0":
+        return "utf-16-le"
+    return "utf-16-be" if head[:1] == b"\0" else "utf-8-sig"
 
 
 class Block(Protocol):
     """Consecutive rows of a file."""
-
-    @property
-    def end(self) -> FilePosition:
-        """The position where the next block begins."""
 
     def __len__(self) -> int: ...
 
@@ -64,7 +47,7 @@ class Block(Protocol):
         """Return the rows as dictionaries."""
 
     def column(self, name: str) -> "pa.Array | None":
-        """Return a column as text; None if a value is neither text nor null."""
+        """Return a column as text; None if a value is neither text, an integer nor null."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +55,6 @@ class RowBlock:
     """A block of rows read one by one."""
 
     values: list[Row]
-    end: FilePosition
 
     def __len__(self) -> int:
         return len(self.values)
@@ -99,7 +81,6 @@ class ArrowBlock:
     """A block read as columns."""
 
     batch: "pa.RecordBatch"
-    end: FilePosition
 
     def __len__(self) -> int:
         return int(self.batch.num_rows)
@@ -115,11 +96,13 @@ class ArrowBlock:
         if name not in self.batch.schema.names:
             return None
         column = self.batch.column(name)
-        if pa.types.is_dictionary(column.type):
+        kind = pa.types
+        if kind.is_dictionary(column.type):
             column = column.dictionary_decode()
-        if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
+        of = column.type
+        if kind.is_large_string(of) or kind.is_string_view(of) or kind.is_integer(of):
             column = column.cast(pa.string())
-        if not pa.types.is_string(column.type):
+        if not kind.is_string(column.type):
             return None
         try:
             column.validate(full=True)

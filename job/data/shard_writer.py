@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 
 from job.data.columnar import ExampleColumns
 from job.data.dataset import SCHEMA, RowTally, Shard, ShardFiles, shard_key
-from job.data.row_blocks import FilePosition
 from job.runtime.threads import Threads
 
 _GROUP_BYTES = 8 * 1024 * 1024
@@ -28,21 +27,21 @@ class OpenShard:
         self.path = work / shard_key(number, "parquet")
         self.tally = RowTally()
         self.file = 0
-        self.position = FilePosition()
+        self.row = 0
         self.lengths: list[np.ndarray] = []
         """Characters of the prompts and responses, int `[2, examples]` each."""
         self._thread = thread
         self._writer: _ParquetFile | None = None
         self._pending: deque[Future[None]] = deque()
 
-    def write(self, examples: ExampleColumns, hashes: np.ndarray, groups: np.ndarray) -> None:
-        """Add examples in the background."""
+    def write(self, examples: ExampleColumns, hashes: np.ndarray) -> None:
+        """Add examples with their hashes, uint64 `[4, examples]`, in the background."""
         if self._writer is None:
             self._writer = _ParquetFile(self.path)
         self.tally.with_messages += len(examples) - examples.batch["messages"].null_count
         while len(self._pending) >= _PENDING_WRITES:
             self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._writer.write, examples, hashes, groups))
+        self._pending.append(self._thread.submit(self._writer.write, examples, hashes))
 
     def close(self, files: ShardFiles) -> Future[Shard]:
         """Finish the file in the background; the result is its record."""
@@ -64,8 +63,7 @@ class OpenShard:
             rows=self.tally.kept,
             tally=self.tally,
             file=self.file,
-            offset=self.position.offset,
-            line=self.position.line,
+            row=self.row,
         )
 
 
@@ -86,9 +84,9 @@ class _ParquetFile:
         self._pending: list[pa.RecordBatch] = []
         self._pending_bytes = 0
 
-    def write(self, examples: ExampleColumns, hashes: np.ndarray, groups: np.ndarray) -> None:
-        """Add examples with their hashes and groups, uint64 `[examples]`."""
-        columns = [pa.array(hashes), pa.array(groups), *examples.batch.columns]
+    def write(self, examples: ExampleColumns, hashes: np.ndarray) -> None:
+        """Add examples with their hashes, uint64 `[4, examples]`."""
+        columns = [*map(pa.array, hashes), *examples.batch.columns]
         batch = pa.record_batch(columns, schema=SCHEMA)
         self.rows += batch.num_rows
         self._pending.append(batch)

@@ -11,10 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from job.data.readers import format_of, read_blocks
+from job.data.readers import read_blocks
 from job.data.row_blocks import Row
 from job.errors import UsageError
-from job.spec.fields import FILE_EXTENSIONS, SAMPLES
+from job.spec.fields import FILE_EXTENSIONS, SAMPLES, names_a_file
 from job.spec.pinning import NONE, Revisions, resolve_commit, source_key
 from job.spec.schema import Source
 from job.storage.base import Store, file_sha256
@@ -84,14 +84,15 @@ def _local_files(source: Source) -> list[SourceFile]:
     path = Path(source.dataset)
     if path.is_dir():
         inside = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
-        return [_local_file(path / name, str(path / name)) for name in _choose(source, inside)]
-    if format_of(path.name) is None:
-        raise UsageError(
-            f"{source.dataset}: cannot tell the format; name it "
-            f"{', '.join(sorted(FILE_EXTENSIONS))}"
-        )
+        readme = (path / CARD_FILE).read_bytes() if CARD_FILE in inside else None
+        chosen = _choose(source, inside, readme)
+        return [_local_file(path / name, str(path / name)) for name in chosen]
     if not path.is_file():
-        raise UsageError(f"there is no file {source.dataset}")
+        raise UsageError(f"there is no file or folder {source.dataset}")
+    if not names_a_file(source.dataset):
+        raise UsageError(
+            f"{source.dataset}: cannot tell the format; name it {', '.join(FILE_EXTENSIONS)}"
+        )
     return [_local_file(path, source.dataset)]
 
 
@@ -109,11 +110,13 @@ def _choose(source: Source, paths: list[str], readme: bytes | None = None) -> li
 
 
 def _bucket_files(source: Source) -> list[SourceFile]:
-    if source.data_files is None:
+    if names_a_file(source.dataset):
         folder, _, name = source.dataset.rpartition("/")
         return [_bucket_file(open_store(folder), name)]
     store = open_store(source.dataset)
-    return [_bucket_file(store, name) for name in _choose(source, store.list())]
+    return [
+        _bucket_file(store, name) for name in _choose(source, store.list(), store.read(CARD_FILE))
+    ]
 
 
 def _bucket_file(store: Store, key: str) -> SourceFile:

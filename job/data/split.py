@@ -1,15 +1,19 @@
 """The split into training and held-out examples, by seeded hashes.
 
-Each example has a key, a seeded hash of its letters and digits. The examples with the smallest
-keys are held out, the next are trained on. The choice does not depend on the order or storage of
-the rows, and needs a few bytes per example. Near-duplicates, which differ only in case, spacing or
-punctuation, share a key: no training example has a near-duplicate among the held-out ones.
+Each example has a key, a seeded hash of its letters and digits, and a group: the examples with the
+same letters and digits in their opening prompt, or what the column `data.group` names. Groups come
+in the order of their smallest key. Of the first groups one example per opening prompt is held out;
+the other groups are trained on. So no held-out prompt, no conversation that begins like a held-out
+one, and no near-duplicate is trained on, unless `data.group` keeps them apart: these are counted.
+The choice does not depend on the order or storage of the rows, and needs a few bytes per example.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from job.errors import UsageError
 
@@ -17,23 +21,23 @@ _CHUNK = 65_536
 """Keys computed at a time, to keep intermediate arrays small."""
 
 
-def sample_keys(seed: int, groups: np.ndarray) -> np.ndarray:
+def sample_keys(seed: int, hashes: np.ndarray) -> np.ndarray:
     """Compute the keys that order examples at random, equal on every machine.
 
-    Each is SplitMix64 (Steele, Lea and Flood 2014) of the group and the seed, so that different
-    groups never share a key.
+    Each is SplitMix64 (Steele, Lea and Flood 2014) of the hash and the seed, so that different
+    hashes never share a key.
 
     Args:
         seed: of the random order.
-        groups: uint64 `[n]`, the hash of each example's letters and digits.
+        hashes: uint64 `[n]`, of each example's letters and digits.
 
     Returns:
         uint64 `[n]`.
     """
     start = _mix(np.array([seed], np.uint64))
-    keys = np.empty_like(groups)
-    for at in range(0, len(groups), _CHUNK):
-        keys[at : at + _CHUNK] = _mix(groups[at : at + _CHUNK] ^ start)
+    keys = np.empty_like(hashes)
+    for at in range(0, len(hashes), _CHUNK):
+        keys[at : at + _CHUNK] = _mix(hashes[at : at + _CHUNK] ^ start)
     return keys
 
 
@@ -54,58 +58,48 @@ class Split:
 
     train: np.ndarray
     validation: np.ndarray
+    left_out: int
+    """The number of examples on neither side because their group has a held-out one."""
+    shared_prompts: int
+    """The number of held-out examples whose opening prompt is trained on too, in another group."""
 
 
-def split(
-    seed: int,
-    hashes: np.ndarray,
-    groups: np.ndarray,
-    train: int | Literal["all"],
-    validation: int,
-) -> Split:
+def split(seed: int, hashes: np.ndarray, train: int | Literal["all"], validation: int) -> Split:
     """Choose training and held-out examples.
 
     Args:
         seed: of the random order.
-        hashes: uint64 `[n]`, of each example's content.
-        groups: uint64 `[n]`, of its letters and digits.
+        hashes: uint64 `[4, n]`, those of `filters.content_hashes`.
         train: number of training examples.
         validation: number of held-out examples.
 
     Raises:
         UsageError: there are fewer examples than the spec requests.
     """
-    keys = sample_keys(seed, groups)
-    indices = _smallest(keys, None if train == "all" else train + validation, validation)
-    order = indices[np.lexsort((indices, hashes[indices], keys[indices]))]
-    is_first = np.ones(len(order), bool)
-    is_first[1:] = keys[order][1:] != keys[order][:-1]
-    firsts = np.flatnonzero(is_first)
-    held_out = order[firsts[:validation]]
-    after = firsts[validation] if len(firsts) > validation else len(order)
-    trained = order[after:]
-    if len(held_out) < validation or len(trained) < (1 if train == "all" else train):
+    exact, normal, prompts, groups = hashes
+    order = np.lexsort((exact, sample_keys(seed, normal)))
+    ranks = _first_seen(groups[order])
+    by_group = np.argsort(ranks, kind="stable")
+    codes = _first_seen(prompts[order[by_group]])
+    one_per_prompt = np.flatnonzero(np.diff(np.maximum.accumulate(codes), prepend=-1))
+    chosen = by_group[one_per_prompt[:validation]]
+    held_out = order[chosen]
+    others = order[ranks > ranks[chosen].max(initial=-1)]
+    if len(held_out) < validation or len(others) < (1 if train == "all" else train):
         raise UsageError(
             f"data: the spec requests {train} training and {validation} held-out examples, but "
-            f"the dataset has {len(hashes)} usable rows, {len(held_out) + len(trained)} of them "
-            "after near-duplicates across the split are left out; lower data.train_examples or "
-            "data.validation_examples"
+            f"the dataset has {len(order)} usable rows with {len(one_per_prompt)} different "
+            f"opening prompts in {ranks.max(initial=-1) + 1} groups, and a group is never on both "
+            "sides; lower data.train_examples or data.validation_examples, or name in data.group "
+            "the column that says which rows belong together"
         )
-    return Split(trained if train == "all" else trained[:train], held_out)
+    trained = others if train == "all" else others[:train]
+    known = pc.is_in(pa.array(prompts[trained]), pa.array(prompts[held_out]))
+    shared = np.isin(prompts[held_out], prompts[trained][known.to_numpy(zero_copy_only=False)])
+    left_out = len(order) - len(others) - len(held_out)
+    return Split(trained, held_out, left_out, int(shared.sum()))
 
 
-def _smallest(keys: np.ndarray, examples: int | None, held_out: int) -> np.ndarray:
-    """Return indices of the smallest keys, enough for so many examples in all and held out."""
-    count = len(keys)
-    size = count if examples is None else examples
-    while True:
-        size = min(count, 2 * size)
-        if size == count:
-            return np.arange(count)
-        limit = np.partition(keys, size)[size]
-        indices = np.flatnonzero(keys <= limit)  # complete groups
-        # One example of each held-out group is taken, its near-duplicates are left out.
-        groups, sizes = np.unique(keys[indices], return_counts=True)
-        left_out = int(sizes[:held_out].sum()) - min(held_out, len(groups))
-        if len(groups) > held_out and len(indices) - left_out >= (examples or 0):
-            return indices
+def _first_seen(values: np.ndarray) -> np.ndarray:
+    """Number the different values in the order of their first appearance: uint64 to int `[n]`."""
+    return np.asarray(pa.array(values).dictionary_encode().indices)

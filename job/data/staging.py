@@ -18,6 +18,7 @@ import numpy as np
 
 from job.data.columnar import ExampleColumns, to_columns
 from job.data.dataset import (
+    HASHES,
     MANIFEST,
     FileInfo,
     Manifest,
@@ -39,7 +40,7 @@ from job.data.filters import (
     text_stats,
 )
 from job.data.readers import read_blocks
-from job.data.row_blocks import Block, FilePosition, Row
+from job.data.row_blocks import Block, Row
 from job.data.shard_writer import OpenShard
 from job.data.sources import RowSource
 from job.errors import UsageError
@@ -51,7 +52,7 @@ from job.spec.schema import Data
 from job.storage.base import Store
 from job.storage.lease import Lease, LeaseHeldError, hold_lease
 
-STAGING_VERSION = 4
+STAGING_VERSION = 5
 """Part of every key; increment it when the same rows are staged differently."""
 
 SHARD_ROWS = 16_384
@@ -70,7 +71,7 @@ def staging_key(data: Data, rows: RowSource) -> str:
     """Return a digest of everything the staged rows depend on."""
     mapping = data.model_dump(
         mode="json",
-        include={"dataset", "config", "split", "prompt", "response", "system", "messages"}
+        include={"dataset", "config", "split", "prompt", "response", "system", "messages", "group"}
         | {"drop_duplicates", "checks"},
     )
     files = [[Path(file.name).name, file.identity] for file in rows.files]
@@ -85,7 +86,7 @@ class StagedDataset:
     manifest: Manifest
     files: ShardFiles
     hashes: np.ndarray
-    """Hashes and groups of all examples, uint64 `[2, examples]`."""
+    """Hashes of all examples, uint64 `[4, examples]`; see `content_hashes`."""
 
 
 def stage_rows(
@@ -134,8 +135,8 @@ def _load(manifest: Manifest, files: ShardFiles) -> StagedDataset:
     return StagedDataset(manifest, files, _concatenate(hashes))
 
 
-def _concatenate(pairs: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(pairs, axis=1) if pairs else np.zeros((2, 0), np.uint64)
+def _concatenate(hashes: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(hashes, axis=1) if hashes else np.zeros((len(HASHES), 0), np.uint64)
 
 
 @contextlib.contextmanager
@@ -187,7 +188,7 @@ class _Stager:
         self._storing: Future[None] | None = None
         self._evicted = 0
         self.hashes: list[np.ndarray] = []
-        """Hashes and groups of the examples so far, in order: uint64 `[2, examples]` each."""
+        """Hashes of the examples so far, in order: uint64 `[4, examples]` each."""
         self.rows_read = 0
 
     def run(self) -> Manifest:
@@ -195,10 +196,10 @@ class _Stager:
         self._shards = complete_shards(self._store)
         if self._shards:
             logs.get().info("resumed staging", shards=len(self._shards))
-            for pair in self._files.read_hashes(self._shards):
+            for hashes in self._files.read_hashes(self._shards):
                 self._check_stop()
-                self._filter.remember(*pair)
-                self.hashes.append(pair)
+                self._filter.remember(*hashes[:2])
+                self.hashes.append(hashes)
         # One thread for each kind of work, so that everything stays in order.
         with contextlib.ExitStack() as stack:
             threads = _Threads(*(stack.enter_context(Threads(1)) for _ in range(4)))
@@ -210,21 +211,24 @@ class _Stager:
 
     def _stage(self, threads: "_Threads", advance: Advance) -> None:
         shard = OpenShard(self._work, len(self._shards), threads.write)
-        blocks = prefetch(self._blocks(), threads.read)
+        file, row = (self._shards[-1].file, self._shards[-1].row) if self._shards else (0, 0)
+        blocks = prefetch(self._blocks(file, row), threads.read)
         for number, checked in delay(self._checked(blocks, threads.check), _PENDING_CHECKS):
             self._check_stop()
             if checked is None:  # the end of a file
-                shard.file, shard.position = number + 1, FilePosition()
+                row = 0
+                shard.file, shard.row = number + 1, row
                 continue
             if self._is_full(shard):
                 shard = self._next(shard, threads)
-            result = self._filter.apply(checked.stats, checked.flags.result(), *checked.hashes)
+            result = self._filter.apply(checked.stats, checked.flags.result(), *checked.hashes[:2])
             self._count(shard.tally, checked, result)
             hashes = checked.hashes[:, result.keep]
             self.hashes.append(hashes)
-            shard.write(checked.examples.take(result.keep), *hashes)
+            shard.write(checked.examples.take(result.keep), hashes)
             shard.lengths.append(checked.stats.lengths[:, result.keep])
-            shard.file, shard.position = number, checked.block.end
+            row += len(checked.block)
+            shard.file, shard.row = number, row
             self.rows_read += len(checked.block)
             advance(len(checked.block))
             self._require_examples(shard, _MAX_UNUSABLE_ROWS)
@@ -236,17 +240,14 @@ class _Stager:
     def _is_full(shard: "OpenShard") -> bool:
         return shard.tally.raw >= SHARD_ROWS or shard.tally.text_bytes >= SHARD_BYTES
 
-    def _blocks(self) -> Iterator[tuple[int, Block | None]]:
-        """Yield the blocks after the last complete shard, and None at the end of each file."""
-        first, position = 0, FilePosition()
-        if self._shards:
-            first, position = self._shards[-1].file, self._shards[-1].position
+    def _blocks(self, first: int, skip: int) -> Iterator[tuple[int, Block | None]]:
+        """Yield the blocks from a file and row on, and None at the end of each file."""
         for number in range(first, len(self._rows.files)):
             file = self._rows.files[number]
-            for block in read_blocks(file.fetch(), file.name, position, self._mapper.fields):
+            for block in read_blocks(file.fetch(), file.name, skip, self._mapper.fields):
                 yield number, block
             yield number, None
-            position = FilePosition()
+            skip = 0
 
     def _checked(
         self, blocks: Iterator[tuple[int, Block | None]], thread: Threads
@@ -259,7 +260,8 @@ class _Stager:
                 examples = to_columns(block, self._mapper)
                 stats = text_stats(examples, self._data.checks)
                 flags = thread.submit(find_flags, stats)
-                yield number, _CheckedBlock(block, examples, stats, flags, content_hashes(stats))
+                hashes = content_hashes(examples, stats)
+                yield number, _CheckedBlock(block, examples, stats, flags, hashes)
 
     def _count(self, tally: RowTally, checked: "_CheckedBlock", result: FilterResult) -> None:
         block, examples, stats = checked.block, checked.examples, checked.stats
@@ -361,4 +363,4 @@ class _CheckedBlock(NamedTuple):
     stats: TextStats
     flags: Future[Flags]
     hashes: np.ndarray
-    """`filters.content_hashes`, uint64 `[2, examples]`."""
+    """`filters.content_hashes`, uint64 `[4, examples]`."""

@@ -58,9 +58,7 @@ def run_stage(run: Run) -> DataInfo:
         usable &= clean
     numbers = np.flatnonzero(usable)
     hashes = staged.hashes if usable.all() else staged.hashes[:, numbers]
-    chosen = split(
-        run.spec.seed, hashes[0], hashes[1], data.train_examples, data.validation_examples
-    )
+    chosen = split(run.spec.seed, hashes, data.train_examples, data.validation_examples)
     parts = {TRAIN_EXAMPLES: chosen.train, VALIDATION_EXAMPLES: chosen.validation}
     samples = {key: numbers[indices] for key, indices in parts.items()}
     paths = {key: run.work / Path(key).name for key in samples}
@@ -77,6 +75,9 @@ def run_stage(run: Run) -> DataInfo:
         ),
         train=len(chosen.train),
         validation=len(chosen.validation),
+        grouped_by=data.group,
+        left_out=chosen.left_out,
+        shared_prompts=chosen.shared_prompts,
         neutralised=tally.found.get(CHAT_MARKUP, 0),
         found=dict(sorted(tally.found.items())),
     )
@@ -90,6 +91,8 @@ def run_stage(run: Run) -> DataInfo:
         flagged=info.found,
         train=info.train,
         validation=info.validation,
+        left_out=info.left_out,
+        shared_prompts=info.shared_prompts,
         rows_per_second=round(info.rows.raw / max(seconds, 1e-9)),
     )
     return info

@@ -247,6 +247,11 @@ def caveats(results: Results) -> Iterator[str]:
         for name, rouge in ordered(dialogue.models):
             if rouge.rougeL.ci95[0] <= trivial:
                 yield f"ROUGE-L of {model_label(name)} is not measurably above trivial baselines."
+    if shared := results.data.shared_prompts:
+        yield (
+            f"{shared:,} of {results.data.validation:,} held-out examples have an opening prompt "
+            f"that is trained on too: data.group separates them by {results.data.grouped_by}."
+        )
     if truncated := results.training.truncated:
         yield f"{truncated:,} training examples were longer than the limit and were truncated."
     if results.reference.status != "skipped":

@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from job.spec.fields import (
-    FILE_EXTENSIONS,
     SAMPLES,
     Dataset,
     OptionalTemplate,
@@ -27,16 +26,16 @@ class Source(Section):
     """A dataset of training examples or evaluation questions."""
 
     dataset: Dataset = Field(
-        description="hf://owner/name, a .json, .jsonl, .csv or .parquet file (local or "
-        "gs://bucket/path), a folder or prefix with `data_files`, or `samples`."
+        description="hf://owner/name, a .json, .jsonl, .csv, .tsv, .parquet or .arrow file or a "
+        "folder (local or gs://bucket/path), or `samples`."
     )
     revision: str | None = Field(None, description="Commit, tag or branch of a Hub dataset.")
     config: str | None = Field(None, description="Configuration name of a Hub dataset.")
-    split: str = Field("train", description="Split of a Hub dataset.")
+    split: str = Field("train", description="Split of a Hub dataset or a folder.")
     data_files: list[str] | None = Field(
         None,
-        description="Files to read, or glob patterns, in the repository, folder or prefix; for a "
-        "Hub dataset they replace its own layout.",
+        description="Files to read, or glob patterns, in the repository, folder or prefix; they "
+        "replace its own layout.",
     )
 
     @model_validator(mode="after")
@@ -46,16 +45,9 @@ class Source(Section):
         for key in ("revision", "config"):
             if getattr(self, key) is not None:
                 raise ValueError(f"`{key}` applies to an hf:// dataset only; remove it")
-        is_file = self.dataset == SAMPLES or names_a_file(self.dataset)
-        if self.data_files is not None and is_file:
+        if self.data_files is not None and (self.dataset == SAMPLES or names_a_file(self.dataset)):
             raise ValueError(
                 "`data_files` applies to an hf:// dataset, a folder or a gs:// prefix; remove it"
-            )
-        if self.data_files is None and not is_file:
-            raise ValueError(
-                f"`dataset`: cannot tell the format of {self.dataset!r}; a file ends in "
-                f"{', '.join(FILE_EXTENSIONS)}, a folder needs `data_files`, "
-                "a dataset on the Hub is hf://owner/name"
             )
         return self
 
@@ -106,6 +98,12 @@ class Data(Source):
     )
     system: OptionalTemplate | None = Field(
         None, description="System prompt before every prompt; may hold {column} names."
+    )
+    group: str | None = Field(
+        None,
+        min_length=1,
+        description="Column that names what belongs together, such as a patient: its examples are "
+        "never on both sides of the split. Unset: examples with the same opening prompt.",
     )
     train_examples: Positive | Literal["all"] = Field(
         "all", description="Examples to train on, sampled by a seeded hash of the row."

@@ -1,11 +1,12 @@
 """Field types of the spec: numbers, names, datasets, outputs and text templates.
 
-A template is text with plain `{field}` names and no other feature of Python's format strings: a
-spec must never reach into Python objects.
+A template is text with names of columns in braces. It is no format string of Python: a spec must
+never reach into Python objects.
 """
 
 import re
 import string
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import (
@@ -20,17 +21,21 @@ SAMPLES = "samples"
 TINY, SMOLLM2 = BUILT_PRESETS = ("tiny", "smollm2-135m-instruct")
 """Values of `preset` for models that this job builds; no other program knows these names."""
 
-FILE_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+FILE_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 """Extensions of files that rows can be read from."""
 
 COMPRESSIONS = ("", ".gz", ".zst", ".bz2")
-"""Extensions of compressed files, which may follow; not for Parquet."""
+"""Extensions of compressed files, which may follow; not for Parquet and Arrow."""
 
 LETTERS = string.ascii_uppercase
 LM_EVAL = "lm-eval"
 """Value of `prompt` for lm-evaluation-harness's MedMCQA prompt."""
 
 HUB = r"hf://[\w.-]+/[\w.-]+"
+_BRACES = re.compile(r"\{\{|\}\}|\{(?P<field>[^{}]*)\}|[{}]")
+_COLUMN = re.compile(r""" *[^\s"'][^\n]*""")
+"""A column; JSON that was meant as text is none."""
+
 _NAME = r"^[a-z0-9]([a-z0-9._-]*[a-z0-9])?$"
 Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=63)]
 
@@ -40,37 +45,47 @@ def is_template_file(name: str) -> bool:
     return "/" in name or name.endswith(".jinja")
 
 
-def template_fields(template: str) -> list[str]:
-    """Return the field names of a text template, in order.
+def template_parts(template: str) -> tuple[list[str], list[str]]:
+    """Split a template into the texts around its fields (one more than fields) and the fields.
 
-    A template is text with `{field}` in it; `{{` and `}}` stand for braces.
+    A field is the name of a column in braces; `{{` and `}}` stand for braces.
 
     Raises:
-        ValueError: it has more than plain field names: attributes, indices, conversions or
-            formats.
+        ValueError: a brace has no partner, or what it encloses names no column.
     """
-    fields = []
-    for _, field, form, conversion in string.Formatter().parse(template):
-        if field is None:
-            continue
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ -]*", field) or form or conversion:
-            shown = field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+    literals, fields, at = [""], [], 0
+    for match in _BRACES.finditer(template):
+        literals[-1] += template[at : match.start()]
+        at = match.end()
+        if match[0] in ("{{", "}}"):
+            literals[-1] += match[0][0]
+        elif match["field"] is None:
             raise ValueError(
-                f"the template may hold only plain field names, like {{question}}; got {{{shown}}}"
+                f"the template {template!r} has unbalanced braces; write {{{{ or }}}} for a brace "
+                "of the text"
             )
-        fields.append(field)
-    return fields
-
-
-def template_parts(template: str) -> tuple[list[str], list[str]]:
-    """Split a template into the texts around its fields (one more than fields) and the fields."""
-    literals, fields = [""], []
-    for literal, field, _, _ in string.Formatter().parse(template):
-        literals[-1] += literal
-        if field is not None:
-            fields.append(field)
+        elif not _COLUMN.fullmatch(match["field"]):
+            raise ValueError(
+                "the template may hold columns in braces, like {question}, and braces of the text "
+                f"twice, like {{{{; got {match[0]}"
+            )
+        else:
+            fields.append(match["field"])
             literals.append("")
+    literals[-1] += template[at:]
     return literals, fields
+
+
+def template_fields(template: str) -> list[str]:
+    """Return the columns that a template names, in order; see `template_parts`."""
+    return template_parts(template)[1]
+
+
+def fill_template(template: str, texts: Sequence[str]) -> str:
+    """Return a template with a text in place of each of its fields."""
+    literals, _ = template_parts(template)
+    pairs = zip(literals, [*texts, ""], strict=True)
+    return "".join(part for pair in pairs for part in pair)
 
 
 def names_a_file(dataset: str) -> bool:
@@ -80,18 +95,10 @@ def names_a_file(dataset: str) -> bool:
 
 
 def _check_template(value: object) -> object:
-    if isinstance(value, str):
-        try:
-            fields = template_fields(value)
-        except ValueError as error:
-            if "template may hold" in str(error):
-                raise
-            raise ValueError(f"the template {value!r} has unbalanced braces ({error})") from None
-        if not fields:
-            raise ValueError(
-                f"the template {value!r} names no field; "
-                "write a column in braces, like {question}"
-            )
+    if isinstance(value, str) and not template_fields(value):
+        raise ValueError(
+            f"the template {value!r} names no field; write a column in braces, like {{question}}"
+        )
     return value
 
 

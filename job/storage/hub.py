@@ -205,7 +205,7 @@ class Repository:
         if isinstance(error, errors.RepositoryNotFoundError) or no_repository:
             return UsageError(
                 f"there is no {self.kind} {SCHEME}{self.name}, or it is private: check the name, "
-                f"or set HF_TOKEN ({token})"
+                f"ask for access at {self.page}, or set HF_TOKEN ({token})"
             )
         if isinstance(error, errors.EntryNotFoundError):
             return StageError(

@@ -16,7 +16,7 @@ from job.data.examples import (
     normal_form,
     opening,
 )
-from job.data.row_blocks import ArrowBlock, FilePosition, RowBlock
+from job.data.row_blocks import ArrowBlock, RowBlock
 from job.spec.schema import Data
 from tests.conversations import turns
 
@@ -66,7 +66,7 @@ def examples_of(mapped: ExampleColumns) -> list[tuple[int, Example]]:
 def test_columns_give_what_rows_give(rows: list[dict[str, Any]], spec: dict[str, str]) -> None:
     data = Data(dataset="samples", **spec)
     expected, dropped = by_row(rows, data)
-    mapped = to_columns(RowBlock(rows, FilePosition()), ExampleMapper(data))
+    mapped = to_columns(RowBlock(rows), ExampleMapper(data))
     assert examples_of(mapped) == expected
     assert sorted(mapped.dropped) == dropped
 
@@ -76,11 +76,23 @@ def test_columns_give_what_rows_give(rows: list[dict[str, Any]], spec: dict[str,
 def test_columns_of_a_file_give_the_same(rows: list[dict[str, Any]], spec: dict[str, str]) -> None:
     data = Data(dataset="samples", **spec)
     schema = pa.schema([(name, pa.string()) for name in "abc"])
-    block = ArrowBlock(pa.RecordBatch.from_pylist(rows, schema), FilePosition())
+    block = ArrowBlock(pa.RecordBatch.from_pylist(rows, schema))
     expected, dropped = by_row(rows, data)
     mapped = to_columns(block, ExampleMapper(data))
     assert examples_of(mapped) == expected
     assert sorted(mapped.dropped) == dropped
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.int64()])
+def test_the_group_of_columns_is_that_of_rows(kind: pa.DataType) -> None:
+    data = Data(dataset="samples", **SPECS[0], group="g")
+    rows = [{"a": "a", "b": "b", "g": str(n) if kind == pa.string() else n} for n in range(3)]
+    rows.append({"a": "a", "b": "b", "g": None})
+    schema = pa.schema([("a", pa.string()), ("b", pa.string()), ("g", kind)])
+    for block in (RowBlock(rows), ArrowBlock(pa.RecordBatch.from_pylist(rows, schema))):
+        mapped = to_columns(block, ExampleMapper(data))
+        assert mapped.groups.to_pylist() == ["0", "1", "2"]
+        assert mapped.dropped == [(3, "null in 'g'")]
 
 
 def chat(*messages: tuple[str, Any], keys: tuple[str, str] = ("role", "content")) -> dict[str, Any]:

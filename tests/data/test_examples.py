@@ -1,13 +1,19 @@
 """A row becomes an example or is dropped for a reason that can be counted; nothing in between."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from job.data.columnar import to_columns
 from job.data.examples import ExampleMapper, RowDroppedError, field_text, fill
-from job.spec.schema import Data
+from job.data.row_blocks import ArrowBlock, RowBlock
+from job.evals.tasks import load_task
+from job.spec.schema import Data, MultipleChoiceEval
 from tests.conversations import conversation
 
 ROW = {"instruction": "Be brief.", "input": "My knee hurts.", "output": "Rest it."}
@@ -88,8 +94,46 @@ def test_braces_and_percent_signs_in_a_row_are_text(first: str, second: str) -> 
     assert filled == f"[{row['a']}|{row['b']}] {{a}}"
 
 
-def test_columns_with_spaces_can_be_named() -> None:
-    assert fill("{Question Text}", {"Question Text": "a"}) == "a"
+COLUMNS = [
+    "Question Text",
+    "问题",
+    "a.text",
+    "1_q",
+    "Frage (de):",
+    "a[0]",
+    "a!r",
+    "a.__class__",
+    "-",
+]
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_any_column_can_be_named_in_braces(name: str, tmp_path: Path) -> None:
+    row = {name: "x", "a": "wrong"}
+    template = f"{{{{{name}}}}} {{{name}}}"
+    assert fill(template, row) == f"{{{name}}} x"
+    data = Data(dataset="samples", prompt=template, response=template, system=template)
+    block = ArrowBlock(pa.RecordBatch.from_pylist([row]))
+    for rows in (block, RowBlock([row])):
+        columns = to_columns(rows, ExampleMapper(data))
+        assert columns.batch["prompt"].to_pylist() == [f"{{{name}}} x"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    entry = MultipleChoiceEval(
+        name="exam", dataset=str(path), question=template, options=["a", name], answer=name,
+        answer_is="text",
+    )  # fmt: skip
+    (question,) = load_task(entry).questions
+    assert (question.text, question.options, question.gold) == (
+        f"{{{name}}} x",
+        ("wrong", "x"),
+        "B",
+    )
+
+
+def test_what_reaches_into_python_is_a_column() -> None:
+    with pytest.raises(RowDroppedError, match=r"no column 'a\.__class__'"):
+        fill("{a.__class__}", {"a": "x"})
 
 
 def test_the_id_is_of_the_content_alone() -> None:

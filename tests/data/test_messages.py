@@ -341,7 +341,7 @@ def numbered(number: int, *replies: Row, **columns: Any) -> Row:
 
 def test_tools_are_left_out_before_the_split_is_drawn(tmp_path: Path) -> None:
     rows = [numbered(n, REPLY) for n in range(30)]
-    rows += [numbered(n, reply(weight=0), C, D) for n in range(10)]
+    rows += [numbered(n, reply(weight=0), C, D) for n in range(30, 40)]
     rows += [numbered(n, reply(tool_calls=[CALL]), tools=[TOOL]) for n in range(7)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     info = stage(spec_of(str(tmp_path / "out"), str(path), messages="m", train_examples=30))

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,15 +127,15 @@ def test_a_csv_row_that_ends_early_has_nulls(tmp_path: Path) -> None:
         ("rows.jsonl", b'{"a": 1}\n{"a": \n', r"rows\.jsonl:2: not valid JSON"),
         ("rows.jsonl", b'{"a": 1}\n\n[1, 2]\n', r"rows\.jsonl:3: a row must be an object"),
         ("rows.jsonl", b'{"a": 1}\n"text"\n', r"rows\.jsonl:2: a row must be an object"),
-        ("rows.jsonl", b'[{"a": 1}]\n', r"rows\.jsonl:1: a row must be an object"),
-        ("rows.json", b'[\n{"a": 1},\n{"a": }\n]', r"rows\.json: row 1: not valid JSON"),
-        ("rows.json", b'[{"a": 1} {"a": 2}]', r"rows\.json: .*expected ',' after row 0"),
-        ("rows.json", b'[{"a": 1},]', r"rows\.json: .*nothing after the last ','"),
-        ("rows.json", b'[,{"a": 1}]', r"rows\.json: .*',' before the first row"),
-        ("rows.json", b'[{"a": 1}', r"rows\.json: .*the array has no end"),
-        ("rows.json", b'[{"a": 1}] x', r"rows\.json: .*text after the end of the array"),
-        ("rows.json", b'[{"a": 1}, 5]', r"rows\.json: row 1: a row must be an object"),
-        ("rows.json", b"", r"rows\.json: not valid JSON"),
+        ("rows.json", b'[\n{"a": 1},\n{"a": }\n]', r"rows\.json:3: not valid JSON"),
+        ("rows.json", b'[{"a": 1} {"a": 2}]', r"rows\.json:1: .*expected ',' before the row"),
+        ("rows.json", b'[{"a": 1},]', r"rows\.json:1: .*nothing after the last ','"),
+        ("rows.json", b'[,{"a": 1}]', r"rows\.json:1: .*Expecting value"),
+        ("rows.json", b'[{"a": 1}', r"rows\.json:1: .*the array has no end"),
+        ("rows.json", b'[{"a": 1}] x', r"rows\.json:1: .*text after the end of the array"),
+        ("rows.json", b'[{"a": 1}, 5]', r"rows\.json:1: a row must be an object"),
+        ("rows.jsonl", b'[{"a": 1}]\n{"a": 2}', r"rows\.jsonl:2: .*text after the end"),
+        ("rows.json", b'{"a":' + b"[" * 10**5, r"rows\.json:1: not valid JSON: nested too deep"),
         ("rows.csv", b"a,b\n1,2,3\n", r"rows\.csv:2: more fields than the header names"),
         ("rows.csv", b'a,b\n"1"2,3\n', r"rows\.csv: not a readable CSV file"),
         ("rows.parquet", b"a,b\n1,2\n", r"rows\.parquet: not a readable Parquet file"),
@@ -152,12 +153,106 @@ def test_a_bad_file_says_what_is_wrong_and_where(
 def test_bytes_that_are_not_utf8_become_lone_surrogates(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b'{"a": "\xff"}\n{"a": "b"}\n')
     (tmp_path / "rows.json").write_bytes(b'[{"a": "\xff"}, {"a": "b"}]')
-    (tmp_path / "rows.csv").write_bytes(b"a\n\xff\nb\n")
+    (tmp_path / "rows.csv").write_bytes("a\n\udcff\nb\n\u00e9\n".encode("utf-8", "surrogateescape"))
     for name in ("rows.jsonl", "rows.json", "rows.csv"):
-        first, second = read(tmp_path / name)
+        first, second, *_ = read(tmp_path / name)
         assert second == {"a": "b"}
         with pytest.raises(UnicodeEncodeError):
             first["a"].encode()
+
+
+LATIN = [{"input": "Déjà vu; «ça»", "output": "5 € – “café”"}, {"input": "a\tb", "output": "ö"}]
+"""Rows that Windows-1252 can write."""
+
+
+def as_dialect(rows: Rows, delimiter: str, encoding: str) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["input", "output"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode(encoding)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize(
+    ("encoding", "rows"),
+    [("utf-8-sig", ROWS), ("utf-16", ROWS), ("utf-16-le", ROWS), ("utf-16-be", ROWS),
+     ("cp1252", LATIN)],
+)  # fmt: skip
+def test_a_csv_is_read_in_the_dialect_it_is_written_in(
+    encoding: str, rows: Rows, delimiter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("rows.csv", "rows.tsv"):
+        (tmp_path / name).write_bytes(as_dialect(rows, delimiter, encoding))
+        assert read(tmp_path / name) == rows
+    shown = capsys.readouterr().out
+    assert ("CSV dialect" in shown) == ((encoding, delimiter) != ("utf-8-sig", ","))
+    assert encoding == "utf-8-sig" or encoding in shown
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_json_is_read_in_any_unicode_encoding(name: str, encoding: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(WRITERS[name](ROWS).decode().encode(encoding))
+    assert read(tmp_path / name) == ROWS
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 226\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", b"a,b,a\n1,2,3\n", r"rows\.csv: the header names 'a' more than once"),
+        ("rows.csv", b"a,b\n1,2\na,b\n3,4\n", r"rows\.csv:3: the header is repeated"),
+        ("rows.csv", "a,b\n你好世界,b\n".encode("gbk"), r"rows\.csv: neither UTF-8, .*save it as"),
+        ("rows.csv", "a,b\n".encode("utf-16") + b"\0\xd8", r"rows\.csv: cannot be read: 'utf-16"),
+        *((f"rows.{kind}", LFS_POINTER, rf"rows\.{kind}: is a pointer of Git LFS.*git lfs pull")
+          for kind in ("json", "jsonl", "csv", "parquet", "arrow")),
+    ],
+)  # fmt: skip
+def test_a_file_people_meet_is_named_for_what_it_is(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path / name)
+
+
+def test_columns_without_a_name_may_repeat(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"a;b;;\n1;2;;\n")
+    assert read(tmp_path / "rows.csv") == [{"a": "1", "b": "2", "": ""}]
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:
+    rows = [{"input": str(n), "output": "b"} for n in range(3000)]
+    one, two = Dataset.from_list(rows), Dataset.from_list(ROWS)
+    one.save_to_disk(tmp_path / "one", num_shards=2)
+    (tmp_path / "one/cache-0123.arrow").write_bytes(
+        (tmp_path / "one").glob("d*.arrow").__next__().read_bytes()
+    )
+    DatasetDict(train=one, test=two).save_to_disk(tmp_path / "two")
+    assert read(tmp_path / "one") == read(tmp_path / "two") == rows
+    test = Source(dataset=str(tmp_path / "two"), split="test")
+    assert list(open_source(test, "questions")) == ROWS
+    with pytest.raises(UsageError, match="has no split 'dev'; it has test, train"):
+        open_source(Source(dataset=str(tmp_path / "two"), split="dev"), "questions")
+
+
+def test_a_folder_is_read_by_its_layout(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(as_jsonl(ROWS))
+    (tmp_path / "test.jsonl").write_bytes(as_jsonl(ROWS[:1]))
+    assert read(tmp_path) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("none", "there is no file or folder"), ("a.txt", "cannot tell the format")],
+)
+def test_what_is_no_file_of_rows_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path / name)
 
 
 def test_json_files_may_hold_consecutive_objects(
@@ -188,8 +283,8 @@ def test_reading_resumes_at_the_end_of_any_block(name: str, tmp_path: Path) -> N
     assert [row for block in blocks for row in block.rows()] == rows
     assert len(blocks) > 4
     for number in range(len(blocks)):
-        rest = list(read_blocks(path, name, blocks[number].end))
-        assert [b.end for b in rest] == [b.end for b in blocks[number + 1 :]]
+        rest = list(read_blocks(path, name, sum(map(len, blocks[: number + 1]))))
+        assert [len(b) for b in rest] == [len(b) for b in blocks[number + 1 :]]
         assert [b.rows() for b in rest[:1]] == [b.rows() for b in blocks[number + 1 :][:1]]
 
 
@@ -271,8 +366,9 @@ def test_most_rows_are_never_parsed_if_columns_are_enough(name: str, tmp_path: P
     ]
     assert [row for block in blocks for row in block.rows()] == rows
     for number in (1, 3):
-        rest = list(read_blocks(tmp_path / name, name, blocks[number].end, ["input", "output"]))
-        assert [b.end for b in rest] == [b.end for b in blocks[number + 1 :]]
+        skip = sum(map(len, blocks[: number + 1]))
+        rest = list(read_blocks(tmp_path / name, name, skip, ["input", "output"]))
+        assert [len(b) for b in rest] == [len(b) for b in blocks[number + 1 :]]
 
 
 def test_a_row_may_be_longer_than_a_block(tmp_path: Path) -> None:
@@ -294,9 +390,7 @@ def test_an_error_in_a_large_array_names_its_row(at: int, tmp_path: Path) -> Non
     place = content.index(b'"output"', at)
     content[place : place + 8] = b"'output'"
     (tmp_path / "rows.json").write_bytes(content)
-    with pytest.raises(
-        UsageError, match=r"rows\.json: row \d+: not valid JSON: Expecting property"
-    ):
+    with pytest.raises(UsageError, match=r"rows\.json:1: not valid JSON: Expecting property"):
         read(tmp_path / "rows.json")
 
 
@@ -331,7 +425,10 @@ seen = {
     "no split": read("org/lines", split="test"),
     "no config": read("org/lines", config="large"),
     "bad row": read("org/broken"),
+    "gated, without a token": read("org/gated"),
 }
+os.environ["HF_TOKEN"] = "hf_other"
+seen["gated, with another's token"] = read("org/gated")
 os.environ["HF_TOKEN"] = "hf_stand_in"
 seen["gated, with the token"] = read("org/gated")
 print(json.dumps(seen))
@@ -364,7 +461,7 @@ def test_hub_datasets_are_read_at_a_commit_or_refused(
     assert seen["other split"] == [table, ROWS[1:]]
     assert seen["gated, with the token"] == [gated, ROWS]
     for case, words in {
-        "missing": "there is no dataset hf://org/none, or it is private: check the name",
+        "missing": "private: check the name, ask for access at https://huggingface.co/datasets/",
         "no revision": "the dataset hf://org/lines has no revision 'v9'; see https://",
         "no split": "hf://org/lines has no split 'test'; it has train",
         "no config": "hf://org/lines has no config 'large'",
@@ -373,6 +470,10 @@ def test_hub_datasets_are_read_at_a_commit_or_refused(
         kind, message = seen[case]
         assert (case, kind) == (case, "UsageError")
         assert words in message
+    for token in ("without a token", "with another's token"):
+        kind, message = seen[f"gated, {token}"]
+        assert kind == "SetupError"
+        assert "accept its terms at https://huggingface.co/datasets/org/gated" in message
 
 
 def read_from(hub: Hub, home: Path, **variables: str) -> dict[str, list[Any]]:
@@ -511,6 +612,15 @@ def test_a_layout_that_does_not_fit_is_refused_with_the_way_out(
     given = {"split": "train"} | wanted
     with pytest.raises(UsageError, match=message):
         choose_files(["a.jsonl", "notes.txt"], where="hf://org/set", **given)
+
+
+SCRIPT = ["set.py", "raw/rows.json"]
+
+
+def test_a_loading_script_is_not_taken_for_its_files() -> None:
+    with pytest.raises(UsageError, match=r"a loading script \(set\.py\).*refs/convert/parquet"):
+        choose_files(SCRIPT, where="hf://org/set", split="train")
+    assert choose_files(SCRIPT, where="org/set", split="train", data_files=["raw/*"]) == SCRIPT[1:]
 
 
 def test_a_folder_without_rows_says_so() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.data.split import sample_keys, split
+from job.data.split import Split, sample_keys, split
 from job.errors import UsageError
 
 Size = int | Literal["all"]
@@ -25,8 +25,8 @@ def choose(
     numbers: list[int], train: Size, validation: int, seed: int = 0, twins: int = 1
 ) -> tuple[list[int], list[int]]:
     """The numbers chosen to train on and to hold out; each `twins` of them share a group."""
-    groups = hashes_of([number // twins for number in numbers])
-    chosen = split(seed, hashes_of(numbers), groups, train, validation)
+    near = hashes_of([number // twins for number in numbers])
+    chosen = split(seed, np.stack([hashes_of(numbers), near, near, near]), train, validation)
     return [numbers[i] for i in chosen.train], [numbers[i] for i in chosen.validation]
 
 
@@ -114,6 +114,61 @@ def test_the_choice_favours_no_row() -> None:
     counts = [chosen.count(n) for n in range(20)]
     assert sum(counts) == 1000
     assert 25 < min(counts) <= max(counts) < 80
+
+
+def choose_groups(
+    prompts: list[int], groups: list[int] | None, train: Size, validation: int, seed: int = 0
+) -> tuple[list[int], list[int], Split]:
+    """Split examples of different content, by their prompts or named groups."""
+    content = hashes_of(list(range(len(prompts))))
+    by = hashes_of(prompts) if groups is None else hashes_of(groups)
+    chosen = split(seed, np.stack([content, content, hashes_of(prompts), by]), train, validation)
+    return chosen.train.tolist(), chosen.validation.tolist(), chosen
+
+
+@pytest.mark.parametrize("train", [60, "all"])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_held_out_prompt_is_trained_on(train: Size, seed: int) -> None:
+    prompts = [number // 4 for number in range(160)]  # four answers to each
+    trained, held_out, chosen = choose_groups(prompts, None, train, 15, seed)
+    asked = [prompts[number] for number in held_out]
+    assert len(set(asked)) == 15
+    assert not {prompts[number] for number in trained} & set(asked)
+    assert (chosen.left_out, chosen.shared_prompts) == (45, 0)
+    assert len(trained) == (100 if train == "all" else 60)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_named_groups_are_never_on_both_sides(seed: int) -> None:
+    groups = [number // 20 for number in range(200)]
+    prompts = [number // 2 for number in range(200)]  # all within one group
+    trained, held_out, chosen = choose_groups(prompts, groups, "all", 25, seed)
+    assert {groups[n] for n in held_out}.isdisjoint(groups[n] for n in trained)
+    assert len({prompts[n] for n in held_out}) == len(held_out) == 25
+    assert (len({groups[n] for n in held_out}), len(trained)) == (3, 140)
+    assert (chosen.left_out, chosen.shared_prompts) == (35, 0)
+
+
+def test_prompts_that_named_groups_do_not_separate_are_counted() -> None:
+    groups = list(range(100))
+    prompts = [number % 50 for number in range(100)]  # each prompt is in two groups
+    trained, held_out, chosen = choose_groups(prompts, groups, "all", 10)
+    again = [n for n in held_out if prompts[n] in {prompts[m] for m in trained}]
+    assert chosen.shared_prompts == len(again) > 5
+    assert chosen.left_out == 100 - 10 - len(trained)
+
+
+def test_a_split_of_different_prompts_is_that_of_examples_alone() -> None:
+    trained, held_out, chosen = choose_groups(list(range(60)), None, "all", 10)
+    assert (trained, held_out) == choose(list(range(60)), "all", 10)
+    assert chosen.left_out == 0
+    key = sample_keys(0, hashes_of(list(range(60))))
+    assert held_out + trained == np.argsort(key).tolist()
+
+
+def test_too_few_prompts_are_refused_with_the_way_out() -> None:
+    with pytest.raises(UsageError, match=r"with 1 different opening prompts.*data\.group"):
+        choose_groups([0] * 50, None, "all", 2)
 
 
 def test_many_copies_of_one_row_take_no_other_rows_place() -> None:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from job.data import staging
+from job.data.examples import Example, normal_form
 from job.data.readers import read_blocks
 from job.data.split_files import iter_examples
 from job.errors import StageError, UsageError
@@ -116,6 +117,71 @@ def test_kept_duplicates_are_never_on_both_sides(tmp_path: Path) -> None:
     ]
     assert not sides[0] & sides[1]
     assert len(sides[1]) == 10
+
+
+def sides(folder: Path) -> list[list[Example]]:
+    """Training and held-out examples."""
+    return [list(iter_examples(folder / f"r/data/{n}.parquet")) for n in ("train", "validation")]
+
+
+def said(*texts: str) -> dict[str, Any]:
+    roles = ("user", "assistant") * len(texts)
+    return {"m": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
+
+
+def thought(number: int) -> dict[str, Any]:
+    row = said(text(number), text(number), "More?", "b")
+    row["m"][1]["reasoning_content"] = "Well."
+    return row
+
+
+SAME_PROMPT: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "answers": ([{"input": text(n // 3), "output": text(n)} for n in range(90)], {}),
+    "written in other ways": (
+        [{"input": text(n // 3).title() + "!" * (n % 3), "output": text(n)} for n in range(90)], {}
+    ),
+    "other system texts": (
+        [{"input": text(n // 3), "output": text(n), "s": f"Be {n}."} for n in range(90)],
+        {"system": "{s}"},
+    ),
+    "conversations": (
+        [said(text(n // 3), text(n), *[text(n + 500), "b"][: n % 3]) for n in range(90)],
+        {"messages": "m"},
+    ),
+    "thoughts and tools": (
+        [said(text(n // 3), text(n)) for n in range(60)] + [thought(n) for n in range(30)],
+        {"messages": "m"},
+    ),
+    "signs": ([{"input": "?" * (1 + n // 3), "output": text(n)} for n in range(90)], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAME_PROMPT)
+def test_no_held_out_prompt_is_trained_on(case: str, tmp_path: Path) -> None:
+    content, mapping = SAME_PROMPT[case]
+    path = write(tmp_path / "rows.json", content)
+    info = stage(spec_of(str(tmp_path / "out"), str(path), **mapping))
+    trained, held_out = (
+        {normal_form(next(m.content for m in e.messages if m.role == "user").encode())
+         or e.prompt for e in examples} for examples in sides(tmp_path / "out")
+    )  # fmt: skip
+    assert len(held_out) == 10
+    assert not trained & held_out
+    assert (info.left_out >= 10, info.shared_prompts) == (True, 0)
+    assert info.train + info.validation + info.left_out == info.rows.valid
+
+
+def test_a_column_names_what_belongs_together(tmp_path: Path) -> None:
+    content = [{**row, "patient": n // 10} for n, row in enumerate(rows(100))]
+    content += [{"input": text(n), "output": text(n), "patient": 99} for n in range(50)]
+    path = write(tmp_path / "rows.json", content)
+    info = stage(spec_of(str(tmp_path / "out"), str(path), group="patient"))
+    owner = {row["output"]: row["patient"] for row in content}
+    trained, held_out = ({owner[e.response] for e in each} for each in sides(tmp_path / "out"))
+    assert not trained & held_out
+    assert (info.grouped_by, info.shared_prompts > 0) == ("patient", True)
+    with pytest.raises(UsageError, match="no column 'doctor'"):
+        stage(spec_of(str(tmp_path / "out"), str(path), group="doctor"))
 
 
 @pytest.fixture(scope="module")

@@ -119,12 +119,9 @@ BAD = {
     "comments only": Bad("# nothing\n", "", "this is an empty file"),
     "list": Bad("- name: doctor\n", "", "this is a list"),
     "text": Bad("name\n", "", "this is a str"),
-    "attribute": Bad(with_prompt("{a.b}"), "data.prompt", "only plain field names"),
-    "dunder attribute": Bad(with_prompt("{a.__class__}"), "data.prompt", "got {a.__class__}"),
-    "index": Bad(with_prompt("{a[0]}"), "data.prompt", "got {a[0]}"),
-    "conversion": Bad(with_prompt("{a!r}"), "data.prompt", "got {a!r}"),
-    "format": Bad(with_prompt("{a:>9}"), "data.prompt", "got {a:>9}"),
-    "position": Bad(with_prompt("{}"), "data.prompt", "got {}"),
+    "no column": Bad(with_prompt("{}"), "data.prompt", "got {}"),
+    "blank column": Bad(with_prompt("{ }"), "data.prompt", "got { }"),
+    "JSON": Bad(with_prompt("{a} {'label': 1}"), "data.prompt", "got {'label': 1}"),
     "open brace": Bad(with_prompt("{a"), "data.prompt", "unbalanced braces"),
     "closing brace": Bad(with_prompt("{a} }"), "data.prompt", "unbalanced braces"),
     "no field": Bad(with_prompt("a {{b}}"), "data.prompt", "names no field"),
@@ -325,7 +322,7 @@ def test_contradicting_sections_are_reported_once(
     assert folder.names() == ["spec.yaml"]
 
 
-@pytest.mark.parametrize("name", ["not YAML", "dunder attribute", "key of a list item"])
+@pytest.mark.parametrize("name", ["not YAML", "blank column", "key of a list item"])
 def test_the_command_writes_nothing_for_a_wrong_spec(name: str, tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text(BAD[name].text, encoding="utf-8")
     run_and_refuse(tmp_path, "run", "spec.yaml", "--output", "runs", message=BAD[name].message)
@@ -359,7 +356,7 @@ model:
   lora: {rank: 0}
 data:
   dataset: samples
-  prompt: "{a.b}"
+  prompt: "{a}}"
 train:
   epochs: 1
   epochs: 2
