@@ -20,8 +20,8 @@ from job.evals.predictions import (
     SideLine,
     choice_line,
 )
+from job.evals.questions import Question
 from job.evals.tasks import (
-    Question,
     SideBySidePrompt,
     Task,
     letter_context,
@@ -45,7 +45,7 @@ class LocalModel:
         prompts, truncated = self.engine.encode(question_prompts(task))
         cache = self.caches.open(entry.name)
         if entry.scoring == "letters":
-            letters = questions[0].letters
+            letters = max((question.letters for question in questions), key=len)
             tokens = self.tokenizer.letter_tokens(letters, *letter_context(entry))
             scores = self.engine.loglikelihood(self.weights, prompts, tokens, entry.name, cache)
             lines = [_scored_line(q, row) for q, row in zip(questions, scores, strict=True)]
@@ -99,7 +99,8 @@ def _generated(answer: Generation) -> dict[str, Any]:
 
 
 def _scored_line(question: Question, scores: np.ndarray) -> ChoiceLine:
-    """Return the line of the letter with the highest loglikelihood."""
+    """Return the line of the letter with the highest loglikelihood, of those the question has."""
     letters = question.letters
+    scores = scores[: len(letters)]
     by_letter = {letter: round(float(s), 6) for letter, s in zip(letters, scores, strict=True)}
     return choice_line(question, letters[int(scores.argmax())], log_probabilities=by_letter)

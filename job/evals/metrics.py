@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 from job.chat.thoughts import split_thoughts
@@ -133,7 +134,7 @@ def summarize_choices(
         questions=len(questions),
         few_shot=0 if entry.few_shot is None else entry.few_shot.examples,
         in_training_text=in_training_text,
-        chance=1 / len(questions[0].options),
+        chance=fmean(1 / len(line.options) for line in questions),
         majority_letter=majority,
         majority_accuracy=count / len(questions),
         detectable_at_worst=minimum_detectable_effect(len(questions), WORST_DISCORDANCE),

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from job.evals.tasks import Question
+from job.evals.questions import Question
 from job.storage.base import Store
 
 ModelName = Literal["baseline", "finetuned", "reference"]

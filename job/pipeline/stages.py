@@ -21,7 +21,7 @@ from job.spec.pinning import NONE, Revisions, adapter_key, model_key, source_key
 from job.spec.schema import MultipleChoiceEval, Reference, Source, Spec
 from job.storage.base import file_sha256
 
-_PARSING_VERSION = 2
+_PARSING_VERSION = 3
 """Increment it when the same answer of a model is read differently."""
 
 _SMALL_FILE = 1_000_000

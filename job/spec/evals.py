@@ -43,13 +43,19 @@ class MultipleChoiceEval(Source):
     )
     question: Template = Field("{question}", description="Text of the question.")
     options: Annotated[list[str], Field(min_length=2, max_length=26)] | str = Field(
-        description="Columns of the options in order, or one column with a list of them."
+        description="Columns of the options in order, or one column with a list of them, with or "
+        "without labels: [{key, value}], {text: [...], label: [...]} or {A: ..., B: ...}."
     )
     answer: str = Field(description="Column of the correct option.")
     answer_is: Literal["auto", "index", "number", "letter", "text"] = Field(
         "auto",
         description="Form of `answer`: 0-based index, 1-based number, letter or the option's "
-        "text; auto: any but number, if only one fits.",
+        "text; auto: the only form, or label, that reads the complete column.",
+    )
+    shuffle_options: bool = Field(
+        False,
+        description="Whether to shuffle the options, always in the same order for the same "
+        "question; for datasets whose right option has a fixed place.",
     )
     id: str | None = Field(None, description="Column of the id; unset: the row number.")
     group: str | None = Field(

@@ -14,8 +14,8 @@ from job.evals.metrics import (
     summarize_style,
 )
 from job.evals.predictions import ChoiceLine, DialogueLine, choice_line
+from job.evals.questions import Question
 from job.evals.statistics import Bootstrap, mcnemar, wilson
-from job.evals.tasks import Question
 from job.spec.evals import MARKERS
 from job.spec.schema import MultipleChoiceEval
 
