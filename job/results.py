@@ -192,6 +192,10 @@ class MultipleChoiceResult(Record):
     dataset: str
     revision: str | None
     questions: int
+    rows: RowCounts | None = None
+    """Rows read and used, and why others were left out; null in results from before they were."""
+    truncated_prompts: int = 0
+    """Prompts that lost their beginning, to fit `evals.max_prompt_tokens`."""
     few_shot: int = 0
     """Number of solved questions before each question."""
     in_training_text: int | None = None
@@ -252,6 +256,8 @@ class StyleTrait(Record):
 
 class Dialogue(Record):
     examples: int
+    truncated_prompts: int = 0
+    """Prompts that lost their beginning, to fit `evals.max_prompt_tokens`."""
     max_new_tokens: int
     models: dict[str, DialogueScore]
     nulls: TrivialBaselines
@@ -274,6 +280,7 @@ class Evaluation(Record):
     multiple_choice: list[MultipleChoiceResult]
     dialogue: Dialogue | None
     side_by_side: list[SideBySide]
+    side_by_side_truncated_prompts: int = 0
 
 
 class ReferenceTokens(Record):

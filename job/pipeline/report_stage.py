@@ -101,7 +101,12 @@ def _evaluation(run: Run, reference: ReferenceResult) -> Evaluation:
         ],
         dialogue=_dialogue(run, has_reference=has_reference),
         side_by_side=_side_by_side(run, has_reference=has_reference),
+        side_by_side_truncated_prompts=_truncated_prompts(run, SIDE_BY_SIDE),
     )
+
+
+def _truncated_prompts(run: Run, name: str) -> int:
+    return run.outcome("baseline", EvalOutcome).slices[name].truncated
 
 
 def _predictions[L: Line](
@@ -127,9 +132,10 @@ def _multiple_choice(
 ) -> MultipleChoiceResult:
     has_reference = has_reference and entry in run.spec.reference_tasks
     models = _predictions(run, entry.name, ChoiceLine, has_reference=has_reference)
-    revision = run.outcome("baseline", EvalOutcome).slices[entry.name].revision
+    source = run.outcome("baseline", EvalOutcome).slices[entry.name]
     overlaps = _overlapping_questions(run, entry.name)
-    return summarize_choices(entry, models, _bootstrap(run), revision, overlaps)
+    result = summarize_choices(entry, models, _bootstrap(run), source.revision, overlaps)
+    return result.model_copy(update={"rows": source.rows, "truncated_prompts": source.truncated})
 
 
 def _overlapping_questions(run: Run, name: str) -> int | None:
@@ -155,6 +161,7 @@ def _dialogue(run: Run, *, has_reference: bool) -> Dialogue | None:
     assert comparison is not None  # local models answer everything
     return Dialogue(
         examples=len(before),
+        truncated_prompts=_truncated_prompts(run, DIALOGUE),
         max_new_tokens=section.max_new_tokens,
         models={name: score_dialogues(lines, bootstrap) for name, lines in models.items()},
         markers=summarize_style(section.markers, models, bootstrap),

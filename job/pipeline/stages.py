@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -103,9 +104,10 @@ def _data_inputs(spec: Spec, revisions: Revisions) -> object:
 
 
 def _eval_inputs(spec: Spec, revisions: Revisions) -> object:
-    # The batch size, and what is computed from the answers later, change no prediction.
-    exclude = {"multiple_choice": True, "batch_size": True, "bootstrap_samples": True}
-    evals = spec.evals.model_dump(mode="json", exclude=exclude | {"dialogue": {"markers"}})
+    # The batch size, limits, and what is computed from the answers later, change no prediction.
+    unused = {"multiple_choice", "batch_size", "bootstrap_samples", "max_truncated_share"}
+    exclude: Any = dict.fromkeys(unused, True) | {"dialogue": {"markers"}}
+    evals = spec.evals.model_dump(mode="json", exclude=exclude)
     tasks = _tasks(spec.evals.multiple_choice, revisions)
     return [spec.seed, _base_model(spec, revisions), evals, tasks, _PARSING_VERSION]
 

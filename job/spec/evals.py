@@ -142,6 +142,11 @@ class Evals(Section):
     max_prompt_tokens: Positive = Field(
         1024, description="Longer prompts lose their beginning; they are counted as truncated."
     )
+    max_truncated_share: Annotated[Number, Field(ge=0, le=1)] = Field(
+        0.05,
+        description="Share of an evaluation's prompts that may be truncated; with more, the run "
+        "stops.",
+    )
     bootstrap_samples: Annotated[int, Field(ge=100, strict=True)] = Field(
         2000, description="Bootstrap resamples per interval."
     )

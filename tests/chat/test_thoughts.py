@@ -118,7 +118,9 @@ def test_a_dialogue_cut_in_its_thoughts_is_an_empty_answer(local: LocalModel) ->
 
 
 def test_side_by_side_shows_no_thoughts(local: LocalModel) -> None:
-    (line,) = local.answer_side_by_side([SideBySidePrompt("p", turns("Why? <think>"))], LIMIT)
+    prompts = [SideBySidePrompt("p", turns("Why? <think>"))]
+    (line,), truncated = local.answer_side_by_side(prompts, LIMIT)
+    assert truncated == 0
     assert line.answer == ""
     assert line.thoughts
 

@@ -11,9 +11,10 @@ from job.evals.engine import Engine
 from job.evals.local_model import LocalModel
 from job.evals.metrics import summarize_choices
 from job.evals.statistics import Bootstrap
-from job.evals.tasks import Task, load_task
+from job.evals.tasks import SideBySidePrompt, Task, load_task
 from job.model.language_model import LanguageModel
 from job.spec.schema import MultipleChoiceEval
+from tests.conversations import conversation
 from tests.evals.test_prediction_cache import caches
 
 COLUMNS = ["opa", "opb", "opc", "opd"]
@@ -183,6 +184,28 @@ def test_each_question_is_scored_among_its_own_options(tmp_path: Path, tiny: Lan
     models = {"baseline": lines, "finetuned": lines}
     result = summarize_choices(task.entry, models, Bootstrap(100, 0))
     assert result.chance == pytest.approx((1 / 2 + 1 / 4 + 1 / 2 + 1 / 3) / 4)
+
+
+def test_too_many_truncated_prompts_are_refused(tmp_path: Path, tiny: LanguageModel) -> None:
+    rows = [*keyed([0] * 3), keyed([0])[0] | {"question": "word " * 90}]
+    task, long = load(tmp_path, rows), conversation("1", "word " * 90, "Rest.")
+    engine = Engine(tiny, 2, 80)
+
+    def local(share: float) -> LocalModel:
+        return LocalModel(engine, tiny.tokenizer, tiny.weights, caches(tmp_path), share)
+
+    assert local(0.25).answer_questions(task)[1] == 1
+    assert local(1).answer_examples([long], 1)[1] == 1
+    prompts = [SideBySidePrompt("p", long.prompt_messages)]
+    assert local(0).answer_side_by_side(prompts, 1)[1] == 1
+    with pytest.raises(UsageError) as refused:
+        local(0.2).answer_questions(task)
+    assert str(refused.value).startswith(
+        "evals: 1 of 4 prompts of 'first' are longer than evals.max_prompt_tokens (80) and would "
+        "lose their beginning, more than evals.max_truncated_share (0.2)"
+    )
+    with pytest.raises(UsageError, match="1 of 1 prompts of 'dialogue'"):
+        local(0.5).answer_examples([long], 1)
 
 
 def test_shuffled_options_depend_on_the_question_only(tmp_path: Path) -> None:
