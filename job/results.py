@@ -217,11 +217,12 @@ class Estimate(Record):
 
 
 class DialogueScore(Record):
-    """ROUGE F-measures from 0 to 1, with bootstrap intervals."""
+    """F-measures of ROUGE (words) and chrF (characters), 0 to 1, with bootstrap intervals."""
 
     rouge1: Estimate
     rouge2: Estimate
     rougeL: Estimate  # noqa: N815 - the name the field uses
+    chrf: Estimate | None = None
     mean_tokens: float
     truncated: int
     """Answers cut off at the limit of new tokens."""
@@ -231,7 +232,7 @@ class DialogueScore(Record):
 
 
 class TrivialBaselines(Record):
-    """ROUGE-L of trivial baselines, which a useful model must beat."""
+    """Scores of trivial baselines, which a useful model must beat."""
 
     echoed_prompt: Estimate
     other_answer: Estimate
@@ -261,7 +262,8 @@ class Dialogue(Record):
     max_new_tokens: int
     models: dict[str, DialogueScore]
     nulls: TrivialBaselines
-    """The public name of the trivial baselines."""
+    """ROUGE-L of the trivial baselines, under their public name."""
+    chrf_nulls: TrivialBaselines | None = None
     comparison: DialogueComparison
     markers: list[StyleTrait] = []
     """The public name of the style traits."""

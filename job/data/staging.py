@@ -51,7 +51,7 @@ from job.spec.schema import Data
 from job.storage.base import Store
 from job.storage.lease import Lease, LeaseHeldError, hold_lease
 
-STAGING_VERSION = 4
+STAGING_VERSION = 5
 """Part of every key; increment it when the same rows are staged differently."""
 
 SHARD_ROWS = 16_384

@@ -12,7 +12,7 @@ from job.data.examples import Example
 from job.errors import UsageError
 from job.evals.answer_parsing import parse_choice
 from job.evals.engine import Engine, Generation
-from job.evals.metrics import rouge_scores
+from job.evals.metrics import overlap_scores
 from job.evals.prediction_cache import PredictionCaches
 from job.evals.predictions import (
     DIALOGUE,
@@ -103,7 +103,7 @@ class LocalModel:
                 **_generated(answer),
                 tokens=answer.tokens,
                 finish=answer.finish,
-                **rouge_scores(example.response, answer.text),
+                **overlap_scores(example.response, answer.text),
             )
             for example, answer in zip(examples, answers, strict=True)
         ]

@@ -52,7 +52,7 @@ class ChoiceLine(Line):
 
 
 class DialogueLine(Line):
-    """An answer to a held-out prompt, with ROUGE F-measures against the expected answer."""
+    """An answer to a held-out prompt, with F-measures against the expected answer."""
 
     prompt: str
     expected: str
@@ -62,6 +62,7 @@ class DialogueLine(Line):
     rouge1: float
     rouge2: float
     rougeL: float  # noqa: N815 - the name the field uses
+    chrf: float = 0.0
 
 
 class SideLine(Line):

@@ -159,13 +159,15 @@ def _dialogue(run: Run, *, has_reference: bool) -> Dialogue | None:
     before, after = models["baseline"], models["finetuned"]
     comparison = compare_dialogues(("baseline", "finetuned"), before, after, bootstrap)
     assert comparison is not None  # local models answer everything
+    trivial = trivial_baselines(before, bootstrap)
     return Dialogue(
         examples=len(before),
         truncated_prompts=_truncated_prompts(run, DIALOGUE),
         max_new_tokens=section.max_new_tokens,
         models={name: score_dialogues(lines, bootstrap) for name, lines in models.items()},
         markers=summarize_style(section.markers, models, bootstrap),
-        nulls=trivial_baselines(before, bootstrap),
+        nulls=trivial["rougeL"],
+        chrf_nulls=trivial["chrf"],
         comparison=comparison,
         reference_comparison=compare_dialogues(
             ("finetuned", "reference"), after, models.get("reference", []), bootstrap

@@ -158,7 +158,7 @@ def _arrow(values: dict[str, str]) -> str:
 
 
 def trivial_baselines(scores: TrivialBaselines) -> list[tuple[str, Estimate]]:
-    """Return the trivial baselines by label, each with its ROUGE-L."""
+    """Return the trivial baselines by label, each with its score."""
     return [
         ("Echoed prompt", scores.echoed_prompt),
         ("Shuffled answer", scores.other_answer),
@@ -252,8 +252,8 @@ def caveats(results: Results) -> Iterator[str]:
         yield "Findings are based on p-values corrected for multiple comparisons (Holm)."
     if dialogue:
         yield (
-            "ROUGE measures word overlap with one expected answer, not correctness, and depends on "
-            f"the length of the answers (at most {dialogue.max_new_tokens:,} tokens here)."
+            "ROUGE and chrF measure overlap with one expected answer, not correctness, and depend "
+            f"on the length of the answers (at most {dialogue.max_new_tokens:,} tokens here)."
         )
         trivial = max(estimate.mean for _, estimate in trivial_baselines(dialogue.nulls))
         for name, rouge in ordered(dialogue.models):

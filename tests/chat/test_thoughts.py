@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from job.chat.thoughts import split_thoughts
 from job.evals.engine import Engine
 from job.evals.local_model import LocalModel
-from job.evals.metrics import rouge_scores, score_choices, score_dialogues, summarize_style
+from job.evals.metrics import overlap_scores, score_choices, score_dialogues, summarize_style
 from job.evals.predictions import DialogueLine, SideLine, format_predictions, parse_predictions
 from job.evals.questions import Question
 from job.evals.statistics import Bootstrap
@@ -134,7 +134,7 @@ def test_predictions_without_thoughts_have_no_field_for_them() -> None:
 
 
 def test_an_expected_answer_is_compared_without_its_thoughts() -> None:
-    scores = rouge_scores("<think>Is it serious?</think>Please rest.", "Please rest.")
+    scores = overlap_scores("<think>Is it serious?</think>Please rest.", "Please rest.")
     assert scores["rougeL"] == 1.0
 
 
