@@ -208,6 +208,10 @@ class MultipleChoiceResult(Record):
     dataset: str
     revision: str | None
     questions: int
+    rows: RowCounts | None = None
+    """Rows read and used, and why others were left out; null in results from before they were."""
+    truncated_prompts: int = 0
+    """Prompts that lost their beginning, to fit `evals.max_prompt_tokens`."""
     few_shot: int = 0
     """Number of solved questions before each question."""
     in_training_text: int | None = None
@@ -229,11 +233,12 @@ class Estimate(Record):
 
 
 class DialogueScore(Record):
-    """ROUGE F-measures from 0 to 1, with bootstrap intervals."""
+    """F-measures of ROUGE (words) and chrF (characters), 0 to 1, with bootstrap intervals."""
 
     rouge1: Estimate
     rouge2: Estimate
     rougeL: Estimate  # noqa: N815 - the name the field uses
+    chrf: Estimate | None = None
     mean_tokens: float
     truncated: int
     """Answers cut off at the limit of new tokens."""
@@ -243,7 +248,7 @@ class DialogueScore(Record):
 
 
 class TrivialBaselines(Record):
-    """ROUGE-L of trivial baselines, which a useful model must beat."""
+    """Scores of trivial baselines, which a useful model must beat."""
 
     echoed_prompt: Estimate
     other_answer: Estimate
@@ -274,10 +279,13 @@ class StyleTrait(Record):
 
 class Dialogue(Record):
     examples: int
+    truncated_prompts: int = 0
+    """Prompts that lost their beginning, to fit `evals.max_prompt_tokens`."""
     max_new_tokens: int
     models: dict[str, DialogueScore]
     nulls: TrivialBaselines
-    """The public name of the trivial baselines."""
+    """ROUGE-L of the trivial baselines, under their public name."""
+    chrf_nulls: TrivialBaselines | None = None
     comparison: MeanComparison
     markers: list[StyleTrait] = []
     """The public name of the style traits."""
@@ -331,6 +339,7 @@ class Evaluation(Record):
     dialogue: Dialogue | None
     loss: HeldOutLoss | None = None
     side_by_side: list[SideBySide]
+    side_by_side_truncated_prompts: int = 0
 
 
 class ReferenceTokens(Record):

@@ -3,11 +3,10 @@
 A question matches an example if they share a passage of 13 consecutive words, or the complete
 question if that is shorter (Brown et al. 2020, appendix C, use 13 words too). Case, spacing and
 punctuation are ignored. Questions of fewer than five words are not searched: they would match
-anywhere.
+anywhere. In scripts without spaces two characters count as a word.
 """
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from pydantic import BaseModel
 
 from job.data.columnar import COLUMNS, example_from_columns
 from job.data.examples import Example
+from job.data.words import is_character, split_words
 
 if TYPE_CHECKING:
     from job.data.staging import StagedDataset
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 WORDS = 13
 _MIN_WORDS = 5
-_WORD = re.compile(r"\w+")
+_CHARACTERS_PER_WORD = 2
 _FACTORS = np.array(
     [pow(0x9E3779B97F4A7C15, n, 2**64) for n in range(1, _MIN_WORDS + 1)], np.uint64
 )
@@ -53,12 +53,13 @@ class Passages:
         self._passages: dict[int, list[tuple[tuple[int, ...], int]]] = {}
         self.too_short = 0
         for number, question in enumerate(questions):
-            words = _WORD.findall(question.casefold())
-            if len(words) < _MIN_WORDS:
+            words = split_words(question.casefold())
+            scale = _CHARACTERS_PER_WORD if 2 * sum(map(is_character, words)) > len(words) else 1
+            if len(words) < scale * _MIN_WORDS:
                 self.too_short += 1
                 continue
             ids = [self._number(word) for word in words]
-            size = min(WORDS, len(ids))
+            size = min(scale * WORDS, len(ids))
             starts = _rolling(np.array(ids, np.uint64))
             for at in range(len(ids) - size + 1):
                 known = self._passages.setdefault(int(starts[at]), [])
@@ -76,7 +77,7 @@ class Passages:
         if not len(self._starts):
             return
         get = self._numbers.get
-        per_text = [[get(w, 0) for w in _WORD.findall(text.casefold())] for text in texts]
+        per_text = [[get(w, 0) for w in split_words(text.casefold())] for text in texts]
         # 0 is a word of no question, so no passage reaches across the end of a text.
         ids = [number for numbers in per_text for number in (*numbers, 0)]
         if len(ids) < _MIN_WORDS:

@@ -6,12 +6,12 @@ columns of plain text, vectorized.
 
 import json
 import math
-import re
 import unicodedata
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import regex
 import xxhash
 
 from job.chat.conversation import Conversation, Message, Role
@@ -25,7 +25,7 @@ SEPARATOR = "\x1f"
 SIDES: tuple[Role, Role] = ("user", "assistant")
 _LOWER = bytes(range(256)).lower()
 _IGNORED_ASCII = bytes(b for b in range(128) if not chr(b).isalnum() and b != ord(SEPARATOR))
-_IGNORED = re.compile(rf"[^\w{SEPARATOR}]|_")
+_IGNORED = regex.compile(rf"[^\p{{L}}\p{{M}}\p{{N}}{SEPARATOR}]+")
 _CALL = "function_call"
 _ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -106,11 +106,12 @@ exact_hash = xxhash.xxh3_64_digest
 
 
 def normal_form(text: bytes) -> bytes:
-    """Return only the letters and digits, in lower case; near-duplicates have equal ones."""
+    """Return the letters, with marks, and digits in lower case; near-duplicates have equal ones."""
     if text.isascii():
         return text.translate(_LOWER, _IGNORED_ASCII)
     folded = unicodedata.normalize("NFKC", text.decode()).casefold()
-    return _IGNORED.sub("", folded).encode()
+    normal: str = _IGNORED.sub("", folded)
+    return normal.encode()
 
 
 def field_text(row: Row, field: str) -> str:

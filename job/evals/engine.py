@@ -79,7 +79,7 @@ class Engine:
         self._model = model
         self.batch_size = per_device_batch_size * model.devices
         """Maximum number of prompts in a batch."""
-        self._max_prompt_tokens = max_prompt_tokens
+        self.max_prompt_tokens = max_prompt_tokens
         compile_tokens = CPU_COMPILE_TOKENS if model.platform == "cpu" else COMPILE_TOKENS
         self._compile_tokens = compile_tokens * model.devices
         self._check = check
@@ -91,7 +91,7 @@ class Engine:
         Returns:
             token ids, and the number of prompts that were truncated.
         """
-        limit = self._max_prompt_tokens
+        limit = self.max_prompt_tokens
         encoded = self._model.tokenizer.encode_prompts(prompts)
         start = self._model.tokenizer.start_id
         truncated = []

@@ -48,8 +48,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self._name = name
         self._max_length = max_length
         self._requests = 0
-        self.truncated = 0
-        """Prompts that lost their beginning."""
+        self.prompts = self.truncated = 0
+        """Prompts, and those of them that lost their beginning."""
 
     @property
     def eot_token_id(self) -> int:
@@ -93,6 +93,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: object
     ) -> list[tuple[float, bool]]:
         rows = []
+        self.prompts += len(requests)
         for _texts, context, continuation in requests:
             tokens = [*context, *continuation]
             self.truncated += len(tokens) > self._max_length + 1
@@ -138,6 +139,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
                     f"evals.harness: {self._name} generates up to {limit} tokens, which leaves "
                     f"none for its prompts; raise evals.max_prompt_tokens ({self._max_length})"
                 )
+            self.prompts += len(prompts)
             self.truncated += sum(len(prompt) > longest for prompt in prompts)
             rows = self._engine.generate_tokens(
                 self._weights, [p[-longest:] for p in prompts], limit, self._name, self._cache()
@@ -171,7 +173,8 @@ def evaluate(
         a line for each sample, and the number of truncated prompts.
 
     Raises:
-        UsageError: there is no such task or metric, or the task cannot run.
+        UsageError: there is no such task or metric, the task cannot run, or too many prompts are
+            truncated.
     """
     model = EngineLM(local, entry.name, max_length)
     results = simple_evaluate(
@@ -179,6 +182,7 @@ def evaluate(
         limit=entry.limit, apply_chat_template=entry.chat_template, log_samples=True,
         bootstrap_iters=0, verbosity="ERROR",
     )  # fmt: skip
+    local.check_truncated(entry.name, model.truncated, model.prompts)
     lines = [
         _line(entry, task, sample)
         for task, samples in results["samples"].items()

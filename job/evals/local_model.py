@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from job.chat.conversation import Conversation
 from job.chat.tokenizer import ChatTokenizer
 from job.data.examples import Example
 from job.data.packing import tokenize
+from job.errors import UsageError
 from job.evals.answer_parsing import parse_choice
 from job.evals.engine import Engine, Generation
-from job.evals.metrics import rouge_scores
+from job.evals.metrics import overlap_scores
 from job.evals.prediction_cache import PredictionCaches
 from job.evals.predictions import (
     DIALOGUE,
@@ -23,14 +25,15 @@ from job.evals.predictions import (
     SideLine,
     choice_line,
 )
+from job.evals.questions import Question
 from job.evals.tasks import (
-    Question,
     SideBySidePrompt,
     Task,
     letter_context,
     question_prompts,
 )
 from job.model.lora import Weights
+from job.runtime import logs
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,40 @@ class LocalModel:
     tokenizer: ChatTokenizer
     weights: Weights
     caches: PredictionCaches
+    max_truncated_share: float = 1.0
+    """Share of an evaluation's prompts that may be truncated."""
+
+    def _encode(
+        self, name: str, prompts: Sequence[Conversation | str]
+    ) -> tuple[list[list[int]], int]:
+        """Return token ids, and the number of truncated prompts; see `check_truncated`."""
+        encoded, truncated = self.engine.encode(prompts)
+        self.check_truncated(name, truncated, len(prompts))
+        return encoded, truncated
+
+    def check_truncated(self, name: str, truncated: int, prompts: int) -> None:
+        """Warn about truncated prompts of an evaluation.
+
+        Raises:
+            UsageError: there are too many.
+        """
+        if truncated > self.max_truncated_share * prompts:
+            raise UsageError(
+                f"evals: {truncated:,} of {prompts:,} prompts of '{name}' are longer than "
+                f"evals.max_prompt_tokens ({self.engine.max_prompt_tokens:,}) and would lose their "
+                f"beginning, more than evals.max_truncated_share ({self.max_truncated_share:g}); "
+                "raise the first, or the second if they may"
+            )
+        if truncated:
+            logs.get().warning("prompts truncated", eval=name, truncated=truncated, prompts=prompts)
 
     def answer_questions(self, task: Task) -> tuple[list[ChoiceLine], int]:
         """Return predictions for a task, and the number of truncated prompts."""
         entry, questions = task.entry, task.questions
-        prompts, truncated = self.engine.encode(question_prompts(task))
+        prompts, truncated = self._encode(entry.name, question_prompts(task))
         cache = self.caches.open(entry.name)
         if entry.scoring == "letters":
-            letters = questions[0].letters
+            letters = max((question.letters for question in questions), key=len)
             tokens = self.tokenizer.letter_tokens(letters, *letter_context(entry))
             scores = self.engine.loglikelihood(self.weights, prompts, tokens, entry.name, cache)
             lines = [_scored_line(q, row) for q, row in zip(questions, scores, strict=True)]
@@ -66,7 +95,8 @@ class LocalModel:
         self, examples: Sequence[Example], max_new_tokens: int
     ) -> tuple[list[DialogueLine], int]:
         """Return predictions for held-out examples, and the number of truncated prompts."""
-        prompts, truncated = self.engine.encode([example.prompt_messages for example in examples])
+        messages = [example.prompt_messages for example in examples]
+        prompts, truncated = self._encode(DIALOGUE, messages)
         answers = self.engine.generate(
             self.weights, prompts, max_new_tokens, DIALOGUE, self.caches.open(DIALOGUE)
         )
@@ -78,7 +108,7 @@ class LocalModel:
                 **_generated(answer),
                 tokens=answer.tokens,
                 finish=answer.finish,
-                **rouge_scores(example.response, answer.text),
+                **overlap_scores(example.response, answer.text),
             )
             for example, answer in zip(examples, answers, strict=True)
         ]
@@ -98,15 +128,16 @@ class LocalModel:
 
     def answer_side_by_side(
         self, prompts: Sequence[SideBySidePrompt], max_new_tokens: int
-    ) -> list[SideLine]:
-        """Return answers to the prompts shown side by side."""
-        encoded, _ = self.engine.encode([prompt.messages for prompt in prompts])
+    ) -> tuple[list[SideLine], int]:
+        """Return answers to prompts to read, and how many of them were truncated, however many."""
+        encoded, truncated = self.engine.encode([prompt.messages for prompt in prompts])
         cache = self.caches.open(SIDE_BY_SIDE)
         answers = self.engine.generate(self.weights, encoded, max_new_tokens, "side by side", cache)
-        return [
+        lines = [
             SideLine(id=p.id, prompt=p.text, expected=p.expected, **_generated(answer))
             for p, answer in zip(prompts, answers, strict=True)
         ]
+        return lines, truncated
 
 
 def _generated(answer: Generation) -> dict[str, Any]:
@@ -114,7 +145,8 @@ def _generated(answer: Generation) -> dict[str, Any]:
 
 
 def _scored_line(question: Question, scores: np.ndarray) -> ChoiceLine:
-    """Return the line of the letter with the highest loglikelihood."""
+    """Return the line of the letter with the highest loglikelihood, of those the question has."""
     letters = question.letters
+    scores = scores[: len(letters)]
     by_letter = {letter: round(float(s), 6) for letter, s in zip(letters, scores, strict=True)}
     return choice_line(question, letters[int(scores.argmax())], log_probabilities=by_letter)

@@ -9,9 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 from job.chat.thoughts import split_thoughts
+from job.data.words import split_words
 from job.evals.predictions import ChoiceLine, DialogueLine, HarnessLine, LossLine, answered
 from job.evals.statistics import (
     WORST_DISCORDANCE,
@@ -142,7 +144,7 @@ def summarize_choices(
         questions=len(questions),
         few_shot=0 if entry.few_shot is None else entry.few_shot.examples,
         in_training_text=in_training_text,
-        chance=1 / len(questions[0].options),
+        chance=fmean(1 / len(line.options) for line in questions),
         majority_letter=majority,
         majority_accuracy=count / len(questions),
         detectable_at_worst=minimum_detectable_effect(len(questions), WORST_DISCORDANCE),
@@ -164,21 +166,47 @@ CONSTANT_ANSWER = (
 """A polite sentence that fits any question: a trivial baseline."""
 
 
+class _RougeTokenizer:
+    """Splits text of any script into words; those of English as ROUGE does, without endings."""
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._english = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the words in lower case."""
+        return [
+            part
+            for word in split_words(text.lower())
+            for part in (self._english.tokenize(word) if word.isascii() else [word])
+        ]
+
+
 @cache
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(ROUGE_METRICS, use_stemmer=True)
+    return RougeScorer(ROUGE_METRICS, tokenizer=_RougeTokenizer())
 
 
-def rouge_scores(expected: str, answer: str) -> dict[str, float]:
-    """Return ROUGE F-measures from 0 to 1 by metric (Lin 2004).
+@cache
+def _chrf_scorer() -> Any:
+    from sacrebleu.metrics.chrf import CHRF
 
-    Only a-z and 0-9 count: text in other scripts scores 0.
+    return CHRF()
+
+
+def overlap_scores(expected: str, answer: str) -> dict[str, float]:
+    """Return F-measures from 0 to 1 by metric.
+
+    They are ROUGE of words (Lin 2004), and `chrf` of characters (Popović 2015).
     """
     expected = split_thoughts(expected)[1] or expected
-    scores = _rouge_scorer().score(expected, answer)
-    return {name: round(float(scores[name].fmeasure), 6) for name in ROUGE_METRICS}
+    rouge = _rouge_scorer().score(expected, answer)
+    scores = {name: float(rouge[name].fmeasure) for name in ROUGE_METRICS}
+    scores["chrf"] = _chrf_scorer().sentence_score(answer, [expected]).score / 100
+    return {name: round(score, 6) for name, score in scores.items()}
 
 
 def score_dialogues(lines: Sequence[DialogueLine], bootstrap: Bootstrap) -> DialogueScore:
@@ -186,7 +214,7 @@ def score_dialogues(lines: Sequence[DialogueLine], bootstrap: Bootstrap) -> Dial
     answers = list(answered(lines).values())
     estimates = {
         name: bootstrap_mean([getattr(line, name) for line in answers], bootstrap)
-        for name in ROUGE_METRICS
+        for name in (*ROUGE_METRICS, "chrf")
     }
     return DialogueScore(
         **estimates,
@@ -211,24 +239,31 @@ def compare_dialogues(
     return compare_means(MeanComparison, models, first, second, bootstrap, _family(models))
 
 
-def trivial_baselines(lines: Sequence[DialogueLine], bootstrap: Bootstrap) -> TrivialBaselines:
-    """Return ROUGE-L of answers that need no model.
+def trivial_baselines(
+    lines: Sequence[DialogueLine], bootstrap: Bootstrap
+) -> dict[str, TrivialBaselines]:
+    """Return `rougeL` and `chrf` of answers that need no model.
 
     They are the echoed prompt, a shuffled answer (the next example's), and a constant sentence.
     """
-    shuffled = [*lines[1:], *lines[:1]]
-    echo = [_rouge_l(line, line.prompt) for line in lines]
-    other = [_rouge_l(line, next_.expected) for line, next_ in zip(lines, shuffled, strict=True)]
-    constant = [_rouge_l(line, CONSTANT_ANSWER) for line in lines]
-    return TrivialBaselines(
-        echoed_prompt=bootstrap_mean(echo, bootstrap),
-        other_answer=bootstrap_mean(other, bootstrap),
-        polite_sentence=bootstrap_mean(constant, bootstrap),
-    )
-
-
-def _rouge_l(line: DialogueLine, answer: str) -> float:
-    return rouge_scores(line.expected, answer)["rougeL"]
+    answers = {
+        "echoed_prompt": [line.prompt for line in lines],
+        "other_answer": [line.expected for line in (*lines[1:], *lines[:1])],
+        "polite_sentence": [CONSTANT_ANSWER] * len(lines),
+    }
+    scores = {
+        name: [overlap_scores(line.expected, text) for line, text in zip(lines, texts, strict=True)]
+        for name, texts in answers.items()
+    }
+    return {
+        metric: TrivialBaselines.model_validate(
+            {
+                name: bootstrap_mean([score[metric] for score in each], bootstrap)
+                for name, each in scores.items()
+            }
+        )
+        for metric in ("rougeL", "chrf")
+    }
 
 
 # Loss

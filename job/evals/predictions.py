@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from job.evals.tasks import Question
+from job.evals.questions import Question
 from job.storage.base import Store
 
 ModelName = Literal["baseline", "finetuned", "reference"]
@@ -53,7 +53,7 @@ class ChoiceLine(Line):
 
 
 class DialogueLine(Line):
-    """An answer to a held-out prompt, with ROUGE F-measures against the expected answer."""
+    """An answer to a held-out prompt, with F-measures against the expected answer."""
 
     prompt: str
     expected: str
@@ -63,6 +63,7 @@ class DialogueLine(Line):
     rouge1: float
     rouge2: float
     rougeL: float  # noqa: N815 - the name the field uses
+    chrf: float = 0.0
 
 
 class LossLine(Line):

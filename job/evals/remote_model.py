@@ -9,7 +9,7 @@ from job.chat.conversation import Conversation
 from job.data.examples import Example
 from job.evals.answer_parsing import parse_choice
 from job.evals.api_client import ChatClient, Reply
-from job.evals.metrics import rouge_scores
+from job.evals.metrics import overlap_scores
 from job.evals.predictions import (
     DIALOGUE,
     SIDE_BY_SIDE,
@@ -79,7 +79,7 @@ class RemoteModel:
                 "tokens": reply.completion_tokens,
                 "finish": reply.finish or "none",
             }
-            scores = rouge_scores(example.response, answer)
+            scores = overlap_scores(example.response, answer)
             lines.append(DialogueLine.model_validate(_reply_fields(reply) | fields | scores))
         return lines
 

@@ -5,40 +5,21 @@ prompts are conversations, or plain text for `prompt: lm-eval`. The prompts show
 are here too.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 from job.chat.conversation import Conversation, Message
-from job.data.examples import Example, RowDroppedError, field_text, fill, last_prompt
-from job.data.row_blocks import Row
+from job.data.examples import Example, last_prompt
 from job.data.sources import open_source
 from job.errors import UsageError
+from job.evals.questions import AnswerForms, Question, QuestionReader, answer_forms
+from job.results import RowCounts
 from job.runtime import logs
 from job.spec.evals import SideBySideEval
 from job.spec.fields import LETTERS, LM_EVAL
 from job.spec.pinning import NONE, Revisions
 from job.spec.schema import MultipleChoiceEval
-
-
-@dataclass(frozen=True)
-class Question:
-    """A multiple-choice question; the first option is A."""
-
-    id: str
-    text: str
-    options: tuple[str, ...]
-    gold: str
-    """Letter of the right option."""
-    group: str | None = None
-    """Group to report accuracy by, such as the subject."""
-
-    @property
-    def letters(self) -> str:
-        """The letters of the options."""
-        return LETTERS[: len(self.options)]
 
 
 @dataclass(frozen=True)
@@ -49,6 +30,8 @@ class Task:
     revision: str | None
     """Commit of the dataset, where it has one."""
     questions: list[Question]
+    rows: RowCounts
+    """The rows that were read, used and dropped."""
     few_shot: list[Question] = field(default_factory=list)
     """Solved examples before each question."""
 
@@ -65,11 +48,12 @@ def load_task(entry: MultipleChoiceEval, revisions: Revisions = NONE) -> Task:
     """Load the first `limit` usable questions of the entry's dataset, and few-shot examples.
 
     Raises:
-        UsageError: no question is usable, they differ in their number of options, or there are
-            too few examples.
+        UsageError: no question is usable, the answers can be read in two ways, or there are too
+            few examples.
     """
     rows = open_source(entry, "questions", revisions)
-    reader = _QuestionReader(entry)
+    forms = answer_forms(entry, rows)
+    reader = QuestionReader(entry, forms)
     questions = list(islice(reader.read(rows), entry.limit))
     if not questions:
         reasons = ", ".join(f"{reason} ({n})" for reason, n in reader.dropped.most_common(3))
@@ -84,17 +68,26 @@ def load_task(entry: MultipleChoiceEval, revisions: Revisions = NONE) -> Task:
             questions=len(questions),
             limit=entry.limit,
         )
-    if reader.dropped:
-        logs.get().warning("questions dropped", eval=entry.name, reasons=dict(reader.dropped))
-    if len({len(question.options) for question in questions}) > 1:
-        raise UsageError(
-            f"evals.multiple_choice '{entry.name}': the questions have different numbers of options"
+    dropped = dict(reader.dropped.most_common())
+    if dropped:
+        logs.get().warning("questions dropped", eval=entry.name, rows=reader.rows, reasons=dropped)
+    if len(questions) > 1 and len({question.gold for question in questions}) == 1:
+        logs.get().warning(
+            "the right option always has the same letter",
+            eval=entry.name,
+            letter=questions[0].gold,
+            hint="shuffle_options: true",
         )
-    return Task(entry, rows.revision, questions, _few_shot_examples(entry, questions, revisions))
+    counts = RowCounts(raw=reader.rows, valid=len(questions), dropped=dropped)
+    few_shot = _few_shot_examples(entry, forms, questions, revisions)
+    return Task(entry, rows.revision, questions, counts, few_shot)
 
 
 def _few_shot_examples(
-    entry: MultipleChoiceEval, questions: Sequence[Question], revisions: Revisions
+    entry: MultipleChoiceEval,
+    forms: AnswerForms,
+    questions: Sequence[Question],
+    revisions: Revisions,
 ) -> list[Question]:
     """Return the first usable questions that are not scored themselves."""
     source = few_shot_source(entry)
@@ -102,7 +95,9 @@ def _few_shot_examples(
         return []
     scored = {(question.text, question.options) for question in questions}
     rows = open_source(source, "questions", revisions)
-    others = (q for q in _QuestionReader(source).read(rows) if (q.text, q.options) not in scored)
+    others = (
+        q for q in QuestionReader(source, forms).read(rows) if (q.text, q.options) not in scored
+    )
     examples = list(islice(others, entry.few_shot.examples))
     if len(examples) < entry.few_shot.examples:
         raise UsageError(
@@ -111,96 +106,6 @@ def _few_shot_examples(
             "usable questions that are not scored themselves; name another split, or set limit"
         )
     return examples
-
-
-class _QuestionReader:
-    """Reads questions from rows and counts the rows it drops, by reason."""
-
-    def __init__(self, entry: MultipleChoiceEval) -> None:
-        self._entry = entry
-        self.dropped: Counter[str] = Counter()
-        self.columns: list[str] = []
-
-    def read(self, rows: Iterable[Row]) -> Iterator[Question]:
-        """Yield the usable questions in order, one per id."""
-        seen: set[str] = set()
-        for number, row in enumerate(rows):
-            self.columns = self.columns or sorted(row)
-            try:
-                question = _question(self._entry, row, number)
-                if question.id in seen:
-                    raise RowDroppedError("repeated id")
-            except RowDroppedError as reason:
-                self.dropped[str(reason)] += 1
-                continue
-            seen.add(question.id)
-            yield question
-
-
-def _question(entry: MultipleChoiceEval, row: Row, number: int) -> Question:
-    text = fill(entry.question, row)
-    options = _options(entry, row)
-    if entry.prompt != LM_EVAL:  # lm-evaluation-harness does not strip
-        text, options = text.strip(), tuple(option.strip() for option in options)
-    if not text.strip():
-        raise RowDroppedError("empty question")
-    if not all(option.strip() for option in options):
-        raise RowDroppedError("empty option")
-    gold = _gold(entry, row, options)
-    identity = field_text(row, entry.id) if entry.id else str(number)
-    group = None if entry.group is None else _group(row.get(entry.group))
-    return Question(identity, text, options, gold, group)
-
-
-def _group(value: object) -> str:
-    return "none" if value is None else str(value).strip() or "none"
-
-
-def _options(entry: MultipleChoiceEval, row: Row) -> tuple[str, ...]:
-    if not isinstance(entry.options, str):
-        return tuple(field_text(row, column) for column in entry.options)
-    value = row.get(entry.options)
-    if not isinstance(value, list | tuple) or not 2 <= len(value) <= len(LETTERS):
-        raise RowDroppedError(f"no list of options in '{entry.options}'")
-    if any(option is None for option in value):
-        raise RowDroppedError("empty option")
-    return tuple(str(option) for option in value)
-
-
-def _gold(entry: MultipleChoiceEval, row: Row, options: tuple[str, ...]) -> str:
-    """Return the letter of the right option, in the form that `answer_is` names.
-
-    `auto` reads a number as a 0-based index and text as a letter or an option's text; a value
-    that could mean two different options is refused.
-    """
-    value: Any = row.get(entry.answer)
-    letters = LETTERS[: len(options)]
-    text = value.strip() if isinstance(value, str) else ""
-    number: int | None = None
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = value
-    elif text.isascii() and text.isdecimal():
-        number = int(text)
-    by_form: dict[str, str | None] = {
-        "index": _letter_at(letters, number),
-        "number": _letter_at(letters, None if number is None else number - 1),
-        "letter": text.upper() if len(text) == 1 and text.upper() in letters else None,
-        "text": letters[options.index(text)] if options.count(text) == 1 else None,
-    }
-    if entry.answer_is != "auto":
-        gold = by_form[entry.answer_is]
-    else:
-        candidates = {by_form[form] for form in ("index", "letter", "text")} - {None}
-        if len(candidates) > 1:
-            raise RowDroppedError(f"ambiguous '{entry.answer}': set answer_is to index or text")
-        gold = next(iter(candidates), None)
-    if gold is None:
-        raise RowDroppedError(f"no right option in '{entry.answer}'")
-    return gold
-
-
-def _letter_at(letters: str, index: int | None) -> str | None:
-    return letters[index] if index is not None and 0 <= index < len(letters) else None
 
 
 # Prompts

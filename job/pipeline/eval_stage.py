@@ -28,17 +28,18 @@ from job.pipeline import layout
 from job.pipeline.data_stage import read_examples
 from job.pipeline.run import Run
 from job.pipeline.train_stage import load_trained, prepare_in_background
+from job.results import RowCounts
 from job.runtime import logs
 from job.spec.evals import HarnessEval
 
 
 class TaskOutcome(BaseModel):
-    """The source of a task's questions, and their number."""
+    """The prompts of an evaluation, and where those of a task are from."""
 
-    revision: str | None
-    questions: int
-    cut: int
+    truncated: int
     """Prompts truncated at the beginning to `max_prompt_tokens`."""
+    revision: str | None = None
+    rows: RowCounts | None = None
 
 
 class EvalOutcome(BaseModel):
@@ -63,7 +64,8 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     inputs = [run.digests[name], engine.batch_size, BATCHING_VERSION]
     key_of = partial(layout.partial_predictions, name)
     with PredictionCaches(run.store, key_of, inputs, run.processes.broadcast) as caches:
-        local = LocalModel(engine, model.tokenizer, weights, caches)
+        share = evals.max_truncated_share
+        local = LocalModel(engine, model.tokenizer, weights, caches, share)
         outcomes = {task.entry.name: _evaluate_task(run, name, local, task) for task in tasks}
         for entry in evals.harness:
             outcomes[entry.name] = _evaluate_harness(run, name, local, entry)
@@ -71,6 +73,7 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
             examples = read_examples(run, layout.VALIDATION_EXAMPLES, evals.dialogue.max_examples)
             lines, truncated = local.answer_examples(examples, evals.dialogue.max_new_tokens)
             write_predictions(run, name, DIALOGUE, lines)
+            outcomes[DIALOGUE] = TaskOutcome(truncated=truncated)
             logs.get().info("dialogue evaluated", examples=len(lines), truncated=truncated)
         held_out = read_examples(run, layout.VALIDATION_EXAMPLES)
         losses = local.measure_losses(held_out, evals.max_prompt_tokens)
@@ -79,7 +82,8 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
         section = evals.side_by_side
         examples = read_examples(run, layout.VALIDATION_EXAMPLES, section.max_examples)
         prompts = side_by_side_prompts(examples, section)
-        answers = local.answer_side_by_side(prompts, section.max_new_tokens)
+        answers, truncated = local.answer_side_by_side(prompts, section.max_new_tokens)
+        outcomes[SIDE_BY_SIDE] = TaskOutcome(truncated=truncated)
         write_predictions(run, name, SIDE_BY_SIDE, answers)
     return EvalOutcome(slices=outcomes)
 
@@ -94,7 +98,7 @@ def _evaluate_task(run: Run, name: ModelName, local: LocalModel, task: Task) -> 
         questions=len(lines),
         correct=sum(line.correct for line in lines),
     )
-    return TaskOutcome(revision=task.revision, questions=len(lines), cut=truncated)
+    return TaskOutcome(truncated=truncated, revision=task.revision, rows=task.rows)
 
 
 def _evaluate_harness(
@@ -105,7 +109,7 @@ def _evaluate_harness(
     lines, truncated = evaluate(local, entry, run.spec.evals.max_prompt_tokens)
     write_predictions(run, name, entry.name, lines)
     logs.get().info("task evaluated", eval=entry.name, task=entry.task, samples=len(lines))
-    return TaskOutcome(revision=None, questions=len(lines), cut=truncated)
+    return TaskOutcome(truncated=truncated)
 
 
 def _check_contamination(run: Run, tasks: Sequence[Task]) -> None:

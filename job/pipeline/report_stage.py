@@ -112,7 +112,12 @@ def _evaluation(run: Run, reference: ReferenceResult) -> Evaluation:
             _predictions(run, LOSS, LossLine, has_reference=False), _bootstrap(run)
         ),
         side_by_side=_side_by_side(run, has_reference=has_reference),
+        side_by_side_truncated_prompts=_truncated_prompts(run, SIDE_BY_SIDE),
     )
+
+
+def _truncated_prompts(run: Run, name: str) -> int:
+    return run.outcome("baseline", EvalOutcome).slices[name].truncated
 
 
 def _predictions[L: Line](
@@ -138,9 +143,10 @@ def _multiple_choice(
 ) -> MultipleChoiceResult:
     has_reference = has_reference and entry in run.spec.reference_tasks
     models = _predictions(run, entry.name, ChoiceLine, has_reference=has_reference)
-    revision = run.outcome("baseline", EvalOutcome).slices[entry.name].revision
+    source = run.outcome("baseline", EvalOutcome).slices[entry.name]
     overlaps = _overlapping_questions(run, entry.name)
-    return summarize_choices(entry, models, revision, overlaps)
+    result = summarize_choices(entry, models, source.revision, overlaps)
+    return result.model_copy(update={"rows": source.rows, "truncated_prompts": source.truncated})
 
 
 def _overlapping_questions(run: Run, name: str) -> int | None:
@@ -154,7 +160,7 @@ def _overlapping_questions(run: Run, name: str) -> int | None:
 
 def _harness(run: Run, entry: HarnessEval) -> HarnessResult:
     models = _predictions(run, entry.name, HarnessLine, has_reference=False)
-    truncated = run.outcome("baseline", EvalOutcome).slices[entry.name].cut
+    truncated = run.outcome("baseline", EvalOutcome).slices[entry.name].truncated
     return summarize_harness(entry, models, truncated, _bootstrap(run))
 
 
@@ -170,12 +176,15 @@ def _dialogue(run: Run, *, has_reference: bool) -> Dialogue | None:
     before, after = models["baseline"], models["finetuned"]
     comparison = compare_dialogues(("baseline", "finetuned"), before, after, bootstrap)
     assert comparison is not None  # local models answer everything
+    trivial = trivial_baselines(before, bootstrap)
     return Dialogue(
         examples=len(before),
+        truncated_prompts=_truncated_prompts(run, DIALOGUE),
         max_new_tokens=section.max_new_tokens,
         models={name: score_dialogues(lines, bootstrap) for name, lines in models.items()},
         markers=summarize_style(section.markers, models),
-        nulls=trivial_baselines(before, bootstrap),
+        nulls=trivial["rougeL"],
+        chrf_nulls=trivial["chrf"],
         comparison=comparison,
         reference_comparison=compare_dialogues(
             ("finetuned", "reference"), after, models.get("reference", []), bootstrap

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -23,7 +24,7 @@ from job.spec.pinning import NONE, Revisions, adapter_key, model_key, source_key
 from job.spec.schema import MultipleChoiceEval, Reference, Source, Spec
 from job.storage.base import file_sha256
 
-_PARSING_VERSION = 2
+_PARSING_VERSION = 3
 """Increment it when the same answer of a model is read differently."""
 
 _SMALL_FILE = 1_000_000
@@ -78,14 +79,11 @@ def _data_inputs(spec: Spec, revisions: Revisions) -> object:
 
 
 def _eval_inputs(spec: Spec, revisions: Revisions) -> object:
-    # The batch size, and what is computed from the answers later, change no prediction.
-    evals = spec.evals.model_dump(
-        mode="json",
-        exclude={
-            "multiple_choice": True, "batch_size": True, "bootstrap_samples": True,
-            "dialogue": {"markers"}, "harness": {"__all__": {"role", "margin"}},
-        },
-    )  # fmt: skip
+    # The batch size, limits, and what is computed from the answers later, change no prediction.
+    unused = {"multiple_choice", "batch_size", "bootstrap_samples", "max_truncated_share"}
+    exclude: Any = dict.fromkeys(unused, True) | {"dialogue": {"markers"}}
+    exclude["harness"] = {"__all__": {"role", "margin"}}
+    evals = spec.evals.model_dump(mode="json", exclude=exclude)
     folders = [Path(entry.include) for entry in spec.evals.harness if entry.include]
     files = [[_content(p) for p in sorted(f.rglob("*")) if p.is_file()] for f in folders]
     tasks = _tasks(spec.evals.multiple_choice, revisions)

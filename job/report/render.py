@@ -161,7 +161,7 @@ def _arrow(values: dict[str, str]) -> str:
 
 
 def trivial_baselines(scores: TrivialBaselines) -> list[tuple[str, Estimate]]:
-    """Return the trivial baselines by label, each with its ROUGE-L."""
+    """Return the trivial baselines by label, each with its score."""
     return [
         ("Echoed prompt", scores.echoed_prompt),
         ("Shuffled answer", scores.other_answer),
@@ -191,6 +191,7 @@ def warnings(results: Results) -> Iterator[str]:
             "The model was prompted without its own chat template: its files carry one, but "
             f"model.chat_template is {results.model.chat_template}. Set it to auto."
         )
+    yield from (sentence for share, sentence in _truncated_prompts(results) if share > 0.01)
     tasks: list[Any] = [(c.name, c.questions, c.models) for c in results.evaluation.multiple_choice]
     if dialogue := results.evaluation.dialogue:
         tasks.append(("dialogue", dialogue.examples, dialogue.models))
@@ -208,6 +209,31 @@ def warnings(results: Results) -> Iterator[str]:
             )
 
 
+def _truncated_prompts(results: Results) -> Iterator[tuple[float, str]]:
+    """Yield the share of truncated prompts of each evaluation that has some, and a sentence."""
+    evaluation = results.evaluation
+    counts = [(c.name, c.truncated_prompts, c.questions) for c in evaluation.multiple_choice]
+    if dialogue := evaluation.dialogue:
+        counts.append(("dialogue", dialogue.truncated_prompts, dialogue.examples))
+    shown = evaluation.side_by_side_truncated_prompts
+    counts.append(("side by side", shown, len(evaluation.side_by_side)))
+    for name, truncated, count in counts:
+        if truncated:
+            yield (
+                truncated / count,
+                f"{name}: {truncated:,} of {count:,} prompts were longer than "
+                "evals.max_prompt_tokens and lost their beginning.",
+            )
+
+
+def left_out(choice: MultipleChoiceResult) -> str | None:
+    """Describe the rows of a task that are no questions, and why; None if there are none."""
+    if choice.rows is None or not choice.rows.dropped:
+        return None
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in choice.rows.dropped.items())
+    return f"of {choice.rows.raw:,} rows read, {choice.rows.valid:,} are used; left out: {reasons}"
+
+
 def caveats(results: Results) -> Iterator[str]:
     """Yield the limits of these results that a reader should know."""
     choices, dialogue = results.evaluation.multiple_choice, results.evaluation.dialogue
@@ -217,6 +243,7 @@ def caveats(results: Results) -> Iterator[str]:
         f"This is a single run with one seed ({results.run.spec.get('seed', 'not recorded')}). "
         "Intervals reflect the choice of questions, not the variance between training runs."
     )
+    yield from (sentence for share, sentence in _truncated_prompts(results) if share <= 0.01)
     for choice in choices:
         yield from _choice_caveats(choice)
     if choices:
@@ -240,8 +267,8 @@ def caveats(results: Results) -> Iterator[str]:
         )
     if dialogue:
         yield (
-            "ROUGE measures word overlap with one expected answer, not correctness, and depends on "
-            f"the length of the answers (at most {dialogue.max_new_tokens:,} tokens here)."
+            "ROUGE and chrF measure overlap with one expected answer, not correctness, and depend "
+            f"on the length of the answers (at most {dialogue.max_new_tokens:,} tokens here)."
         )
         trivial = max(estimate.mean for _, estimate in trivial_baselines(dialogue.nulls))
         for name, rouge in ordered(dialogue.models):
@@ -265,6 +292,8 @@ def _choice_caveats(choice: MultipleChoiceResult) -> Iterator[str]:
             f"{choice.name}: with {choice.questions:,} questions, accuracy is uncertain by about "
             f"\u00b1{50 * max(widths):.1f} points (95%); use the paired comparison for changes."
         )
+    if rows := left_out(choice):
+        yield f"{choice.name}: {rows}."
     if choice.in_training_text:
         yield (
             f"{choice.name}: {choice.in_training_text:,} questions share a passage with the "
@@ -378,8 +407,8 @@ def _size(count: int) -> str:
 _FILTERS = {
     "percent": percent, "signed": _signed, "span": _span, "p": _p, "nats": _nats, "mfu": _mfu,
     "duration": _duration, "amount": _amount, "size": _size, "fence": _fence,
-    "trivial_baselines": trivial_baselines, "detectable": detectable, "perplexity": _perplexity,
-    "frequency": _frequency,
+    "trivial_baselines": trivial_baselines, "detectable": detectable, "left_out": left_out,
+    "perplexity": _perplexity, "frequency": _frequency,
     "finding": _finding, "label": model_label, "ordered": ordered,
     "number": "{:,.0f}".format, "rouge": "{:.3f}".format,
 }  # fmt: skip

@@ -48,13 +48,19 @@ class MultipleChoiceEval(Source):
     )
     question: Template = Field("{question}", description="Text of the question.")
     options: Annotated[list[str], Field(min_length=2, max_length=26)] | str = Field(
-        description="Columns of the options in order, or one column with a list of them."
+        description="Columns of the options in order, or one column with a list of them, with or "
+        "without labels: [{key, value}], {text: [...], label: [...]} or {A: ..., B: ...}."
     )
     answer: str = Field(description="Column of the correct option.")
     answer_is: Literal["auto", "index", "number", "letter", "text"] = Field(
         "auto",
         description="Form of `answer`: 0-based index, 1-based number, letter or the option's "
-        "text; auto: any but number, if only one fits.",
+        "text; auto: the only form, or label, that reads the complete column.",
+    )
+    shuffle_options: bool = Field(
+        False,
+        description="Whether to shuffle the options, always in the same order for the same "
+        "question; for datasets whose right option has a fixed place.",
     )
     id: str | None = Field(None, description="Column of the id; unset: the row number.")
     group: str | None = Field(
@@ -158,6 +164,11 @@ class Evals(Section):
     batch_size: Positive = Field(16, description="Per-device batch size of prompts.")
     max_prompt_tokens: Positive = Field(
         1024, description="Longer prompts lose their beginning; they are counted as truncated."
+    )
+    max_truncated_share: Annotated[Number, Field(ge=0, le=1)] = Field(
+        0.05,
+        description="Share of an evaluation's prompts that may be truncated; with more, the run "
+        "stops.",
     )
     bootstrap_samples: Annotated[int, Field(ge=100, strict=True)] = Field(
         2000, description="Random resamples per interval."

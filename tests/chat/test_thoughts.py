@@ -10,12 +10,14 @@ from jax.sharding import Mesh
 from job.chat.thoughts import split_thoughts
 from job.evals.engine import Engine
 from job.evals.local_model import LocalModel
-from job.evals.metrics import rouge_scores, score_choices, score_dialogues, summarize_style
+from job.evals.metrics import overlap_scores, score_choices, score_dialogues, summarize_style
 from job.evals.predictions import DialogueLine, SideLine, format_predictions, parse_predictions
+from job.evals.questions import Question
 from job.evals.statistics import Bootstrap
-from job.evals.tasks import Question, SideBySidePrompt, Task
+from job.evals.tasks import SideBySidePrompt, Task
 from job.model.language_model import LanguageModel
 from job.model.load import load_model
+from job.results import RowCounts
 from job.spec.schema import Model, MultipleChoiceEval
 from tests.conversations import conversation, turns
 from tests.evals.test_prediction_cache import caches
@@ -91,7 +93,12 @@ def test_an_answer_cut_in_its_thoughts_is_unparsed_and_counted(local: LocalModel
         prompt="{question} {options} <think>", max_new_tokens=LIMIT,
     )  # fmt: skip
     (line,), _ = local.answer_questions(
-        Task(entry, None, [Question("q", "Which?", ("x", "y"), "A")])
+        Task(
+            entry,
+            None,
+            [Question("q", "Which?", ("x", "y"), "A")],
+            RowCounts(raw=1, valid=1, dropped={}),
+        )
     )
     assert line.thoughts
     assert (line.answer, line.choice, line.finish) == ("", None, "length")
@@ -111,7 +118,9 @@ def test_a_dialogue_cut_in_its_thoughts_is_an_empty_answer(local: LocalModel) ->
 
 
 def test_side_by_side_shows_no_thoughts(local: LocalModel) -> None:
-    (line,) = local.answer_side_by_side([SideBySidePrompt("p", turns("Why? <think>"))], LIMIT)
+    prompts = [SideBySidePrompt("p", turns("Why? <think>"))]
+    (line,), truncated = local.answer_side_by_side(prompts, LIMIT)
+    assert truncated == 0
     assert line.answer == ""
     assert line.thoughts
 
@@ -125,7 +134,7 @@ def test_predictions_without_thoughts_have_no_field_for_them() -> None:
 
 
 def test_an_expected_answer_is_compared_without_its_thoughts() -> None:
-    scores = rouge_scores("<think>Is it serious?</think>Please rest.", "Please rest.")
+    scores = overlap_scores("<think>Is it serious?</think>Please rest.", "Please rest.")
     assert scores["rougeL"] == 1.0
 
 

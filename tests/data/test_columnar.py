@@ -165,6 +165,10 @@ def test_a_dialogue_that_cannot_be_used_says_why(row: dict[str, Any], reason: st
         ("a\x1fb", "ab", False),
         ("a_b", "ab", True),
         ("\u4f60\u597d", "\u4f60\u597d!", True),
+        ("दिन", "दीन", False),
+        ("กา", "ก่า", False),
+        ("हिन्दी!", "«हिन्दी»", True),
+        ("他吃饭。", "他 吃饭", True),
     ],
 )
 def test_the_normal_form_is_letters_and_digits(first: str, second: str, same: bool) -> None:

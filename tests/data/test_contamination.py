@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +34,41 @@ def test_a_short_question_must_match_completely() -> None:
     assert found(question, "The drug of choice for malaria is this.", "drug of choice") == [0]
     assert Passages(["What is it?"]).too_short == 1
     assert found("What is it?", "What is it?") == []
+
+
+@pytest.mark.parametrize(
+    ("question", "copy", "other"),
+    [
+        (
+            "下列关于糖尿病患者饮食治疗的叙述中，哪一项是不正确的？",
+            "老师问：下列关于糖尿病患者饮食治疗的叙述中哪一项是不正确的。我不知道。",
+            "下列关于高血压患者药物治疗的叙述中，哪一项是正确的？",
+        ),
+        (
+            "糖尿病の患者に最初に使われる薬はどれですか。",
+            "問題「糖尿病の患者に最初に使われる薬はどれですか」に答えます。",
+            "高血圧の患者に最初に使われる薬はどれですか。",
+        ),
+        (
+            "ยาตัวใดที่ใช้รักษาโรคเบาหวานเป็นอันดับแรก",
+            "คำถาม ยาตัวใดที่ใช้รักษาโรคเบาหวานเป็นอันดับแรก ครับ",
+            "ยาตัวใดที่ใช้รักษาโรคความดันโลหิตสูง",
+        ),
+        (
+            "मधुमेह के रोगी को सबसे पहले कौन सी दवा दी जाती है",
+            "प्रश्न: मधुमेह के रोगी को सबसे पहले कौन सी दवा दी जाती है?",
+            "बुखार के रोगी को सबसे पहले कौन सी दवा दी जाती है",
+        ),
+    ],
+)
+def test_questions_in_other_scripts_match_as_well(question: str, copy: str, other: str) -> None:
+    assert Passages([question]).too_short == 0
+    assert found(question, copy, other) == [0]
+
+
+def test_a_short_question_without_spaces_is_not_searched() -> None:
+    assert Passages(["什么是糖尿病？", "什么"]).too_short == 2
+    assert found("什么是糖尿病？", "请问什么是糖尿病？") == []
 
 
 def test_a_passage_does_not_reach_from_one_text_into_the_next() -> None:

@@ -3,19 +3,29 @@
 Missing answers are not counted, unparsed ones are wrong, and comparisons are paired.
 """
 
+import json
+from importlib import resources
+from itertools import pairwise
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics.chrf import CHRF
 
 from job.evals.metrics import (
+    ROUGE_METRICS,
     compare_choices,
     group_scores,
+    overlap_scores,
     phrase_pattern,
     score_choices,
     summarize_choices,
     summarize_style,
 )
 from job.evals.predictions import ChoiceLine, DialogueLine, choice_line
+from job.evals.questions import Question
 from job.evals.statistics import decide_findings, mcnemar, wilson
-from job.evals.tasks import Question
 from job.spec.evals import MARKERS
 from job.spec.schema import MultipleChoiceEval
 
@@ -34,6 +44,60 @@ def lines(choices: str, golds: str | None = None, start: int = 0) -> list[Choice
         else:
             made.append(choice_line(question, None if choice == "-" else choice, answer=choice))
     return made
+
+
+@pytest.mark.parametrize(
+    ("expected", "close", "other"),
+    [
+        ("我得了糖尿病，应该怎么办？", "我得了高血压，应该怎么办？", "再见"),
+        ("熱があります。", "熱がありません。", "さようなら"),
+        ("コーヒーを飲む", "コーヒーを買う", "犬"),
+        ("ฉันปวดหัวมาก", "ฉันปวดท้องมาก", "ฟซศ"),
+        ("Привет, как дела сегодня?", "Как дела сегодня", "Спасибо"),
+        ("어떻게 지내세요", "잘 지내세요", "안녕"),
+        ("मुझे बुखार है", "मुझे खांसी है", "धन्यवाद"),
+        ("كيف حالك اليوم", "كيف حالك", "شكرا"),
+        ("Τι κάνεις σήμερα;", "τι κάνεις", "ευχαριστώ"),
+    ],
+)
+def test_answers_in_any_script_are_told_from_each_other(
+    expected: str, close: str, other: str
+) -> None:
+    same, near, far = (overlap_scores(expected, text) for text in (expected, close, other))
+    for name in ("rouge1", "rougeL", "chrf"):
+        assert same[name] == 1
+        assert 0.2 < near[name] < 1
+        assert far[name] < 0.1
+
+
+ENGLISH = st.lists(st.sampled_from([*"abyzAZ09 ing.,'_-’“”—…°²½µ•\n", "❤️", "1️⃣"])).map("".join)
+
+
+@given(ENGLISH, ENGLISH)
+def test_rouge_of_english_is_that_of_rouge_score(expected: str, answer: str) -> None:
+    theirs = RougeScorer(ROUGE_METRICS, use_stemmer=True).score(expected, answer)
+    ours = overlap_scores(expected, answer)
+    assert [ours[name] for name in ROUGE_METRICS] == [
+        round(theirs[name].fmeasure, 6) for name in ROUGE_METRICS
+    ]
+
+
+def test_rouge_of_the_samples_is_that_of_rouge_score() -> None:
+    text = (resources.files("job") / "samples" / "dialogues.jsonl").read_text("utf-8")
+    answers = [str(list(json.loads(line).values())[-1]) for line in text.splitlines()[:100]]
+    scorer = RougeScorer(ROUGE_METRICS, use_stemmer=True)
+    for expected, answer in pairwise(answers):
+        theirs = scorer.score(expected, answer)
+        ours = overlap_scores(expected, answer)
+        assert all(ours[n] == round(theirs[n].fmeasure, 6) for n in ROUGE_METRICS)
+    assert len(answers) > 50
+
+
+def test_chrf_is_that_of_sacrebleu() -> None:
+    theirs = CHRF().sentence_score("It may pass by itself.", ["It will pass soon."]).score
+    assert overlap_scores("It will pass soon.", "It may pass by itself.")["chrf"] == pytest.approx(
+        theirs / 100, abs=1e-6
+    )
 
 
 def test_a_missing_answer_is_counted_apart() -> None:

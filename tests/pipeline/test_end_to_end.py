@@ -110,6 +110,8 @@ def test_accuracies_follow_from_the_predictions(smoke: Finished) -> None:
             right = sum(line["choice"] == line["gold"] for line in lines)
             assert (right, len(lines)) == (score.correct, task.questions)
             assert score.accuracy == right / len(lines)
+        assert task.rows is not None
+        assert (task.rows.raw, task.rows.valid, task.rows.dropped) == (len(lines), len(lines), {})
 
 
 def test_training_lowers_the_validation_loss(smoke: Finished) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from job.errors import RunStoppedError
 from job.evals.api_client import API_KEY_VARIABLE
-from job.evals.metrics import compare_dialogues, rouge_scores, score_choices, score_dialogues
+from job.evals.metrics import compare_dialogues, overlap_scores, score_choices, score_dialogues
 from job.evals.predictions import ChoiceLine, DialogueLine, Line, SideLine
 from job.evals.statistics import Bootstrap
 from job.pipeline.layout import PARTIAL_REPLIES, REPLIES
@@ -294,7 +294,7 @@ def test_dialogues_have_the_limit_of_the_other_models(
         ("Drink water.", 2, "stop")
     }
     assert [line.rougeL for line in held_out] == [
-        rouge_scores(line.expected, line.answer)["rougeL"] for line in held_out
+        overlap_scores(line.expected, line.answer)["rougeL"] for line in held_out
     ]
     limits = [chat["max_tokens"] for chat in service.chats]
     assert (limits.count(48), limits.count(1024)) == (DIALOGUES, ALL - DIALOGUES)

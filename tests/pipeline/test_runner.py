@@ -63,6 +63,8 @@ def changed_stages(before: Spec, after: Spec) -> list[str]:
         ("reference.concurrency=2", ["report"]),
         ("evals.dialogue.max_new_tokens=9", ["baseline", "finetuned", "report"]),
         ("evals.batch_size=2", ["report"]),
+        ("evals.max_truncated_share=0.5", ["report"]),
+        ("evals.multiple_choice.0.shuffle_options=true", ["baseline", "finetuned", "report"]),
         ("reference.model=larger", ["reference", "report"]),
         ("reference=null", ["reference", "report"]),
         ("runtime.devices=8", ["report"]),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from job.evals.predictions import ChoiceLine, DialogueLine, Line, choice_line
-from job.evals.tasks import Question
+from job.evals.questions import Question
 from job.results import Results
 from job.storage.base import Store
 from tests.report import full

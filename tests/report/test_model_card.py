@@ -121,6 +121,17 @@ def test_the_card_repeats_the_warnings_of_the_report() -> None:
     assert "- The model was prompted without its own chat template" in card(run)[1]
 
 
+def test_the_card_counts_truncated_prompts_and_rows_left_out() -> None:
+    run = full()
+    run["evaluation"]["multiple_choice"][0] |= {
+        "truncated_prompts": 9,
+        "rows": {"raw": 4190, "valid": 4183, "dropped": {"empty option": 7}},
+    }
+    text = plain(card(run)[1])
+    assert "- medmcqa: 9 of 4,183 prompts were longer than evals.max_prompt_tokens" in text
+    assert "- medmcqa: of 4,190 rows read, 4,183 are used; left out: 7 empty option." in text
+
+
 def test_the_base_of_a_local_adapter_is_passed_explicitly() -> None:
     run = with_peft(full())
     assert "Pass the base model explicitly" not in card(run)[1]

@@ -197,6 +197,44 @@ def test_nine_in_ten_answers_cut_of_those_there_are_a_warning(
 
 
 @pytest.mark.parametrize("render", [html_text, render_markdown])
+@pytest.mark.parametrize(
+    ("task", "dialogue", "side", "warned", "noted"),
+    [
+        (0, 0, 0, [], []),
+        (41, 2, 0, [], ["medmcqa: 41 of 4,183", "dialogue: 2 of 200"]),
+        (42, 3, 0, ["medmcqa: 42 of 4,183", "dialogue: 3 of 200"], []),
+        (0, 0, 1, ["side by side: 1 of 1"], []),
+    ],
+)
+def test_truncated_prompts_are_counted_and_above_1_percent_a_warning(
+    render: Render, task: int, dialogue: int, side: int, warned: list[str], noted: list[str]
+) -> None:
+    run = full()
+    run["evaluation"]["multiple_choice"][0]["truncated_prompts"] = task
+    run["evaluation"]["dialogue"]["truncated_prompts"] = dialogue
+    run["evaluation"]["side_by_side_truncated_prompts"] = side
+    text = render(Results.model_validate(run), HISTORY, FLIPS).replace("\\", "")
+    top, rest = text[: text.index("31.0% \u2192 35.1%")], text[text.index("Caveats") :]
+    end = " prompts were longer than evals.max_prompt_tokens and lost their beginning."
+    assert top.count("Warning:") == len(warned)
+    assert all(sentence + end in top for sentence in warned)
+    assert rest.count(end) == len(noted)
+    assert all(sentence + end in rest for sentence in noted)
+
+
+@pytest.mark.parametrize("render", [html_text, render_markdown])
+def test_rows_that_are_no_questions_are_counted_with_reasons(render: Render) -> None:
+    run = full()
+    dropped = {"no right option in 'cop'": 12, "empty option": 5}
+    rows = {"raw": 4200, "valid": 4183, "dropped": dropped}
+    run["evaluation"]["multiple_choice"][0]["rows"] = rows
+    text = render(Results.model_validate(run), [], []).replace("\\", "")
+    counts = "of 4,200 rows read, 4,183 are used; left out: 12 no right option in 'cop', 5 empty"
+    assert text.count(counts) == 2
+    assert "rows read" not in render(Results.model_validate(full()), [], [])
+
+
+@pytest.mark.parametrize("render", [html_text, render_markdown])
 def test_both_models_of_an_evaluation_share_a_warning(render: Render) -> None:
     run = full()
     for score in run["evaluation"]["dialogue"]["models"].values():
