@@ -1,10 +1,12 @@
 """Logits, answers and losses by transformers and PEFT: real_model.py REQUEST OUT.
 
-REQUEST is a JSON list of {name, model, adapter, prompts, every, chats, new_tokens, stop_ids, rows}:
+REQUEST is a JSON list of {name, model, adapter, prompts, every, chats, new_tokens, stop_ids, rows,
+questions, letters}:
 `adapter` a PEFT folder or null; of each of `prompts` the logits at each position that `every`
 divides; of each of `chats` the greedy continuation; of `rows`, {token_ids, loss_mask} each, the
-mean cross-entropy of the tokens with a loss. OUT, an .npz file, gets `NAME logits N`,
-`NAME answer N` and `NAME loss`.
+mean cross-entropy of the tokens with a loss; of each of `questions` the logits of the tokens
+`letters` after it. OUT, an .npz file, gets `NAME logits N`, `NAME answer N`, `NAME loss` and
+`NAME letters`.
 """
 
 import json
@@ -33,7 +35,7 @@ def mean_loss(model: Any, rows: list[dict[str, Any]]) -> float:
     total, count = 0.0, 0
     for row in rows:
         tokens = torch.tensor([row["token_ids"]])
-        scores = model(tokens).logits[0, :-1].log_softmax(-1)
+        scores = model(tokens).logits[0, :-1].double().log_softmax(-1)  # float32 rounds 1e-5
         chosen = scores.gather(1, tokens[0, 1:, None])[:, 0]
         mask = torch.tensor(row["loss_mask"][1:])
         total -= chosen[mask].double().sum().item()
@@ -54,6 +56,13 @@ with torch.no_grad():
                 eos_token_id=request["stop_ids"], pad_token_id=request["stop_ids"][0],
             )  # fmt: skip
             arrays[f"{name} answer {number}"] = answer[0, len(chat) :].numpy()
+        if request["questions"]:
+            arrays[f"{name} letters"] = np.array(
+                [
+                    model(torch.tensor([ids])).logits[0, -1, request["letters"]].tolist()
+                    for ids in request["questions"]
+                ]
+            )
         if request["rows"]:
             arrays[f"{name} loss"] = mean_loss(model, request["rows"])
 np.savez(sys.argv[2], **arrays)

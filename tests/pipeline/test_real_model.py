@@ -19,23 +19,29 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
 from job.adapters.keras_format import load_adapter
+from job.chat.tokenizer import OptionTokens
 from job.data.examples import Example
 from job.data.packing import tokenize
 from job.data.split_files import iter_examples
 from job.evals.engine import Engine
+from job.evals.tasks import letter_context, load_task, question_prompts
 from job.model.language_model import LanguageModel
 from job.model.load import load_model
-from job.spec.schema import Lora, Model
+from job.spec.schema import Lora, Model, MultipleChoiceEval
 from tests import real_models
 from tests.command import job
 from tests.model.forward import full_logits
 from tests.peers import run_peer
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif("REAL_MODEL" not in os.environ, reason="a quarter of an hour; REAL_MODEL=1"),
-]
-MODELS = ("smollm2", "gemma3_270m")
+pytestmark = pytest.mark.real
+LARGER = pytest.mark.skipif("REAL_MODEL" not in os.environ, reason="half an hour; REAL_MODEL=1")
+MODELS = ("smollm2", pytest.param("gemma3_270m", marks=LARGER))
+QUESTIONS = {
+    "name": "questions", "dataset": os.environ.get("MEDMCQA_FILE", "samples"), "answer": "cop",
+    "options": ["opa", "opb", "opc", "opd"], "limit": 200 if "MEDMCQA_FILE" in os.environ else 64,
+}  # fmt: skip
+"""The shipped questions, or 200 of a file in MedMCQA's columns."""
+
 LORA = {"rank": 8, "alpha": 16, "targets": ["query", "value"]}
 LENGTHS = (
     1,
@@ -70,6 +76,8 @@ class Comparison:
     tuned: Any
     prompts: list[list[int]]
     chats: list[list[int]]
+    questions: list[list[int]]
+    letters: OptionTokens
     losses: dict[str, float]
     theirs: dict[str, np.ndarray]
 
@@ -111,13 +119,22 @@ def comparison(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Compari
         texts_of(model, examples),
         chats_of(model, list(iter_examples(run / "data/train.parquet"))),
     )
+    task = load_task(MultipleChoiceEval.model_validate(QUESTIONS))
+    questions = model.tokenizer.encode_prompts(question_prompts(task))
+    letters = model.tokenizer.letter_tokens("ABCD", *letter_context(task.entry))
     base = {
-        "prompts": prompts, "every": EVERY, "chats": [], "new_tokens": NEW_TOKENS, "adapter": None,
+        "questions": [], "letters": letters.ids, "prompts": prompts, "every": EVERY, "chats": [], "new_tokens": NEW_TOKENS, "adapter": None,
         "stop_ids": list(model.tokenizer.stop_ids), "rows": [
             {"token_ids": e.token_ids, "loss_mask": e.loss_mask} for e in held_out],
     }  # fmt: skip
     requests = [
-        {**base, "name": "base", "model": str(folder), "chats": chats},
+        {
+            **base,
+            "name": "base",
+            "model": str(folder),
+            "chats": chats,
+            "questions": [[*question, *letters.prefix] for question in questions],
+        },
         {**base, "name": "peft", "model": str(folder), "adapter": str(run / "adapter/peft")},
         {**base, "name": "merged", "model": str(work / "merged-transformers")},
     ]
@@ -130,7 +147,7 @@ def comparison(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Compari
     keras = on_one_device(section.model_copy(update={"preset": str(work / "merged-keras")}))
     weights["merged-keras"] = keras.weights
     losses = dict(record["outcome"]["training"]["loss"])
-    return Comparison(model, weights, prompts, chats, losses, theirs)
+    return Comparison(model, weights, prompts, chats, questions, letters, losses, theirs)
 
 
 def in_float32(folder: Path, target: Path) -> Path:
@@ -197,6 +214,16 @@ def test_greedy_answers_are_those_of_transformers(comparison: Comparison) -> Non
         end = next((i for i, t in enumerate(tokens) if t in model.tokenizer.stop_ids), None)
         assert answer.text == model.tokenizer.decode(tokens[:end]).strip()
         assert answer.finish == ("length" if end is None else "stop")
+
+
+def test_chosen_letters_are_those_of_transformers(comparison: Comparison) -> None:
+    model, theirs = comparison.model, comparison.theirs["base letters"]
+    engine = Engine(model, 10, 2048)
+    scores = engine.loglikelihood(
+        model.weights, comparison.questions, comparison.letters, "letters"
+    )
+    assert (scores.argmax(axis=1) == theirs.argmax(axis=1)).all()
+    assert scores - scores[:, :1] == pytest.approx(theirs - theirs[:, :1], abs=WITHIN)
 
 
 def test_validation_losses_are_those_of_transformers(comparison: Comparison) -> None:
