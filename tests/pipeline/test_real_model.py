@@ -123,7 +123,8 @@ def comparison(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Compari
     questions = model.tokenizer.encode_prompts(question_prompts(task))
     letters = model.tokenizer.letter_tokens("ABCD", *letter_context(task.entry))
     base = {
-        "questions": [], "letters": letters.ids, "prompts": prompts, "every": EVERY, "chats": [], "new_tokens": NEW_TOKENS, "adapter": None,
+        "questions": [], "letters": letters.ids,
+        "prompts": prompts, "every": EVERY, "chats": [], "new_tokens": NEW_TOKENS, "adapter": None,
         "stop_ids": list(model.tokenizer.stop_ids), "rows": [
             {"token_ids": e.token_ids, "loss_mask": e.loss_mask} for e in held_out],
     }  # fmt: skip
