@@ -258,10 +258,13 @@ def test_retention_is_judged_by_the_margin(
 
 
 @pytest.mark.parametrize(
-    ("drop", "finding"), [(0.0, "not worse"), (0.3, "worse"), (0.02, "cannot tell")]
+    ("drop", "scale", "finding"),
+    [(0.0, 0.1, "not worse"), (0.3, 0.1, "worse"), (0.0, 0.3, "cannot tell")],
 )
-def test_retention_of_means_is_judged_by_the_margin(drop: float, finding: Finding) -> None:
-    noise = np.random.default_rng(1).normal(scale=0.1, size=400)
+def test_retention_of_means_is_judged_by_the_margin(
+    drop: float, scale: float, finding: Finding
+) -> None:
+    noise = np.random.default_rng(1).normal(scale=scale, size=400)
     noise -= noise.mean() + drop
     before = {str(i): 0.5 for i in range(400)}
     after = {str(i): 0.5 + float(value) for i, value in enumerate(noise)}
