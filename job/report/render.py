@@ -246,7 +246,8 @@ def caveats(results: Results) -> Iterator[str]:
     if choices:
         yield (
             "Accuracy depends on the prompt and on the scoring mode (letters compares logits, "
-            "generate parses text), by several points: compare only results of the same mode."
+            "generate parses text, best in English), by several points: compare only results of "
+            "the same mode."
         )
     if sum(len(choice.comparisons) for choice in choices) + bool(dialogue) > 1:
         yield "Findings are based on p-values corrected for multiple comparisons (Holm)."
