@@ -10,9 +10,11 @@ stand for "answer". The first rule that applies decides:
    begin with a letter (the options repeated).
    Or a phrase names the letter: `the answer is B`, `answer: (C)`, `correct option is D`,
    `I choose A`. If the beginning and the phrases name different letters, there is no answer.
+   Of ten other languages only "the answer is B" at the end of a clause is known, and negations.
 3. A statement about exactly one letter: `it is D`, `so, C`, `D is correct`. A letter that merely
    occurs (`hepatitis B`, `vitamin D is low`) does not count.
 4. The text of exactly one option occurs in the answer.
+Full-width letters and punctuation are read as ASCII.
 A negated letter or text (`not B`, `B is wrong`, `neither A nor B`, `not aspirin`) is never chosen.
 """
 
@@ -34,6 +36,22 @@ _PHRASE = re.compile(
     r"(?i:\b(?:answer|choice|option|choose|select|pick|chose|go with)\b"
     r"(?:\s+(?:is|would\s+be|will\s+be|should\s+be|choice|option|letter|answer|the|correct|right))*)"
     rf"\s*[:=-]?\s*{_OPEN}?([A-Za-z])(?![\w'’])"
+)
+
+_PHRASE_ABROAD = re.compile(
+    r"(?:答案|正解|答え|解答|정답|답|(?:(?<=我)|(?<=故)|(?<=所以)|(?<=因此)|(?<![^\s.,;:!?]))选择?"
+    r"|(?i:\b(?:respuesta|réponse|resposta|antwort|risposta|ответ|jawaban|đáp án)\b))"
+    r"(?:[\s:=)-]|是|为|為|应|该|选|项|は|が|은|는|(?i:\b(?:correcta|correcte|correta|corretta|es|est|é|è|"
+    r"ist|lautet|là|adalah|la|opción|opção|option|вариант|это)\b))*"
+    rf"{_OPEN}?([A-Z])(?={_CLOSE}*\s*(?:[.,;!\n]|$|です|である|だ[.\s]|입니다|이다))"
+)
+_ENDS = dict(zip("。．，、：；！？）」』】", "..,,:;!?))))", strict=True))
+"""Full-width signs after which text without spaces needs one."""
+
+_FULL_WIDTH = str.maketrans(
+    {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+    | dict.fromkeys("「『【", "(")
+    | {sign: f"{plain} " for sign, plain in _ENDS.items()}
 )
 
 _CONNECTIVES = r"(?:because|since|as|is|was|for|due|which|and|or|nor|but|given|based|seems|would)\b"
@@ -58,15 +76,18 @@ _STATED_AFTER = re.compile(
 
 _NEGATED_BEFORE = re.compile(
     r"(?:\bnot|n['’]t|\bcannot|\bnever|\bneither|\bnor|\bwithout|\brather than|\binstead of|"
-    r"\bexcept|\bexclud\w*|\brul\w* out|\beliminat\w*)\s+"
-    rf"(?:be\s+|choose\s+|option\s+|answer\s+|choice\s+|the\s+)*{_OPEN}?$",
+    r"\bexcept|\bexclud\w*|\brul\w* out|\beliminat\w*|"
+    r"\bno es|\bnicht|\bkeine?|\bpas|\bnão é|\bnon è|\bне)\s+"
+    r"(?:be\s+|choose\s+|option\s+|answer\s+|choice\s+|the\s+|(?:la|el|le|il|a|o|die|der|das)\s+)*"
+    rf"{_OPEN}?$",
     re.IGNORECASE,
 )
 
 _NEGATED_AFTER = re.compile(
     rf"^(?:{_CLOSE}|[.:])*\s*(?:(?:is|are|was|would be|can be|must be)\s+(?:an?\s+|the\s+)?)?"
     r"(?:not\b|isn['’]t|aren['’]t|wasn['’]t|cannot|can['’]t|never\b|wrong|incorrect|false|"
-    r"excluded|eliminated|ruled out|nor\b)",
+    r"excluded|eliminated|ruled out|nor\b|不|错|錯|誤|間違|no es\b|falsch|nicht\b|n['’]est pas\b|"
+    r"não é\b|non è\b|не\b|неверн)",
     re.IGNORECASE,
 )
 
@@ -79,7 +100,8 @@ def parse_choice(answer: str, options: Sequence[str]) -> str | None:
         options: texts of the options; the first is A.
     """
     letters = LETTERS[: len(options)]
-    text = _MARKUP.sub("", answer).strip()
+    options = [option.translate(_FULL_WIDTH).strip() for option in options]
+    text = _MARKUP.sub("", answer).translate(_FULL_WIDTH).strip()
     exact = [_normalize(option) == _normalize(text) for option in options]
     if sum(exact) == 1:
         return letters[exact.index(True)]
@@ -141,7 +163,7 @@ def _leading_letter(text: str, letters: str) -> set[str]:
 def _phrase_letters(text: str, letters: str) -> set[str]:
     """Return the letters that a phrase names as the answer (rule 2)."""
     named = set()
-    for match in _PHRASE.finditer(text):
+    for match in (*_PHRASE.finditer(text), *_PHRASE_ABROAD.finditer(text)):
         letter, rest = match[1], text[match.end(1) :]
         if letter.upper() not in letters or _negated(text, *match.span(1)):
             continue

@@ -13,7 +13,7 @@ from job.data.packing import tokenize
 from job.errors import UsageError
 from job.evals.answer_parsing import parse_choice
 from job.evals.engine import Engine, Generation
-from job.evals.metrics import overlap_scores
+from job.evals.metrics import dialogue_line
 from job.evals.prediction_cache import PredictionCaches
 from job.evals.predictions import (
     DIALOGUE,
@@ -101,16 +101,8 @@ class LocalModel:
             self.weights, prompts, max_new_tokens, DIALOGUE, self.caches.open(DIALOGUE)
         )
         lines = [
-            DialogueLine(
-                id=example.id,
-                prompt=example.prompt,
-                expected=example.response,
-                **_generated(answer),
-                tokens=answer.tokens,
-                finish=answer.finish,
-                **overlap_scores(example.response, answer.text),
-            )
-            for example, answer in zip(examples, answers, strict=True)
+            dialogue_line(example, **_generated(a), tokens=a.tokens, finish=a.finish)
+            for example, a in zip(examples, answers, strict=True)
         ]
         return lines, truncated
 

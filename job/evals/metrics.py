@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from job.chat.thoughts import split_thoughts
+from job.data.examples import Example
 from job.data.words import split_words
 from job.evals.predictions import ChoiceLine, DialogueLine, HarnessLine, LossLine, answered
 from job.evals.statistics import (
@@ -207,6 +208,13 @@ def overlap_scores(expected: str, answer: str) -> dict[str, float]:
     scores = {name: float(rouge[name].fmeasure) for name in ROUGE_METRICS}
     scores["chrf"] = _chrf_scorer().sentence_score(answer, [expected]).score / 100
     return {name: round(score, 6) for name, score in scores.items()}
+
+
+def dialogue_line(example: Example, answer: str, **rest: object) -> DialogueLine:
+    """Return the scored line of an answer to a held-out prompt; `rest` are its further fields."""
+    fields = {"id": example.id, "prompt": example.prompt, "expected": example.response}
+    scores = overlap_scores(example.response, answer)
+    return DialogueLine.model_validate({**fields, "answer": answer, **scores, **rest})
 
 
 def score_dialogues(lines: Sequence[DialogueLine], bootstrap: Bootstrap) -> DialogueScore:

@@ -9,7 +9,7 @@ from job.chat.conversation import Conversation
 from job.data.examples import Example
 from job.evals.answer_parsing import parse_choice
 from job.evals.api_client import ChatClient, Reply
-from job.evals.metrics import overlap_scores
+from job.evals.metrics import dialogue_line
 from job.evals.predictions import (
     DIALOGUE,
     SIDE_BY_SIDE,
@@ -70,17 +70,9 @@ class RemoteModel:
         lines = []
         for example in examples:
             reply = replies[example.id]
-            answer = reply.answer or ""
-            fields = {
-                "id": example.id,
-                "prompt": example.prompt,
-                "expected": example.response,
-                "answer": answer,
-                "tokens": reply.completion_tokens,
-                "finish": reply.finish or "none",
-            }
-            scores = overlap_scores(example.response, answer)
-            lines.append(DialogueLine.model_validate(_reply_fields(reply) | fields | scores))
+            fields = _reply_fields(reply) | {"answer": reply.answer or ""}
+            fields |= {"tokens": reply.completion_tokens, "finish": reply.finish or "none"}
+            lines.append(dialogue_line(example, **fields))
         return lines
 
     def answer_side_by_side(self, prompts: Sequence[SideBySidePrompt]) -> list[SideLine]:

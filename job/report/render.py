@@ -249,7 +249,8 @@ def caveats(results: Results) -> Iterator[str]:
     if choices:
         yield (
             "Accuracy depends on the prompt and on the scoring mode (letters compares logits, "
-            "generate parses text), by several points: compare only results of the same mode."
+            "generate parses text, best in English), by several points: compare only results of "
+            "the same mode."
         )
     train = results.run.spec.get("train", {})
     if train.get("keep") == "best" or train.get("patience"):

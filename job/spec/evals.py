@@ -44,7 +44,7 @@ class MultipleChoiceEval(Source):
     scoring: Literal["letters", "generate"] = Field(
         "letters",
         description="letters: compare the logits of the letters after one forward pass; generate: "
-        "greedy decoding and a parser.",
+        "greedy decoding and a parser, which knows English best.",
     )
     question: Template = Field("{question}", description="Text of the question.")
     options: Annotated[list[str], Field(min_length=2, max_length=26)] | str = Field(

@@ -124,7 +124,6 @@ NONE = [
     "Ibuprofen",
     "Aspirins",
     "\u0410",  # a Cyrillic letter
-    "\uff22",  # a full-width B
     "abcd",
 ]
 
@@ -206,6 +205,46 @@ def test_a_leading_a_and_colon_may_stand_for_answer(answer: str, letter: str | N
     ],
 )
 def test_options_that_are_repeated_name_no_letter(answer: str, letter: str | None) -> None:
+    assert parse_choice(answer, OPTIONS) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        *(
+            ("Ｂ", "B"),
+            ("（Ｂ）", "B"),
+            ("B。", "B"),
+            ("B、因为便宜", "B"),
+            ("Ｃ：Paracetamol", "C"),
+        ),
+        *(("答案是B", "B"), ("正确答案为（C）。", "C"), ("答案：Ｄ", "D"), ("我选择B。", "B")),
+        *(
+            ("因此选C。", "C"),
+            ("答案是B，不是C。", "B"),
+            ("【答案】B", "B"),
+            ("正解はBです。", "B"),
+        ),
+        *(("答えはDである。", "D"), ("정답은 C입니다.", "C"), ("답: B", "B")),
+        *(("La respuesta correcta es la B.", "B"), ("La réponse est C.", "C")),
+        *(("A resposta é D.", "D"), ("Die richtige Antwort ist B.", "B"), ("La risposta è C", "C")),
+        *(("Правильный ответ: B", "B"), ("Jawaban: C", "C"), ("Đáp án là D.", "D")),
+        *(("答案不是B", None), ("答案是B吗？", None), ("答案是B或C", None), ("答案是B、C", None)),
+        *(("不选B", None), ("不应该选B", None), ("B、C", None), ("B。不正确", None)),
+        *(
+            ("答えはBではない", None),
+            ("정답은 B가 아닙니다", None),
+            ("La respuesta no es B.", None),
+        ),
+        *(("La respuesta es B o C.", None), ("Die Antwort ist nicht B.", None)),
+        *(
+            ("La respuesta no es la aspirin", None),
+            ("Nicht Aspirin", None),
+            ("¿La respuesta es B?", None),
+        ),
+    ],
+)
+def test_the_answer_is_b_is_read_in_other_languages(answer: str, letter: str | None) -> None:
     assert parse_choice(answer, OPTIONS) == letter
 
 
