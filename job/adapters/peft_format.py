@@ -5,6 +5,7 @@ heads times its rank here. The factor of `B @ A` is the same for all layers, so 
 only one rank and one alpha compute the same model. This module needs numpy only.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -20,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from job.adapters.low_rank import LinearMatrix, LowRankUpdate, pad_rank, truncate_rank
 from job.adapters.safetensors_io import TensorFile
-from job.chat.text_tokenizer import read_json
 from job.errors import StageError, UsageError
 from job.runtime import logs
 
@@ -104,10 +104,11 @@ def base_name(preset: str) -> str:
     """Return the base model's name: on the Hub, or of the preset; a folder's with a warning."""
     if preset.startswith("hf://"):
         return preset.removeprefix("hf://")
-    name = str(read_json(Path(preset) / "config.json").get("_name_or_path"))
-    known = re.fullmatch(r"(\w[\w.-]*)/[\w.-]+", name)
-    if known and known[1] not in ("outputs", "output", "models", "checkpoints", "runs"):
-        return name
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        name = str(json.loads((Path(preset) / "config.json").read_bytes()).get("_name_or_path"))
+        known = re.fullmatch(r"(\w[\w.-]*)/[\w.-]+", name)
+        if known and known[1] not in ("outputs", "output", "models", "checkpoints", "runs"):
+            return name
     name = Path(preset).absolute().name
     if Path(preset).is_dir():
         logs.get().warning("base model has no Hub name; pass it to PEFT explicitly", name=name)

@@ -7,7 +7,7 @@ function serves the base model, training and the tuned model, and nothing is ass
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -228,9 +228,9 @@ class LanguageModel:
         """Merge the adapters that cannot run as branches."""
         if lora is None:
             return weights
-        pairs = zip(self.lora.targets, lora, strict=True)
-        merged = tuple(pair for target, pair in pairs if target.equations is None)
-        return self.lora.merge_only().merge(weights, merged)
+        rest = [n for n, target in enumerate(self.lora.targets) if target.equations is None]
+        layout = replace(self.lora, targets=tuple(self.lora.targets[n] for n in rest))
+        return layout.merge(weights, tuple(lora[n] for n in rest))
 
     # Decoding, traceable.
 

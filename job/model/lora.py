@@ -11,7 +11,7 @@ tuned model.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -82,10 +82,6 @@ class LoraLayout:
             a = jnp.asarray(initializer(a_shape, dtype="float32"))
             pairs.append((a, jnp.zeros(b_shape, jnp.float32)))
         return tuple(pairs)
-
-    def merge_only(self) -> "LoraLayout":
-        """Return the part of the layout that cannot run as branches."""
-        return replace(self, targets=tuple(t for t in self.targets if t.equations is None))
 
     def merge(self, weights: Weights, lora: LoraWeights) -> Weights:
         """Return the backbone's variables with the adapter added to the kernels; traceable."""

@@ -26,22 +26,24 @@ def revision_key(kind: RepoType, repository: str, revision: str | None) -> str:
 
 def source_key(source: Source) -> str | None:
     """Return the key of a dataset's commit; None if it is not on the Hub."""
-    return _hub_key("dataset", source.dataset, source.revision)
+    if not source.dataset.startswith(_SCHEME):
+        return None
+    return revision_key("dataset", source.dataset.removeprefix(_SCHEME), source.revision)
 
 
 def model_key(spec: Spec) -> str | None:
     """Return the key of the model's commit; None if it is not on the Hub."""
-    return _hub_key("model", spec.model.preset, spec.model.revision)
+    if not spec.model.preset.startswith(_SCHEME):
+        return None
+    return revision_key("model", spec.model.preset.removeprefix(_SCHEME), spec.model.revision)
 
 
 def adapter_key(spec: Spec) -> str | None:
     """Return the key of the initial adapter's commit; None if it is not on the Hub."""
-    return _hub_key("model", spec.train.init_adapter or "", None)
-
-
-def _hub_key(kind: RepoType, uri: str, revision: str | None) -> str | None:
-    on_hub = uri.startswith(_SCHEME)
-    return revision_key(kind, uri.removeprefix(_SCHEME), revision) if on_hub else None
+    adapter = spec.train.init_adapter
+    if adapter is None or not adapter.startswith(_SCHEME):
+        return None
+    return revision_key("model", adapter.removeprefix(_SCHEME), None)
 
 
 def resolve_commit(kind: RepoType, repository: str, revision: str | None) -> str:
@@ -57,15 +59,12 @@ def resolve_commit(kind: RepoType, repository: str, revision: str | None) -> str
 
 def resolve_all(spec: Spec, known: Revisions) -> dict[str, str]:
     """Return the commits of everything the spec names on the Hub, reusing those already known."""
-    model, adapter = spec.model, spec.train.init_adapter or ""
-    named: list[tuple[RepoType, str, str | None]] = [
-        *(("dataset", s.dataset, s.revision) for s in (spec.data, *spec.evals.multiple_choice)),
-        ("model", model.preset, model.revision),
-        ("model", adapter, None),
-    ]
-    revisions = {}
-    for kind, uri, revision in named:
-        if key := _hub_key(kind, uri, revision):
-            name = uri.removeprefix(_SCHEME)
-            revisions[key] = known.get(key) or resolve_commit(kind, name, revision)
-    return revisions
+    revisions: dict[str, tuple[RepoType, str, str | None]] = {}
+    for source in (spec.data, *spec.evals.multiple_choice):
+        if key := source_key(source):
+            revisions[key] = ("dataset", source.dataset.removeprefix(_SCHEME), source.revision)
+    if key := model_key(spec):
+        revisions[key] = ("model", spec.model.preset.removeprefix(_SCHEME), spec.model.revision)
+    if (key := adapter_key(spec)) and spec.train.init_adapter:
+        revisions[key] = ("model", spec.train.init_adapter.removeprefix(_SCHEME), None)
+    return {key: known.get(key) or resolve_commit(*what) for key, what in revisions.items()}

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from job.machine import accelerators
-from job.train.checkpoint import Validation
+from job.machine.accelerators import find_accelerator
+from job.train.checkpoint import TrainProgress, Validation
 
 HISTORY = "history.jsonl"
 EVENTS = "tensorboard/events.out.tfevents.0000000000.job"
@@ -74,27 +74,21 @@ def event_file(history: Iterable[Mapping[str, Any]]) -> bytes:
         return path.read_bytes()
 
 
-def training_flops(
-    block_parameters: int, head_parameters: int, tokens: int, loss_tokens: int
-) -> float:
-    """Return the FLOPs that training a LoRA adapter needs: 4 a parameter and token.
+def model_flops_utilization(
+    progress: TrainProgress, parameters: int, head_parameters: int, device_kind: str, devices: int
+) -> float | None:
+    """Return the MFU of a training, from 0 to 1; None if the device's peak is unknown.
 
-    Frozen kernels have no gradient of their own, so the usual 6 (Kaplan et al. 2020) becomes 4.
+    A LoRA adapter needs 4 FLOPs a parameter and token: frozen kernels have no gradient of their
+    own, so the usual 6 (Kaplan et al. 2020) becomes 4. The head is applied to loss tokens only.
 
     Args:
-        block_parameters: parameters of the model without its output projection.
-        head_parameters: parameters of the output projection, applied to loss tokens only.
-        tokens: tokens without padding.
-        loss_tokens: tokens with a loss.
+        parameters: of the model.
+        head_parameters: of these, the output projection's.
     """
-    return 4.0 * (block_parameters * tokens + head_parameters * loss_tokens)
-
-
-def model_flops_utilization(
-    flops: float, seconds: float, device_kind: str, devices: int
-) -> float | None:
-    """Return the MFU, from 0 to 1; None if the device's peak is unknown."""
-    accelerator = accelerators.find_accelerator(device_kind)
+    accelerator, seconds = find_accelerator(device_kind), progress.step_seconds
     if accelerator is None or accelerator.peak_flops is None or seconds <= 0:
         return None
+    blocks = (parameters - head_parameters) * progress.tokens
+    flops = 4.0 * (blocks + head_parameters * progress.loss_tokens)
     return flops / (seconds * devices * accelerator.peak_flops)

@@ -37,7 +37,7 @@ from job.train.checkpoint import (
     Validation,
     load_checkpoint,
 )
-from job.train.metrics import HISTORY, History, model_flops_utilization, training_flops
+from job.train.metrics import HISTORY, History, model_flops_utilization
 from job.train.optimizer import make_optimizer
 from job.train.schedule import BatchSchedule
 from job.train.state import StateNames, TrainState
@@ -347,13 +347,11 @@ class Trainer:
         return validation
 
     def _mfu(self) -> float | None:
-        model, progress = self._model, self._progress
-        flops = training_flops(
-            model.parameters - model.head_parameters,
+        model, devices = self._model, self._model.mesh.devices
+        return model_flops_utilization(
+            self._progress,
+            model.parameters,
             model.head_parameters,
-            progress.tokens,
-            progress.loss_tokens,
+            devices.flat[0].device_kind,
+            devices.size,
         )
-        devices = model.mesh.devices
-        kind = devices.flat[0].device_kind
-        return model_flops_utilization(flops, progress.step_seconds, kind, devices.size)

@@ -6,13 +6,12 @@ import google_crc32c
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from job.train.checkpoint import Validation
+from job.train.checkpoint import TrainProgress, Validation
 from job.train.metrics import (
     HISTORY,
     History,
     event_file,
     model_flops_utilization,
-    training_flops,
 )
 
 LINES = [
@@ -76,16 +75,23 @@ def test_history_resumes_and_replaces_a_repeated_validation() -> None:
     assert losses == [2.0, 2.25]
 
 
-def test_training_needs_four_flops_a_parameter_and_token() -> None:
-    def flops(loss_tokens: int) -> float:
-        return training_flops(700, 300, tokens=10, loss_tokens=loss_tokens)
+def utilization(
+    loss_tokens: int, seconds: float = 2.0, kind: str = "TPU v5 lite", devices: int = 8
+) -> float | None:
+    tokens = 10**9
+    progress = TrainProgress(tokens=tokens, loss_tokens=loss_tokens, seconds=seconds)
+    return model_flops_utilization(progress, 1000, 300, kind, devices)
 
-    assert flops(10) == 4 * 1000 * 10
-    assert flops(4) == 4 * (7000 + 1200)  # the output projection is for loss tokens only
+
+def test_training_needs_four_flops_a_parameter_and_token() -> None:
+    peak = 2.0 * 8 * 197e12
+    assert utilization(10**9) == pytest.approx(4 * 1000e9 / peak)
+    # The output projection is for loss tokens only.
+    assert utilization(4 * 10**8) == pytest.approx(4 * (700e9 + 120e9) / peak)
 
 
 def test_utilization_is_the_share_of_all_devices_peak() -> None:
-    assert model_flops_utilization(8 * 197e12, 2.0, "TPU v5 lite", 8) == pytest.approx(0.5)
-    assert model_flops_utilization(1e12, 2.0, "cpu", 1) is None
-    assert model_flops_utilization(1e12, 2.0, "an unknown chip", 1) is None
-    assert model_flops_utilization(1e12, 0.0, "TPU v5 lite", 8) is None
+    assert utilization(10**9, devices=16) == pytest.approx(4 * 1000e9 / (2.0 * 16 * 197e12))
+    assert utilization(10**9, kind="cpu") is None
+    assert utilization(10**9, kind="an unknown chip") is None
+    assert utilization(10**9, seconds=0.0) is None
