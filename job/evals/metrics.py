@@ -15,14 +15,12 @@ from typing import Any
 from job.chat.thoughts import split_thoughts
 from job.data.examples import Example
 from job.data.words import split_words
+from job.evals.paired import Family, compare_means, compare_proportions
 from job.evals.predictions import ChoiceLine, DialogueLine, HarnessLine, LossLine, answered
 from job.evals.statistics import (
     WORST_DISCORDANCE,
     Bootstrap,
-    Family,
     bootstrap_mean,
-    compare_means,
-    compare_proportions,
     minimum_detectable_effect,
     proportion,
     wilson,
@@ -85,7 +83,7 @@ def compare_choices(
     after: Sequence[ChoiceLine],
     entry: MultipleChoiceEval | None = None,
 ) -> Comparison | None:
-    """Compare two models on the questions both answered; see `statistics.compare_proportions`.
+    """Compare two models on the questions both answered; see `paired.compare_proportions`.
 
     `entry` says whether it is a retention task.
     """
@@ -239,7 +237,7 @@ def compare_dialogues(
     after: Sequence[DialogueLine],
     bootstrap: Bootstrap,
 ) -> MeanComparison | None:
-    """Compare ROUGE-L on the prompts both models answered; see `statistics.compare_means`."""
+    """Compare ROUGE-L on the prompts both models answered; see `paired.compare_means`."""
     first, second = (
         {identity: line.rougeL for identity, line in answered(lines).items()}
         for lines in (before, after)

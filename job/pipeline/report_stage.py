@@ -12,6 +12,7 @@ from job.evals.metrics import (
     summarize_style,
     trivial_baselines,
 )
+from job.evals.paired import decide_findings
 from job.evals.predictions import (
     DIALOGUE,
     LOSS,
@@ -26,7 +27,7 @@ from job.evals.predictions import (
     answered,
     read_predictions,
 )
-from job.evals.statistics import Bootstrap, decide_findings
+from job.evals.statistics import Bootstrap
 from job.evals.tasks import format_options
 from job.machine.accelerators import find_accelerator
 from job.pipeline import layout

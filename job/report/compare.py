@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from job.errors import UsageError
 from job.evals.metrics import compare_choices, compare_dialogues
+from job.evals.paired import decide_findings
 from job.evals.predictions import ChoiceLine, DialogueLine, Line
-from job.evals.statistics import Bootstrap, decide_findings
+from job.evals.statistics import Bootstrap
 from job.results import Comparison, Estimate, MeanComparison, Record, Results
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from job.report.render import caveats, code_block, template_environment, trivial_baselines, warnings
+from job.report.caveats import caveats, trivial_baselines, warnings
+from job.report.render import code_block, template_environment
 from job.results import Results
 from job.runtime.logs import legible
 from job.spec.fields import BUILT_PRESETS, TINY

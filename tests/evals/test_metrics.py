@@ -23,9 +23,10 @@ from job.evals.metrics import (
     summarize_choices,
     summarize_style,
 )
+from job.evals.paired import decide_findings
 from job.evals.predictions import ChoiceLine, DialogueLine, choice_line
 from job.evals.questions import Question
-from job.evals.statistics import decide_findings, mcnemar, wilson
+from job.evals.statistics import mcnemar, wilson
 from job.spec.evals import MARKERS
 from job.spec.schema import MultipleChoiceEval
 

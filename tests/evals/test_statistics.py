@@ -7,16 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from job.evals.paired import compare_means, compare_proportions, decide_findings, paired_tests
 from job.evals.statistics import (
     Bootstrap,
     bootstrap_mean,
-    compare_means,
-    compare_proportions,
-    decide_findings,
     detectable_mean,
     mcnemar,
     mcnemar_power,
-    paired_tests,
     sign_flip_test,
     wilson,
 )
