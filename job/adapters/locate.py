@@ -68,7 +68,7 @@ def find_adapter(
     kinds: tuple[tuple[AdapterFormat, str], ...] = (("keras", _KERAS[0]), ("peft", _PEFT[0]))
     for folder in (subfolder, ""):
         for kind, name in kinds:
-            if store.size(folder + name) is not None:
+            if store.stat(folder + name) is not None:
                 return AdapterFiles(kind, store, folder)
     raise UsageError(
         f"{where}: {uri} has no adapter: it has neither {subfolder}{_KERAS[0]} nor {_KERAS[0]} nor "
