@@ -65,7 +65,7 @@ def find_adapter(
     store = open_store(_cached_snapshot(uri, revisions) if uri.startswith(SCHEME) else uri)
     for folder in (subfolder, ""):
         for kind, names in _FILES.items():
-            if store.size(folder + names[0]) is not None:
+            if store.stat(folder + names[0]) is not None:
                 return AdapterFiles(kind, store, folder)
     raise UsageError(
         f"{where}: {uri} has no adapter: it has neither {subfolder}{DESCRIPTION} nor {DESCRIPTION} "

@@ -65,26 +65,22 @@ class ChatTokenizer:
             return ids
         return [self.start_id, *ids]
 
-    def tokenize(
-        self, conversations: Sequence[Conversation]
-    ) -> list[list[TokenizedConversation] | str]:
+    def tokenize(self, conversations: Sequence[Conversation]) -> list[list[TokenizedConversation]]:
         """Return the token ids of conversations, and which of the tokens have a loss.
 
         Returns:
             for each conversation the rows to train on: one, or several where the template
-            rewrites earlier turns; or the reason that it cannot be rendered.
+            rewrites earlier turns.
+
+        Raises:
+            UsageError: the template cannot render one.
         """
-        rendered: list[list[MarkedText] | str] = []
-        for conversation in conversations:
-            try:
-                rendered.append(self.renderer.training_texts(conversation))
-            except UnrenderableError as reason:
-                rendered.append(str(reason))
-        texts = [text for rows in rendered if not isinstance(rows, str) for text in rows]
-        encoded = iter(self._tokenizer.encode(texts))
-        return [
-            rows if isinstance(rows, str) else [next(encoded) for _ in rows] for rows in rendered
-        ]
+        try:
+            rendered = [self.renderer.training_texts(each) for each in conversations]
+        except UnrenderableError as reason:
+            raise UsageError(f"model.chat_template: {reason}") from reason
+        encoded = iter(self._tokenizer.encode([text for rows in rendered for text in rows]))
+        return [[next(encoded) for _ in rows] for rows in rendered]
 
     def encode_prompts(self, prompts: Sequence[Conversation | str]) -> list[list[int]]:
         """Return the token ids of conversations in which it is the model's turn.

@@ -23,51 +23,38 @@ from job.runtime.threads import Threads, prefetch_map
 from job.storage.base import Store, file_sha256
 from job.storage.local import LocalStore
 
-_EXACT_BITS = 9
 _SAMPLE_CHARACTERS = 300
 _PERCENTILES = (50, 90, 99)
 
 
 class Lengths(BaseModel):
-    """A histogram of lengths in characters, exact up to 511, then in steps below 0.4%."""
+    """The number of texts of each length in characters."""
 
     counts: dict[int, int] = {}
-    largest: int = 0
-    total: int = 0
 
     def add(self, lengths: np.ndarray) -> None:
         """Count lengths, int `[n]`."""
-        if not len(lengths):
-            return
-        values = lengths.astype(np.int64)
-        bits = np.frexp(values.astype(float))[1]
-        shift = np.maximum(bits - _EXACT_BITS, 0)
-        steps, times = np.unique((values >> shift) << shift, return_counts=True)
-        self._add_counts(dict(zip(steps.tolist(), times.tolist(), strict=True)))
-        self.largest = max(self.largest, int(values.max()))
-        self.total += int(values.sum())
+        values, times = np.unique(lengths, return_counts=True)
+        self._add_counts(dict(zip(values.tolist(), times.tolist(), strict=True)))
 
     def merge(self, other: "Lengths") -> None:
-        """Add the counts of another histogram."""
+        """Add the counts of other texts."""
         self._add_counts(other.counts)
-        self.largest = max(self.largest, other.largest)
-        self.total += other.total
 
     def _add_counts(self, counts: dict[int, int]) -> None:
-        for step, times in counts.items():
-            self.counts[step] = self.counts.get(step, 0) + times
+        self.counts = dict(Counter(self.counts) + Counter(counts))
 
     def percentiles(self) -> dict[str, Any]:
         """Return the mean, p50, p90, p99 and the maximum."""
-        steps = sorted(self.counts)
-        running = np.cumsum([self.counts[step] for step in steps])
-        if not steps:
+        lengths = np.repeat([*self.counts], [*self.counts.values()])
+        if not len(lengths):
             return {}
-        percentiles: dict[str, Any] = {"mean": round(self.total / int(running[-1]), 1)}
-        for mark in _PERCENTILES:
-            index = np.searchsorted(running, running[-1] * mark / 100)
-            percentiles[f"p{mark}"] = steps[min(int(index), len(steps) - 1)]
-        return percentiles | {"max": self.largest}
+        marks = np.percentile(lengths, _PERCENTILES, method="inverted_cdf").tolist()
+        return {
+            "mean": round(float(lengths.mean()), 1),
+            **{f"p{mark}": value for mark, value in zip(_PERCENTILES, marks, strict=True)},
+            "max": int(lengths.max()),
+        }
 
 
 class RowTally(BaseModel):
@@ -182,9 +169,12 @@ def read_manifest(store: Store) -> Manifest | None:
         manifest = Manifest.model_validate_json(content)
     except ValidationError:
         return None
-    if all(store.size(shard.path) == shard.bytes for shard in manifest.shards):
-        return manifest
-    return None
+    return manifest if all(_is_stored(shard, store) for shard in manifest.shards) else None
+
+
+def _is_stored(shard: Shard, store: Store) -> bool:
+    stat = store.stat(shard.path)
+    return stat is not None and stat.bytes == shard.bytes
 
 
 def complete_shards(store: Store) -> list[Shard]:
@@ -195,7 +185,7 @@ def complete_shards(store: Store) -> list[Shard]:
             shard = Shard.model_validate_json(content)
         except ValidationError:
             break
-        if store.size(shard.path) != shard.bytes:
+        if not _is_stored(shard, store):
             break
         shards.append(shard)
     return shards

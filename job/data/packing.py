@@ -5,9 +5,8 @@ loss are listed, so that the head, the widest part of the model, is applied only
 """
 
 import bisect
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -40,10 +39,7 @@ class TokenizedExamples:
     truncated: int
     """The number of examples truncated at the maximum length."""
     dropped: int
-    """The number of examples with no token to train on: their prompt leaves no room, or the chat
-    template cannot render them."""
-    unrenderable: dict[str, int] = field(default_factory=dict)
-    """The latter, by reason."""
+    """The number of examples with no token to train on: their prompt leaves no room."""
     used: int = 0
     """The number of examples with a token to train on; one may give several rows."""
 
@@ -163,15 +159,14 @@ def tokenize(
         tokenizer: the model's.
         max_length: tokens of an example, at most.
         loss_on: the messages of the assistant, or every token after the first.
+
+    Raises:
+        UsageError: the chat template cannot render one.
     """
     usable: list[TokenExample] = []
     truncated = dropped = 0
-    unrenderable: Counter[str] = Counter()
     tokenized = tokenizer.tokenize([example.messages for example in examples])
     for example, rows in zip(examples, tokenized, strict=True):
-        if isinstance(rows, str):
-            unrenderable[rows] += 1
-            rows = []
         ends = [_end(row.loss_mask) for row in rows]
         truncated += any(end > max_length for end in ends)
         before = len(usable)
@@ -184,7 +179,7 @@ def tokenize(
                 usable.append(TokenExample(example.id, token_ids, loss_mask))
         dropped += len(usable) == before
     used = len(examples) - dropped
-    return TokenizedExamples(usable, truncated, dropped, dict(unrenderable), used)
+    return TokenizedExamples(usable, truncated, dropped, used)
 
 
 def _end(loss_mask: Sequence[bool]) -> int:

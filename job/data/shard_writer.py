@@ -72,7 +72,6 @@ class _ParquetFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows = 0
         self._writer = pq.ParquetWriter(
             path,
             SCHEMA,
@@ -88,7 +87,6 @@ class _ParquetFile:
         """Add examples with their hashes, uint64 `[4, examples]`."""
         columns = [*map(pa.array, hashes), *examples.batch.columns]
         batch = pa.record_batch(columns, schema=SCHEMA)
-        self.rows += batch.num_rows
         self._pending.append(batch)
         self._pending_bytes += batch.nbytes
         if self._pending_bytes >= _GROUP_BYTES:

@@ -334,7 +334,7 @@ def _use_store_cache(store: "Store") -> None:
 
         def put(self, key: str, value: bytes) -> None:
             try:
-                if store.size(key) is None:
+                if store.stat(key) is None:
                     store.write(key, value)
             except JobError as error:
                 logs.get().warning("cannot write compilation cache", error=str(error))

@@ -120,7 +120,7 @@ def run_preflight(run: Run, *, resumed: bool) -> None:
     run.revisions = Preflight.model_validate(record.outcome).revisions
     digests = run.processes.broadcast(lambda: json.dumps(stage_digests(run.spec, run.revisions)))
     run.digests |= json.loads(digests)
-    if run.store.size(SPEC) is None:
+    if run.store.stat(SPEC) is None:
         raise SetupError(
             f"process {run.processes.index} does not see what process 0 wrote to {run.store.uri}: "
             "`output` must be a bucket, or a folder that all machines share"

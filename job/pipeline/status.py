@@ -82,5 +82,5 @@ def earlier_preflight(records: Mapping[str, StageRecord]) -> Preflight:
 
 def _has_outputs(store: Store, record: StageRecord | None) -> bool:
     return record is not None and all(
-        store.size(item.path) == item.bytes for item in record.outputs
+        (stat := store.stat(item.path)) and stat.bytes == item.bytes for item in record.outputs
     )

@@ -170,12 +170,7 @@ def _rows(
 ) -> tuple[TokenizedExamples, PackedRows]:
     train = run.spec.train
     tokenized = tokenize(read_examples(run, key), model.tokenizer, train.max_length, train.loss_on)
-    examples, reasons = tokenized.examples, tokenized.unrenderable
-    if reasons:
-        logs.get().warning("examples not rendered by the chat template", file=key, reasons=reasons)
-    if not examples and reasons:
-        reason = max(reasons, key=lambda reason: reasons[reason])
-        raise UsageError(f"model.chat_template: no example in {key} can be rendered: {reason}")
+    examples = tokenized.examples
     if not examples:
         raise UsageError(
             f"no example in {key} has a response token within the first {train.max_length} tokens; "

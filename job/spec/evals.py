@@ -35,7 +35,7 @@ class FewShot(Section):
 
 
 Role = Literal["target", "retention"]
-_ROLE = "target: did tuning help? retention: did it break anything?"
+_ROLE = "target asks whether tuning helped, retention whether it broke anything."
 _MARGIN = "Drop of the score, as a share, that retention accepts."
 
 
@@ -92,14 +92,6 @@ class MultipleChoiceEval(Source):
 
 
 MARKERS: dict[str, list[str]] = {
-    "urges urgent care": [
-        "emergency", "urgent care", "urgently", "immediately", "right away", "ambulance",
-        "call 911", "as soon as possible", "without delay",
-    ],
-    "refers to a professional": [
-        "consult", "see a doctor", "see your doctor", "your doctor", "a doctor", "physician",
-        "specialist", "healthcare provider", "medical professional", "get evaluated",
-    ],
     "asks back": ["?"],
     "hedges": [
         "may", "might", "could be", "possibly", "perhaps", "probably", "it is possible", "likely",

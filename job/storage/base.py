@@ -57,9 +57,6 @@ class Store(Protocol):
     def take(self, path: Path, key: str) -> None:
         """Move a local file into the store, replacing an existing one."""
 
-    def size(self, key: str) -> int | None:
-        """Return the bytes of a file, or None if there is no such file."""
-
     def list(self, prefix: str = "") -> list[str]:
         """Return the keys that start with `prefix`, sorted."""
 
@@ -94,7 +91,6 @@ class ReadOnlyStore:
         self.read_version = store.read_version
         self.stat = store.stat
         self.download = store.download
-        self.size = store.size
         self.list = store.list
 
     def write(self, key: str, content: bytes) -> None:

@@ -81,10 +81,6 @@ class GcsStore:
         blob = self._metadata(key)
         return None if blob is None else Stat(blob.size, str(blob.generation))
 
-    def size(self, key: str) -> int | None:
-        stat = self.stat(key)
-        return None if stat is None else stat.bytes
-
     def write(self, key: str, content: bytes) -> None:
         self._write(key, io.BytesIO(content), len(content))
 

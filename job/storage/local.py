@@ -120,10 +120,6 @@ class LocalStore:
             raise StageError(f"cannot copy {source} to {path}: {error.strerror}") from error
         return True
 
-    def size(self, key: str) -> int | None:
-        path = self._path(key)
-        return path.stat().st_size if path.is_file() else None
-
     def list(self, prefix: str = "") -> list[str]:
         return sorted(key for key in self._keys() if key.startswith(prefix))
 

@@ -196,7 +196,6 @@ def test_token_ids_and_masks_equal_those_of_transformers(tmp_path: Path, texts: 
         for rows, ids, prompt, mask in zip(
             tokenized, expected["ids"], expected["prompts"], expected["masks"], strict=True
         ):
-            assert not isinstance(rows, str), f"{name}: {rows}"
             row = rows[-1].token_ids
             if row != ids:  # the reply follows the empty thoughts of its prompt
                 reply = row[len(prompt) :]

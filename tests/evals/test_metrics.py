@@ -27,7 +27,6 @@ from job.evals.paired import decide_findings
 from job.evals.predictions import ChoiceLine, DialogueLine, choice_line
 from job.evals.questions import Question
 from job.evals.statistics import mcnemar, wilson
-from job.spec.evals import MARKERS
 from job.spec.schema import MultipleChoiceEval
 
 MISSING = "!"
@@ -252,6 +251,14 @@ def dialogue_line(number: int, answer: str, expected: str) -> DialogueLine:
         id=str(number), prompt="p", expected=expected, answer=answer, tokens=1, finish="stop",
         rouge1=0, rouge2=0, rougeL=0,
     )  # fmt: skip
+
+
+MARKERS = {
+    "urges urgent care": ["emergency"],
+    "refers to a professional": ["a doctor"],
+    "hedges": ["may"],
+    "asks back": ["?"],
+}
 
 
 def test_each_trait_is_a_share_of_each_model_and_the_expected() -> None:

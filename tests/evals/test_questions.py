@@ -10,7 +10,6 @@ from job.errors import UsageError
 from job.evals.engine import Engine
 from job.evals.local_model import LocalModel
 from job.evals.metrics import summarize_choices
-from job.evals.statistics import Bootstrap
 from job.evals.tasks import SideBySidePrompt, Task, load_task
 from job.model.language_model import LanguageModel
 from job.spec.schema import MultipleChoiceEval
@@ -182,7 +181,7 @@ def test_each_question_is_scored_among_its_own_options(tmp_path: Path, tiny: Lan
     assert ["".join(each) for each in scores] == ["AB", "ABCD", "AB", "ABC"]
     assert [line.choice for line in lines] == [max(each, key=each.__getitem__) for each in scores]
     models = {"baseline": lines, "finetuned": lines}
-    result = summarize_choices(task.entry, models, Bootstrap(100, 0))
+    result = summarize_choices(task.entry, models)
     assert result.chance == pytest.approx((1 / 2 + 1 / 4 + 1 / 2 + 1 / 3) / 4)
 
 
