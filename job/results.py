@@ -57,13 +57,10 @@ class ModelInfo(Record):
     chat_template: str
     """`own` for the model's own, the name of a built-in one, or the path of a file."""
     chat_template_source: str = ""
-    """Where it is from, for people."""
     chat_template_sha256: str = ""
     chat_template_text: str = ""
     chat_template_ignored: bool = False
-    """Whether the model's files carry another one."""
     license: str = ""
-    """The base model's license, if its own card names it."""
     dtype: str
     lora_rank: int
     lora_alpha: float
@@ -173,7 +170,6 @@ class PairedTest(Record):
     """Model `b` compared with model `a` on the examples that both answered."""
 
     lower_is_better: ClassVar[bool] = False
-
     a: str
     b: str
     family: Literal["primary", "retention", "secondary"] = "primary"
@@ -185,7 +181,6 @@ class PairedTest(Record):
     p_holm: float
     """`p_value` corrected for all tests of the family (Holm 1979)."""
     finding: Finding
-    """The conclusion from `p_holm` at the 5% level."""
     detectable: float | None = None
     """Minimum detectable effect at 80% power and the corrected level; null: none is detectable."""
     margin: float | None = None
@@ -213,7 +208,6 @@ class MultipleChoiceResult(Record):
     truncated_prompts: int = 0
     """Prompts that lost their beginning, to fit `evals.max_prompt_tokens`."""
     few_shot: int = 0
-    """Number of solved questions before each question."""
     in_training_text: int | None = None
     """Questions that share 13 consecutive words (fewer if shorter) with a training example."""
     chance: float
@@ -288,7 +282,6 @@ class Dialogue(Record):
     chrf_nulls: TrivialBaselines | None = None
     comparison: MeanComparison
     markers: list[StyleTrait] = []
-    """The public name of the style traits."""
     reference_comparison: MeanComparison | None = None
     """The reference compared with the fine-tuned model, if it answered."""
 
@@ -320,7 +313,6 @@ class HarnessResult(Record):
     metric: str
     samples: int
     truncated: int
-    """Prompts that lost their beginning."""
     models: dict[str, float]
     """Mean of the metric; of perplexities, the mean log-likelihood of a word or byte."""
     comparison: Comparison | MeanComparison
@@ -384,16 +376,14 @@ VerdictAnswer = Literal[
 
 
 class Verdict(Record):
+    """Findings of the task with the most questions, of ROUGE-L, and of the held-out loss."""
+
     answer: VerdictAnswer | None = None
-    """None in results of earlier versions."""
     sentence: str
     next_step: str = ""
     benchmark: Finding | None
-    """Of the task with the most questions."""
     style: Finding | None
-    """Of ROUGE-L of the answers to held-out prompts."""
     loss: Finding | None = None
-    """Of the loss on held-out responses."""
 
 
 class Results(Record):

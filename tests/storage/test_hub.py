@@ -65,10 +65,8 @@ def test_the_token_is_sent_to_no_other_host(
 @pytest.mark.parametrize(
     ("name", "revision", "token", "kind", "words"),
     [
-        (
-            "org/none", None, None, UsageError,
-            "or it is private: check the name, ask for access at .*, or set HF_TOKEN",
-        ),
+        ("org/none", None, None, UsageError,
+         "is private: check the name, ask for access at https://.*/none, or set HF_TOKEN"),
         ("org/none", None, "hf_other", UsageError, "a token is set"),
         ("org/private", None, None, UsageError, "or it is private"),
         ("org/m", "v9", None, UsageError, "has no revision 'v9'; see https://"),
