@@ -77,8 +77,8 @@ def test_a_model_that_learnt_has_improved(tmp_path: Path) -> None:
     assert choice.models["finetuned"].accuracy > 0.9
     assert pair.p_holm < 1e-6
     assert found.verdict.benchmark == "improved"
-    assert found.verdict.sentence.startswith("Fine-tuning improved the benchmark")
-    assert f"p = {pair.p_value:.2g}" in found.verdict.sentence
+    assert found.verdict.answer == "better"
+    assert found.verdict.sentence.startswith("Fine-tuning helped: ")
 
 
 def test_a_model_that_could_not_learn_shows_no_measurable_change(tmp_path: Path) -> None:
@@ -86,6 +86,7 @@ def test_a_model_that_could_not_learn_shows_no_measurable_change(tmp_path: Path)
     (pair,) = found.evaluation.multiple_choice[0].comparisons
     assert (pair.gained, pair.lost, pair.p_value) == (0, 0, 1.0)
     assert found.verdict.benchmark == "no measurable change"
+    assert found.verdict.answer == "no clear change"
 
 
 def test_a_model_taught_wrong_answers_is_worse(tmp_path: Path) -> None:
@@ -96,3 +97,4 @@ def test_a_model_taught_wrong_answers_is_worse(tmp_path: Path) -> None:
     assert (pair.gained, pair.lost) == (0, choice.models["baseline"].correct)
     assert pair.p_holm < 0.05
     assert found.verdict.benchmark == "worse"
+    assert found.verdict.answer == "worse"
