@@ -10,7 +10,13 @@ from job.evals.metrics import compare_choices, compare_dialogues
 from job.evals.paired import decide_findings
 from job.evals.predictions import ChoiceLine, DialogueLine, Line
 from job.evals.statistics import Bootstrap
-from job.results import Comparison, Estimate, MeanComparison, Record, Results
+from job.results import Results
+from job.scores import (
+    Comparison,
+    Estimate,
+    MeanComparison,
+    Record,
+)
 
 
 @dataclass(frozen=True)

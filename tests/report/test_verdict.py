@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from job.report.verdict import decide
-from job.results import Evaluation, Finding, Verdict
+from job.results import Verdict
+from job.scores import Evaluation, Finding
 from tests.report import full
 
 SAME: Finding = "no measurable change"
