@@ -211,6 +211,18 @@ def questions_for_retention(discordant: float, margin: float) -> int:
     return math.ceil(discordant * (errors / margin) ** 2)
 
 
+def power_of_retention(questions: int, discordant: float, margin: float) -> float:
+    """Return the probability that an unchanged accuracy is shown to be not worse.
+
+    Args:
+        questions: how many there are.
+        discordant: share of the questions that only one model gets right.
+        margin: drop that is accepted.
+    """
+    errors = margin * math.sqrt(questions / discordant)
+    return float(stats.norm.cdf(errors - stats.norm.isf(ALPHA)))
+
+
 def mcnemar_power(
     questions: int, discordant: float, difference: float, level: float = ALPHA
 ) -> float:

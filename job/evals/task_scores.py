@@ -23,6 +23,9 @@ from job.scores import (
 )
 from job.spec.evals import HarnessEval, TextEval
 
+GRADUAL = ("f1", "json", "rouge", "chrf")
+"""Metrics of `evals.tasks` between 0 and 1."""
+
 
 def _compare(
     entry: HarnessEval | TextEval,
@@ -30,11 +33,11 @@ def _compare(
     scores: Mapping[str, Mapping[str, float]],
     bootstrap: Bootstrap,
 ) -> Comparison | MeanComparison | None:
-    """Compare scores by item id; those of 0 and 1 as accuracies."""
+    """Compare scores by item id; those that can only be 0 or 1 as accuracies."""
     before, after = (scores.get(name, {}) for name in models)
     family = family_of(models, entry.role)
     margin = entry.margin if family == "retention" else None
-    if {*before.values(), *after.values()} <= {0.0, 1.0}:
+    if entry.metric not in GRADUAL and {*before.values(), *after.values()} <= {0.0, 1.0}:
         right = [{i: score == 1 for i, score in each.items()} for each in (before, after)]
         return compare_proportions(models, right[0], right[1], family, margin)
     return compare_means(MeanComparison, models, before, after, bootstrap, family, margin)

@@ -205,7 +205,7 @@ def _retention(kept: list[Measure]) -> list[str]:
     same = [measure for measure in kept if measure.test.finding == "not worse"]
     if same:
         margins = sorted({100 * (measure.test.margin or 0) for measure in same})
-        names = ", ".join(measure.noun for measure in same)
+        names = ", ".join(f"{measure.noun}{measure.note}" for measure in same)
         where = "worse nowhere by more than" if len(same) == len(kept) else "not worse by more than"
         limits = " or ".join(f"{m:g}" for m in margins)
         points = "point" if margins == [1] else "points"
