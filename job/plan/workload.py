@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from job.results import DataInfo
-from job.spec.evals import HELD_OUT
+from job.spec.evals import HELD_OUT, HarnessEval, TextEval
 from job.spec.fields import SAMPLES
 from job.spec.schema import MultipleChoiceEval, Source, Spec
 
@@ -200,7 +200,11 @@ def _evidence(spec: Spec, prompts: Mapping[str, int]) -> Iterator[str]:
     """Yield what each retention task can show with its number of questions."""
     from job.evals.statistics import power_of_retention, questions_for_retention
 
-    for entry in (*spec.evals.multiple_choice, *spec.evals.harness, *spec.evals.tasks):
+    evals = spec.evals
+    entries: list[MultipleChoiceEval | HarnessEval | TextEval] = [
+        *evals.multiple_choice, *evals.harness, *evals.tasks,
+    ]  # fmt: skip
+    for entry in entries:
         if entry.role == "retention":
             questions = prompts[entry.name]
             power = power_of_retention(questions, _DISCORDANT, entry.margin)

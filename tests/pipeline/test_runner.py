@@ -74,7 +74,10 @@ def changed_stages(before: Spec, after: Spec) -> list[str]:
         ("reference.model=larger", ["reference", "report"]),
         ("reference=null", ["reference", "report"]),
         ("evals.judge={model: m}", ["judge", "report"]),
-        ("evals.tasks=[{name: t, metric: f1}]", ["baseline", "finetuned", "judge", "report"]),
+        (
+            "evals.tasks=[{name: t, metric: f1}]",
+            ["baseline", "finetuned", "reference", "judge", "report"],
+        ),
         ("runtime.devices=8", ["report"]),
         ("output=gs://bucket/runs", []),
         ("train.epochs=1", []),
