@@ -27,20 +27,35 @@ GRADUAL = ("f1", "json", "rouge", "chrf")
 """Metrics of `evals.tasks` between 0 and 1."""
 
 
-def _compare(
-    entry: HarnessEval | TextEval,
+def compare_scores(
     models: tuple[str, str],
-    scores: Mapping[str, Mapping[str, float]],
+    before: Sequence[HarnessLine | TextLine],
+    after: Sequence[HarnessLine | TextLine],
     bootstrap: Bootstrap,
+    entry: HarnessEval | TextEval | None = None,
+    metric: str | None = None,
 ) -> Comparison | MeanComparison | None:
-    """Compare scores by item id; those that can only be 0 or 1 as accuracies."""
-    before, after = (scores.get(name, {}) for name in models)
-    family = family_of(models, entry.role)
-    margin = entry.margin if family == "retention" else None
-    if entry.metric not in GRADUAL and {*before.values(), *after.values()} <= {0.0, 1.0}:
-        right = [{i: score == 1 for i, score in each.items()} for each in (before, after)]
+    """Compare two models on the items both answered; scores that can only be 0 or 1 as accuracies.
+
+    Args:
+        models: names of the models that gave `before` and `after`.
+        before: lines of the first model.
+        after: lines of the second model.
+        bootstrap: the random draws of a test of means.
+        entry: the task's section of the spec, which says whether it is a retention task.
+        metric: of the task, without a section.
+    """
+    first, second = (
+        {identity: line.score for identity, line in answered(lines).items()}
+        for lines in (before, after)
+    )
+    family = family_of(models, entry.role if entry else "target")
+    margin = entry.margin if entry and family == "retention" else None
+    metric = entry.metric if entry else metric
+    if metric not in GRADUAL and {*first.values(), *second.values()} <= {0.0, 1.0}:
+        right = [{i: score == 1 for i, score in each.items()} for each in (first, second)]
         return compare_proportions(models, right[0], right[1], family, margin)
-    return compare_means(MeanComparison, models, before, after, bootstrap, family, margin)
+    return compare_means(MeanComparison, models, first, second, bootstrap, family, margin)
 
 
 def summarize_harness(
@@ -57,8 +72,8 @@ def summarize_harness(
         truncated: number of prompts that lost their beginning.
         bootstrap: settings of the tests of means.
     """
-    scores = {name: {line.id: line.score for line in lines} for name, lines in models.items()}
-    comparison = _compare(entry, BEFORE_AFTER, scores, bootstrap)
+    before, after = (models[name] for name in BEFORE_AFTER)
+    comparison = compare_scores(BEFORE_AFTER, before, after, bootstrap, entry)
     assert comparison is not None  # both models have every sample
     return HarnessResult(
         name=entry.name,
@@ -66,7 +81,7 @@ def summarize_harness(
         metric=models["baseline"][0].metric,
         samples=len(models["baseline"]),
         truncated=truncated,
-        models={name: fmean(each.values()) for name, each in scores.items()},
+        models={name: fmean(line.score for line in lines) for name, lines in models.items()},
         comparison=comparison,
     )
 
@@ -93,11 +108,8 @@ def summarize_text_task(
     """
     lines = models["baseline"]
     by_model = {name: answered(each) for name, each in models.items()}
-    scores = {
-        name: {identity: line.score for identity, line in each.items()}
-        for name, each in by_model.items()
-    }
-    comparison = _compare(entry, BEFORE_AFTER, scores, bootstrap)
+    after = models["finetuned"]
+    comparison = compare_scores(BEFORE_AFTER, lines, after, bootstrap, entry)
     assert comparison is not None  # local models answer everything
     most_frequent = Counter(line.target or line.expected for line in lines).most_common(1)[0][0]
     trivial = {
@@ -111,7 +123,11 @@ def summarize_text_task(
         metric=entry.metric,
         samples=len(lines),
         truncated=truncated,
-        models={name: fmean(each.values()) for name, each in scores.items() if each},
+        models={
+            name: fmean(line.score for line in each.values())
+            for name, each in by_model.items()
+            if each
+        },
         comparison=comparison,
         revision=revision,
         rows=rows,
@@ -137,7 +153,9 @@ def summarize_text_task(
             for name, answers in trivial.items()
         },
         trained_prompts=trained_prompts,
-        reference_comparison=_compare(entry, ("finetuned", "reference"), scores, bootstrap),
+        reference_comparison=compare_scores(
+            ("finetuned", "reference"), after, models.get("reference", ()), bootstrap, entry
+        ),
     )
 
 
