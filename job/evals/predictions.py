@@ -76,7 +76,7 @@ class TextLine(Line):
     finish: str = "stop"
     score: float
     target: str | None = None
-    """What the metric reads in the expected response."""
+    """What the metric reads in the expected response, if it reads something."""
     parsed: str | None = None
     """What it reads in the answer; None if the answer is unparsed."""
 

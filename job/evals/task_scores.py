@@ -10,7 +10,7 @@ from job.evals.metrics import BEFORE_AFTER, cut_in_thoughts, family_of
 from job.evals.paired import compare_means, compare_proportions
 from job.evals.predictions import HarnessLine, TextLine, answered
 from job.evals.statistics import Bootstrap, bootstrap_mean, proportion
-from job.evals.text_metrics import Answer, Graded, json_fields
+from job.evals.text_metrics import READING, Answer, Graded, json_fields
 from job.scores import (
     Comparison,
     Estimate,
@@ -165,7 +165,7 @@ def _score(
     lines = list(answers.values())
     return TextScore(
         score=_mean([line.score for line in lines], bootstrap),
-        unparsed=sum(line.parsed is None for line in lines),
+        unparsed=sum(line.parsed is None for line in lines) if entry.metric in READING else 0,
         truncated=sum(line.finish == "length" for line in lines),
         cut_in_thoughts=cut_in_thoughts(lines),
         missing=items - len(lines),

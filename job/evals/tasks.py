@@ -17,7 +17,7 @@ from job.data.sources import open_source
 from job.errors import UsageError
 from job.evals.predictions import TextLine
 from job.evals.questions import AnswerForms, Question, QuestionReader, answer_forms
-from job.evals.text_metrics import Answer, Metric, grade, make_metric
+from job.evals.text_metrics import READING, Answer, Metric, grade, make_metric
 from job.runtime import logs
 from job.scores import RowCounts
 from job.spec.evals import HELD_OUT, SideBySideEval, TextEval
@@ -194,14 +194,13 @@ def text_lines(task: TextTask, answers: Sequence[Mapping[str, Any]]) -> list[Tex
             for e, fields in zip(task.examples, answers, strict=True)
         ],
     )
-    return [
-        TextLine(
-            id=example.id, prompt=example.prompt, expected=example.response, score=score,
-            target=task.metric.expected(example.response) if task.metric else example.response,
-            parsed=parsed, **fields,
-        )
-        for example, (score, parsed), fields in zip(task.examples, graded, answers, strict=True)
-    ]  # fmt: skip
+    lines = []
+    for example, (score, parsed), fields in zip(task.examples, graded, answers, strict=True):
+        fields = {"id": example.id, "prompt": example.prompt, "score": score, **fields}
+        if task.metric is not None and task.entry.metric in READING:
+            fields |= {"target": task.metric.expected(example.response), "parsed": parsed}
+        lines.append(TextLine(expected=example.response, **fields))
+    return lines
 
 
 # Prompts

@@ -25,6 +25,9 @@ from job.errors import UsageError
 from job.evals.overlap import overlap_scores
 from job.spec.evals import TextEval
 
+READING = ("regex", "number", "json", "label")
+"""Metrics that read something in an answer, and may find nothing."""
+
 _EDGES = " \t.,;:!?\"'`*“”‘’„«»。，、！？："
 _NUMBER = regex.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _FENCE = regex.compile(r"```(?:json)?\s*(.*?)```", regex.DOTALL | regex.IGNORECASE)
