@@ -4,22 +4,13 @@ Field names and nesting are a public contract (`schema_version`): tools read thi
 bucket. It is written last, so its presence means that the run is complete.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+
+from job.scores import Evaluation, Finding, Record, ReferenceResult, RowCounts
 
 SCHEMA_VERSION = 1
-Interval = tuple[float, float]
-Finding = Literal[
-    "improved", "worse", "no measurable change", "not enough evidence", "not worse", "cannot tell"
-]
-"""Of a retention task: not worse, worse, or cannot tell."""
-
-
-class Record(BaseModel):
-    """Base of the parts of the results: immutable, without undeclared fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class RunInfo(Record):
@@ -68,12 +59,6 @@ class ModelInfo(Record):
     parameters: ParameterCounts
 
 
-class RowCounts(Record):
-    raw: int
-    valid: int
-    dropped: dict[str, int]
-
-
 class DataInfo(Record):
     dataset: str
     revision: str | None
@@ -88,7 +73,7 @@ class DataInfo(Record):
     """Held-out examples whose opening prompt is trained on too, in another group."""
     neutralised: int
     """Rows whose text contained a control token of the chat template, which was neutralized."""
-    found: dict[str, int] = {}
+    found: dict[str, int] = Field(default={})
     """Valid rows by the checks that flagged them."""
 
 
@@ -133,227 +118,6 @@ class Training(Record):
     mfu: float | None
     loss: Losses
     token_accuracy: Accuracies
-
-
-class ModelScore(Record):
-    """One model on one multiple-choice task."""
-
-    correct: int
-    unparsed: int
-    truncated: int = 0
-    """Generated answers cut off at the limit of new tokens."""
-    cut_in_thoughts: int = 0
-    """Those of them that are thoughts only, and so unparsed."""
-    missing: int
-    accuracy: float
-    ci95: Interval
-    letters: dict[str, int]
-    """Number of times each letter was chosen."""
-
-
-class Share(Record):
-    count: int
-    of: int
-    share: float
-    ci95: Interval
-
-
-class GroupScore(Record):
-    """Accuracy on one group of questions, such as a subject; descriptive, not tested."""
-
-    name: str
-    questions: int
-    models: dict[str, Share]
-
-
-class PairedTest(Record):
-    """Model `b` compared with model `a` on the examples that both answered."""
-
-    lower_is_better: ClassVar[bool] = False
-    a: str
-    b: str
-    family: Literal["primary", "retention", "secondary"] = "primary"
-    """The first two decide the verdict: tasks, baseline compared with fine-tuned."""
-    difference: float
-    """`b` minus `a`: positive where `b` is higher."""
-    ci95: Interval
-    p_value: float
-    p_holm: float
-    """`p_value` corrected for all tests of the family (Holm 1979)."""
-    finding: Finding
-    detectable: float | None = None
-    """Minimum detectable effect at 80% power and the corrected level; null: none is detectable."""
-    margin: float | None = None
-    """Drop that a retention task accepts."""
-    p_not_worse: float | None = None
-    """One-sided p-value for a drop of at least the margin (non-inferiority)."""
-
-
-class Comparison(PairedTest):
-    """Accuracies on the questions that both models answered: the exact McNemar test."""
-
-    questions: int
-    gained: int
-    lost: int
-
-
-class MultipleChoiceResult(Record):
-    name: str
-    scoring: Literal["letters", "generate"]
-    dataset: str
-    revision: str | None
-    questions: int
-    rows: RowCounts | None = None
-    """Rows read and used, and why others were left out; null in results from before they were."""
-    truncated_prompts: int = 0
-    """Prompts that lost their beginning, to fit `evals.max_prompt_tokens`."""
-    few_shot: int = 0
-    in_training_text: int | None = None
-    """Questions that share 13 consecutive words (fewer if shorter) with a training example."""
-    chance: float
-    majority_letter: str
-    majority_accuracy: float
-    detectable_at_worst: float | None
-    """Minimum detectable effect of two models whose errors are independent."""
-    models: dict[str, ModelScore]
-    comparisons: list[Comparison]
-    grouped_by: str | None = None
-    groups: list[GroupScore] = []
-
-
-class Estimate(Record):
-    mean: float
-    ci95: Interval
-
-
-class DialogueScore(Record):
-    """F-measures of ROUGE (words) and chrF (characters), 0 to 1, with bootstrap intervals."""
-
-    rouge1: Estimate
-    rouge2: Estimate
-    rougeL: Estimate  # noqa: N815 - the name the field uses
-    chrf: Estimate | None = None
-    mean_tokens: float
-    truncated: int
-    """Answers cut off at the limit of new tokens."""
-    cut_in_thoughts: int = 0
-    missing: int = 0
-    """Prompts without an answer."""
-
-
-class TrivialBaselines(Record):
-    """Scores of trivial baselines, which a useful model must beat."""
-
-    echoed_prompt: Estimate
-    other_answer: Estimate
-    polite_sentence: Estimate
-
-
-class MeanComparison(PairedTest):
-    """Means over the examples that both models have: random sign flips of the differences."""
-
-    examples: int
-
-
-class LossComparison(MeanComparison):
-    """Mean losses of the responses, by example."""
-
-    lower_is_better: ClassVar[bool] = True
-
-
-class StyleTrait(Record):
-    """A style trait: the share of answers that contain one of its phrases."""
-
-    name: str
-    expected: Share
-    """The share among the expected answers."""
-    models: dict[str, Share]
-    comparison: Comparison | None
-
-
-class Dialogue(Record):
-    examples: int
-    truncated_prompts: int = 0
-    """Prompts that lost their beginning, to fit `evals.max_prompt_tokens`."""
-    max_new_tokens: int
-    models: dict[str, DialogueScore]
-    nulls: TrivialBaselines
-    """ROUGE-L of the trivial baselines, under their public name."""
-    chrf_nulls: TrivialBaselines | None = None
-    comparison: MeanComparison
-    markers: list[StyleTrait] = []
-    reference_comparison: MeanComparison | None = None
-    """The reference compared with the fine-tuned model, if it answered."""
-
-
-class LossScore(Record):
-    """Cross-entropy of the held-out responses, in nats per token."""
-
-    mean: float
-    """Over all tokens; its exponential is the perplexity."""
-    by_example: Estimate
-    """Mean of the examples' means: each example counts as much."""
-
-
-class HeldOutLoss(Record):
-    examples: int
-    tokens: int
-    """Tokens of the responses."""
-    models: dict[str, LossScore]
-    lower: Share
-    """Examples whose loss fell."""
-    comparison: LossComparison
-
-
-class HarnessResult(Record):
-    """A task of lm-evaluation-harness."""
-
-    name: str
-    task: str
-    metric: str
-    samples: int
-    truncated: int
-    models: dict[str, float]
-    """Mean of the metric; of perplexities, the mean log-likelihood of a word or byte."""
-    comparison: Comparison | MeanComparison
-
-
-class SideBySide(Record):
-    id: str
-    prompt: str
-    expected: str | None
-    answers: dict[str, str]
-
-
-class Evaluation(Record):
-    multiple_choice: list[MultipleChoiceResult]
-    harness: list[HarnessResult] = []
-    dialogue: Dialogue | None
-    loss: HeldOutLoss | None = None
-    side_by_side: list[SideBySide]
-    side_by_side_truncated_prompts: int = 0
-
-
-class ReferenceTokens(Record):
-    prompt: int
-    completion: int
-    """Tokens of the answers, reasoning included."""
-    reasoning: int = 0
-
-
-class ReferenceResult(Record):
-    model: str | None
-    provider: list[str]
-    local: Literal[False] = False
-    requests: int
-    failed: int
-    lost: int = 0
-    """Requests whose reply was lost; they may be billed on top of `cost_usd`."""
-    tokens: ReferenceTokens
-    cost_usd: float
-    status: Literal["complete", "partial", "failed", "skipped"]
-    reason: str | None
-    """The reason why it is not complete."""
 
 
 class Artifact(Record):

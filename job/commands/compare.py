@@ -10,7 +10,9 @@ from job.evals.predictions import (
     DIALOGUE,
     ChoiceLine,
     DialogueLine,
+    HarnessLine,
     Line,
+    TextLine,
     parse_predictions,
 )
 from job.pipeline import layout
@@ -57,6 +59,16 @@ def read_finished(uri: str) -> FinishedRun:
             for c in results.evaluation.multiple_choice
         },
         dialogues=_lines(store, results, DIALOGUE, DialogueLine),
+        scored={
+            **{
+                task.name: _lines(store, results, task.name, HarnessLine)
+                for task in results.evaluation.harness
+            },
+            **{
+                task.name: _lines(store, results, task.name, TextLine)
+                for task in results.evaluation.tasks
+            },
+        },
     )
 
 

@@ -94,6 +94,7 @@ def plan_job(loaded: LoadedSpec, options: PlanOptions) -> Plan:
             steps=work.steps,
             slots_a_step=work.slots_a_step,
             evaluations={evaluation.name: evaluation.prompts for evaluation in work.evaluations},
+            evidence=list(work.evidence),
             assumptions=list(work.assumptions),
         ),
         mfu=options.mfu,

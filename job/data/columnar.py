@@ -174,8 +174,8 @@ def _by_column(block: Block, mapper: ExampleMapper) -> ExampleColumns | None:
             filled[name] = pc.utf8_trim(texts, _SPACE)
         usable = pc.and_(usable, filled[name].is_valid())
     groups = pa.nulls(len(block), pa.string())
-    if data.group:
-        groups = columns[data.group]
+    if mapper.group_column:
+        groups = columns[mapper.group_column]
         usable = pc.and_(usable, groups.is_valid())
     mask = np.asarray(pc.fill_null(usable, False).to_numpy(zero_copy_only=False), dtype=bool)
     arrays = [filled.get(f.name, pa.nulls(len(block), f.type)) for f in COLUMNS]

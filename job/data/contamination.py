@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from job.data.columnar import COLUMNS, example_from_columns
-from job.data.examples import Example
+from job.data.examples import Example, normal_form
 from job.data.words import is_character, split_words
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ class Contamination(BaseModel):
     slices: dict[str, Overlap]
     pairs: list[Pair]
     """The first 100 matches, by example."""
+    trained_prompts: dict[str, int] = {}
+    """For each task with free answers, how many of its prompts are trained on."""
 
 
 def find_overlap(
@@ -167,6 +169,21 @@ def find_overlap(
         for task in questions
     }
     return Contamination(words=WORDS, examples=count, slices=overlaps, pairs=pairs)
+
+
+def count_trained_prompts(
+    prompts: Mapping[str, Sequence[str]], examples: Iterable[Example]
+) -> dict[str, int]:
+    """Return how many prompts of each task occur in the examples, but for case and punctuation."""
+    forms = {task: [normal_form(text.encode()) for text in each] for task, each in prompts.items()}
+    wanted = set().union(*forms.values())
+    trained = {
+        form
+        for example in examples
+        for message in example.turns
+        if message.role == "user" and (form := normal_form(message.content.encode())) in wanted
+    }
+    return {task: sum(form in trained for form in each) for task, each in forms.items()}
 
 
 def clean_rows(

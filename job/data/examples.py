@@ -16,8 +16,8 @@ import xxhash
 
 from job.chat.conversation import Conversation, Message, Role
 from job.data.row_blocks import Row
+from job.spec.data import Data, ExampleSource
 from job.spec.fields import fill_template, template_fields
-from job.spec.schema import Data
 
 SEPARATOR = "\x1f"
 """Joins the texts of an example: the ASCII unit separator."""
@@ -148,10 +148,11 @@ def fill(template: str, row: Row) -> str:
 
 
 class ExampleMapper:
-    """Makes examples from rows as the `data` section says."""
+    """Makes examples from rows as a section of the spec says."""
 
-    def __init__(self, data: Data) -> None:
+    def __init__(self, data: ExampleSource) -> None:
         self.data = data
+        self.group_column = data.group if isinstance(data, Data) else None
 
     @cached_property
     def fields(self) -> list[str]:
@@ -159,7 +160,7 @@ class ExampleMapper:
         templates = [self.data.prompt, self.data.response, self.data.system]
         named = [field for text in templates if text for field in template_fields(text)]
         messages = [self.data.messages, *_TOOLS] if self.data.messages else []
-        group = [self.data.group] if self.data.group else []
+        group = [self.group_column] if self.group_column else []
         return list(dict.fromkeys([*named, *messages, *group]))
 
     def group(self, row: Row) -> str | None:
@@ -168,7 +169,7 @@ class ExampleMapper:
         Raises:
             RowDroppedError: the row has none.
         """
-        return field_text(row, self.data.group) if self.data.group else None
+        return field_text(row, self.group_column) if self.group_column else None
 
     def __call__(self, row: Row) -> Example:
         """Return the example of a row.

@@ -1,4 +1,4 @@
-"""A client of OpenAI-compatible chat APIs, for the reference model.
+"""A client of OpenAI-compatible chat APIs, for the reference model and the judge.
 
 A reply of status 200 may still be a failure (an `error` in the body, no choices, an empty answer
 because reasoning used up the tokens). Such replies are retried or reported, and never counted as
@@ -22,7 +22,7 @@ from job.chat.thoughts import split_thoughts
 from job.errors import SetupError
 from job.evals.budget import Budget
 from job.runtime import logs
-from job.spec.schema import Reference
+from job.spec.remote import Endpoint
 from job.storage.retry import retry_after
 
 API_KEY_VARIABLE = "OPENROUTER_API_KEY"
@@ -71,9 +71,9 @@ class _Attempt:
 
 @dataclass
 class ChatClient:
-    """A client of the reference model; thread-safe."""
+    """A client of a remote model; thread-safe."""
 
-    reference: Reference
+    endpoint: Endpoint
     key: str = field(repr=False)
     budget: Budget = field(default_factory=lambda: Budget(None))
     sleep: Callable[[float], object] = time.sleep
@@ -87,9 +87,9 @@ class ChatClient:
             messages: a conversation that ends with a message of the user.
             max_tokens: limit of this answer, instead of the spec's.
         """
-        body = self._body(messages, max_tokens or self.reference.max_tokens)
+        body = self._body(messages, max_tokens or self.endpoint.max_tokens)
         total = Reply(sent=False)
-        for number in range(1, self.reference.attempts + 1):
+        for number in range(1, self.endpoint.attempts + 1):
             if reason := self._reserve():
                 return _add_usage(total, Reply(error=reason, sent=False))
             attempt = self._send(body)
@@ -98,14 +98,14 @@ class ChatClient:
             total = _add_usage(total, reply)
             if not attempt.can_retry:
                 return total
-            if number < self.reference.attempts:
+            if number < self.endpoint.attempts:
                 wait = min(_MAX_WAIT_SECONDS, 2.0 ** (number - 1)) * random.uniform(0.5, 1.0)
                 wait = min(_MAX_WAIT_SECONDS, max(wait, attempt.retry_after or 0.0))
                 logs.get().info(
                     "retrying request", reason=reply.error, attempt=number, seconds=round(wait, 1)
                 )
                 self.sleep(wait)
-        return replace(total, error=f"{total.error} (tried {self.reference.attempts} times)")
+        return replace(total, error=f"{total.error} (tried {self.endpoint.attempts} times)")
 
     def _reserve(self) -> str | None:
         """Reserve a request in the budget; return the reason if none may be sent."""
@@ -116,16 +116,16 @@ class ChatClient:
         return self.closed
 
     def _body(self, messages: Conversation, max_tokens: int) -> dict[str, Any]:
-        reasoning = self.reference.reasoning
+        reasoning = self.endpoint.reasoning
         body: dict[str, Any] = {
-            "model": self.reference.model,
+            "model": self.endpoint.model,
             "messages": _openai_form([m for m in messages if m.role != "tools"]),
             "temperature": 0,
             "max_tokens": max_tokens,
         }
         if messages[0].role == "tools":
             body["tools"] = json.loads(messages[0].content)
-        if self.reference.is_openrouter:
+        if self.endpoint.is_openrouter:
             # Otherwise OpenRouter silently drops parameters that a provider does not support.
             body["provider"] = {"require_parameters": True}
             if reasoning is not None:
@@ -138,10 +138,10 @@ class ChatClient:
         try:
             with _Session() as session:
                 response = session.post(
-                    f"{self.reference.base_url.rstrip('/')}/chat/completions",
+                    f"{self.endpoint.base_url.rstrip('/')}/chat/completions",
                     json=body,
                     headers={"Authorization": f"Bearer {self.key}", "X-Title": "job"},
-                    timeout=self.reference.timeout_seconds,
+                    timeout=self.endpoint.timeout_seconds,
                 )
         except requests.RequestException as error:
             lost = int(_may_be_billed(error))
@@ -167,8 +167,11 @@ class ChatClient:
     def _rejection(self, status: int, message: str) -> Reply:
         """Return the reply to an invalid request."""
         error = f"HTTP {status}: {message}"
-        if status == 404 and self.reference.is_openrouter and _UNSUPPORTED in message:
-            error += " (its providers may not support `reasoning`: set reference.reasoning to null)"
+        if status == 404 and self.endpoint.is_openrouter and _UNSUPPORTED in message:
+            error += (
+                " (its providers may not support `reasoning`: set "
+                f"{self.endpoint.path}.reasoning to null)"
+            )
             self.closed = error
         return Reply(error=error, final=True)
 
@@ -282,7 +285,7 @@ def _parse_completion(document: Any) -> _Attempt:
     reply = replace(reply, thoughts=thoughts, finish=finish)
     if not answer or not answer.strip():
         # A retry would be billed again and most likely end the same way.
-        hint = "; raise reference.max_tokens" if finish == "length" else ""
+        hint = "; raise max_tokens" if finish == "length" else ""
         error = f"empty answer, finish_reason {finish!r}{hint}"
         return _Attempt(replace(reply, error=error, final=True), cost=cost)
     return _Attempt(replace(reply, answer=answer), cost=cost)
@@ -316,7 +319,7 @@ def _number(value: Any) -> float:
     return float(value) if _is_number(value) else 0.0
 
 
-def missing_key(reference: Reference) -> str | None:
+def missing_key(endpoint: Endpoint) -> str | None:
     """Return what to tell the user if the API key is not set.
 
     Raises:
@@ -327,4 +330,4 @@ def missing_key(reference: Reference) -> str | None:
         raise SetupError(f"{API_KEY_VARIABLE} contains invalid characters; set it again")
     if key:
         return None
-    return f"{API_KEY_VARIABLE} is not set: the comparison with {reference.model} will be skipped"
+    return f"{API_KEY_VARIABLE} is not set: {endpoint.path} ({endpoint.model}) will be skipped"

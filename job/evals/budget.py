@@ -15,9 +15,17 @@ class Budget:
     """
 
     def __init__(
-        self, max_usd: float | None, spent: float = 0.0, max_cost: float | None = None
+        self,
+        max_usd: float | None,
+        spent: float = 0.0,
+        max_cost: float | None = None,
+        key: str = "reference.max_usd",
     ) -> None:
-        """Resume with the dollars spent and the cost of the most expensive request, if known."""
+        """Resume with the dollars spent and the cost of the most expensive request, if known.
+
+        `key` names `max_usd` in messages.
+        """
+        self._key = key
         self.max_usd = max_usd
         self._spent = spent
         self._max_cost = max_cost
@@ -37,12 +45,12 @@ class Budget:
             if self._has_no_prices:
                 self.exhausted = True
                 return (
-                    "the endpoint does not report the cost of requests, so reference.max_usd "
+                    f"the endpoint does not report the cost of requests, so {self._key} "
                     "cannot be enforced; remove it"
                 )
             if not self._fits(self.max_usd):
                 self.exhausted = True
-                return f"the budget of {self.max_usd:g} USD is used up; raise reference.max_usd"
+                return f"the budget of {self.max_usd:g} USD is used up; raise {self._key}"
             self._in_flight += 1
             return None
 

@@ -23,14 +23,17 @@ from job.evals.predictions import (
     DialogueLine,
     LossLine,
     SideLine,
+    TextLine,
     choice_line,
 )
 from job.evals.questions import Question
 from job.evals.tasks import (
     SideBySidePrompt,
     Task,
+    TextTask,
     letter_context,
     question_prompts,
+    text_lines,
 )
 from job.model.lora import Weights
 from job.runtime import logs
@@ -105,6 +108,17 @@ class LocalModel:
             for example, a in zip(examples, answers, strict=True)
         ]
         return lines, truncated
+
+    def answer_task(self, task: TextTask) -> tuple[list[TextLine], int]:
+        """Return predictions for a task with free answers, and the number of truncated prompts."""
+        entry = task.entry
+        messages = [example.prompt_messages for example in task.examples]
+        prompts, truncated = self._encode(entry.name, messages)
+        answers = self.engine.generate(
+            self.weights, prompts, entry.max_new_tokens, entry.name, self.caches.open(entry.name)
+        )
+        fields = [_generated(answer) | {"finish": answer.finish} for answer in answers]
+        return text_lines(task, fields), truncated
 
     def measure_losses(self, examples: Sequence[Example], max_length: int) -> list[LossLine]:
         """Return the losses of the examples' responses, without those past `max_length` tokens."""

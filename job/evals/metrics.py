@@ -8,15 +8,13 @@ Comparisons between models are paired, on the items both models answered.
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from statistics import fmean
-from typing import Any
 
 from job.chat.thoughts import split_thoughts
 from job.data.examples import Example
-from job.data.words import split_words
+from job.evals.overlap import ROUGE_METRICS, overlap_scores
 from job.evals.paired import Family, compare_means, compare_proportions
-from job.evals.predictions import ChoiceLine, DialogueLine, HarnessLine, LossLine, answered
+from job.evals.predictions import ChoiceLine, DialogueLine, LossLine, TextLine, answered
 from job.evals.statistics import (
     WORST_DISCORDANCE,
     Bootstrap,
@@ -25,11 +23,10 @@ from job.evals.statistics import (
     proportion,
     wilson,
 )
-from job.results import (
+from job.scores import (
     Comparison,
     DialogueScore,
     GroupScore,
-    HarnessResult,
     HeldOutLoss,
     LossComparison,
     LossScore,
@@ -40,14 +37,14 @@ from job.results import (
     StyleTrait,
     TrivialBaselines,
 )
-from job.spec.evals import HarnessEval, Role
+from job.spec.evals import Role
 from job.spec.schema import MultipleChoiceEval
 
 BEFORE_AFTER = ("baseline", "finetuned")
 COMPARED_MODELS: tuple[tuple[str, str], ...] = (BEFORE_AFTER, ("finetuned", "reference"))
 
 
-def _family(models: tuple[str, str], role: Role = "target") -> Family:
+def family_of(models: tuple[str, str], role: Role = "target") -> Family:
     if "reference" in models:
         return "secondary"
     return "retention" if role == "retention" else "primary"
@@ -65,7 +62,7 @@ def score_choices(lines: Sequence[ChoiceLine]) -> ModelScore:
         correct=correct,
         unparsed=sum(line.choice is None for line in answers),
         truncated=sum(line.finish == "length" for line in answers),
-        cut_in_thoughts=_cut_in_thoughts(answers),
+        cut_in_thoughts=cut_in_thoughts(answers),
         missing=len(lines) - len(answers),
         accuracy=correct / len(answers) if answers else 0.0,
         ci95=wilson(correct, len(answers)),
@@ -73,7 +70,8 @@ def score_choices(lines: Sequence[ChoiceLine]) -> ModelScore:
     )
 
 
-def _cut_in_thoughts(lines: Iterable[ChoiceLine | DialogueLine]) -> int:
+def cut_in_thoughts(lines: Iterable[ChoiceLine | DialogueLine | TextLine]) -> int:
+    """Count the answers that were cut before they began."""
     return sum(bool(n.thoughts) and not n.answer and n.finish == "length" for n in lines)
 
 
@@ -91,7 +89,7 @@ def compare_choices(
         {identity: line.correct for identity, line in answered(lines).items()}
         for lines in (before, after)
     )
-    family = _family(models, entry.role if entry else "target")
+    family = family_of(models, entry.role if entry else "target")
     margin = entry.margin if entry and family == "retention" else None
     return compare_proportions(models, first, second, family, margin)
 
@@ -157,55 +155,11 @@ def summarize_choices(
 # Dialogue
 
 
-ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
 CONSTANT_ANSWER = (
     "Thank you for your question. I understand your concern. Please consult a professional who "
     "can look at this with you, and do not hesitate to ask if you need anything else."
 )
 """A polite sentence that fits any question: a trivial baseline."""
-
-
-class _RougeTokenizer:
-    """Splits text of any script into words; those of English as ROUGE does, without endings."""
-
-    def __init__(self) -> None:
-        from rouge_score.tokenizers import DefaultTokenizer
-
-        self._english = DefaultTokenizer(use_stemmer=True)
-
-    def tokenize(self, text: str) -> list[str]:
-        """Return the words in lower case."""
-        return [
-            part
-            for word in split_words(text.lower())
-            for part in (self._english.tokenize(word) if word.isascii() else [word])
-        ]
-
-
-@cache
-def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(ROUGE_METRICS, tokenizer=_RougeTokenizer())
-
-
-@cache
-def _chrf_scorer() -> Any:
-    from sacrebleu.metrics.chrf import CHRF
-
-    return CHRF()
-
-
-def overlap_scores(expected: str, answer: str) -> dict[str, float]:
-    """Return F-measures from 0 to 1 by metric.
-
-    They are ROUGE of words (Lin 2004), and `chrf` of characters (Popović 2015).
-    """
-    expected = split_thoughts(expected)[1] or expected
-    rouge = _rouge_scorer().score(expected, answer)
-    scores = {name: float(rouge[name].fmeasure) for name in ROUGE_METRICS}
-    scores["chrf"] = _chrf_scorer().sentence_score(answer, [expected]).score / 100
-    return {name: round(score, 6) for name, score in scores.items()}
 
 
 def dialogue_line(example: Example, answer: str, **rest: object) -> DialogueLine:
@@ -226,7 +180,7 @@ def score_dialogues(lines: Sequence[DialogueLine], bootstrap: Bootstrap) -> Dial
         **estimates,
         mean_tokens=round(sum(line.tokens for line in answers) / len(answers), 2),
         truncated=sum(line.finish == "length" for line in answers),
-        cut_in_thoughts=_cut_in_thoughts(answers),
+        cut_in_thoughts=cut_in_thoughts(answers),
         missing=len(lines) - len(answers),
     )
 
@@ -242,7 +196,7 @@ def compare_dialogues(
         {identity: line.rougeL for identity, line in answered(lines).items()}
         for lines in (before, after)
     )
-    return compare_means(MeanComparison, models, first, second, bootstrap, _family(models))
+    return compare_means(MeanComparison, models, first, second, bootstrap, family_of(models))
 
 
 def trivial_baselines(
@@ -301,47 +255,6 @@ def summarize_loss(
             for name, lines in models.items()
         },
         lower=proportion(sum(after[i] < before[i] for i in before), len(before)),
-        comparison=comparison,
-    )
-
-
-# Tasks of lm-evaluation-harness
-
-
-def summarize_harness(
-    entry: HarnessEval,
-    models: Mapping[str, Sequence[HarnessLine]],
-    truncated: int,
-    bootstrap: Bootstrap,
-) -> HarnessResult:
-    """Summarize one task of lm-evaluation-harness; scores of 0 and 1 are compared as accuracies.
-
-    Args:
-        entry: its section of the spec.
-        models: samples by model, "baseline" and "finetuned".
-        truncated: number of prompts that lost their beginning.
-        bootstrap: settings of the tests of means.
-    """
-    scores = {name: {line.id: line.score for line in lines} for name, lines in models.items()}
-    before, after = (scores[name] for name in BEFORE_AFTER)
-    family = _family(BEFORE_AFTER, entry.role)
-    margin = entry.margin if family == "retention" else None
-    comparison: Comparison | MeanComparison | None
-    if {*before.values(), *after.values()} <= {0.0, 1.0}:
-        right = [{i: score == 1 for i, score in each.items()} for each in (before, after)]
-        comparison = compare_proportions(BEFORE_AFTER, right[0], right[1], family, margin)
-    else:
-        comparison = compare_means(
-            MeanComparison, BEFORE_AFTER, before, after, bootstrap, family, margin
-        )
-    assert comparison is not None  # both models have every sample
-    return HarnessResult(
-        name=entry.name,
-        task=entry.task,
-        metric=models["baseline"][0].metric,
-        samples=len(before),
-        truncated=truncated,
-        models={name: sum(each.values()) / len(each) for name, each in scores.items()},
         comparison=comparison,
     )
 

@@ -16,9 +16,14 @@ from job.evals.statistics import (
     paired_interval,
     sign_flip_test,
 )
-from job.results import Comparison, Finding, MeanComparison, Record
+from job.scores import (
+    Comparison,
+    Finding,
+    MeanComparison,
+    Record,
+)
 
-Family = Literal["primary", "retention", "secondary"]
+Family = Literal["primary", "retention", "judge", "secondary"]
 type Test = Comparison | MeanComparison
 
 

@@ -9,9 +9,10 @@ from pydantic import BaseModel, ConfigDict
 from job.evals.questions import Question
 from job.storage.base import Store
 
-ModelName = Literal["baseline", "finetuned", "reference"]
+ModelName = Literal["baseline", "finetuned", "reference", "judge"]
 DIALOGUE = "dialogue"
 SIDE_BY_SIDE = "side_by_side"
+JUDGE = "judge"
 LOSS = "loss"
 
 
@@ -66,6 +67,20 @@ class DialogueLine(Line):
     chrf: float = 0.0
 
 
+class TextLine(Line):
+    """An answer to a prompt of a task with free answers, with its score."""
+
+    prompt: str
+    expected: str
+    answer: str | None
+    finish: str = "stop"
+    score: float
+    target: str | None = None
+    """What the metric reads in the expected response, if it reads something."""
+    parsed: str | None = None
+    """What it reads in the answer; None if the answer is unparsed."""
+
+
 class LossLine(Line):
     """The cross-entropy of a held-out response."""
 
@@ -89,6 +104,17 @@ class HarnessLine(Line):
     target: str
     answers: list[Any]
     """What the model said, as the task filtered it: texts, or log-likelihoods."""
+
+
+class JudgeLine(Line):
+    """A judge's choices between two answers to one prompt."""
+
+    prompt: str
+    baseline: str
+    """The answers as they were shown."""
+    finetuned: str
+    choices: list[str | None]
+    """The model that was chosen, or "tie": with the baseline first, and with it second."""
 
 
 class SideLine(Line):

@@ -16,10 +16,11 @@ from job.evals.predictions import (
     ChoiceLine,
     DialogueLine,
     SideLine,
+    TextLine,
     choice_line,
 )
 from job.evals.reply_log import REPLY_SECONDS, ReplyLog
-from job.evals.tasks import SideBySidePrompt, Task, question_messages
+from job.evals.tasks import SideBySidePrompt, Task, TextTask, question_messages, text_lines
 from job.runtime import logs
 from job.runtime.threads import Threads
 from job.runtime.watchdog import progress
@@ -45,7 +46,7 @@ class RemoteModel:
     def answer_questions(self, task: Task) -> list[ChoiceLine]:
         """Return predictions for a task."""
         ids = [question.id for question in task.questions]
-        replies = self._complete(
+        replies = self.complete(
             task.entry.name, dict(zip(ids, question_messages(task), strict=True))
         )
         lines = []
@@ -66,7 +67,7 @@ class RemoteModel:
             max_tokens: limit of an answer; None takes the client's.
         """
         prompts = {example.id: example.prompt_messages for example in examples}
-        replies = self._complete(DIALOGUE, prompts, max_tokens)
+        replies = self.complete(DIALOGUE, prompts, max_tokens)
         lines = []
         for example in examples:
             reply = replies[example.id]
@@ -75,15 +76,25 @@ class RemoteModel:
             lines.append(dialogue_line(example, **fields))
         return lines
 
+    def answer_task(self, task: TextTask) -> list[TextLine]:
+        """Return predictions for a task with free answers."""
+        prompts = {example.id: example.prompt_messages for example in task.examples}
+        replies = self.complete(task.entry.name, prompts)
+        fields = [
+            _reply_fields(replies[identity]) | {"finish": replies[identity].finish or "stop"}
+            for identity in prompts
+        ]
+        return text_lines(task, fields)
+
     def answer_side_by_side(self, prompts: Sequence[SideBySidePrompt]) -> list[SideLine]:
         """Return answers to the prompts shown side by side."""
-        replies = self._complete(SIDE_BY_SIDE, {prompt.id: prompt.messages for prompt in prompts})
+        replies = self.complete(SIDE_BY_SIDE, {prompt.id: prompt.messages for prompt in prompts})
         return [
             SideLine(id=p.id, prompt=p.text, expected=p.expected, **_reply_fields(replies[p.id]))
             for p in prompts
         ]
 
-    def _complete(
+    def complete(
         self, name: str, prompts: Mapping[str, Conversation], max_tokens: int | None = None
     ) -> Mapping[str, Reply]:
         """Return the replies to all prompts by id: saved ones and new ones."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
-from job.results import Estimate, Interval, Share
+from job.scores import Estimate, Interval, Share
 
 ALPHA = 0.05
 POWER = 0.8
@@ -70,16 +70,24 @@ def mcnemar(gained: int, lost: int) -> float:
     return float(stats.binomtest(gained, gained + lost, 0.5).pvalue)
 
 
-def bootstrap_mean(values: Sequence[float], bootstrap: Bootstrap) -> Estimate:
+def bootstrap_mean(
+    values: Sequence[float] | np.ndarray,
+    bootstrap: Bootstrap,
+    statistic: Callable[[np.ndarray], np.ndarray] = lambda means: means,
+) -> Estimate:
     """Return the mean and its percentile bootstrap interval (Efron 1979).
 
     Pass differences of pairs for the paired bootstrap.
 
     Args:
-        values: one per item; not empty.
+        values: one per item, or a row of several; not empty.
+        bootstrap: its settings.
+        statistic: what to compute from the means, [..., values of a row], instead of them.
     """
     array = np.asarray(values, dtype=np.float64)
-    return _estimate(array, _resampled_means(array, bootstrap))
+    low, high = np.percentile(statistic(_resampled_means(array, bootstrap)), (2.5, 97.5))
+    mean = float(statistic(array.mean(axis=0)))
+    return Estimate(mean=mean, ci95=(float(low), float(high)))
 
 
 def sign_flip_test(differences: Sequence[float], bootstrap: Bootstrap) -> tuple[Estimate, float]:
@@ -155,19 +163,15 @@ def paired_score(gained: int, lost: int, questions: int, center: float) -> float
 
 
 def _resampled_means(array: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
+    """Return the means of random resamples, [resamples, ...]."""
     generator = np.random.default_rng(bootstrap.seed)
     means = []
-    chunk = max(1, _MAX_RANDOM_NUMBERS // len(array))
+    chunk = max(1, _MAX_RANDOM_NUMBERS // array.size)
     for start in range(0, bootstrap.samples, chunk):
         count = min(chunk, bootstrap.samples - start)
         indices = generator.integers(0, len(array), size=(count, len(array)))
         means.append(array[indices].mean(axis=1))
     return np.concatenate(means)
-
-
-def _estimate(array: np.ndarray, means: np.ndarray) -> Estimate:
-    low, high = np.percentile(means, (2.5, 97.5))
-    return Estimate(mean=float(array.mean()), ci95=(float(low), float(high)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -205,6 +209,18 @@ def questions_for_retention(discordant: float, margin: float) -> int:
     """
     errors = float(stats.norm.isf(ALPHA) + stats.norm.ppf(POWER))
     return math.ceil(discordant * (errors / margin) ** 2)
+
+
+def power_of_retention(questions: int, discordant: float, margin: float) -> float:
+    """Return the probability that an unchanged accuracy is shown to be not worse.
+
+    Args:
+        questions: how many there are.
+        discordant: share of the questions that only one model gets right.
+        margin: drop that is accepted.
+    """
+    errors = margin * math.sqrt(questions / discordant)
+    return float(stats.norm.cdf(errors - stats.norm.isf(ALPHA)))
 
 
 def mcnemar_power(

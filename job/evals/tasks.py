@@ -1,22 +1,26 @@
 """Tasks: a set of questions and how to ask and score them, as in lm-evaluation-harness.
 
 A `Task` is loaded from rows of any dataset by one `evals.multiple_choice` entry of the spec. Its
-prompts are conversations, or plain text for `prompt: lm-eval`. The prompts shown side by side
-are here too.
+prompts are conversations, or plain text for `prompt: lm-eval`. A `TextTask` has free answers and
+is loaded by an entry of `evals.tasks`. The prompts shown side by side are here too.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any
 
 from job.chat.conversation import Conversation, Message
-from job.data.examples import Example, last_prompt
+from job.data.examples import Example, ExampleMapper, RowDroppedError, last_prompt
 from job.data.sources import open_source
 from job.errors import UsageError
+from job.evals.predictions import TextLine
 from job.evals.questions import AnswerForms, Question, QuestionReader, answer_forms
-from job.results import RowCounts
+from job.evals.text_metrics import READING, Answer, Metric, grade, make_metric
 from job.runtime import logs
-from job.spec.evals import SideBySideEval
+from job.scores import RowCounts
+from job.spec.evals import HELD_OUT, SideBySideEval, TextEval
 from job.spec.fields import LETTERS, LM_EVAL
 from job.spec.pinning import NONE, Revisions
 from job.spec.schema import MultipleChoiceEval
@@ -106,6 +110,97 @@ def _few_shot_examples(
             "usable questions that are not scored themselves; name another split, or set limit"
         )
     return examples
+
+
+# Tasks with free answers
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """Examples to answer, with the metric that compares an answer with the response."""
+
+    entry: TextEval
+    revision: str | None
+    examples: list[Example]
+    rows: RowCounts
+    metric: Metric | None
+    """None for a function of the user's."""
+
+
+def load_text_task(
+    entry: TextEval, held_out: Sequence[Example], revisions: Revisions = NONE
+) -> TextTask:
+    """Load the first `limit` usable examples of the entry's dataset, or of the held-out ones.
+
+    Raises:
+        UsageError: no example is usable.
+    """
+    dropped: Counter[str] = Counter()
+    read = 0
+
+    def mapped(rows: Iterable[Any], mapper: ExampleMapper) -> Iterator[Example]:
+        nonlocal read
+        for row in rows:
+            read += 1
+            try:
+                yield replace(mapper(row), id=str(read))
+            except RowDroppedError as error:
+                dropped[str(error)] += 1
+
+    if entry.dataset == HELD_OUT:
+        revision, candidates = None, iter(held_out)
+    else:
+        source = open_source(entry, "dialogues", revisions)
+        revision, candidates = source.revision, mapped(source, ExampleMapper(entry))
+    labels = entry.labels
+    if entry.metric == "label" and labels is None:
+        first = list(islice(candidates, entry.limit))
+        labels = sorted({example.response.strip() for example in first})
+        candidates = iter(first)
+    metric = None if entry.function else make_metric(entry, labels or ())
+
+    def is_usable(example: Example) -> bool:
+        if metric is None or metric.expected(example.response) is not None:
+            return True
+        dropped[f"the expected response is no {entry.metric}"] += 1
+        return False
+
+    examples = list(islice(filter(is_usable, candidates), entry.limit))
+    if not examples:
+        why = ", ".join(f"{reason} ({n})" for reason, n in dropped.most_common(3))
+        raise UsageError(
+            f"evals.tasks '{entry.name}': no usable example in {entry.dataset}: {why or 'no rows'}"
+        )
+    if dropped:
+        logs.get().warning("examples dropped", eval=entry.name, rows=read, reasons=dict(dropped))
+    counts = RowCounts(
+        raw=read or len(held_out), valid=len(examples), dropped=dict(dropped.most_common())
+    )
+    return TextTask(entry, revision, examples, counts, metric)
+
+
+def text_lines(task: TextTask, answers: Sequence[Mapping[str, Any]]) -> list[TextLine]:
+    """Return the scored lines of the answers to a task's prompts, in order.
+
+    Args:
+        task: the task.
+        answers: fields of `TextLine` about the answer; `answer` is None if there is none.
+    """
+    graded = grade(
+        task.entry,
+        task.metric,
+        [
+            Answer(e.prompt, e.response, fields["answer"] or "")
+            for e, fields in zip(task.examples, answers, strict=True)
+        ],
+    )
+    lines = []
+    for example, (score, parsed), fields in zip(task.examples, graded, answers, strict=True):
+        fields = {"id": example.id, "prompt": example.prompt, "score": score, **fields}
+        if task.metric is not None and task.entry.metric in READING:
+            fields |= {"target": task.metric.expected(example.response), "parsed": parsed}
+        lines.append(TextLine(expected=example.response, **fields))
+    return lines
 
 
 # Prompts

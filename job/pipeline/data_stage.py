@@ -23,8 +23,9 @@ from job.errors import UsageError
 from job.evals.tasks import load_task
 from job.pipeline.layout import DATA_MANIFEST, TRAIN_EXAMPLES, VALIDATION_EXAMPLES
 from job.pipeline.run import Run
-from job.results import DataInfo, RowCounts
+from job.results import DataInfo
 from job.runtime import logs
+from job.scores import RowCounts
 from job.storage.locations import child_uri, open_store
 
 if TYPE_CHECKING:

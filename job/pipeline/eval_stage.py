@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from job.data.contamination import find_overlap
+from job.data.contamination import count_trained_prompts, find_overlap
 from job.data.split_files import iter_examples
 from job.evals.batching import BATCHING_VERSION
 from job.evals.engine import Engine
@@ -23,14 +23,20 @@ from job.evals.predictions import (
     ModelName,
     format_predictions,
 )
-from job.evals.tasks import Task, load_task, side_by_side_prompts
+from job.evals.tasks import (
+    Task,
+    TextTask,
+    load_task,
+    load_text_task,
+    side_by_side_prompts,
+)
 from job.pipeline import layout
 from job.pipeline.data_stage import read_examples
 from job.pipeline.run import Run
 from job.pipeline.train_stage import load_trained, prepare_in_background
-from job.results import RowCounts
 from job.runtime import logs
-from job.spec.evals import HarnessEval
+from job.scores import RowCounts
+from job.spec.evals import HELD_OUT, HarnessEval, TextEval
 
 
 class TaskOutcome(BaseModel):
@@ -59,8 +65,9 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     evals = run.spec.evals
     engine = Engine(model, evals.batch_size, evals.max_prompt_tokens, run.coordinated_stop.check)
     tasks = [load_task(entry, run.revisions) for entry in evals.multiple_choice]
-    if name == "baseline" and tasks and run.processes.is_primary:
-        _check_contamination(run, tasks)
+    text_tasks = load_text_tasks(run, evals.tasks)
+    if name == "baseline" and (tasks or text_tasks) and run.processes.is_primary:
+        _check_contamination(run, tasks, text_tasks)
     inputs = [run.digests[name], engine.batch_size, BATCHING_VERSION]
     key_of = partial(layout.partial_predictions, name)
     with PredictionCaches(run.store, key_of, inputs, run.processes.broadcast) as caches:
@@ -69,6 +76,8 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
         outcomes = {task.entry.name: _evaluate_task(run, name, local, task) for task in tasks}
         for entry in evals.harness:
             outcomes[entry.name] = _evaluate_harness(run, name, local, entry)
+        for text_task in text_tasks:
+            outcomes[text_task.entry.name] = _evaluate_text_task(run, name, local, text_task)
         if evals.dialogue is not None:
             examples = read_examples(run, layout.VALIDATION_EXAMPLES, evals.dialogue.max_examples)
             lines, truncated = local.answer_examples(examples, evals.dialogue.max_new_tokens)
@@ -101,6 +110,27 @@ def _evaluate_task(run: Run, name: ModelName, local: LocalModel, task: Task) -> 
     return TaskOutcome(truncated=truncated, revision=task.revision, rows=task.rows)
 
 
+def load_text_tasks(run: Run, entries: Sequence[TextEval]) -> list[TextTask]:
+    """Load tasks with free answers; those on held-out examples from the run's own."""
+    if not entries:
+        return []
+    held_out = read_examples(run, layout.VALIDATION_EXAMPLES)
+    return [load_text_task(entry, held_out, run.revisions) for entry in entries]
+
+
+def _evaluate_text_task(
+    run: Run, name: ModelName, local: LocalModel, task: TextTask
+) -> TaskOutcome:
+    lines, truncated = local.answer_task(task)
+    write_predictions(run, name, task.entry.name, lines)
+    score = round(sum(line.score for line in lines) / len(lines), 6)
+    logs.get().info(
+        "task evaluated", eval=task.entry.name, metric=task.entry.metric, examples=len(lines),
+        score=score,
+    )  # fmt: skip
+    return TaskOutcome(truncated=truncated, revision=task.revision, rows=task.rows)
+
+
 def _evaluate_harness(
     run: Run, name: ModelName, local: LocalModel, entry: HarnessEval
 ) -> TaskOutcome:
@@ -112,13 +142,22 @@ def _evaluate_harness(
     return TaskOutcome(truncated=truncated)
 
 
-def _check_contamination(run: Run, tasks: Sequence[Task]) -> None:
-    """Write the overlaps of the training examples with the questions, and warn about them."""
+def _check_contamination(run: Run, tasks: Sequence[Task], text_tasks: Sequence[TextTask]) -> None:
+    """Write the overlaps of the training examples with the tasks, and warn about them."""
     questions = {
         task.entry.name: {question.id: question.text for question in task.questions}
         for task in tasks
     }
-    overlaps = find_overlap(questions, iter_examples(run.fetch(layout.TRAIN_EXAMPLES)))
+    prompts = {
+        task.entry.name: [example.prompt for example in task.examples]
+        for task in text_tasks
+        if task.entry.dataset != HELD_OUT  # whose prompts the split keeps apart
+    }
+    train = run.fetch(layout.TRAIN_EXAMPLES)
+    overlaps = find_overlap(questions, iter_examples(train))
+    if prompts:
+        trained = count_trained_prompts(prompts, iter_examples(train))
+        overlaps = overlaps.model_copy(update={"trained_prompts": trained})
     run.put(layout.CONTAMINATION, overlaps.model_dump_json(indent=2).encode())
     for name, overlap in overlaps.slices.items():
         if overlap.found:
@@ -129,6 +168,11 @@ def _check_contamination(run: Run, tasks: Sequence[Task]) -> None:
                 questions=overlap.questions,
                 pairs=layout.CONTAMINATION,
                 hint="data.checks.drop: [contaminated] drops those examples",
+            )
+    for name, count in overlaps.trained_prompts.items():
+        if count:
+            logs.get().warning(
+                "prompts are trained on", eval=name, prompts=len(prompts[name]), trained=count
             )
 
 

@@ -14,8 +14,6 @@ DATA_MANIFEST = f"{DATA}manifest.json"
 EVALS = "evals/"
 CONTAMINATION = f"{EVALS}contamination.json"
 """Evaluation questions that occur in the training text."""
-REPLIES = f"{EVALS}reference/replies.jsonl"
-PARTIAL_REPLIES = f"{EVALS}reference/partial/"
 TRAINING = "train/"
 """Prefix of the checkpoints, the history and the TensorBoard events."""
 
@@ -35,6 +33,11 @@ def stage_record(stage: str) -> str:
 def predictions(model: str, name: str) -> str:
     """Return the key of the predictions of a model on an evaluation."""
     return f"{EVALS}{model}/{name}/predictions.jsonl"
+
+
+def replies(stage: str) -> tuple[str, str]:
+    """Return the key of a stage's replies of a remote model, and the prefix of partial ones."""
+    return f"{EVALS}{stage}/replies.jsonl", f"{EVALS}{stage}/partial/"
 
 
 def partial_predictions(model: str, name: str) -> str:

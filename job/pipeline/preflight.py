@@ -54,10 +54,10 @@ def check_local_inputs(spec: Spec) -> None:
     template = spec.model.chat_template
     if is_template_file(template) and not Path(template).is_file():
         raise UsageError(f"model.chat_template: there is no file {template!r}")
-    for where, source in (
-        ("data", spec.data),
-        *((f"evals.multiple_choice.{i}", s) for i, s in enumerate(spec.evals.multiple_choice)),
-    ):
+    for task in spec.evals.tasks:
+        if task.function is not None and not Path(task.function[0]).is_file():
+            raise UsageError(f"evals.tasks '{task.name}': there is no file {task.function[0]!r}")
+    for where, source in spec.sources.items():
         if source.dataset == SAMPLES or "://" in source.dataset:
             continue
         if source.data_files is not None:
@@ -150,9 +150,9 @@ def _record_preflight(run: Run, *, resumed: bool) -> StageRecord:
         packages=run.environment.packages,
         **({"revisions": dict(run.revisions)} if run.revisions else {}),
     )
-    if run.spec.reference is not None:
+    for endpoint in filter(None, (run.spec.reference, run.spec.evals.judge)):
         from job.evals.api_client import missing_key
 
-        if missing := missing_key(run.spec.reference):
+        if missing := missing_key(endpoint):
             logs.get().warning(missing)
     return record

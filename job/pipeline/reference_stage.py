@@ -7,7 +7,7 @@ requests only what is still missing.
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel
 
@@ -17,17 +17,18 @@ from job.evals.predictions import DIALOGUE, SIDE_BY_SIDE, Line
 from job.evals.remote_model import RemoteModel
 from job.evals.reply_log import LoggedReply, ReplyLog
 from job.evals.tasks import load_task, side_by_side_prompts
+from job.pipeline import layout
 from job.pipeline.data_stage import read_examples
-from job.pipeline.eval_stage import write_predictions
-from job.pipeline.layout import PARTIAL_REPLIES, REPLIES, VALIDATION_EXAMPLES
+from job.pipeline.eval_stage import load_text_tasks, write_predictions
+from job.pipeline.layout import VALIDATION_EXAMPLES
 from job.pipeline.run import Run
-from job.results import ReferenceResult, ReferenceTokens
 from job.runtime import logs
-from job.spec.schema import Reference
+from job.scores import ReferenceResult, ReferenceTokens
+from job.spec.remote import Endpoint, Reference
 
 
-class ReferenceOutcome(BaseModel):
-    """The outcome of the reference stage."""
+class RemoteOutcome(BaseModel):
+    """The outcome of a stage that asks a remote model."""
 
     result: ReferenceResult
     open: bool
@@ -36,32 +37,58 @@ class ReferenceOutcome(BaseModel):
     """The budget, if it ran out."""
 
 
-def run_stage(run: Run) -> ReferenceOutcome:
+def run_stage(run: Run) -> RemoteOutcome:
     """Evaluate the reference model on what the spec names, and write the predictions."""
     reference = run.spec.reference
     if reference is None:
-        return _skipped(None, "the spec names no reference model", can_retry=False)
-    missing = missing_key(reference)
-    if missing:
-        logs.get().warning(missing)
-        return _skipped(reference.model, f"{API_KEY_VARIABLE} is not set", can_retry=True)
-    log = ReplyLog(run.store, REPLIES, PARTIAL_REPLIES, run.digests["reference"])
-    client = _client(reference, log)
-    remote = RemoteModel(client, log, reference.concurrency, run.stop.check)
-    lines = _evaluate(run, reference, remote)
-    run.put(REPLIES, log.content())
-    log.delete_partial()
-    return ReferenceOutcome(
-        result=_result(reference.model, log, lines),
-        open=any(line.error and not line.final for line in lines),
-        stopped_at_usd=reference.max_usd if client.budget.exhausted else None,
+        return skipped(None, "the spec names no reference model", can_retry=False)
+    return ask_remote_model(
+        run,
+        "reference",
+        reference,
+        run.digests["reference"],
+        lambda remote: _evaluate(run, reference, remote),
     )
 
 
-def _client(reference: Reference, log: ReplyLog) -> ChatClient:
+def ask_remote_model(
+    run: Run,
+    stage: str,
+    endpoint: Endpoint,
+    inputs_digest: str,
+    evaluate: Callable[[RemoteModel], Sequence[Line]],
+) -> RemoteOutcome:
+    """Evaluate with a remote model; skipped without an API key.
+
+    Args:
+        run: the run.
+        stage: name of the stage, under which the replies are saved.
+        endpoint: the model.
+        inputs_digest: of what the saved replies depend on beside their ids.
+        evaluate: writes the predictions, and returns the lines of all evaluations.
+    """
+    missing = missing_key(endpoint)
+    if missing:
+        logs.get().warning(missing)
+        return skipped(endpoint.model, f"{API_KEY_VARIABLE} is not set", can_retry=True)
+    replies, partial = layout.replies(stage)
+    log = ReplyLog(run.store, replies, partial, inputs_digest)
+    client = _client(endpoint, log)
+    lines = evaluate(RemoteModel(client, log, endpoint.concurrency, run.stop.check))
+    run.put(replies, log.content())
+    log.delete_partial()
+    return RemoteOutcome(
+        result=_result(endpoint.model, log, lines),
+        open=any(line.error and not line.final for line in lines),
+        stopped_at_usd=endpoint.max_usd if client.budget.exhausted else None,
+    )
+
+
+def _client(endpoint: Endpoint, log: ReplyLog) -> ChatClient:
     costs = [reply.cost_usd for reply in log.replies if reply.answer is not None]
-    budget = Budget(reference.max_usd, log.cost_usd, max(costs, default=None))
-    return ChatClient(reference, os.environ[API_KEY_VARIABLE].strip(), budget)
+    key = f"{endpoint.path}.max_usd"
+    budget = Budget(endpoint.max_usd, log.cost_usd, max(costs, default=None), key)
+    return ChatClient(endpoint, os.environ[API_KEY_VARIABLE].strip(), budget)
 
 
 def _evaluate(run: Run, reference: Reference, remote: RemoteModel) -> list[Line]:
@@ -74,6 +101,8 @@ def _evaluate(run: Run, reference: Reference, remote: RemoteModel) -> list[Line]
 
     for entry in run.spec.reference_tasks:
         write(entry.name, remote.answer_questions(load_task(entry, run.revisions)))
+    for task in load_text_tasks(run, run.spec.reference_text_tasks):
+        write(task.entry.name, remote.answer_task(task))
     dialogue = run.spec.evals.dialogue
     if reference.dialogue and dialogue is not None:
         examples = read_examples(run, VALIDATION_EXAMPLES, dialogue.max_examples)
@@ -115,7 +144,8 @@ def _tokens(replies: Sequence[LoggedReply]) -> ReferenceTokens:
     )
 
 
-def _skipped(model: str | None, reason: str, *, can_retry: bool) -> ReferenceOutcome:
+def skipped(model: str | None, reason: str, *, can_retry: bool) -> RemoteOutcome:
+    """Return the outcome of a stage that was not run."""
     result = ReferenceResult(
         model=model,
         provider=[],
@@ -127,4 +157,4 @@ def _skipped(model: str | None, reason: str, *, can_retry: bool) -> ReferenceOut
         status="skipped",
         reason=reason,
     )
-    return ReferenceOutcome(result=result, open=can_retry)
+    return RemoteOutcome(result=result, open=can_retry)

@@ -3,11 +3,11 @@
 import json
 
 from job.data.contamination import Contamination
+from job.evals.judge import summarize_judge
 from job.evals.metrics import (
     compare_dialogues,
     score_dialogues,
     summarize_choices,
-    summarize_harness,
     summarize_loss,
     summarize_style,
     trivial_baselines,
@@ -20,19 +20,23 @@ from job.evals.predictions import (
     ChoiceLine,
     DialogueLine,
     HarnessLine,
+    JudgeLine,
     Line,
     LossLine,
     ModelName,
     SideLine,
+    TextLine,
     answered,
     read_predictions,
 )
 from job.evals.statistics import Bootstrap
+from job.evals.task_scores import summarize_harness, summarize_text_task
 from job.evals.tasks import format_options
+from job.evals.text_metrics import grade, make_metric
 from job.machine.accelerators import find_accelerator
 from job.pipeline import layout
 from job.pipeline.eval_stage import EvalOutcome
-from job.pipeline.reference_stage import ReferenceOutcome
+from job.pipeline.reference_stage import RemoteOutcome
 from job.pipeline.run import Preflight, Run, now
 from job.pipeline.train_stage import TrainOutcome
 from job.report.model_card import render_card
@@ -41,17 +45,21 @@ from job.report.verdict import decide
 from job.results import (
     Cost,
     DataInfo,
+    Results,
+    RunInfo,
+    Training,
+)
+from job.scores import (
     Dialogue,
     Evaluation,
     HarnessResult,
+    JudgeResult,
     MultipleChoiceResult,
     ReferenceResult,
-    Results,
-    RunInfo,
     SideBySide,
-    Training,
+    TextTaskResult,
 )
-from job.spec.evals import HarnessEval
+from job.spec.evals import HarnessEval, TextEval
 from job.spec.load import digest
 from job.spec.schema import MultipleChoiceEval
 from job.train.metrics import HISTORY
@@ -59,7 +67,7 @@ from job.train.metrics import HISTORY
 
 def run_stage(run: Run) -> Results:
     """Compute the results from the saved predictions, and write the report and the model card."""
-    reference = run.outcome("reference", ReferenceOutcome).result
+    reference = run.outcome("reference", RemoteOutcome).result
     evaluation = decide_findings(_evaluation(run, reference))
     trained = run.outcome("train", TrainOutcome)
     results = Results(
@@ -108,7 +116,11 @@ def _evaluation(run: Run, reference: ReferenceResult) -> Evaluation:
             for entry in run.spec.evals.multiple_choice
         ],
         harness=[_harness(run, entry) for entry in run.spec.evals.harness],
+        tasks=[
+            _text_task(run, entry, has_reference=has_reference) for entry in run.spec.evals.tasks
+        ],
         dialogue=_dialogue(run, has_reference=has_reference),
+        judge=_judge(run),
         loss=summarize_loss(
             _predictions(run, LOSS, LossLine, has_reference=False), _bootstrap(run)
         ),
@@ -145,24 +157,53 @@ def _multiple_choice(
     has_reference = has_reference and entry in run.spec.reference_tasks
     models = _predictions(run, entry.name, ChoiceLine, has_reference=has_reference)
     source = run.outcome("baseline", EvalOutcome).slices[entry.name]
-    overlaps = _overlapping_questions(run, entry.name)
-    result = summarize_choices(entry, models, source.revision, overlaps)
+    overlap = _contamination(run).slices.get(entry.name)
+    found = overlap.found if overlap else None
+    result = summarize_choices(entry, models, source.revision, found)
     return result.model_copy(update={"rows": source.rows, "truncated_prompts": source.truncated})
 
 
-def _overlapping_questions(run: Run, name: str) -> int | None:
-    """Return how many questions of a task overlap the training text, if that was checked."""
+def _contamination(run: Run) -> Contamination:
+    """Return what was found of the tasks in the training text; empty if nothing was searched."""
     content = run.store.read(layout.CONTAMINATION)
     if content is None:
-        return None
-    overlap = Contamination.model_validate_json(content).slices.get(name)
-    return overlap.found if overlap else None
+        return Contamination(words=0, examples=0, slices={}, pairs=[])
+    return Contamination.model_validate_json(content)
 
 
 def _harness(run: Run, entry: HarnessEval) -> HarnessResult:
     models = _predictions(run, entry.name, HarnessLine, has_reference=False)
     truncated = run.outcome("baseline", EvalOutcome).slices[entry.name].truncated
     return summarize_harness(entry, models, truncated, _bootstrap(run))
+
+
+def _text_task(run: Run, entry: TextEval, *, has_reference: bool) -> TextTaskResult:
+    has_reference = has_reference and entry in run.spec.reference_text_tasks
+    models = _predictions(run, entry.name, TextLine, has_reference=has_reference)
+    source = run.outcome("baseline", EvalOutcome).slices[entry.name]
+    labels = entry.labels or sorted({line.target for line in models["baseline"] if line.target})
+    metric = None if entry.function else make_metric(entry, labels)
+    assert source.rows is not None
+    return summarize_text_task(
+        entry,
+        models,
+        lambda answers: grade(entry, metric, answers),
+        _bootstrap(run),
+        normalization=metric.normalization if metric else f"as {entry.metric} does",
+        revision=source.revision,
+        rows=source.rows,
+        truncated=source.truncated,
+        trained_prompts=_contamination(run).trained_prompts.get(entry.name, 0),
+    )
+
+
+def _judge(run: Run) -> JudgeResult | None:
+    judge = run.spec.evals.judge
+    if judge is None:
+        return None
+    lines = _lines(run, "judge", DIALOGUE, JudgeLine)
+    service = run.outcome("judge", RemoteOutcome).result
+    return summarize_judge(judge.rubric, lines, service, _bootstrap(run))
 
 
 def _dialogue(run: Run, *, has_reference: bool) -> Dialogue | None:
@@ -237,9 +278,10 @@ def _cost(run: Run, training: Training, reference: ReferenceResult) -> Cost:
     """Return the chip hours of all stages and their cost at on-demand list prices.
 
     A resumed training counts the time of all its parts, as its checkpoints add it up. Dollars
-    include the reference model; they are None if the price of an accelerator is not known.
+    include the remote models; they are None if the price of an accelerator is not known.
     """
-    hours, usd = 0.0, reference.cost_usd
+    judge = run.outcome("judge", RemoteOutcome).result
+    hours, usd = 0.0, reference.cost_usd + judge.cost_usd
     has_prices = True
     for name, record in run.records.items():
         machine = record.environment

@@ -18,10 +18,12 @@ from job.evals.predictions import LOSS
 from job.evals.tasks import few_shot_source
 from job.pipeline.layout import ADAPTER
 from job.pipeline.run import Run, StageRecord
+from job.spec.evals import HELD_OUT, TextEval
 from job.spec.fields import BUILT_PRESETS, SAMPLES, is_template_file
 from job.spec.load import digest
 from job.spec.pinning import NONE, Revisions, adapter_key, model_key, source_key
-from job.spec.schema import MultipleChoiceEval, Reference, Source, Spec
+from job.spec.remote import Endpoint
+from job.spec.schema import MultipleChoiceEval, Source, Spec
 from job.storage.base import file_sha256
 
 _PARSING_VERSION = 3
@@ -57,14 +59,14 @@ def _run_in(module: str, *arguments: str) -> Callable[[Run], BaseModel]:
     return run_stage
 
 
-def reference_has_more_to_do(outcome: Mapping[str, object], reference: Reference | None) -> bool:
-    """Return whether a reference stage that left prompts open could have them answered now."""
+def has_more_to_do(outcome: Mapping[str, object], endpoint: Endpoint | None) -> bool:
+    """Return whether a stage that left requests open could have them answered now."""
     from job.evals.api_client import missing_key
 
-    if reference is None or missing_key(reference) is not None:
+    if endpoint is None or missing_key(endpoint) is not None:
         return False
     stopped_at = outcome.get("stopped_at_usd")
-    if isinstance(stopped_at, float) and (reference.max_usd or math.inf) <= stopped_at:
+    if isinstance(stopped_at, float) and (endpoint.max_usd or math.inf) <= stopped_at:
         return False
     return outcome.get("open") is True
 
@@ -80,14 +82,17 @@ def _data_inputs(spec: Spec, revisions: Revisions) -> object:
 
 def _eval_inputs(spec: Spec, revisions: Revisions) -> object:
     # The batch size, limits, and what is computed from the answers later, change no prediction.
-    unused = {"multiple_choice", "batch_size", "bootstrap_samples", "max_truncated_share"}
+    unused = {"multiple_choice", "tasks", "batch_size", "bootstrap_samples"}
+    unused |= {"max_truncated_share", "judge"}
     exclude: Any = dict.fromkeys(unused, True) | {"dialogue": {"markers"}}
     exclude["harness"] = {"__all__": {"role", "margin"}}
     evals = spec.evals.model_dump(mode="json", exclude=exclude)
     folders = [Path(entry.include) for entry in spec.evals.harness if entry.include]
     files = [[_content(p) for p in sorted(f.rglob("*")) if p.is_file()] for f in folders]
     tasks = _tasks(spec.evals.multiple_choice, revisions)
-    return [spec.seed, _base_model(spec, revisions), evals, tasks, files, _PARSING_VERSION, LOSS]
+    text = _text_tasks(spec.evals.tasks, revisions)
+    inputs = [spec.seed, _base_model(spec, revisions), evals, tasks, files, _PARSING_VERSION, LOSS]
+    return [*inputs, *text]
 
 
 def _train_inputs(spec: Spec, revisions: Revisions) -> object:
@@ -110,7 +115,16 @@ def _reference_inputs(spec: Spec, revisions: Revisions) -> object:
             mode="json", include={"examples", "max_new_tokens"}
         )
     tasks = _tasks(spec.reference_tasks, revisions)
-    return [reference, side_by_side, dialogue, tasks, _PARSING_VERSION]
+    text = _text_tasks(spec.reference_text_tasks, revisions)
+    return [reference, side_by_side, dialogue, tasks, _PARSING_VERSION, *text]
+
+
+def _judge_inputs(spec: Spec, _revisions: Revisions) -> object:
+    if spec.evals.judge is None:
+        return None
+    return spec.evals.judge.model_dump(
+        mode="json", exclude={"timeout_seconds", "attempts", "concurrency", "max_usd"}
+    )
 
 
 def _report_inputs(spec: Spec, _revisions: Revisions) -> object:
@@ -139,11 +153,18 @@ STAGES = (
         ("data",),
         _reference_inputs,
         _run_in("reference_stage"),
-        lambda record, spec: reference_has_more_to_do(record.outcome, spec.reference),
+        lambda record, spec: has_more_to_do(record.outcome, spec.reference),
+    ),
+    Stage(
+        "judge",
+        ("data", "baseline", "finetuned"),
+        _judge_inputs,
+        _run_in("judge_stage"),
+        lambda record, spec: has_more_to_do(record.outcome, spec.evals.judge),
     ),
     Stage(
         "report",
-        ("data", "baseline", "train", "finetuned", "reference"),
+        ("data", "baseline", "train", "finetuned", "reference", "judge"),
         _report_inputs,
         _run_in("report_stage"),
     ),
@@ -189,6 +210,17 @@ def _tasks(entries: Sequence[MultipleChoiceEval], revisions: Revisions) -> objec
         ]
         for entry in entries
     ]
+
+
+def _text_tasks(entries: Sequence[TextEval], revisions: Revisions) -> list[object]:
+    identities: list[object] = []
+    for entry in entries:
+        identities.append(entry.model_dump(mode="json", exclude={"role", "margin"}))
+        if entry.dataset != HELD_OUT:
+            identities.append(_source(entry, revisions))
+        if entry.function is not None:
+            identities.append(_content(Path(entry.function[0])))
+    return identities
 
 
 def _base_model(spec: Spec, revisions: Revisions) -> object:

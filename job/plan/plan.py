@@ -36,6 +36,8 @@ class WorkPlan(BaseModel):
     slots_a_step: int
     evaluations: dict[str, int]
     """Prompts by evaluation."""
+    evidence: list[str]
+    """What the retention tasks can show."""
     assumptions: list[str]
 
 

@@ -33,6 +33,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     )
     prompts = ", ".join(f"{name} {count:,}" for name, count in work.evaluations.items())
     yield f"  prompts     {prompts or 'none'}; before and after training"
+    for sentence in work.evidence:
+        yield f"  evidence    {sentence}"
     for assumption in work.assumptions:
         yield f"  assumed     {assumption}"
     for machine in plan.machines:

@@ -5,12 +5,13 @@ run's data stage if it is done; the rest is assumed, and every assumption is lis
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from job.results import DataInfo
+from job.spec.evals import HELD_OUT, HarnessEval, TextEval
 from job.spec.fields import SAMPLES
 from job.spec.schema import MultipleChoiceEval, Source, Spec
 
@@ -29,8 +30,16 @@ QUESTION_TOKENS = 192
 _ROWS = 1000
 """Assumed rows of a dataset of unknown size."""
 
+_OPTIONS = 4
+"""Assumed options of a sample of lm-evaluation-harness, each a prompt of its own."""
+
+_DISCORDANT = 0.2
+"""Assumed share of questions that only one of baseline and tuned model gets right."""
+
 _KNOWN_ROWS = {
     ("hf://openlifescienceai/medmcqa", "validation"): 4183,
+    ("hf://cais/mmlu", "test"): 14_042,
+    ("hf://LibrAI/do-not-answer", "train"): 939,
     ("hf://LinhDuong/chatdoctor-200k", "train"): 207_408,
     (f"{SAMPLES}:dialogues", "train"): 170,
     (f"{SAMPLES}:questions", "train"): 64,
@@ -63,6 +72,8 @@ class Workload:
     validation_rows: int
     validations: int
     evaluations: tuple[EvalWorkload, ...]
+    evidence: tuple[str, ...]
+    """What the retention tasks can show."""
     assumptions: tuple[str, ...]
 
     @property
@@ -126,7 +137,8 @@ def workload(
         validations=1
         + (steps // every if every else 0)
         + (0 if every and not steps % every else 1),
-        evaluations=tuple(_evaluations(spec, assumptions)),
+        evaluations=(evaluations := tuple(_evaluations(spec, assumptions))),
+        evidence=tuple(_evidence(spec, {each.name: each.prompts for each in evaluations})),
         assumptions=tuple(assumptions),
     )
 
@@ -156,6 +168,18 @@ def _rows_of(source: Source, samples: str, assumptions: list[str]) -> int:
 def _evaluations(spec: Spec, assumptions: list[str]) -> Sequence[EvalWorkload]:
     evaluations = [_questions(entry, assumptions) for entry in spec.evals.multiple_choice]
     held_out, prompt = spec.data.validation_examples, int(TOKENS * (1 - LOSS_SHARE))
+    for harness in spec.evals.harness:
+        count = harness.limit or _ROWS
+        assumptions.append(
+            f"{harness.task} is one task of {count:,} samples with {_OPTIONS} options"
+        )
+        tokens = _OPTIONS * QUESTION_TOKENS
+        evaluations.append(EvalWorkload(harness.name, "letters", count, tokens, 0))
+    for task in spec.evals.tasks:
+        count = task.limit or held_out
+        if task.dataset != HELD_OUT and task.limit is None:
+            count = _rows_of(task, "dialogues", assumptions)
+        evaluations.append(EvalWorkload(task.name, "generate", count, prompt, task.max_new_tokens))
     if (dialogue := spec.evals.dialogue) is not None:
         count, new = min(dialogue.max_examples, held_out), dialogue.max_new_tokens
         evaluations.append(EvalWorkload("dialogue", "generate", count, prompt, new))
@@ -170,3 +194,23 @@ def _questions(entry: MultipleChoiceEval, assumptions: list[str]) -> EvalWorkloa
     prompts = entry.limit or _rows_of(entry, "questions", assumptions)
     new = entry.max_new_tokens if entry.scoring == "generate" else 0
     return EvalWorkload(entry.name, entry.scoring, prompts, QUESTION_TOKENS, new)
+
+
+def _evidence(spec: Spec, prompts: Mapping[str, int]) -> Iterator[str]:
+    """Yield what each retention task can show with its number of questions."""
+    from job.evals.statistics import power_of_retention, questions_for_retention
+
+    evals = spec.evals
+    entries: list[MultipleChoiceEval | HarnessEval | TextEval] = [
+        *evals.multiple_choice, *evals.harness, *evals.tasks,
+    ]  # fmt: skip
+    for entry in entries:
+        if entry.role == "retention":
+            questions = prompts[entry.name]
+            power = power_of_retention(questions, _DISCORDANT, entry.margin)
+            needed = questions_for_retention(_DISCORDANT, entry.margin)
+            yield (
+                f"{entry.name}: {questions:,} questions exclude a loss of {100 * entry.margin:g} "
+                f"points with a probability of {power:.0%}, {needed:,} with 80%, if nothing is "
+                f"lost and {_DISCORDANT:.0%} of the questions change sides"
+            )

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from job.report.plots import model_label, ordered, percent
-from job.results import Estimate, MultipleChoiceResult, Results, TrivialBaselines
+from job.results import Results
+from job.scores import Estimate, MultipleChoiceResult, TextTaskResult, TrivialBaselines
 
 BEFORE_AFTER = ("baseline", "finetuned")
 
@@ -32,6 +33,13 @@ def warnings(results: Results) -> Iterator[str]:
     tasks: list[Any] = [(c.name, c.questions, c.models) for c in results.evaluation.multiple_choice]
     if dialogue := results.evaluation.dialogue:
         tasks.append(("dialogue", dialogue.examples, dialogue.models))
+    tasks += [(task.name, task.samples, task.scores) for task in results.evaluation.tasks]
+    for task in results.evaluation.tasks:
+        if task.trained_prompts:
+            yield (
+                f"{task.name}: {task.trained_prompts:,} of {task.samples:,} prompts are trained "
+                "on too, so its score shows memory as well as skill."
+            )
     for name, count, models in tasks:
         cut = [
             f"{score.truncated:,} of {count - score.missing:,} answers of {model_label(model)}"
@@ -52,6 +60,8 @@ def _truncated_prompts(results: Results) -> Iterator[tuple[float, str]]:
     counts = [(c.name, c.truncated_prompts, c.questions) for c in evaluation.multiple_choice]
     if dialogue := evaluation.dialogue:
         counts.append(("dialogue", dialogue.truncated_prompts, dialogue.examples))
+    counts += [(task.name, task.truncated, task.samples) for task in evaluation.harness]
+    counts += [(task.name, task.truncated, task.samples) for task in evaluation.tasks]
     shown = evaluation.side_by_side_truncated_prompts
     counts.append(("side by side", shown, len(evaluation.side_by_side)))
     for name, truncated, count in counts:
@@ -63,8 +73,8 @@ def _truncated_prompts(results: Results) -> Iterator[tuple[float, str]]:
             )
 
 
-def left_out(choice: MultipleChoiceResult) -> str | None:
-    """Describe the rows of a task that are no questions, and why; None if there are none."""
+def left_out(choice: MultipleChoiceResult | TextTaskResult) -> str | None:
+    """Describe the rows of a task that cannot be used, and why; None if there are none."""
     if choice.rows is None or not choice.rows.dropped:
         return None
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in choice.rows.dropped.items())

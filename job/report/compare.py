@@ -8,9 +8,18 @@ from typing import Any, Literal
 from job.errors import UsageError
 from job.evals.metrics import compare_choices, compare_dialogues
 from job.evals.paired import decide_findings
-from job.evals.predictions import ChoiceLine, DialogueLine, Line
+from job.evals.predictions import ChoiceLine, DialogueLine, HarnessLine, Line, TextLine
 from job.evals.statistics import Bootstrap
-from job.results import Comparison, Estimate, MeanComparison, Record, Results
+from job.evals.task_scores import compare_scores
+from job.results import Results
+from job.scores import (
+    Comparison,
+    Estimate,
+    HarnessResult,
+    MeanComparison,
+    Record,
+    TextTaskResult,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,8 @@ class FinishedRun:
     choices: dict[str, list[ChoiceLine]] = field(default_factory=dict)
     """Predictions by the name of the task."""
     dialogues: list[DialogueLine] = field(default_factory=list)
+    scored: dict[str, list[HarnessLine | TextLine]] = field(default_factory=dict)
+    """Predictions of tasks with free answers or of lm-evaluation-harness, by name."""
 
 
 class Figure(Record):
@@ -63,6 +74,14 @@ class DialogueTest(PairTest):
     test: MeanComparison
 
 
+class ScoreTest(PairTest):
+    """The fine-tuned models of two runs on a task with free answers or of the harness."""
+
+    eval: str
+    metric: str
+    test: Comparison | MeanComparison
+
+
 class RunComparison(Record):
     """Runs side by side, each tested against the first."""
 
@@ -70,6 +89,7 @@ class RunComparison(Record):
     runs: list[RunSummary]
     figures: list[Figure]
     multiple_choice: list[TaskTest]
+    tasks: list[ScoreTest]
     dialogue: list[DialogueTest]
     settings: dict[str, list[Any]]
     """Values of the specs that differ, by path: one per run, null if it is not set."""
@@ -91,18 +111,21 @@ def compare_runs(runs: Sequence[FinishedRun]) -> RunComparison:
     labels = labels_of(runs)
     first, *others = zip(labels, runs, strict=True)
     tasks: list[TaskTest] = []
+    scored: list[ScoreTest] = []
     dialogues: list[DialogueTest] = []
     notes: list[str] = []
     for other in others:
         pair = _Pair(first, other)
         task_tests, dialogue_tests = list(pair.tasks()), list(pair.dialogues())
-        if not task_tests and not dialogue_tests:
+        score_tests = list(pair.scored())
+        if not task_tests and not dialogue_tests and not score_tests:
             why = f" ({'; '.join(pair.notes)})" if pair.notes else ""
             raise UsageError(
                 f"{other[1].uri} shares no question and no dialogue with {first[1].uri}, so "
                 f"there is nothing to compare them on{why}"
             )
         tasks += task_tests
+        scored += score_tests
         dialogues += dialogue_tests
         notes += pair.notes
     return decide_findings(
@@ -123,6 +146,7 @@ def compare_runs(runs: Sequence[FinishedRun]) -> RunComparison:
                 if any(value is not None for value in figure.values)
             ],
             multiple_choice=tasks,
+            tasks=scored,
             dialogue=dialogues,
             settings=differing([run.results.run.spec for run in runs]),
             notes=notes,
@@ -174,6 +198,32 @@ class _Pair:
                         test=test,
                     )
 
+    def scored(self) -> Iterator[ScoreTest]:
+        """Yield tests of other tasks with the same name and metric."""
+        theirs = {task.name: task for task in scored_tasks(self._second.results)}
+        for ours in scored_tasks(self._first.results):
+            other = theirs.get(ours.name)
+            if other is None:
+                self._note(f"{ours.name} is not an evaluation of {self._b}")
+                continue
+            if other.metric != ours.metric:
+                self._note(f"{ours.name} was scored by {ours.metric} and by {other.metric}")
+                continue
+            runs = (self._first, self._second)
+            lines = [run.scored.get(ours.name, []) for run in runs]
+            before, after, unmatched = _shared(lines[0], lines[1], _score_key)
+            test = compare_scores(self._models, before, after, self._bootstrap, metric=ours.metric)
+            if test is None:
+                self._note(f"{ours.name} has no sample that both answered")
+            else:
+                yield ScoreTest(
+                    eval=ours.name,
+                    metric=ours.metric,
+                    only_a=unmatched[0],
+                    only_b=unmatched[1],
+                    test=test,
+                )
+
     def dialogues(self) -> Iterator[DialogueTest]:
         """Yield the test of held-out dialogues, if answers had the same maximum length."""
         ours, theirs = (run.results.evaluation.dialogue for run in (self._first, self._second))
@@ -200,6 +250,17 @@ class _Pair:
 
 def _choice_key(line: ChoiceLine) -> Hashable:
     return line.id, line.question, tuple(line.options), line.gold
+
+
+def scored_tasks(results: Results) -> list[HarnessResult | TextTaskResult]:
+    """Return the tasks of a run that are scored by a metric of their own."""
+    return [*results.evaluation.harness, *results.evaluation.tasks]
+
+
+def _score_key(line: HarnessLine | TextLine) -> Hashable:
+    if isinstance(line, TextLine):
+        return line.id, line.prompt, line.expected
+    return line.id, line.metric, line.target
 
 
 def _dialogue_key(line: DialogueLine) -> Hashable:
@@ -256,6 +317,13 @@ def _figures(results: Sequence[Results]) -> Iterator[Figure]:
             yield Figure(
                 name=f"{name}, {model}",
                 values=[f"{s.accuracy:.1%} ({_span(s.ci95, 100)}%)" if s else None for s in scores],
+            )
+    for name in dict.fromkeys(task.name for r in results for task in scored_tasks(r)):
+        found = [next((t for t in scored_tasks(r) if t.name == name), None) for r in results]
+        for model in _MODELS:
+            means = [task.models.get(model) if task else None for task in found]
+            yield Figure(
+                name=f"{name}, {model}", values=[None if m is None else f"{m:.3f}" for m in means]
             )
     for model in _MODELS:
         rouge = [_rouge(r, model) for r in results]

@@ -6,9 +6,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from job.report.compare import DialogueTest, RunComparison, TaskTest
+from job.report.compare import PairTest, RunComparison, ScoreTest
 from job.report.render import template_environment
 from job.runtime.logs import legible
+from job.scores import Comparison, MeanComparison
 
 _MOST_SETTINGS = 24
 """Most settings shown on a terminal; JSON and page have all."""
@@ -28,18 +29,29 @@ class Row(NamedTuple):
 
 def rows_of(comparison: RunComparison) -> list[Row]:
     """Return the tests as text, those of accuracy first."""
-    return [_choice_row(result) for result in comparison.multiple_choice] + [
-        _dialogue_row(result) for result in comparison.dialogue
+    return [
+        *(_choice_row(c, c.test, f"{c.eval} ({c.scoring})") for c in comparison.multiple_choice),
+        *(_score_row(result) for result in comparison.tasks),
+        *(
+            _mean_row(d, d.test, "ROUGE-L, held-out dialogues", "dialogue")
+            for d in comparison.dialogue
+        ),
     ]
 
 
-def _choice_row(result: TaskTest) -> Row:
-    test = result.test
+def _score_row(result: ScoreTest) -> Row:
+    name = f"{result.eval} ({result.metric})"
+    if isinstance(result.test, Comparison):
+        return _choice_row(result, result.test, name)
+    return _mean_row(result, result.test, name, "sample")
+
+
+def _choice_row(result: PairTest, test: Comparison, name: str) -> Row:
     low, high = (f"{100 * end:+.1f}" for end in test.ci95)
     counts = f"{test.gained} gained, {test.lost} lost"
     return Row(
         f"{test.b} vs. {test.a}",
-        f"{result.eval} ({result.scoring})",
+        name,
         _matched(test.questions, "question", result.only_a, result.only_b),
         f"{100 * test.difference:+.1f} points ({low} to {high}; {counts})",
         _p(test.p_value),
@@ -48,13 +60,12 @@ def _choice_row(result: TaskTest) -> Row:
     )
 
 
-def _dialogue_row(result: DialogueTest) -> Row:
-    test = result.test
+def _mean_row(result: PairTest, test: MeanComparison, name: str, item: str) -> Row:
     low, high = (f"{end:+.3f}" for end in test.ci95)
     return Row(
         f"{test.b} vs. {test.a}",
-        "ROUGE-L, held-out dialogues",
-        _matched(test.examples, "dialogue", result.only_a, result.only_b),
+        name,
+        _matched(test.examples, item, result.only_a, result.only_b),
         f"{test.difference:+.3f} ({low} to {high})",
         _p(test.p_value),
         _p(test.p_holm),

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from job.results import ModelScore, MultipleChoiceResult
+from job.scores import ModelScore, MultipleChoiceResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,14 +17,15 @@ from markupsafe import Markup
 
 from job.report.caveats import BEFORE_AFTER, caveats, left_out, trivial_baselines, warnings
 from job.report.plots import accuracy_bars, loss_curve, model_label, ordered, percent, rate_curve
-from job.results import (
+from job.report.verdict import judge_clause
+from job.results import Results
+from job.runtime.logs import legible
+from job.scores import (
     Comparison,
     Interval,
     MeanComparison,
     MultipleChoiceResult,
-    Results,
 )
-from job.runtime.logs import legible
 
 SHOWN_FLIPS = 40
 """Most changed questions on the page, gained and lost; all are in predictions.jsonl."""
@@ -261,6 +262,6 @@ _FILTERS = {
     "duration": _duration, "amount": _amount, "size": _size, "fence": _fence,
     "trivial_baselines": trivial_baselines, "detectable": detectable, "left_out": left_out,
     "perplexity": _perplexity, "frequency": _frequency,
-    "finding": _finding, "label": model_label, "ordered": ordered,
+    "judge_clause": judge_clause, "finding": _finding, "label": model_label, "ordered": ordered,
     "number": "{:,.0f}".format, "rouge": "{:.3f}".format,
 }  # fmt: skip

@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from job.evals.statistics import questions_for_retention
-from job.results import (
+from job.results import Verdict, VerdictAnswer
+from job.scores import (
     Comparison,
     Dialogue,
     Evaluation,
     Finding,
     HarnessResult,
+    JudgeResult,
     MultipleChoiceResult,
     PairedTest,
-    Verdict,
-    VerdictAnswer,
+    TextTaskResult,
 )
 
 LIKENESS = "likeness to your answers"
@@ -59,7 +60,7 @@ def decide(evaluation: Evaluation) -> Verdict:
     data, not that its answers are better. It decides where nothing else was measured.
     """
     choices = list(_tasks(evaluation))
-    measured = [*choices, *map(_harness, evaluation.harness)]
+    measured = [*choices, *map(_task, (*evaluation.harness, *evaluation.tasks))]
     tasks = [measure for measure in measured if measure.test.family == "primary"]
     kept = [measure for measure in measured if measure.test.family == "retention"]
     likeness = [] if evaluation.dialogue is None else [_likeness(evaluation.dialogue)]
@@ -79,6 +80,8 @@ def decide(evaluation: Evaluation) -> Verdict:
         clauses.append(
             f"{_LEARNED[evaluation.loss.comparison.finding]} ({before:.3f} to {after:.3f})"
         )
+    if evaluation.judge is not None and evaluation.judge.examples:
+        clauses.append(judge_clause(evaluation.judge))
     clauses += _retention(kept)
     largest = max(choices, key=_questions, default=None)
     return Verdict(
@@ -155,11 +158,45 @@ def _tasks(evaluation: Evaluation) -> Iterator[Measure]:
             )  # fmt: skip
 
 
-def _harness(result: HarnessResult) -> Measure:
-    before, after = (f"{result.models[name]:.3f}" for name in ("baseline", "finetuned"))
-    test, noun = result.comparison, f"{result.name} {result.metric}"
-    items = f"{result.samples:,} samples"
-    return Measure(noun, before, after, test, f"{test.detectable or 0:.3f}", items)
+METRIC_NAMES = {
+    "exact_match": "exact match", "f1": "F1", "regex": "accuracy", "number": "accuracy",
+    "label": "accuracy", "json": "fields right", "rouge": "ROUGE-L", "chrf": "chrF",
+}  # fmt: skip
+"""The metrics of tasks with free answers, in words."""
+
+
+def _task(result: HarnessResult | TextTaskResult) -> Measure:
+    before, after = (result.models[name] for name in ("baseline", "finetuned"))
+    test, note = result.comparison, ""
+    is_accuracy = isinstance(test, Comparison)
+    form = "{:.1%}" if is_accuracy else "{:.3f}"
+    if isinstance(result, TextTaskResult):
+        trivial = max(estimate.mean for estimate in result.trivial.values())
+        if max(before, after) < trivial:
+            note = f", below the {form.format(trivial)} of answers that need no model"
+    smallest = test.detectable or 0
+    return Measure(
+        f"{result.name} {METRIC_NAMES.get(result.metric, result.metric.rpartition(':')[2])}",
+        form.format(before), form.format(after), test,
+        f"{100 * smallest:.1f} points" if is_accuracy else f"{smallest:.3f}",
+        f"{result.samples:,} samples", note,
+    )  # fmt: skip
+
+
+def judge_clause(judge: JudgeResult) -> str:
+    """Say which answers the judge preferred, or why that cannot be told."""
+    test, rate = judge.comparison, judge.win_rate
+    if test is None or rate is None:
+        return "no answers were judged"
+    shares = f"{rate.mean:.0%} of {test.questions:,} pairs, ties as half"
+    if judge.doubt:
+        return f"a judge cannot tell the answers apart: {judge.doubt}"
+    match test.finding:
+        case "improved":
+            return f"a judge preferred the tuned answers ({shares})"
+        case "worse":
+            return f"a judge preferred the answers from before ({shares} for the tuned ones)"
+    return f"a judge had no clear preference ({shares} for the tuned answers)"
 
 
 def _retention(kept: list[Measure]) -> list[str]:
@@ -168,7 +205,7 @@ def _retention(kept: list[Measure]) -> list[str]:
     same = [measure for measure in kept if measure.test.finding == "not worse"]
     if same:
         margins = sorted({100 * (measure.test.margin or 0) for measure in same})
-        names = ", ".join(measure.noun for measure in same)
+        names = ", ".join(f"{measure.noun}{measure.note}" for measure in same)
         where = "worse nowhere by more than" if len(same) == len(kept) else "not worse by more than"
         limits = " or ".join(f"{m:g}" for m in margins)
         points = "point" if margins == [1] else "points"

@@ -79,13 +79,8 @@ class Checks(Section):
     )
 
 
-class Data(Source):
-    model_config = ConfigDict(
-        json_schema_extra={
-            "required": ["dataset"],
-            "oneOf": [{"required": ["prompt", "response"]}, {"required": ["messages"]}],
-        }
-    )
+class ExampleSource(Source):
+    """A dataset whose rows are conversations that end with a response."""
 
     prompt: Template | None = Field(description="Text of the user's turn, with {column} names.")
     response: Template | None = Field(description="Text of the model's turn, with {column} names.")
@@ -99,6 +94,43 @@ class Data(Source):
     system: OptionalTemplate | None = Field(
         None, description="System prompt before every prompt; may hold {column} names."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_templates(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("messages") is not None:
+            return {"prompt": None, "response": None} | given
+        return given
+
+    @model_validator(mode="after")
+    def _one_mapping(self) -> Self:
+        self.check_mapping()
+        return self
+
+    def check_mapping(self) -> None:
+        """Check that a row becomes a conversation in one way.
+
+        Raises:
+            ValueError: in none, or in two.
+        """
+        named = self.prompt is not None and self.response is not None
+        if self.messages is None and not named:
+            raise ValueError(
+                "write `prompt` and `response`, texts with {column} names in them, or name the "
+                "column of conversations in `messages`"
+            )
+        if self.messages is not None and (self.prompt or self.response):
+            raise ValueError("`messages` replaces `prompt` and `response`; remove them or it")
+
+
+class Data(ExampleSource):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "required": ["dataset"],
+            "oneOf": [{"required": ["prompt", "response"]}, {"required": ["messages"]}],
+        }
+    )
+
     group: str | None = Field(
         None,
         min_length=1,
@@ -113,22 +145,3 @@ class Data(Source):
     )
     drop_duplicates: bool = Field(True, description="Drop rows with the same text as another row.")
     checks: Checks = Field(Checks(), description="Checks of every example.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_templates(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("messages") is not None:
-            return {"prompt": None, "response": None} | given
-        return given
-
-    @model_validator(mode="after")
-    def _one_mapping(self) -> Self:
-        named = self.prompt is not None and self.response is not None
-        if self.messages is None and not named:
-            raise ValueError(
-                "write `prompt` and `response`, texts with {column} names in them, or name the "
-                "column of conversations in `messages`"
-            )
-        if self.messages is not None and (self.prompt or self.response):
-            raise ValueError("`messages` replaces `prompt` and `response`; remove them or it")
-        return self

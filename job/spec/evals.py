@@ -1,22 +1,24 @@
-"""The `evals` and `reference` sections of the spec: questions, scoring and the remote model."""
+"""The `evals` section of the spec: what is asked, and how answers are scored."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from job.spec.data import Section, Source
+from job.spec.data import ExampleSource, Section, Source
 from job.spec.fields import (
     LM_EVAL,
+    Dataset,
     Name,
     Number,
+    Phrase,
     Positive,
     QuestionPrompt,
     Template,
     template_fields,
 )
+from job.spec.remote import JudgeEval
 
-Phrase = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 QUESTION_PROMPT = "{question}\n\n{options}\n\nAnswer with the letter of the right option only."
 
 
@@ -138,6 +140,87 @@ class HarnessEval(Section):
     margin: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description=_MARGIN)
 
 
+HELD_OUT = "held-out"
+METRICS = ("exact_match", "f1", "regex", "number", "json", "label", "rouge", "chrf")
+
+
+class TextEval(ExampleSource):
+    """A task with free answers, each compared with the expected one."""
+
+    model_config = ConfigDict(json_schema_extra={"required": ["name", "metric"]})
+
+    name: Name = Field(description="Name of the task in results.json and evals/<model>/<name>/.")
+    dataset: Dataset = Field(
+        HELD_OUT,
+        description="Where the prompts and the expected responses are: as `data.dataset`, with "
+        "`prompt` and `response` or `messages`; held-out: the held-out examples.",
+    )
+    metric: str = Field(
+        description="How an answer is compared with the expected one: exact_match; f1 of words; "
+        "regex; number: the last one; json: share of the fields that are equal; label: a class "
+        "that it names; rouge; chrf; or path/to/file.py:function, a function of your own.",
+    )
+    pattern: str | None = Field(
+        None,
+        description="Of regex: what to look for; a group in its last match must equal the expected "
+        "response, without a group any match is right.",
+    )
+    labels: Annotated[list[Phrase], Field(min_length=2)] | None = Field(
+        None, description="Of label: the classes; unset: all expected responses."
+    )
+    max_new_tokens: Positive = Field(128, description="Maximum tokens of an answer.")
+    limit: Positive | None = Field(None, description="Use the first N examples; unset: all.")
+    role: Role = Field("target", description=_ROLE)
+    margin: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description=_MARGIN)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_templates(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (
+            given.get("messages") is not None or given.get("dataset", HELD_OUT) == HELD_OUT
+        ):
+            return {"prompt": None, "response": None} | given
+        return given
+
+    def check_mapping(self) -> None:
+        """Check that a row becomes a conversation in one way; held-out examples already are one.
+
+        Raises:
+            ValueError: in none, or in two.
+        """
+        if self.dataset != HELD_OUT:
+            super().check_mapping()
+        elif self.prompt or self.response or self.messages or self.system:
+            raise ValueError(
+                "the held-out examples have their prompts and responses; remove the templates, or "
+                "name a `dataset`"
+            )
+
+    @model_validator(mode="after")
+    def _known_metric(self) -> Self:
+        if self.function is None and self.metric not in METRICS:
+            raise ValueError(
+                f"there is no metric '{self.metric}'; write one of {', '.join(METRICS)}, or "
+                "path/to/file.py:function"
+            )
+        if (self.pattern is None) == (self.metric == "regex"):
+            raise ValueError("`metric: regex` needs a `pattern`, and only it has one")
+        if self.labels is not None and self.metric != "label":
+            raise ValueError("`labels` belongs to `metric: label`; remove it")
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise ValueError(f"`pattern` is no regular expression: {error}") from error
+        return self
+
+    @property
+    def function(self) -> tuple[str, str] | None:
+        """The file and the name of the user's own metric."""
+        path, colon, name = self.metric.rpartition(":")
+        return (path, name) if colon and path.endswith(".py") and name.isidentifier() else None
+
+
 class SideBySideEval(Section):
     examples: Annotated[int, Field(ge=0, strict=True)] | None = Field(
         None,
@@ -169,8 +252,14 @@ class Evals(Section):
     harness: list[HarnessEval] = Field(
         [], description="Tasks of lm-evaluation-harness (extra `harness`)."
     )
+    tasks: list[TextEval] = Field(
+        [], description="Tasks with free answers, scored by a metric that fits them."
+    )
     dialogue: DialogueEval | None = Field(
         DialogueEval(), description="ROUGE on held-out examples; null: none."
+    )
+    judge: JudgeEval | None = Field(
+        None, description="A remote model's choice between the answers of both models; null: none."
     )
     side_by_side: SideBySideEval = Field(
         SideBySideEval(), description="Answers of all models side by side, to read."
@@ -180,72 +269,15 @@ class Evals(Section):
     def _unique_names(self) -> Self:
         names = [entry.name for entry in self.multiple_choice]
         names += [entry.name for entry in self.harness]
+        names += [entry.name for entry in self.tasks]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two evaluations are named '{name}'; rename one")
             if name in ("dialogue", "side_by_side", "loss"):
                 raise ValueError(f"'{name}' is the name of another evaluation; rename the entry")
-        return self
-
-
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
-
-
-class Reference(Section):
-    model: str = Field(min_length=1, description="Model name at the endpoint.")
-    base_url: str = Field(
-        "https://openrouter.ai/api/v1",
-        description="URL of an OpenAI-compatible API, including its version.",
-    )
-    api: Literal["auto", "openrouter", "openai"] = Field(
-        "auto",
-        description="API extensions to use; auto: OpenRouter's at openrouter.ai, otherwise none. "
-        "OpenRouter requests require providers that support every parameter sent.",
-    )
-    evals: list[str] | None = Field(
-        None,
-        description="Names of the multiple-choice tasks to answer; unset: those with `scoring: "
-        "generate`.",
-    )
-    dialogue: bool = Field(
-        False, description="Also answer the held-out dialogues of evals.dialogue."
-    )
-    max_tokens: Positive = Field(
-        1024, description="Maximum tokens of an answer, reasoning included."
-    )
-    reasoning: Effort | None = Field(
-        "none",
-        description="Reasoning effort. null: the model's default, for models without this "
-        "parameter; `none` is sent to OpenRouter only.",
-    )
-    max_usd: Annotated[Number, Field(gt=0)] | None = Field(
-        None,
-        description="Budget of the run in USD; requests stop before it is exceeded. Needs an API "
-        "that reports the cost of a request, like OpenRouter. null: no limit.",
-    )
-    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(
-        120, description="Timeout of a request in seconds."
-    )
-    attempts: Positive = Field(
-        5, description="Attempts per request before its answer counts as missing."
-    )
-    concurrency: Annotated[int, Field(ge=1, le=64, strict=True)] = Field(
-        4, description="Concurrent requests."
-    )
-
-    @model_validator(mode="after")
-    def _http(self) -> Self:
-        if not re.match(r"https?://[^/@]+(/|$)", self.base_url):
-            shown = re.sub(r"//[^/@]*@", "//[redacted]@", self.base_url)
+        if self.judge is not None and self.dialogue is None:
             raise ValueError(
-                f"`base_url` must be an http(s) address without credentials; got {shown!r}"
+                "`evals.judge` compares the answers of `evals.dialogue`, which is null; remove one "
+                "of them"
             )
         return self
-
-    @property
-    def is_openrouter(self) -> bool:
-        """Whether the endpoint has OpenRouter's extensions."""
-        if self.api != "auto":
-            return self.api == "openrouter"
-        host = re.sub(r"^https?://|[:/].*$", "", self.base_url)
-        return host == "openrouter.ai" or host.endswith(".openrouter.ai")

@@ -20,6 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from job.errors import Problem, SpecError, UsageError
+from job.spec.evals import METRICS
 from job.spec.fields import SAMPLES, is_template_file
 from job.spec.problems import (
     Location,
@@ -270,15 +271,19 @@ def _local_parts(spec: Spec) -> Iterator[tuple[str, str]]:
             f"{template!r} is a local file; put it into the model's repository as "
             "chat_template.jinja and write auto",
         )
-    datasets = {"data.dataset": spec.data.dataset}
-    for index, item in enumerate(spec.evals.multiple_choice):
-        datasets[f"evals.multiple_choice.{index}.dataset"] = item.dataset
-    for path, dataset in datasets.items():
-        if dataset != SAMPLES and not _is_remote(dataset):
+    for path, source in spec.sources.items():
+        if source.dataset != SAMPLES and not _is_remote(source.dataset):
             yield (
-                path,
-                f"{dataset!r} is a local file; copy it to a bucket "
+                f"{path}.dataset",
+                f"{source.dataset!r} is a local file; copy it to a bucket "
                 "(gcloud storage cp) and write gs://bucket/path",
+            )
+    for number, task in enumerate(spec.evals.tasks):
+        if task.function is not None:
+            yield (
+                f"evals.tasks.{number}.metric",
+                f"{task.function[0]!r} is a local file; build it into the image, or write one of "
+                f"{', '.join(METRICS)}",
             )
     adapter = spec.train.init_adapter
     if adapter is not None and not _is_remote(adapter):

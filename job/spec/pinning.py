@@ -60,7 +60,7 @@ def resolve_commit(kind: RepoType, repository: str, revision: str | None) -> str
 def resolve_all(spec: Spec, known: Revisions) -> dict[str, str]:
     """Return the commits of everything the spec names on the Hub, reusing those already known."""
     revisions: dict[str, tuple[RepoType, str, str | None]] = {}
-    for source in (spec.data, *spec.evals.multiple_choice):
+    for source in spec.sources.values():
         if key := source_key(source):
             revisions[key] = ("dataset", source.dataset.removeprefix(_SCHEME), source.revision)
     if key := model_key(spec):

@@ -13,11 +13,14 @@ from job.spec.data import Checks as Checks
 from job.spec.data import Data as Data
 from job.spec.data import Section as Section
 from job.spec.data import Source as Source
+from job.spec.evals import HELD_OUT
 from job.spec.evals import DialogueEval as DialogueEval
 from job.spec.evals import Evals as Evals
 from job.spec.evals import MultipleChoiceEval as MultipleChoiceEval
-from job.spec.evals import Reference as Reference
+from job.spec.evals import TextEval as TextEval
 from job.spec.fields import HUB, Name, Number, Output, Positive
+from job.spec.remote import JudgeEval as JudgeEval
+from job.spec.remote import Reference as Reference
 
 
 class Mesh(Section):
@@ -254,37 +257,54 @@ class Spec(Section):
     @model_validator(mode="after")
     def _across_sections(self) -> Self:
         held_out = self.data.validation_examples
-        if self.evals.dialogue and (self.evals.dialogue.examples or 0) > held_out:
-            raise ValueError(
-                f"`evals.dialogue.examples` ({self.evals.dialogue.examples}) is more than "
-                f"`data.validation_examples` ({held_out}); raise that or lower this"
-            )
-        if (self.evals.side_by_side.examples or 0) > held_out:
-            raise ValueError(
-                f"`evals.side_by_side.examples` ({self.evals.side_by_side.examples}) is more than "
-                f"`data.validation_examples` ({held_out}); raise that or lower this"
-            )
+        for name in ("dialogue", "judge", "side_by_side"):
+            examples = getattr(getattr(self.evals, name), "examples", None) or 0
+            if examples > held_out:
+                raise ValueError(
+                    f"`evals.{name}.examples` ({examples}) is more than "
+                    f"`data.validation_examples` ({held_out}); raise that or lower this"
+                )
         if self.reference and self.reference.dialogue and self.evals.dialogue is None:
             raise ValueError(
                 "`reference.dialogue` needs `evals.dialogue`, which is null; remove one of them"
             )
         if self.reference and self.reference.evals is not None:
             known = [item.name for item in self.evals.multiple_choice]
+            known += [item.name for item in self.evals.tasks]
             for name in self.reference.evals:
                 if name not in known:
                     listed = ", ".join(known) or "none"
                     raise ValueError(
-                        f"`reference.evals` names '{name}', which is not a multiple_choice "
-                        f"entry (there are: {listed})"
+                        f"`reference.evals` names '{name}', which is not an entry of "
+                        f"multiple_choice or tasks (there are: {listed})"
                     )
         return self
 
     @property
     def reference_tasks(self) -> list[MultipleChoiceEval]:
-        """The tasks the reference model answers: `reference.evals`, or all generated ones."""
+        """The multiple-choice tasks the reference model answers; see `reference_text_tasks`."""
         if self.reference is None:
             return []
         tasks = self.evals.multiple_choice
         if self.reference.evals is None:
             return [item for item in tasks if item.scoring == "generate"]
         return [item for item in tasks if item.name in self.reference.evals]
+
+    @property
+    def reference_text_tasks(self) -> list[TextEval]:
+        """The tasks with free answers that the reference model answers: those named, or all."""
+        if self.reference is None:
+            return []
+        named = self.reference.evals
+        return [item for item in self.evals.tasks if named is None or item.name in named]
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """All datasets that the spec reads rows from, by the path of their section."""
+        sources: dict[str, Source] = {"data": self.data}
+        for number, entry in enumerate(self.evals.multiple_choice):
+            sources[f"evals.multiple_choice.{number}"] = entry
+        for number, task in enumerate(self.evals.tasks):
+            if task.dataset != HELD_OUT:
+                sources[f"evals.tasks.{number}"] = task
+        return sources

@@ -17,7 +17,7 @@ from job.evals.statistics import Bootstrap
 from job.evals.tasks import SideBySidePrompt, Task
 from job.model.language_model import LanguageModel
 from job.model.load import load_model
-from job.results import RowCounts
+from job.scores import RowCounts
 from job.spec.schema import Model, MultipleChoiceEval
 from tests.conversations import conversation, turns
 from tests.evals.test_prediction_cache import caches

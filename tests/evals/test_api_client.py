@@ -13,7 +13,7 @@ import structlog
 from job.chat.conversation import Message
 from job.evals.api_client import ChatClient, Reply
 from job.runtime import logs
-from job.spec.evals import Reference
+from job.spec.remote import Reference
 from tests.conversations import turns
 from tests.services.faults import Spoil
 from tests.services.openrouter import PRICE, ROUTE, SUPPORTED, Misbehaviour, OpenRouter
@@ -269,7 +269,7 @@ def test_an_answer_used_up_by_reasoning_is_not_retried(
     service.script.append("length")
     reply = client.complete(turns("hello there"))
     assert reply.answer is None
-    assert reply.error == "empty answer, finish_reason 'length'; raise reference.max_tokens"
+    assert reply.error == "empty answer, finish_reason 'length'; raise max_tokens"
     assert (reply.prompt_tokens, reply.completion_tokens, reply.reasoning_tokens) == (2, 64, 64)
     assert reply.cost_usd == 66 * PRICE
     assert len(service.chats) == 1
@@ -325,7 +325,7 @@ def test_an_answer_cut_in_its_thoughts_is_missing(
     say(service, "length", **message)
     reply = client.complete(turns("hello"))
     assert (reply.answer, reply.thoughts, reply.final) == (None, "The answer is C", True)
-    assert reply.error == "empty answer, finish_reason 'length'; raise reference.max_tokens"
+    assert reply.error == "empty answer, finish_reason 'length'; raise max_tokens"
 
 
 @pytest.mark.parametrize("answer", ["", "  \n\t"])

@@ -17,7 +17,13 @@ from job.evals.statistics import (
     sign_flip_test,
     wilson,
 )
-from job.results import Comparison, Evaluation, Finding, LossComparison, MeanComparison
+from job.scores import (
+    Comparison,
+    Evaluation,
+    Finding,
+    LossComparison,
+    MeanComparison,
+)
 from tests.report import full
 
 

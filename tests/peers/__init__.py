@@ -47,6 +47,7 @@ def run_peer(script: str, *arguments: object, seconds: float = _SCRIPT_SECONDS) 
         "HOME": os.environ.get("HOME", "/tmp"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin starve what runs beside them
         "CUDA_VISIBLE_DEVICES": "",
     }
     done = subprocess.run(

@@ -35,11 +35,11 @@ def mean_loss(model: Any, rows: list[dict[str, Any]]) -> float:
     total, count = 0.0, 0
     for row in rows:
         tokens = torch.tensor([row["token_ids"]])
-        scores = model(tokens).logits[0, :-1].double().log_softmax(-1)  # float32 rounds 1e-5
-        chosen = scores.gather(1, tokens[0, 1:, None])[:, 0]
-        mask = torch.tensor(row["loss_mask"][1:])
-        total -= chosen[mask].double().sum().item()
-        count += int(mask.sum())
+        at = torch.tensor(row["loss_mask"][1:]).nonzero()[:, 0]  # before each token with a loss
+        logits = model(tokens, logits_to_keep=at).logits[0]
+        scores = logits.double().log_softmax(-1)  # float32 rounds 1e-5
+        total -= scores.gather(1, tokens[0, at + 1, None]).sum().item()
+        count += len(at)
     return total / count
 
 
@@ -48,8 +48,9 @@ with torch.no_grad():
     for request in json.loads(Path(sys.argv[1]).read_text("utf-8")):
         model, name = load(request), request["name"]
         for number, prompt in enumerate(request["prompts"]):
-            logits = model(torch.tensor([prompt])).logits[0]
-            arrays[f"{name} logits {number}"] = logits[:: request["every"]].numpy()
+            at = torch.arange(0, len(prompt), request["every"])
+            logits = model(torch.tensor([prompt]), logits_to_keep=at).logits[0]
+            arrays[f"{name} logits {number}"] = logits.numpy()
         for number, chat in enumerate(request["chats"]):
             answer = model.generate(
                 torch.tensor([chat]), do_sample=False, max_new_tokens=request["new_tokens"],
@@ -59,7 +60,9 @@ with torch.no_grad():
         if request["questions"]:
             arrays[f"{name} letters"] = np.array(
                 [
-                    model(torch.tensor([ids])).logits[0, -1, request["letters"]].tolist()
+                    model(torch.tensor([ids]), logits_to_keep=1)
+                    .logits[0, 0, request["letters"]]
+                    .tolist()
                     for ids in request["questions"]
                 ]
             )

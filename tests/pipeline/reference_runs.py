@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from job.pipeline.data_stage import run_stage as stage_data
-from job.pipeline.reference_stage import ReferenceOutcome, run_stage
+from job.pipeline.reference_stage import RemoteOutcome, run_stage
 from job.pipeline.run import Run
 from job.pipeline.stages import stage_digests
 from job.runtime import logs
@@ -62,7 +62,7 @@ def run_data_stage(store: Store, output: str) -> None:
         stage_data(run_of(store, spec_of("http://localhost", output), Path(work)))
 
 
-def run_reference_stage(store: Store, spec: Spec, run: Run | None = None) -> ReferenceOutcome:
+def run_reference_stage(store: Store, spec: Spec, run: Run | None = None) -> RemoteOutcome:
     """Run the reference stage as a new process would."""
     with tempfile.TemporaryDirectory() as work:
         return run_stage(run or run_of(store, spec, Path(work)))

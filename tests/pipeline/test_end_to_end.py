@@ -18,7 +18,7 @@ from tests.services.bucket import Bucket
 from tests.services.hub import Hub
 from tests.services.openrouter import OpenRouter
 
-ALL = ["preflight", "data", "baseline", "train", "finetuned", "reference", "report"]
+ALL = ["preflight", "data", "baseline", "train", "finetuned", "reference", "judge", "report"]
 KEY = "sk-or-a-key-that-must-not-be-seen"
 TOKEN = "hf_" + "aTokenThatMustNotBeSeen" * 2
 
@@ -189,7 +189,7 @@ def test_changed_evals_run_again_and_training_does_not(smoke: Finished) -> None:
     done = job(*smoke.arguments, *changes)
     assert done.code == 0, done.err
     assert done.stages("stage skipped") == ["data", "train"]
-    assert done.stages("stage done") == ["baseline", "finetuned", "reference", "report"]
+    assert done.stages("stage done") == ["baseline", "finetuned", "reference", "judge", "report"]
     after = smoke.results
     assert after.run.id == before.run.id
     assert after.evaluation.multiple_choice[1].questions == 10

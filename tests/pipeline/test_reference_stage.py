@@ -13,11 +13,12 @@ import pytest
 
 from job.errors import RunStoppedError
 from job.evals.api_client import API_KEY_VARIABLE
-from job.evals.metrics import compare_dialogues, overlap_scores, score_choices, score_dialogues
+from job.evals.metrics import compare_dialogues, score_choices, score_dialogues
+from job.evals.overlap import overlap_scores
 from job.evals.predictions import ChoiceLine, DialogueLine, Line, SideLine
 from job.evals.statistics import Bootstrap
-from job.pipeline.layout import PARTIAL_REPLIES, REPLIES
-from job.pipeline.stages import reference_has_more_to_do
+from job.pipeline import layout
+from job.pipeline.stages import has_more_to_do
 from job.storage.base import Store
 from job.storage.local import LocalStore
 from job.storage.locations import open_store
@@ -32,6 +33,7 @@ from tests.pipeline.reference_runs import (
 )
 from tests.services.openrouter import PRICE, Chat, Misbehaviour, OpenRouter
 
+REPLIES, PARTIAL_REPLIES = layout.replies("reference")
 SECRET = "sk-or-v1-" + "0123456789abcdef" * 4
 
 
@@ -264,11 +266,11 @@ def test_the_budget_stops_requests_and_a_larger_one_resumes(
 
     outcome = outcome.model_dump(mode="json")
     assert spec.reference is not None
-    assert not reference_has_more_to_do(outcome, spec.reference)
+    assert not has_more_to_do(outcome, spec.reference)
     for larger in (100.0, None):
         more = spec_of(url(service), max_usd=larger)
         assert more.reference is not None
-        assert reference_has_more_to_do(outcome, more.reference)
+        assert has_more_to_do(outcome, more.reference)
     rest = run_reference_stage(store, spec_of(url(service), max_usd=100.0))
     assert len(service.chats) == ALL
     assert (rest.result.requests, rest.result.status) == (ALL, "complete")

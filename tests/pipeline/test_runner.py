@@ -24,7 +24,7 @@ evals:
 reference:
   model: large
 """
-ALL = ["data", "baseline", "train", "finetuned", "reference", "report"]
+ALL = ["data", "baseline", "train", "finetuned", "reference", "judge", "report"]
 KEY = "OPENROUTER_API_KEY"
 
 
@@ -49,24 +49,35 @@ def changed_stages(before: Spec, after: Spec) -> list[str]:
         ("seed=1", ALL),
         ("data.train_examples=9", ALL),
         ("data.prompt='{input} {instruction}'", ALL),
-        ("model.lora.rank=4", ["train", "finetuned", "report"]),
-        ("model.lora.targets=[key]", ["train", "finetuned", "report"]),
-        ("model.dtype=float32", ["baseline", "train", "finetuned", "report"]),
-        ("model.chat_template=plain", ["baseline", "train", "finetuned", "report"]),
-        ("train.epochs=2", ["train", "finetuned", "report"]),
-        ("train.learning_rate=1e-3", ["train", "finetuned", "report"]),
-        ("evals.multiple_choice.0.limit=3", ["baseline", "finetuned", "report"]),
-        ("evals.multiple_choice.0.max_new_tokens=3", ["baseline", "finetuned", "report"]),
-        ("evals.side_by_side.examples=2", ["baseline", "finetuned", "reference", "report"]),
-        ("evals.side_by_side.max_new_tokens=2", ["baseline", "finetuned", "report"]),
+        ("model.lora.rank=4", ["train", "finetuned", "judge", "report"]),
+        ("model.lora.targets=[key]", ["train", "finetuned", "judge", "report"]),
+        ("model.dtype=float32", ["baseline", "train", "finetuned", "judge", "report"]),
+        ("model.chat_template=plain", ["baseline", "train", "finetuned", "judge", "report"]),
+        ("train.epochs=2", ["train", "finetuned", "judge", "report"]),
+        ("train.learning_rate=1e-3", ["train", "finetuned", "judge", "report"]),
+        ("evals.multiple_choice.0.limit=3", ["baseline", "finetuned", "judge", "report"]),
+        ("evals.multiple_choice.0.max_new_tokens=3", ["baseline", "finetuned", "judge", "report"]),
+        (
+            "evals.side_by_side.examples=2",
+            ["baseline", "finetuned", "reference", "judge", "report"],
+        ),
+        ("evals.side_by_side.max_new_tokens=2", ["baseline", "finetuned", "judge", "report"]),
         ("evals.bootstrap_samples=500", ["report"]),
         ("reference.concurrency=2", ["report"]),
-        ("evals.dialogue.max_new_tokens=9", ["baseline", "finetuned", "report"]),
+        ("evals.dialogue.max_new_tokens=9", ["baseline", "finetuned", "judge", "report"]),
         ("evals.batch_size=2", ["report"]),
         ("evals.max_truncated_share=0.5", ["report"]),
-        ("evals.multiple_choice.0.shuffle_options=true", ["baseline", "finetuned", "report"]),
+        (
+            "evals.multiple_choice.0.shuffle_options=true",
+            ["baseline", "finetuned", "judge", "report"],
+        ),
         ("reference.model=larger", ["reference", "report"]),
         ("reference=null", ["reference", "report"]),
+        ("evals.judge={model: m}", ["judge", "report"]),
+        (
+            "evals.tasks=[{name: t, metric: f1}]",
+            ["baseline", "finetuned", "reference", "judge", "report"],
+        ),
         ("runtime.devices=8", ["report"]),
         ("output=gs://bucket/runs", []),
         ("train.epochs=1", []),
@@ -89,10 +100,10 @@ def test_every_stage_has_a_digest_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [
-        ("data", ["baseline", "train", "finetuned", "reference", "report"]),
-        ("baseline", ["report"]),
-        ("train", ["finetuned", "report"]),
-        ("finetuned", ["report"]),
+        ("data", ["baseline", "train", "finetuned", "reference", "judge", "report"]),
+        ("baseline", ["judge", "report"]),
+        ("train", ["finetuned", "judge", "report"]),
+        ("finetuned", ["judge", "report"]),
         ("reference", ["report"]),
         ("report", []),
     ],
@@ -171,7 +182,7 @@ def test_a_damaged_stage_runs_again_with_all_that_depends_on_it(
 ) -> None:
     finish(store, spec_with())
     damage(store)
-    assert stale(store, spec_with()) == ["train", "finetuned", "report"]
+    assert stale(store, spec_with()) == ["train", "finetuned", "judge", "report"]
 
 
 def test_files_that_no_stage_left_change_nothing(store: LocalStore) -> None:
@@ -183,7 +194,7 @@ def test_files_that_no_stage_left_change_nothing(store: LocalStore) -> None:
 
 def test_a_change_of_the_spec_makes_its_stages_stale(store: LocalStore) -> None:
     finish(store, spec_with())
-    assert stale(store, spec_with("train.epochs=2")) == ["train", "finetuned", "report"]
+    assert stale(store, spec_with("train.epochs=2")) == ["train", "finetuned", "judge", "report"]
     assert stale(store, spec_with("output=elsewhere")) == []
 
 
@@ -195,7 +206,7 @@ def local_spec(path: Path, where: str) -> Spec:
     ("where", "expected"),
     [
         ("data", ALL),
-        ("evals.multiple_choice.0", ["baseline", "finetuned", "report"]),
+        ("evals.multiple_choice.0", ["baseline", "finetuned", "judge", "report"]),
     ],
 )
 def test_a_local_file_that_changed_under_its_name_makes_its_readers_stale(

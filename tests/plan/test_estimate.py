@@ -17,7 +17,8 @@ from job.plan.estimate import (
 from job.plan.model_shape import find_config, model_shape
 from job.plan.plan import default_machine
 from job.plan.workload import workload
-from job.results import DataInfo, RowCounts
+from job.results import DataInfo
+from job.scores import RowCounts
 from job.spec.load import load_spec
 from job.spec.schema import Spec
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from job.report.verdict import decide
-from job.results import Evaluation, Finding, Verdict
+from job.results import Verdict
+from job.scores import Evaluation, Finding
 from tests.report import full
 
 SAME: Finding = "no measurable change"
@@ -164,11 +165,11 @@ def kept(finding: Finding, name: str = "arc") -> dict[str, Any]:
             "better",
             "; worse nowhere by more than 1 point (arc acc, hellaswag acc).",
         ),
-        ([kept("worse")], "better and worse", "; arc acc fell from 0.500 to 0.490."),
+        ([kept("worse")], "better and worse", "; arc acc fell from 50.0% to 49.0%."),
         (
             [kept("cannot tell")],
             "better",
-            "; 400 samples are too few to tell whether arc acc got worse (from 0.500 to 0.490); "
+            "; 400 samples are too few to tell whether arc acc got worse (from 50.0% to 49.0%); "
             "about 6,183 would do.",
         ),
         (

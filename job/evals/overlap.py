@@ -1,0 +1,52 @@
+"""ROUGE and chrF: how much of an expected text an answer has, in any script."""
+
+from functools import cache
+from typing import Any
+
+from job.chat.thoughts import split_thoughts
+from job.data.words import split_words
+
+ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
+
+
+class _RougeTokenizer:
+    """Splits text of any script into words; those of English as ROUGE does, without endings."""
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._english = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the words in lower case."""
+        return [
+            part
+            for word in split_words(text.lower())
+            for part in (self._english.tokenize(word) if word.isascii() else [word])
+        ]
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(ROUGE_METRICS, tokenizer=_RougeTokenizer())
+
+
+@cache
+def _chrf_scorer() -> Any:
+    from sacrebleu.metrics.chrf import CHRF
+
+    return CHRF()
+
+
+def overlap_scores(expected: str, answer: str) -> dict[str, float]:
+    """Return F-measures from 0 to 1 by metric.
+
+    They are ROUGE of words (Lin 2004), and `chrf` of characters (Popović 2015).
+    """
+    expected = split_thoughts(expected)[1] or expected
+    rouge = _rouge_scorer().score(expected, answer)
+    scores = {name: float(rouge[name].fmeasure) for name in ROUGE_METRICS}
+    scores["chrf"] = _chrf_scorer().sentence_score(answer, [expected]).score / 100
+    return {name: round(score, 6) for name, score in scores.items()}
