@@ -251,7 +251,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, mess
 
 def test_every_target_of_the_tiny_model_exists_in_transformers(make_model: Any) -> None:
     model: LanguageModel = make_model(
-        targets=("query", "value", "attention_output", "ffw_gating_2")
+        preset="tiny", targets=("query", "value", "attention_output", "ffw_gating_2")
     )
     names = [matrix.module for matrix in target_matrices(model.backbone, model.lora)]
     block = "model.layers.5"

@@ -1,10 +1,11 @@
 """Scores of given tokens are those of a softmax over all logits, however rows are batched."""
 
-import jax
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from job.evals.engine import Engine, TokenScore
+from job.model.language_model import LanguageModel
 from tests.conftest import MakeModel
 from tests.model.forward import full_logits
 
@@ -19,14 +20,25 @@ def marked(length: int) -> tuple[list[int], list[bool]]:
     return random.integers(10, 500, length).tolist(), marks.tolist()
 
 
+@pytest.fixture(scope="module")
+def expected_logits(tiny: LanguageModel) -> np.ndarray:
+    """KerasHub's logits of the rows, padded at the end to the longest."""
+    tokens = np.zeros((len(ROWS), max(ROWS)), np.int32)
+    for row, length in zip(tokens, ROWS, strict=True):
+        row[:length] = marked(length)[0]
+    mask = np.arange(max(ROWS)) < np.array(ROWS)[:, None]
+    return full_logits(tiny, tiny.weights, tokens, mask.astype(np.int32))
+
+
 @pytest.mark.parametrize(("devices", "batch"), [(1, 2), (2, 1), (1, 8)])
-def test_scores_are_those_of_all_logits(make_model: MakeModel, devices: int, batch: int) -> None:
+def test_scores_are_those_of_all_logits(
+    make_model: MakeModel, expected_logits: np.ndarray, devices: int, batch: int
+) -> None:
     model = make_model(devices=devices)
     rows = [marked(length) for length in ROWS]
     scores = Engine(model, batch, 256).score_tokens(model.weights, rows, "t")
-    for (tokens, marks), score in zip(rows, scores, strict=True):
-        logits = full_logits(model, model.weights, np.array([tokens]), np.ones((1, len(tokens))))
-        log_probabilities = np.asarray(jax.nn.log_softmax(logits[0, :-1].astype(np.float64)))
+    for (tokens, marks), row, score in zip(rows, expected_logits, scores, strict=True):
+        log_probabilities = log_softmax(row[: len(tokens) - 1].astype(np.float64), axis=1)
         at = np.flatnonzero(marks)
         expected = log_probabilities[at - 1, np.array(tokens)[at]].sum()
         assert score.loglikelihood == pytest.approx(expected, abs=1e-4)

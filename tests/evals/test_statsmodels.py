@@ -138,7 +138,7 @@ def test_sign_flip_test_agrees_with_scipy() -> None:
     )
 
 
-@pytest.mark.parametrize("size", [10, 50, 200])
+@pytest.mark.parametrize("size", [10, 30, pytest.param(200, marks=pytest.mark.slow)])
 def test_sign_flip_test_keeps_its_error_rate(size: int) -> None:
     generator = np.random.default_rng(size)
     rejected = covered = 0

@@ -1,6 +1,9 @@
 """Small random backbones of the families in `job.model.families`."""
 
+from typing import Any
+
 import keras_hub
+import pytest
 
 from job.model.families import FAMILIES
 
@@ -16,12 +19,23 @@ ARGUMENTS: dict[str, dict[str, object]] = {
     "Qwen3Backbone": {"head_dim": 8},
 }
 
+USUAL = ("Gemma3Backbone", "LlamaBackbone")
+"""Families of the default run: one with windows and more norms than the other."""
+
 
 def small_backbone(family: str, **arguments: object) -> keras_hub.models.Backbone:
     """Make a small random backbone; Gemma 3's sixth layer is its first global one."""
     layers = 6 if family == "Gemma3Backbone" else 2
     defaults = {**SHAPE, **HEADS, **ARGUMENTS[family], "num_layers": layers, "dtype": "float32"}
     return getattr(keras_hub.models, family)(**defaults | arguments)
+
+
+def by_family(capability: str) -> list[Any]:
+    """List parameters of a test of each family: all but Gemma 3 and Llama are slow tests."""
+    return [
+        pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow)
+        for name in families_with(capability)
+    ]
 
 
 def families_with(capability: str) -> list[str]:

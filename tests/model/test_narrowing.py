@@ -16,9 +16,17 @@ POST_NORMS = {"use_post_ffw_norm": True, "use_post_attention_norm": True}
 
 @pytest.mark.parametrize(
     ("family", "arguments"),
-    [*((family, {}) for family in families_with("feed_forward")), ("Gemma3Backbone", POST_NORMS),
-     ("GemmaBackbone", POST_NORMS)],
-)  # fmt: skip
+    [
+        ("Gemma3Backbone", POST_NORMS),  # as in all of its presets
+        ("LlamaBackbone", {}),
+        pytest.param("GemmaBackbone", POST_NORMS, marks=pytest.mark.slow),
+        *(
+            pytest.param(family, {}, marks=pytest.mark.slow)
+            for family in families_with("feed_forward")
+            if family != "LlamaBackbone"
+        ),
+    ],
+)
 def test_narrowed_states_and_gradients_equal_the_full_ones(
     family: str, arguments: dict[str, object]
 ) -> None:

@@ -18,14 +18,37 @@ from tests.command import COMMAND, job
 SHORT = (
     "run", "smoke", "--until", "train", "--run-id", "r", "--set", "train.checkpoint_every=4",
     "--set", "train.log_every=1", "--set", "train.validate_every=9", "--set", "train.epochs=2",
-    "--output",
+    "--set", "evals.dialogue=null", "--set", "evals.multiple_choice=[]",
+    "--set", "evals.side_by_side.examples=0",
 )  # fmt: skip
 
 
-def kill_after(output: Path, seconds: float, number: signal.Signals) -> int:
+@pytest.fixture(scope="module")
+def command(two_blocks: str) -> tuple[str, ...]:
+    """The arguments of a job, without its output."""
+    return *SHORT, "--set", f"model.preset={two_blocks}", "--output"
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    command: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[bytes, float]:
+    """The adapter of a run that is not killed, and the seconds of one that compiles nothing."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    for name in ("compiling", "whole"):
+        clock = time.monotonic()
+        done = job(*command, str(folder / name))
+        assert done.code == 0, done.err
+    seconds = time.monotonic() - clock
+    return (folder / "whole/r/adapter/adapter.lora.h5").read_bytes(), seconds
+
+
+def kill_after(
+    command: tuple[str, ...], output: Path, seconds: float, number: signal.Signals
+) -> int:
     """Start the job, send the signal after some time, and return its exit code."""
     with (output.parent / "log").open("ab") as log:
-        process = subprocess.Popen([*COMMAND, *SHORT, str(output)], stdout=log, stderr=log)
+        process = subprocess.Popen([*COMMAND, *command, str(output)], stdout=log, stderr=log)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -38,22 +61,21 @@ def kill_after(output: Path, seconds: float, number: signal.Signals) -> int:
     ("number", "times"), [(signal.SIGKILL, 2), (signal.SIGTERM, 1)], ids=["SIGKILL", "SIGTERM"]
 )
 def test_training_killed_at_random_ends_with_the_same_adapter(
-    tmp_path: Path, number: signal.Signals, times: int
+    tmp_path: Path,
+    command: tuple[str, ...],
+    unbroken: tuple[bytes, float],
+    number: signal.Signals,
+    times: int,
 ) -> None:
     times *= int(os.environ.get("KILL_ROUNDS", "1"))
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     sys.stdout.write(f"seed {seed}\n")
-    clock = time.monotonic()
-    unbroken = job(*SHORT, str(tmp_path / "whole"))
-    whole = time.monotonic() - clock
-    assert unbroken.code == 0, unbroken.err
-    expected = (tmp_path / "whole/r/adapter/adapter.lora.h5").read_bytes()
-
+    expected, whole = unbroken
     output, kills, rounds = tmp_path / "0/runs", 0, 0
     while kills < times:
         output.parent.mkdir(exist_ok=True)
-        code = kill_after(output, chance.uniform(0.2, 0.6) * whole, number)
+        code = kill_after(command, output, chance.uniform(0.4, 0.8) * whole, number)
         if code == 0:  # it was done before the signal came: begin another
             assert (output / "r/adapter/adapter.lora.h5").read_bytes() == expected
             rounds += 1
@@ -62,6 +84,6 @@ def test_training_killed_at_random_ends_with_the_same_adapter(
         kills += 1
         assert code == (-signal.SIGKILL if number == signal.SIGKILL else 75)
         assert not (output / "r/stages/train.json").exists()
-    done = job(*SHORT, str(output))
+    done = job(*command, str(output))
     assert done.code == 0, done.err
     assert (output / "r/adapter/adapter.lora.h5").read_bytes() == expected

@@ -43,7 +43,7 @@ def test_the_tiny_preset_has_the_parameters_that_its_model_has(
         "ffw_gating_2",
         "ffw_linear",
     ]
-    model = make_model(targets=tuple(names if targets == "all-linear" else targets))
+    model = make_model(preset="tiny", targets=tuple(names if targets == "all-linear" else targets))
     shape = shape_of("tiny")
     assert shape.parameters == model.parameters
     assert shape.adapter(Lora(rank=4, targets=targets)) == model.lora.parameters

@@ -18,7 +18,7 @@ from job.spec.schema import Train
 from job.train.blockwise_step import BlockwiseStep, make_step
 from job.train.optimizer import make_optimizer
 from job.train.step import StepConfig, padded_loss_count, shard_input
-from tests.model.families import families_with
+from tests.model.families import by_family
 from tests.train.small import (
     ALL_LINEAR,
     ATTENTION,
@@ -61,7 +61,11 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 @pytest.mark.parametrize(
     ("family", "packed"),
-    [("MistralBackbone", False), *((name, True) for name in families_with("blockwise"))],
+    [
+        ("LlamaBackbone", False),
+        pytest.param("MistralBackbone", False, marks=pytest.mark.slow),
+        *(pytest.param(*p.values, True, marks=p.marks) for p in by_family("blockwise")),
+    ],
 )
 def test_block_programs_equal_the_single_program(family: str, packed: bool) -> None:
     all_linear = family in ("Gemma3Backbone", "LlamaBackbone")
