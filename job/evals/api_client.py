@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
@@ -156,6 +157,9 @@ class ChatClient:
             document = _sanitize(response.text, self.key)
         if status == 200:
             return _parse_completion(document)
+        if response.is_redirect:
+            place = urlsplit(response.headers["Location"]).netloc
+            document = {"error": f"it redirects to {place}; set base_url to the right address"}
         if status in _RETRYABLE:
             wait = retry_after(response.headers.get("Retry-After"))
             return _Attempt(Reply(error=f"HTTP {status}"), can_retry=True, retry_after=wait)
@@ -199,15 +203,12 @@ class _Session(requests.Session):
         super().__init__()
         self.auth = lambda request: request
 
-    def rebuild_auth(
-        self, prepared_request: requests.PreparedRequest, response: requests.Response
-    ) -> None:
-        """Keep the key from another host that the endpoint redirects to."""
-        strip = self.should_strip_auth(  # type: ignore[no-untyped-call]
-            response.request.url, prepared_request.url
-        )
-        if strip:
-            prepared_request.headers.pop("Authorization", None)
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """Return where a redirect leads; None for another host, which gets no key and no prompt."""
+        target = super().get_redirect_target(resp)
+        if target is None or self.should_strip_auth(resp.url, urljoin(resp.url, target)):  # type: ignore[no-untyped-call]
+            return None
+        return target
 
 
 def _add_usage(total: Reply, reply: Reply) -> Reply:

@@ -128,17 +128,21 @@ def test_credentials_of_netrc_do_not_replace_the_key(
     assert client.complete(turns("hello")).answer == "HELLO"
 
 
-def test_credentials_of_netrc_are_not_sent_after_a_redirect(
-    client: ChatClient, service: OpenRouter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("status", [302, 307, 308])
+def test_neither_key_nor_prompt_goes_to_another_host(
+    status: int, client: ChatClient, service: OpenRouter
 ) -> None:
-    (tmp_path / "netrc").write_text("default login me password hunter2")
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     elsewhere = service.url.replace("127.0.0.1", "localhost") + ROUTE
-    service.faults.add(ROUTE, status=307, headers={"Location": elsewhere})
-    assert client.complete(turns("hello")).answer is None
-    assert [request.headers["Authorization"] for request in service.requests] == [
-        f"Bearer {KEY}", None
-    ]  # fmt: skip
+    service.faults.add(ROUTE, status=status, headers={"Location": elsewhere})
+    reply = client.complete(turns("hello"))
+    assert (reply.answer, reply.final) == (None, True)
+    assert "it redirects to localhost" in (reply.error or "")
+    assert len(service.requests) == 1
+
+
+def test_a_redirect_on_the_same_host_is_followed(client: ChatClient, service: OpenRouter) -> None:
+    service.faults.add(ROUTE, status=307, headers={"Location": service.url + ROUTE})
+    assert client.complete(turns("hello")).answer == "HELLO"
 
 
 def test_openrouter_requests_require_every_parameter(
