@@ -30,6 +30,8 @@ API_KEY_VARIABLE = "OPENROUTER_API_KEY"
 _RETRYABLE = (408, 409, 425, 429, 500, 502, 503, 504)
 _FATAL = {401: "the API key was rejected", 402: "the account is out of credit"}
 _MAX_WAIT_SECONDS = 60.0
+_MAX_REPLY_BYTES = 16_000_000
+_CHUNK_BYTES = 65_536
 _UNSUPPORTED = "the requested parameters"
 """Part of OpenRouter's 404 when no provider of the model supports all parameters."""
 
@@ -143,18 +145,20 @@ class ChatClient:
                     json=body,
                     headers={"Authorization": f"Bearer {self.key}", "X-Title": "job"},
                     timeout=self.endpoint.timeout_seconds,
+                    stream=True,
                 )
+                content = _read(response, time.monotonic() + self.endpoint.timeout_seconds)
         except requests.RequestException as error:
             lost = int(_may_be_billed(error))
             return _Attempt(Reply(error=type(error).__name__, lost=lost), can_retry=True)
         status = response.status_code
         try:
-            document = _sanitize(json.loads(response.content), self.key)
+            document = _sanitize(json.loads(content), self.key)
         except (ValueError, RecursionError):
             if status == 200:
                 reply = Reply(error="the body is not JSON", lost=1)
                 return _Attempt(reply, can_retry=True)
-            document = _sanitize(response.text, self.key)
+            document = _sanitize(content.decode("utf-8", "replace"), self.key)
         if status == 200:
             return _parse_completion(document)
         if response.is_redirect:
@@ -178,6 +182,29 @@ class ChatClient:
             )
             self.closed = error
         return Reply(error=error, final=True)
+
+
+class ReplyTooLargeError(requests.RequestException):
+    """A reply that no answer is as large as."""
+
+
+def _read(response: requests.Response, deadline: float) -> bytes:
+    """Return the body of a reply.
+
+    Raises:
+        requests.RequestException: it is too large, or not complete by the deadline.
+    """
+    content = bytearray()
+    try:
+        while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=True):
+            content += chunk
+            if len(content) > _MAX_REPLY_BYTES:
+                raise ReplyTooLargeError
+            if time.monotonic() > deadline:
+                raise requests.ReadTimeout("the reply takes too long")
+    except urllib3.exceptions.HTTPError as error:
+        raise requests.exceptions.ChunkedEncodingError(error) from error
+    return bytes(content)
 
 
 def _openai_form(messages: Conversation) -> list[dict[str, Any]]:
