@@ -13,7 +13,7 @@ import typer
 
 from job import __version__
 from job.errors import JobError, RunStoppedError
-from job.runtime.logs import Redactor
+from job.runtime.logs import Redactor, legible
 
 app = typer.Typer(
     name="job",
@@ -108,8 +108,8 @@ def validate(
         write_spec(loaded.spec, write)
     model = loaded.spec.model
     template = planned_template(model.chat_template, model.preset)
-    typer.echo(f"{loaded.source}: valid; its run id is {run_id(loaded.spec)}")
-    typer.echo(f"chat template: {template}")
+    typer.echo(legible(f"{loaded.source}: valid; its run id is {run_id(loaded.spec)}"))
+    typer.echo(legible(f"chat template: {template}"))
 
 
 @app.command()
@@ -149,7 +149,7 @@ def plan(
     if as_json:
         typer.echo(planned.model_dump_json(indent=2))
     else:
-        typer.echo(render_table(planned) if table else render(planned))
+        typer.echo(legible(render_table(planned) if table else render(planned)))
 
 
 @app.command()
@@ -294,6 +294,6 @@ def main() -> int:
     except SystemExit as ended:  # how typer returns
         return int(ended.code or 0)
     except (JobError, RunStoppedError) as error:
-        sys.stderr.write(f"error: {Redactor(os.environ).text(str(error))}\n")
+        sys.stderr.write(f"error: {legible(Redactor(os.environ).text(str(error)))}\n")
         return error.exit_code
     return 0

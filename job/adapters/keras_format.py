@@ -151,18 +151,40 @@ def load_layers(
     layers = {}
     try:
         with h5py.File(path, "r") as file:
-            if (stored := int(file["lora/vars/rank"][()])) != rank:
+            if (stored := int(_array(file, "lora/vars/rank", ()))) != rank:
                 raise StageError(f"{path.name} has rank {stored}, but model.lora.rank is {rank}")
-            for index, name, (*front, last) in kernels:
-                inner = file[f"lora/{index}/vars"]
-                a, b = inner["lora_kernel_a"][()], inner["lora_kernel_b"][()]
-                expected = ((*front, rank), (rank, last))
-                if (a.shape, b.shape) != expected:
-                    raise StageError(
-                        f"{path.name}: the adapter of {name} has shapes {a.shape} and {b.shape}, "
-                        f"the model needs {expected}"
-                    )
-                layers[index] = a, b
-    except (OSError, KeyError) as error:
+            for index, _, (*front, last) in kernels:
+                layers[index] = (
+                    _array(file, f"lora/{index}/vars/lora_kernel_a", (*front, rank)),
+                    _array(file, f"lora/{index}/vars/lora_kernel_b", (rank, last)),
+                )
+    except (OSError, KeyError, RuntimeError) as error:
         raise StageError(f"{path.name} is not a LoRA file of this model: {error}") from error
     return layers
+
+
+def _array(file: h5py.File, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Read an array of numbers that the file itself holds.
+
+    HDF5 files may refer to other files and claim arrays that they do not hold.
+
+    Raises:
+        KeyError: there is no such array.
+        StageError: it has another shape, or is not in the file.
+    """
+    item = file
+    for part in name.split("/"):
+        is_group = isinstance(item, h5py.Group)
+        if not is_group or not isinstance(item.get(part, getlink=True), h5py.HardLink):
+            raise KeyError(f"it does not hold {name}")
+        item = item[part]
+    if not isinstance(item, h5py.Dataset) or item.dtype.kind not in "fiu":
+        raise KeyError(f"{name} is no array of numbers")
+    if item.shape != shape:
+        raise StageError(
+            f"{Path(file.filename).name}: {name} has shape {item.shape}, the model needs {shape}"
+        )
+    if item.is_virtual or item.external or item.id.get_storage_size() != item.nbytes:
+        raise StageError(f"{Path(file.filename).name}: {name} is not stored in the file itself")
+    array: np.ndarray = item[()]
+    return array

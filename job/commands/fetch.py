@@ -3,19 +3,23 @@
 Also `open_finished_run` and `read_artifact`, with which other commands read finished runs.
 """
 
+import contextlib
 import hashlib
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from job.errors import StageError, UsageError
-from job.pipeline.layout import LOGS, RESULTS, STAGES
+from job.pipeline.layout import LOGS, OWNED, RESULTS, STAGES
 from job.results import Artifact, Results
 from job.runtime import logs
 from job.runtime.threads import Threads
 from job.storage.base import PARTIAL, Store, check_key, file_sha256
 from job.storage.local import LocalStore
 from job.storage.locations import open_store
+
+_MARKER = f"{PARTIAL}fetch"
+"""Holds the run id in a folder whose download has begun."""
 
 _DOWNLOADS = 4
 """Concurrent downloads."""
@@ -24,8 +28,8 @@ _DOWNLOADS = 4
 def _fetch_one(source: Store, target: LocalStore, item: Artifact) -> bool:
     """Download one file unless it is complete already; return whether it was."""
     path = target.root / item.path
-    if not path.resolve().is_relative_to(target.root.resolve()):
-        raise StageError(f"{path} is a link to outside of {target.root}; remove it")
+    _refuse_links(source, item.path)
+    _refuse_links(target, item.path)
     if path.is_file() and path.stat().st_size == item.bytes and file_sha256(path) == item.sha256:
         return True
     partial = path.with_name(f"{PARTIAL}{path.name}")
@@ -43,21 +47,62 @@ def _fetch_one(source: Store, target: LocalStore, item: Artifact) -> bool:
     return False
 
 
+def _refuse_links(store: Store, key: str) -> None:
+    """Raise StageError if a file, or a folder it is in, is a symbolic link."""
+    if isinstance(store, LocalStore):
+        path = store.root
+        for part in Path(key).parts:
+            path /= part
+            if path.is_symlink():
+                raise StageError(f"{path} is a symbolic link, which is not followed; remove it")
+
+
+def _check_listed(uri: str, key: str) -> str:
+    """Return the key of a file that a run may have.
+
+    Raises:
+        StageError: a run leaves no such file.
+    """
+    parts = Path(check_key(key)).parts
+    if not key.startswith(OWNED) or any(part.startswith(".") for part in parts):
+        raise StageError(f"{uri}: results.json lists {key!r}, which is no file of a run")
+    return key
+
+
+def _check_target(target: LocalStore, run_id: str) -> None:
+    """Prepare a folder: a new one, or that of an earlier fetch of the same run.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    fetched = (target.read(_MARKER) or b"").decode("utf-8", "replace")
+    if not fetched and (content := target.read(RESULTS)) is not None:
+        with contextlib.suppress(ValidationError):
+            fetched = Results.model_validate_json(content).run.id
+    if fetched != run_id and target.root.exists() and any(target.root.iterdir()):
+        raise UsageError(
+            f"{target.root} holds files that are not of an earlier fetch of {run_id}; name a new "
+            "folder"
+        )
+    target.write(_MARKER, run_id.encode())
+
+
 def fetch_run(uri: str, folder: str) -> None:
     """Download a run to `folder`, except files that are already there with the right checksum.
 
     `results.json` is written last, so its presence means that the download is complete.
 
     Raises:
-        UsageError: there is no finished run at `uri`.
-        StageError: a file is missing, or does not have its checksum.
+        UsageError: there is no finished run at `uri`, or the folder holds something else.
+        StageError: a file is missing, does not have its checksum, or is no file of a run.
     """
     logs.configure()
     source, content, results = open_finished_run(uri)
+    checked = {_check_listed(uri, item.path): item for item in results.artifacts}
     target = LocalStore(Path(folder))
+    _check_target(target, results.run.id)
     if target.read(RESULTS) != content:
         target.delete(RESULTS)
-    checked = {check_key(item.path): item for item in results.artifacts}
     with Threads(_DOWNLOADS) as pool:
         jobs = [pool.submit(_fetch_one, source, target, item) for item in checked.values()]
         try:
@@ -67,10 +112,13 @@ def fetch_run(uri: str, folder: str) -> None:
             raise
     for key in source.list():
         if key not in checked and key.startswith((LOGS, STAGES)):
-            extra = source.read(check_key(key))
+            _refuse_links(source, _check_listed(uri, key))
+            _refuse_links(target, key)
+            extra = source.read(key)
             if extra is not None:
                 target.write(key, extra)
     target.write(RESULTS, content)
+    target.delete(_MARKER)
     logs.get().info(
         "fetched, checksums verified", files=len(checked), unchanged=unchanged, folder=target.uri
     )

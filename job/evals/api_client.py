@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
@@ -29,6 +30,8 @@ API_KEY_VARIABLE = "OPENROUTER_API_KEY"
 _RETRYABLE = (408, 409, 425, 429, 500, 502, 503, 504)
 _FATAL = {401: "the API key was rejected", 402: "the account is out of credit"}
 _MAX_WAIT_SECONDS = 60.0
+_MAX_REPLY_BYTES = 16_000_000
+_CHUNK_BYTES = 65_536
 _UNSUPPORTED = "the requested parameters"
 """Part of OpenRouter's 404 when no provider of the model supports all parameters."""
 
@@ -142,20 +145,25 @@ class ChatClient:
                     json=body,
                     headers={"Authorization": f"Bearer {self.key}", "X-Title": "job"},
                     timeout=self.endpoint.timeout_seconds,
+                    stream=True,
                 )
+                content = _read(response, time.monotonic() + self.endpoint.timeout_seconds)
         except requests.RequestException as error:
             lost = int(_may_be_billed(error))
             return _Attempt(Reply(error=type(error).__name__, lost=lost), can_retry=True)
         status = response.status_code
         try:
-            document = _sanitize(json.loads(response.content), self.key)
+            document = _sanitize(json.loads(content), self.key)
         except (ValueError, RecursionError):
             if status == 200:
                 reply = Reply(error="the body is not JSON", lost=1)
                 return _Attempt(reply, can_retry=True)
-            document = _sanitize(response.text, self.key)
+            document = _sanitize(content.decode("utf-8", "replace"), self.key)
         if status == 200:
             return _parse_completion(document)
+        if response.is_redirect:
+            place = urlsplit(response.headers["Location"]).netloc
+            document = {"error": f"it redirects to {place}; set base_url to the right address"}
         if status in _RETRYABLE:
             wait = retry_after(response.headers.get("Retry-After"))
             return _Attempt(Reply(error=f"HTTP {status}"), can_retry=True, retry_after=wait)
@@ -174,6 +182,29 @@ class ChatClient:
             )
             self.closed = error
         return Reply(error=error, final=True)
+
+
+class ReplyTooLargeError(requests.RequestException):
+    """A reply that no answer is as large as."""
+
+
+def _read(response: requests.Response, deadline: float) -> bytes:
+    """Return the body of a reply.
+
+    Raises:
+        requests.RequestException: it is too large, or not complete by the deadline.
+    """
+    content = bytearray()
+    try:
+        while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=True):
+            content += chunk
+            if len(content) > _MAX_REPLY_BYTES:
+                raise ReplyTooLargeError
+            if time.monotonic() > deadline:
+                raise requests.ReadTimeout("the reply takes too long")
+    except urllib3.exceptions.HTTPError as error:
+        raise requests.exceptions.ChunkedEncodingError(error) from error
+    return bytes(content)
 
 
 def _openai_form(messages: Conversation) -> list[dict[str, Any]]:
@@ -199,15 +230,12 @@ class _Session(requests.Session):
         super().__init__()
         self.auth = lambda request: request
 
-    def rebuild_auth(
-        self, prepared_request: requests.PreparedRequest, response: requests.Response
-    ) -> None:
-        """Keep the key from another host that the endpoint redirects to."""
-        strip = self.should_strip_auth(  # type: ignore[no-untyped-call]
-            response.request.url, prepared_request.url
-        )
-        if strip:
-            prepared_request.headers.pop("Authorization", None)
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """Return where a redirect leads; None for another host, which gets no key and no prompt."""
+        target = super().get_redirect_target(resp)
+        if target is None or self.should_strip_auth(resp.url, urljoin(resp.url, target)):  # type: ignore[no-untyped-call]
+            return None
+        return target
 
 
 def _add_usage(total: Reply, reply: Reply) -> Reply:

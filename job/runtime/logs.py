@@ -112,8 +112,12 @@ def _for_people(_logger: object, _method: str, event: Event) -> str:
         f"{key}={_short(value)}" for key, value in event.items() if key not in hidden
     )
     stage = event.get("stage", "")
-    line = f"{_DIM}{clock} {stage:<9}{_RESET} {color}{event['event']}{_RESET}"
-    return f"{line}  {_DIM}{details}{_RESET}" if details else line
+    line = f"{_DIM}{clock} {stage:<9}{_RESET} {color}{_one_line(event['event'])}{_RESET}"
+    return f"{line}  {_DIM}{_one_line(details)}{_RESET}" if details else line
+
+
+def _one_line(text: object) -> str:
+    return legible(str(text)).replace("\n", "\N{RETURN SYMBOL}").replace("\t", " ")
 
 
 def _short(value: Any) -> str:
@@ -134,9 +138,18 @@ def get() -> Any:
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENROUTER_API_KEY", "KAGGLE_KEY")
 REDACTED = "[redacted]"
 TOKEN_SHAPES = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|ya29\.[A-Za-z0-9_.-]{16,}|AIza[A-Za-z0-9_-]{30,})"
+    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|ya29\.[A-Za-z0-9_.-]{16,}|AIza[A-Za-z0-9_-]{30,}"
+    r"|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|(?:AKIA|ASIA)[A-Z0-9]{16}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})"
     r"|(?i:(?<=bearer ))[A-Za-z0-9._~+/-]{8,}=*"
+    r"|(?s:-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z))"
 )
+_NAMED_SECRETS = re.compile(
+    r"(?i)(?P<name>://[^/\s:@]*:(?=[^/\s@]+@)|authorization\W{1,4}basic "
+    r"|[?&](?:[\w-]*(?:signature|token|secret|password)|sig|key|api_?key)=)[^&\s\"'@]+"
+)
+"""Passwords and tokens of URLs, and the Basic scheme: what stands before them stays."""
+
 _SECRET_NAMES = re.compile(r"(?i)(^|[_-])(token|api[_-]?key|secret|password|authorization)$")
 
 
@@ -151,7 +164,8 @@ class Redactor:
         """Return `text` with every secret replaced, and lone surrogates made printable."""
         for value in self._values:
             text = text.replace(value, REDACTED)
-        return TOKEN_SHAPES.sub(REDACTED, text).encode("utf-8", "backslashreplace").decode()
+        text = _NAMED_SECRETS.sub(rf"\g<name>{REDACTED}", TOKEN_SHAPES.sub(REDACTED, text))
+        return text.encode("utf-8", "backslashreplace").decode()
 
     def value(self, value: Any) -> Any:
         """Return a nested value without secrets; a value that JSON lacks becomes text first."""

@@ -32,6 +32,8 @@ from job.spec.problems import (
 )
 from job.spec.schema import Spec
 
+_MAX_CHARACTERS = 1_000_000
+
 
 @dataclass(frozen=True)
 class LoadedSpec:
@@ -134,20 +136,38 @@ def parse_spec(text: str, name: str, overrides: Sequence[str] = ()) -> Spec:
         reported = {problem.path for problem in problems}
         described = describe_errors(error.errors(), source)
         problems += [problem for problem in described if problem.path not in reported]
-    except RecursionError:
-        problems.append(Problem(name, "", "not valid YAML: a value contains itself"))
     else:
         if not problems:
             return spec
     raise SpecError(in_file_order(problems))
 
 
+class _Loader(yaml.SafeLoader):
+    """A loader without aliases, which can make a short text expand to any size."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem=f"*{event.anchor} is an alias; write the value out",
+                problem_mark=event.start_mark,
+            )
+        return super().compose_node(parent, index)
+
+
 def _parse_yaml(text: str, source: SourceMap) -> tuple[dict[str, Any], list[Problem]]:
     name = source.name
     problems: list[Problem] = []
+    if len(text) > _MAX_CHARACTERS:
+        message = f"a spec has at most {_MAX_CHARACTERS:,} characters, but this has {len(text):,}"
+        raise SpecError([Problem(name, "", message)])
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        document = yaml.safe_load(text)
+        loader = _Loader(text)
+        try:
+            root = loader.get_single_node()
+            document = None if root is None else loader.construct_document(root)
+        finally:
+            loader.dispose()
         if root is not None:
             _collect_lines(root, (), source, problems)
     except yaml.MarkedYAMLError as error:
@@ -195,7 +215,7 @@ def _apply_override(document: dict[str, Any], override: str, source: SourceMap) 
     if not separator or not all(parts):
         return Problem(where, "", "write --set KEY=VALUE, like --set train.learning_rate=2e-4")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         return Problem(where, key, f"the value {text!r} is not valid YAML; quote it")
     place: Location = ()

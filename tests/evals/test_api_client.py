@@ -1,9 +1,15 @@
 """Whatever a chat API does, only answers count as answers, and the key stays secret."""
 
+import contextlib
 import io
 import itertools
 import json
+import resource
+import threading
+import time
+import zlib
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -128,17 +134,21 @@ def test_credentials_of_netrc_do_not_replace_the_key(
     assert client.complete(turns("hello")).answer == "HELLO"
 
 
-def test_credentials_of_netrc_are_not_sent_after_a_redirect(
-    client: ChatClient, service: OpenRouter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("status", [302, 307, 308])
+def test_neither_key_nor_prompt_goes_to_another_host(
+    status: int, client: ChatClient, service: OpenRouter
 ) -> None:
-    (tmp_path / "netrc").write_text("default login me password hunter2")
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     elsewhere = service.url.replace("127.0.0.1", "localhost") + ROUTE
-    service.faults.add(ROUTE, status=307, headers={"Location": elsewhere})
-    assert client.complete(turns("hello")).answer is None
-    assert [request.headers["Authorization"] for request in service.requests] == [
-        f"Bearer {KEY}", None
-    ]  # fmt: skip
+    service.faults.add(ROUTE, status=status, headers={"Location": elsewhere})
+    reply = client.complete(turns("hello"))
+    assert (reply.answer, reply.final) == (None, True)
+    assert "it redirects to localhost" in (reply.error or "")
+    assert len(service.requests) == 1
+
+
+def test_a_redirect_on_the_same_host_is_followed(client: ChatClient, service: OpenRouter) -> None:
+    service.faults.add(ROUTE, status=307, headers={"Location": service.url + ROUTE})
+    assert client.complete(turns("hello")).answer == "HELLO"
 
 
 def test_openrouter_requests_require_every_parameter(
@@ -504,3 +514,47 @@ def test_a_key_that_an_endpoint_repeats_is_redacted_in_replies(
         assert "[redacted]" in error
         assert KEY not in error
     assert client.complete(turns("hello")).answer == "your key is [redacted]"
+
+
+class _Endless(BaseHTTPRequestHandler):
+    """Answers with a small body that expands to 200 megabytes, or with one that never ends."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        if "gzip" in self.path:
+            packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+            body = b"".join(packer.compress(bytes(1_000_000)) for _ in range(200))
+            body += packer.flush()
+            self.send_header("Content-Encoding", "gzip")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        else:
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the client hangs up
+                while True:
+                    self.wfile.write(b" ")
+                    time.sleep(0.05)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("path", "error"), [("gzip", "ReplyTooLargeError"), ("drip", "ReadTimeout")]
+)
+def test_a_reply_without_an_end_is_given_up(path: str, error: str, waits: list[float]) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Endless) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        section = Reference(
+            model="m", base_url=f"http://127.0.0.1:{server.server_port}/{path}", attempts=1,
+            timeout_seconds=0.5 if path == "drip" else 20,
+        )  # fmt: skip
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        reply = ChatClient(section, KEY, sleep=waits.append).complete(turns("hello"))
+        server.shutdown()
+    assert (reply.answer, reply.lost) == (None, 1)
+    assert error in (reply.error or "")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB

@@ -146,6 +146,42 @@ def test_a_secret_that_contains_another_is_hidden() -> None:
     assert redact.text("x abcdef-and-more y abcdef") == f"x {REDACTED} y {REDACTED}"
 
 
+SHAPES = st.sampled_from(
+    [
+        "hf_{}", "sk-{}", "ghp_{}", "gho_{}", "github_pat_{}", "AKIA{:.16}", "ya29.{}", "AIza{}",
+        "Bearer {}", "Authorization: Basic {}", "{{'Authorization': 'Basic {}'}}",
+        "https://user:{}@proxy:8080/x", "https://:{}@host", "https://h/p?token={}&a=1",
+        "gs://b/o?X-Goog-Signature={}", "https://h/?a=1&access_token={}", "https://h/?sig={}",
+        "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----",
+        "-----BEGIN PRIVATE KEY-----\n{}",
+    ]
+)  # fmt: skip
+
+
+@given(SHAPES, st.text("ABCDEFGHJKLMNPQRSTUVWXYZ23456789", min_size=36, max_size=60), st.text())
+@settings(deadline=None)
+def test_what_looks_like_a_secret_is_redacted(shape: str, secret: str, around: str) -> None:
+    text = f"{around} {shape.format(secret)} {around}"
+    assert secret[:16] not in Redactor({}).text(text).replace(around, "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a basic understanding", "user:name@host", "?page=2&size=3", "https://h:8080/a@b", "a key=x"],
+)
+def test_ordinary_text_is_not_redacted(text: str) -> None:
+    assert Redactor({}).text(text) == text
+
+
+def test_text_of_others_cannot_move_the_cursor_or_add_lines() -> None:
+    stream = Terminal()
+    logs.configure(None, stream)
+    logs.get().warning("bad\x1b[2J name\nerror: fake", detail=["a\x1b]0;title\x07", "b\r\nc"])
+    (line,) = stream.getvalue().splitlines()
+    assert "\x1b[2J" not in line and "\x1b]0" not in line and "\x07" not in line
+    assert "error: fake" in line
+
+
 NESTED = st.recursive(
     st.just(SECRET) | st.text().map(lambda text: f"{text} {SECRET} {text}") | st.integers(),
     lambda inner: (
