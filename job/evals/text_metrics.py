@@ -31,7 +31,7 @@ READING = ("regex", "number", "json", "label")
 _EDGES = " \t.,;:!?\"'`*“”‘’„«»。，、！？："
 _NUMBER = regex.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _FENCE = regex.compile(r"```(?:json)?\s*(.*?)```", regex.DOTALL | regex.IGNORECASE)
-_PATTERN_SECONDS = 5.0
+PATTERN_SECONDS = 5.0
 _FUNCTION_SECONDS = 600.0
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "SYSTEMROOT")
 """Variables that a metric of the user's sees; secrets are in others."""
@@ -184,10 +184,10 @@ def _regex_metric(entry: TextEval) -> Metric:
 
     def read(text: str) -> str | None:
         try:
-            matches = list(pattern.finditer(text, timeout=_PATTERN_SECONDS))
+            matches = list(pattern.finditer(text, timeout=PATTERN_SECONDS))
         except TimeoutError:
             raise UsageError(
-                f"evals.tasks '{entry.name}': `pattern` takes more than {_PATTERN_SECONDS:.0f} s "
+                f"evals.tasks '{entry.name}': `pattern` takes more than {PATTERN_SECONDS:g} s "
                 "on one text; write one without nested repetitions"
             ) from None
         if not matches:

@@ -182,5 +182,6 @@ def test_the_train_digest_covers_the_adapters_content(
     assert {name for name in after if after[name] != before[name]} == {
         "train",
         "finetuned",
+        "judge",
         "report",
     }

@@ -16,7 +16,7 @@ def test_a_shipped_spec_is_planned_offline_in_seconds(tmp_path: Path) -> None:
     done = job("plan", ONE_B, "--set", output, **offline)
     assert done.returncode == 0
     for words in (
-        "data -> baseline -> train -> finetuned -> reference -> report",
+        "data -> baseline -> train -> finetuned -> reference -> judge -> report",
         "999,885,952 parameters",
         "2,609,152 trained",
         "v5e-8: 8 chips on 1 host (v5litepod-8",
@@ -68,7 +68,10 @@ def test_finished_stages_are_shown_as_skipped(tmp_path: Path) -> None:
     ran = job("run", *arguments, "--until", "data", JOB_CACHE=str(tmp_path / "cache"))
     assert ran.returncode == 0
     done = job("plan", *arguments)
-    assert "baseline -> train -> finetuned -> reference -> report; skipped: data" in done.stdout
+    assert (
+        "baseline -> train -> finetuned -> reference -> judge -> report; skipped: data"
+        in done.stdout
+    )
 
 
 def test_an_unreadable_bucket_counts_as_empty() -> None:

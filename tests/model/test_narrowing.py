@@ -17,7 +17,9 @@ POST_NORMS = {"use_post_ffw_norm": True, "use_post_attention_norm": True}
 @pytest.mark.parametrize(
     ("family", "arguments"),
     [
-        ("Gemma3Backbone", POST_NORMS),  # as in all of its presets
+        pytest.param(  # as in all of its presets
+            "Gemma3Backbone", POST_NORMS, marks=pytest.mark.slow
+        ),
         ("LlamaBackbone", {}),
         pytest.param("GemmaBackbone", POST_NORMS, marks=pytest.mark.slow),
         *(

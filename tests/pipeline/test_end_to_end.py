@@ -138,6 +138,7 @@ def test_same_command_skips_every_stage_and_says_so(smoke: Finished) -> None:
     assert {p: p.stat().st_mtime_ns for p in smoke.folder.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_missing_spec_and_damaged_results_are_written_again(smoke: Finished) -> None:
     complete = (smoke.folder / "results.json").read_bytes()
     (smoke.folder / "spec.yaml").unlink()
@@ -150,6 +151,7 @@ def test_missing_spec_and_damaged_results_are_written_again(smoke: Finished) -> 
     assert smoke.results.verdict == Results.model_validate_json(complete).verdict
 
 
+@pytest.mark.slow
 def test_a_job_stopped_during_the_baseline_resumes(tmp_path: Path, short: tuple[str, ...]) -> None:
     arguments = ("run", "smoke", "--output", str(tmp_path), "--until", "baseline", *short)
     stopped = job_stopped(
@@ -183,6 +185,7 @@ def test_a_job_killed_in_training_ends_with_the_same_bytes(tmp_path: Path) -> No
     assert results.run.resumes == 1
 
 
+@pytest.mark.slow
 def test_changed_evals_run_again_and_training_does_not(smoke: Finished) -> None:
     before = smoke.results
     changes = ("--set", "evals.multiple_choice.1.limit=10", "--set", "evals.dialogue=null")

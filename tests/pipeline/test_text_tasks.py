@@ -11,6 +11,7 @@ from job.results import Results
 from tests.command import Done, job
 from tests.services.openrouter import Chat, OpenRouter
 
+pytestmark = pytest.mark.slow
 KEY = "sk-or-a-key-that-must-not-be-seen"
 OWN = """
 import os

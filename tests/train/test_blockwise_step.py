@@ -62,9 +62,16 @@ def assert_same(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize(
     ("family", "packed"),
     [
-        ("LlamaBackbone", False),
-        pytest.param("MistralBackbone", False, marks=pytest.mark.slow),
-        *(pytest.param(*p.values, True, marks=p.marks) for p in by_family("blockwise")),
+        *(
+            pytest.param(family, False, marks=pytest.mark.slow)
+            for family in ("LlamaBackbone", "MistralBackbone")
+        ),
+        *(
+            pytest.param(
+                *p.values, True, marks=() if p.values == ("LlamaBackbone",) else pytest.mark.slow
+            )
+            for p in by_family("blockwise")
+        ),
     ],
 )
 def test_block_programs_equal_the_single_program(family: str, packed: bool) -> None:
@@ -87,6 +94,7 @@ def test_an_unfilled_window_makes_no_kind_of_its_own(longest: int | None, kinds:
     assert len(set(blocks.kinds)) == kinds
 
 
+@pytest.mark.slow
 def test_identical_blocks_have_their_own_wavelengths() -> None:
     """Gemma 3's global blocks rotate a hundred times slower; one program must do both."""
     model = small_model("Gemma3Backbone", ATTENTION, sliding_window_size=32)
@@ -119,6 +127,7 @@ def test_block_programs_follow_the_step_config() -> None:
     assert_same(run_step(model, rows, remat, "blocks", micro_batches=2), plain)
 
 
+@pytest.mark.slow
 def test_block_programs_on_a_mesh_equal_those_on_one_device() -> None:
     rows = make_rows(random_examples(), 14, packing=True)
     config = StepConfig(ForwardConfig(packed=True, longest=rows.longest))
@@ -200,7 +209,7 @@ def test_programs_are_compiled_once_and_ahead_of_time(
     assert len(compiled) == (1 if smoothing else 0)
 
 
-@pytest.mark.parametrize("mode", ["blocks", "step"])
+@pytest.mark.parametrize("mode", ["blocks", pytest.param("step", marks=pytest.mark.slow)])
 def test_training_uses_the_step_compiled_ahead_of_time(
     tmp_path: Path, small: LanguageModel, compiled: list[str], mode: str
 ) -> None:
@@ -214,6 +223,7 @@ def test_training_uses_the_step_compiled_ahead_of_time(
     assert [name for name in compiled if any(program in name for program in programs)] == []
 
 
+@pytest.mark.slow
 def test_a_step_out_of_memory_leaves_no_arrays_behind(tmp_path: Path, small: LanguageModel) -> None:
     trainer, _ = make_trainer(tmp_path, small, epochs=1)
     programs: dict[int, Any] = trainer.train_step.programs.backward

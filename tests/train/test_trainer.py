@@ -94,7 +94,10 @@ def test_steps_do_not_wait_for_slow_storage(tmp_path: Path, small: LanguageModel
 
 @pytest.mark.parametrize(
     ("settings", "stops"),
-    [({}, (1, 5, 8)), ({"compile": "step", "micro_batch": 2}, (4,))],
+    [
+        ({}, (1, 5, 8)),
+        pytest.param({"compile": "step", "micro_batch": 2}, (4,), marks=pytest.mark.slow),
+    ],
     ids=["blocks", "step, accumulated"],
 )
 def test_interrupted_training_ends_with_the_same_adapter(
