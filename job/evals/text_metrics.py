@@ -4,6 +4,7 @@ Each metric reads something from a text, such as its last number, and compares w
 answer with what it read in the expected response. An answer that cannot be read scores 0.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -29,8 +30,11 @@ READING = ("regex", "number", "json", "label")
 """Metrics that read something in an answer, and may find nothing."""
 
 _EDGES = " \t.,;:!?\"'`*“”‘’„«»。，、！？："
-_NUMBER = regex.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_NUMBER = regex.compile(r"(?:(?<!\w)[-+−])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _FENCE = regex.compile(r"```(?:json)?\s*(.*?)```", regex.DOTALL | regex.IGNORECASE)
+_JSON_STARTS = 20
+"""Places in a text at which JSON may begin."""
+
 PATTERN_SECONDS = 5.0
 _FUNCTION_SECONDS = 600.0
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "SYSTEMROOT")
@@ -123,15 +127,15 @@ def _same_number(expected: str, answer: str) -> float:
 
 
 def _read_json(text: str) -> str | None:
-    """Return the JSON in a code block or after the first bracket, without what follows it."""
+    """Return the first JSON value, in a code block or not, without the text around it."""
     fenced = _FENCE.search(text)
-    text = fenced[1] if fenced else text
-    start = regex.search(r"[\[{]", text)
-    try:
-        value, _ = json.JSONDecoder().raw_decode(text, start.start() if start else 0)
-        return json.dumps(value, ensure_ascii=False)
-    except (ValueError, RecursionError):
-        return None
+    text = (fenced[1] if fenced else text).strip()
+    starts = [match.start() for match in regex.finditer(r"[\[{]", text)]
+    for start in [0, *starts][:_JSON_STARTS]:
+        with contextlib.suppress(ValueError, RecursionError):
+            value, _ = json.JSONDecoder().raw_decode(text, start)
+            return json.dumps(value, ensure_ascii=False)
+    return None
 
 
 def json_fields(text: str) -> dict[str, Any]:
@@ -161,7 +165,16 @@ def _same_fields(expected: str, answer: str) -> float:
 
 
 def _label_metric(labels: Sequence[str]) -> Metric:
-    """Return the metric of classes: the one label that an answer is, or names as words."""
+    """Return the metric of classes: the one label that an answer is, or names as words.
+
+    Raises:
+        UsageError: a label has no letters to recognize it by.
+    """
+    if bare := [label for label in labels if not normalize(label)]:
+        raise UsageError(
+            f"evals.tasks: {bare[0]!r} cannot be recognized as a label, because punctuation at "
+            "the ends of an answer is ignored; write labels as words"
+        )
     by_form = {normalize(label): label for label in labels}
     longest = sorted(by_form, key=len, reverse=True)
     named = regex.compile("|".join(rf"(?<!\w){regex.escape(form)}(?!\w)" for form in longest))

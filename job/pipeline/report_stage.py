@@ -189,7 +189,7 @@ def _text_task(run: Run, entry: TextEval, *, has_reference: bool) -> TextTaskRes
         models,
         lambda answers: grade(entry, metric, answers),
         _bootstrap(run),
-        normalization=metric.normalization if metric else f"as {entry.metric} does",
+        normalization=metric.normalization if metric else "a function of the user's",
         revision=source.revision,
         rows=source.rows,
         truncated=source.truncated,

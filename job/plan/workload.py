@@ -125,6 +125,7 @@ def workload(
     share = LOSS_SHARE if train.loss_on == "response" else 1.0
     steps = math.ceil(rows / train.batch_size) * train.epochs
     every = train.validate_every
+    evaluations = tuple(_evaluations(spec, assumptions))
     return Workload(
         examples=count,
         tokens_per_example=mean,
@@ -137,7 +138,7 @@ def workload(
         validations=1
         + (steps // every if every else 0)
         + (0 if every and not steps % every else 1),
-        evaluations=(evaluations := tuple(_evaluations(spec, assumptions))),
+        evaluations=evaluations,
         evidence=tuple(_evidence(spec, {each.name: each.prompts for each in evaluations})),
         assumptions=tuple(assumptions),
     )

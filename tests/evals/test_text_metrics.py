@@ -45,6 +45,8 @@ def graded(metric: str, expected: str, answer: str, **more: Any) -> Graded:
         ("number", "-0.5", "the answer is −0.5", 1),
         ("number", "1e-3", "0.001", 1),
         ("number", "7", "seven", 0),
+        ("number", "3", "5-3", 1),
+        ("number", "-3", "(-3)", 1),
         ("label", "billing", "Billing.", 1),
         ("label", "billing", "This is a billing question", 1),
         ("label", "billing", "billing or technical", 0),
@@ -57,6 +59,8 @@ def graded(metric: str, expected: str, answer: str, **more: Any) -> Graded:
         ("json", '{"a": [1, {"b": null}]}', '{"a": [1, {"b": null}]}', 1),
         ("json", '{"a": 1}', "a is 1", 0),
         ("json", "{}", "{}", 1),
+        ("json", "4", " 4", 1),
+        ("json", '["x"]', 'See [1, for {example}: ["x"]', 1),
         ("rouge", "a b c", "a b c", 1),
         ("chrf", "北京", "北京", 1),
     ],
@@ -85,6 +89,11 @@ def test_a_pattern_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("job.evals.text_metrics.PATTERN_SECONDS", 0.2)
     with pytest.raises(UsageError, match="takes more than"):
         graded("regex", "x", "a" * 60 + "b", pattern=r"(a|aa)+$")
+
+
+def test_a_label_without_letters_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"'\?' cannot be recognized as a label"):
+        make_metric(entry_of("label"), ["!?a", "?"])
 
 
 @pytest.mark.parametrize(("metric", "answer"), [("number", "none"), ("label", "?"), ("json", "{")])
