@@ -92,7 +92,7 @@ class MultipleChoiceResult(Record):
     revision: str | None
     questions: int
     rows: RowCounts | None = None
-    """Rows read and used, and why others were left out; null in results from before they were."""
+    """Rows read and used, and why others were left out; null in results of earlier versions."""
     truncated_prompts: int = 0
     """Prompts that lost their beginning, to fit `evals.max_prompt_tokens`."""
     few_shot: int = 0

@@ -179,7 +179,7 @@ def _array(file: h5py.File, name: str, shape: tuple[int, ...]) -> np.ndarray:
             raise KeyError(f"it does not hold {name}")
         item = item[part]
     if not isinstance(item, h5py.Dataset) or item.dtype.kind not in "fiu":
-        raise KeyError(f"{name} is no array of numbers")
+        raise KeyError(f"{name} is not an array of numbers")
     if item.shape != shape:
         raise StageError(
             f"{Path(file.filename).name}: {name} has shape {item.shape}, the model needs {shape}"

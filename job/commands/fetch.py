@@ -65,7 +65,7 @@ def _check_listed(uri: str, key: str) -> str:
     """
     parts = Path(check_key(key)).parts
     if not key.startswith(OWNED) or any(part.startswith(".") for part in parts):
-        raise StageError(f"{uri}: results.json lists {key!r}, which is no file of a run")
+        raise StageError(f"{uri}: results.json lists {key!r}, which is not a file of a run")
     return key
 
 
@@ -75,6 +75,8 @@ def _check_target(target: LocalStore, run_id: str) -> None:
     Raises:
         UsageError: it holds something else.
     """
+    if target.root.exists() and not target.root.is_dir():
+        raise UsageError(f"{target.root} is a file; name a new folder")
     fetched = (target.read(_MARKER) or b"").decode("utf-8", "replace")
     if not fetched and (content := target.read(RESULTS)) is not None:
         with contextlib.suppress(ValidationError):
@@ -111,8 +113,9 @@ def fetch_run(uri: str, folder: str) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     for key in source.list():
-        if key not in checked and key.startswith((LOGS, STAGES)):
-            _refuse_links(source, _check_listed(uri, key))
+        is_hidden = any(part.startswith(".") for part in Path(key).parts)
+        if key not in checked and key.startswith((LOGS, STAGES)) and not is_hidden:
+            _refuse_links(source, check_key(key))
             _refuse_links(target, key)
             extra = source.read(key)
             if extra is not None:

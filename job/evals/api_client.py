@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
-from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
@@ -138,6 +137,7 @@ class ChatClient:
         return body
 
     def _send(self, body: dict[str, Any]) -> _Attempt:
+        deadline = time.monotonic() + self.endpoint.timeout_seconds
         try:
             with _Session() as session:
                 response = session.post(
@@ -146,8 +146,9 @@ class ChatClient:
                     headers={"Authorization": f"Bearer {self.key}", "X-Title": "job"},
                     timeout=self.endpoint.timeout_seconds,
                     stream=True,
+                    allow_redirects=False,  # neither the key nor the prompt goes elsewhere
                 )
-                content = _read(response, time.monotonic() + self.endpoint.timeout_seconds)
+                content = _read(response, deadline)
         except requests.RequestException as error:
             lost = int(_may_be_billed(error))
             return _Attempt(Reply(error=type(error).__name__, lost=lost), can_retry=True)
@@ -162,7 +163,7 @@ class ChatClient:
         if status == 200:
             return _parse_completion(document)
         if response.is_redirect:
-            place = urlsplit(response.headers["Location"]).netloc
+            place = response.headers["Location"][:100]
             document = {"error": f"it redirects to {place}; set base_url to the right address"}
         if status in _RETRYABLE:
             wait = retry_after(response.headers.get("Retry-After"))
@@ -229,13 +230,6 @@ class _Session(requests.Session):
     def __init__(self) -> None:
         super().__init__()
         self.auth = lambda request: request
-
-    def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """Return where a redirect leads; None for another host, which gets no key and no prompt."""
-        target = super().get_redirect_target(resp)
-        if target is None or self.should_strip_auth(resp.url, urljoin(resp.url, target)):  # type: ignore[no-untyped-call]
-            return None
-        return target
 
 
 def _add_usage(total: Reply, reply: Reply) -> Reply:

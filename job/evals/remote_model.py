@@ -76,10 +76,10 @@ class RemoteModel:
             lines.append(dialogue_line(example, **fields))
         return lines
 
-    def answer_task(self, task: TextTask) -> list[TextLine]:
-        """Return predictions for a task with free answers."""
+    def answer_task(self, task: TextTask, max_tokens: int | None) -> list[TextLine]:
+        """Return predictions for a task with free answers; see `answer_examples`."""
         prompts = {example.id: example.prompt_messages for example in task.examples}
-        replies = self.complete(task.entry.name, prompts)
+        replies = self.complete(task.entry.name, prompts, max_tokens)
         fields = [
             _reply_fields(replies[identity]) | {"finish": replies[identity].finish or "stop"}
             for identity in prompts

@@ -89,7 +89,7 @@ def summarize_harness(
 def summarize_text_task(
     entry: TextEval,
     models: Mapping[str, Sequence[TextLine]],
-    grade: Callable[[Sequence[Answer]], list[Graded]],
+    grade: Callable[[Sequence[Answer], bool], list[Graded]],
     bootstrap: Bootstrap,
     *,
     normalization: str,
@@ -103,7 +103,7 @@ def summarize_text_task(
     Args:
         entry: its section of the spec.
         models: predictions by model; "baseline" and "finetuned" are required.
-        grade: scores the answers of trivial baselines.
+        grade: scores answers of trivial baselines; the flag says that they are responses.
         bootstrap: settings of intervals and tests of means.
     """
     lines = models["baseline"]
@@ -111,11 +111,20 @@ def summarize_text_task(
     after = models["finetuned"]
     comparison = compare_scores(BEFORE_AFTER, lines, after, bootstrap, entry)
     assert comparison is not None  # local models answer everything
-    most_frequent = Counter(line.target or line.expected for line in lines).most_common(1)[0][0]
+    expected = [line.expected for line in lines]
+    half = len(lines) // 2  # neighbors may be about the same thing
     trivial = {
-        "majority_answer": [most_frequent] * len(lines),
-        "echoed_prompt": [line.prompt for line in lines],
-        "shuffled_answer": [line.expected for line in (*lines[1:], *lines[:1])],
+        "majority_answer": ([Counter(expected).most_common(1)[0][0]] * len(lines), True),
+        "echoed_prompt": ([line.prompt for line in lines], False),
+        "shuffled_answer": ([*expected[half:], *expected[:half]], True),
+    }
+
+    def trivial_score(answers: Sequence[str], are_responses: bool) -> Estimate:
+        rows = [Answer(n.prompt, n.expected, a) for n, a in zip(lines, answers, strict=True)]
+        return _mean([graded.score for graded in grade(rows, are_responses)], bootstrap)
+
+    scores = {
+        name: _score(entry, each, len(lines), bootstrap) for name, each in by_model.items() if each
     }
     return TextTaskResult(
         name=entry.name,
@@ -123,35 +132,13 @@ def summarize_text_task(
         metric=entry.metric,
         samples=len(lines),
         truncated=truncated,
-        models={
-            name: fmean(line.score for line in each.values())
-            for name, each in by_model.items()
-            if each
-        },
+        models={name: score.score.mean for name, score in scores.items()},
         comparison=comparison,
         revision=revision,
         rows=rows,
         normalization=normalization,
-        scores={
-            name: _score(entry, each, len(lines), bootstrap)
-            for name, each in by_model.items()
-            if each
-        },
-        trivial={
-            name: _mean(
-                [
-                    graded.score
-                    for graded in grade(
-                        [
-                            Answer(line.prompt, line.expected, answer)
-                            for line, answer in zip(lines, answers, strict=True)
-                        ]
-                    )
-                ],
-                bootstrap,
-            )
-            for name, answers in trivial.items()
-        },
+        scores=scores,
+        trivial={name: trivial_score(*each) for name, each in trivial.items()},
         trained_prompts=trained_prompts,
         reference_comparison=compare_scores(
             ("finetuned", "reference"), after, models.get("reference", ()), bootstrap, entry

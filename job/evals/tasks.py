@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 from job.chat.conversation import Conversation, Message
+from job.chat.thoughts import split_thoughts
 from job.data.examples import Example, ExampleMapper, RowDroppedError, last_prompt
 from job.data.sources import open_source
 from job.errors import UsageError
@@ -155,14 +156,15 @@ def load_text_task(
     labels = entry.labels
     if entry.metric == "label" and labels is None:
         first = list(islice(candidates, entry.limit))
-        labels = sorted({example.response.strip() for example in first})
+        responses = (split_thoughts(example.response)[1] or example.response for example in first)
+        labels = sorted({response.strip() for response in responses})
         candidates = iter(first)
     metric = None if entry.function else make_metric(entry, labels or ())
 
     def is_usable(example: Example) -> bool:
         if metric is None or metric.expected(example.response) is not None:
             return True
-        dropped[f"the expected response is no {entry.metric}"] += 1
+        dropped[f"the expected response is not a {entry.metric}"] += 1
         return False
 
     examples = list(islice(filter(is_usable, candidates), entry.limit))

@@ -4,6 +4,7 @@ Each metric reads something from a text, such as its last number, and compares w
 answer with what it read in the expected response. An answer that cannot be read scores 0.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -29,8 +30,13 @@ READING = ("regex", "number", "json", "label")
 """Metrics that read something in an answer, and may find nothing."""
 
 _EDGES = " \t.,;:!?\"'`*“”‘’„«»。，、！？："
-_NUMBER = regex.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_NUMBER = regex.compile(
+    r"(?:(?<!\w)[-+−])?(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+)
 _FENCE = regex.compile(r"```(?:json)?\s*(.*?)```", regex.DOTALL | regex.IGNORECASE)
+_JSON_STARTS = 20
+"""Places in a text at which JSON may begin."""
+
 PATTERN_SECONDS = 5.0
 _FUNCTION_SECONDS = 600.0
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "SYSTEMROOT")
@@ -79,8 +85,20 @@ def make_metric(entry: TextEval, labels: Sequence[str]) -> Metric:
     return _METRICS[entry.metric]
 
 
-def grade(entry: TextEval, metric: Metric | None, answers: Sequence[Answer]) -> list[Graded]:
+def grade(
+    entry: TextEval,
+    metric: Metric | None,
+    answers: Sequence[Answer],
+    *,
+    are_responses: bool = False,
+) -> list[Graded]:
     """Score answers; without a metric by the user's own function.
+
+    Args:
+        entry: the task's section of the spec.
+        metric: of the job's own.
+        answers: the answers, with what was asked and expected.
+        are_responses: whether the answers are expected responses of other prompts.
 
     Raises:
         UsageError: the function fails, or returns no number from 0 to 1.
@@ -90,7 +108,8 @@ def grade(entry: TextEval, metric: Metric | None, answers: Sequence[Answer]) -> 
         return [Graded(s, a.answer) for s, a in zip(scores, answers, strict=True)]
     graded = []
     for answer in answers:
-        expected, parsed = metric.expected(answer.expected), metric.read(answer.answer)
+        expected = metric.expected(answer.expected)
+        parsed = (metric.expected if are_responses else metric.read)(answer.answer)
         is_read = expected is not None and parsed is not None
         score = metric.compare(expected or "", parsed or "") if is_read else 0.0
         graded.append(Graded(round(score, 6), parsed))
@@ -102,6 +121,10 @@ def normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_EDGES)
 
 
+def _read_text(text: str) -> str | None:
+    return normalize(text) or None
+
+
 def _same(expected: str, answer: str) -> float:
     return float(expected == answer)
 
@@ -109,13 +132,13 @@ def _same(expected: str, answer: str) -> float:
 def _f1(expected: str, answer: str) -> float:
     words, given = Counter(split_words(expected)), Counter(split_words(answer))
     if not words or not given:
-        return float(words == given)
+        return _same(expected, answer)
     return float(2 * (words & given).total() / (words.total() + given.total()))
 
 
 def _read_number(text: str) -> str | None:
-    numbers = _NUMBER.findall(unicodedata.normalize("NFKC", text))
-    return numbers[-1].replace(",", "").replace("−", "-") if numbers else None
+    numbers = [n.replace(",", "").replace("−", "-") for n in _NUMBER.findall(text)]
+    return next((number for number in reversed(numbers) if math.isfinite(float(number))), None)
 
 
 def _same_number(expected: str, answer: str) -> float:
@@ -123,15 +146,17 @@ def _same_number(expected: str, answer: str) -> float:
 
 
 def _read_json(text: str) -> str | None:
-    """Return the JSON in a code block or after the first bracket, without what follows it."""
+    """Return the first JSON value, in a code block or not, without the text around it."""
     fenced = _FENCE.search(text)
-    text = fenced[1] if fenced else text
-    start = regex.search(r"[\[{]", text)
-    try:
-        value, _ = json.JSONDecoder().raw_decode(text, start.start() if start else 0)
-        return json.dumps(value, ensure_ascii=False)
-    except (ValueError, RecursionError):
-        return None
+    text = (fenced[1] if fenced else text).strip()
+    starts = [match.start() for match in regex.finditer(r"[\[{]", text)]
+    for start in [0, *starts][:_JSON_STARTS]:
+        with contextlib.suppress(ValueError, RecursionError):
+            value, _ = json.JSONDecoder().raw_decode(text, start)
+            read = json.dumps(value, ensure_ascii=False)
+            json_fields(read)  # not nested too deeply
+            return read
+    return None
 
 
 def json_fields(text: str) -> dict[str, Any]:
@@ -161,8 +186,21 @@ def _same_fields(expected: str, answer: str) -> float:
 
 
 def _label_metric(labels: Sequence[str]) -> Metric:
-    """Return the metric of classes: the one label that an answer is, or names as words."""
-    by_form = {normalize(label): label for label in labels}
+    """Return the metric of classes: the one label that an answer is, or names as words.
+
+    Raises:
+        UsageError: labels cannot be told apart.
+    """
+    by_form: dict[str, str] = {}
+    for label in labels:
+        form = normalize(label)
+        other = by_form.setdefault(form, label)
+        if not form or other.casefold() != label.casefold():
+            raise UsageError(
+                f"evals.tasks: the label {label!r} cannot be told from "
+                f"{repr(other) if form else 'an empty answer'}, because punctuation at the ends is "
+                "ignored; write labels as words"
+            )
     longest = sorted(by_form, key=len, reverse=True)
     named = regex.compile("|".join(rf"(?<!\w){regex.escape(form)}(?!\w)" for form in longest))
 
@@ -207,8 +245,8 @@ def _regex_metric(entry: TextEval) -> Metric:
 
 _TEXT = "lower case; spaces and punctuation at the ends are ignored"
 _METRICS = {
-    "exact_match": Metric(f"the complete answer in {_TEXT}", normalize, _same),
-    "f1": Metric(f"the words in {_TEXT}", normalize, _f1),
+    "exact_match": Metric(f"the complete answer in {_TEXT}", _read_text, _same),
+    "f1": Metric(f"the words in {_TEXT}", _read_text, _f1),
     "number": Metric(
         "the last number, with a point before decimals; equal to six digits",
         _read_number,
@@ -226,16 +264,21 @@ _METRICS = {
 
 
 _RUNNER = """
-import importlib.util, json, sys
+import importlib.util, json, os, sys
 
 path, folder, name = sys.argv[1:]
-results, sys.stdout = sys.stdout, sys.stderr
+answers, results = open(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w")
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the function prints or reads is its own
+os.dup2(2, 1)
 sys.path.insert(0, folder)
 spec = importlib.util.spec_from_file_location("metric", path)
 module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-for line in sys.stdin:
-    print(json.dumps(float(getattr(module, name)(**json.loads(line)))), file=results)
+try:
+    spec.loader.exec_module(module)
+    for line in answers:
+        print(float(getattr(module, name)(**json.loads(line))), file=results)
+except Exception as error:
+    print(json.dumps(f"{type(error).__name__}: {error}"), file=results)
 """
 
 
@@ -250,15 +293,18 @@ def _run_function(entry: TextEval, answers: Sequence[Answer]) -> list[float]:
     with tempfile.TemporaryDirectory() as home:
         try:
             done = subprocess.run(
-                command, input=lines, capture_output=True, text=True, encoding="utf-8",
+                command, input=lines, capture_output=True, encoding="utf-8", errors="replace",
                 env=environment | {"HOME": home}, timeout=_FUNCTION_SECONDS, check=False,
+                start_new_session=True,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise UsageError(f"{where} took more than {_FUNCTION_SECONDS:.0f} s") from None
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UsageError(f"{where} failed: {last[:300]}")
-    scores = [float(line) for line in done.stdout.split()]
+    printed = done.stdout.splitlines()
+    if printed and printed[-1].startswith('"'):
+        raise UsageError(f"{where} failed: {json.loads(printed[-1])[:300]}")
+    if len(printed) != len(answers):
+        raise UsageError(f"{where} ended after {len(printed)} of {len(answers)} answers")
+    scores = list(map(float, printed))
     for answer, score in zip(answers, scores, strict=True):
         if not 0 <= score <= 1:
             raise UsageError(

@@ -11,7 +11,9 @@ from job.evals.metrics import BEFORE_AFTER
 from job.evals.predictions import DIALOGUE, JUDGE, DialogueLine, Line, read_predictions
 from job.evals.remote_model import RemoteModel
 from job.pipeline import layout
+from job.pipeline.data_stage import read_examples
 from job.pipeline.eval_stage import write_predictions
+from job.pipeline.layout import VALIDATION_EXAMPLES
 from job.pipeline.reference_stage import RemoteOutcome, ask_remote_model, skipped
 from job.pipeline.run import Run
 from job.runtime import logs
@@ -39,7 +41,9 @@ def _judge(run: Run, judge: JudgeEval, remote: RemoteModel) -> Sequence[Line]:
     pairs = [
         dict(zip(BEFORE_AFTER, pair, strict=True)) for pair in zip(before, after, strict=True)
     ][: judge.examples]
-    requests = make_requests(judge.rubric, pairs)
+    examples = {example.id: example for example in read_examples(run, VALIDATION_EXAMPLES)}
+    prompts = [examples[pair["baseline"].id].prompt_messages for pair in pairs]
+    requests = make_requests(judge.rubric, prompts, pairs)
     replies = remote.complete(JUDGE, {r.id: r.messages for pair in requests for r in pair})
     lines = [
         judge_line(pair, both, [replies[request.id] for request in both])

@@ -101,13 +101,15 @@ def _evaluate(run: Run, reference: Reference, remote: RemoteModel) -> list[Line]
 
     for entry in run.spec.reference_tasks:
         write(entry.name, remote.answer_questions(load_task(entry, run.revisions)))
+    # A model that reasons needs its own limit: reasoning counts.
+    is_limited = reference.reasoning == "none"
     for task in load_text_tasks(run, run.spec.reference_text_tasks):
-        write(task.entry.name, remote.answer_task(task))
+        limit = task.entry.max_new_tokens if is_limited else None
+        write(task.entry.name, remote.answer_task(task, limit))
     dialogue = run.spec.evals.dialogue
     if reference.dialogue and dialogue is not None:
         examples = read_examples(run, VALIDATION_EXAMPLES, dialogue.max_examples)
-        # A model that reasons needs its own limit: reasoning counts.
-        limit = dialogue.max_new_tokens if reference.reasoning == "none" else None
+        limit = dialogue.max_new_tokens if is_limited else None
         write(DIALOGUE, remote.answer_examples(examples, limit))
     section = run.spec.evals.side_by_side
     examples = read_examples(run, VALIDATION_EXAMPLES, section.max_examples)

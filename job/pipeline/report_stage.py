@@ -187,9 +187,9 @@ def _text_task(run: Run, entry: TextEval, *, has_reference: bool) -> TextTaskRes
     return summarize_text_task(
         entry,
         models,
-        lambda answers: grade(entry, metric, answers),
+        lambda answers, responses: grade(entry, metric, answers, are_responses=responses),
         _bootstrap(run),
-        normalization=metric.normalization if metric else f"as {entry.metric} does",
+        normalization=metric.normalization if metric else "a function of the user's",
         revision=source.revision,
         rows=source.rows,
         truncated=source.truncated,
@@ -201,8 +201,9 @@ def _judge(run: Run) -> JudgeResult | None:
     judge = run.spec.evals.judge
     if judge is None:
         return None
-    lines = _lines(run, "judge", DIALOGUE, JudgeLine)
     service = run.outcome("judge", RemoteOutcome).result
+    is_skipped = service.status == "skipped"  # its file may be of an earlier judge
+    lines = [] if is_skipped else _lines(run, "judge", DIALOGUE, JudgeLine)
     return summarize_judge(judge.rubric, lines, service, _bootstrap(run))
 
 

@@ -219,7 +219,8 @@ def _text_tasks(entries: Sequence[TextEval], revisions: Revisions) -> list[objec
         if entry.dataset != HELD_OUT:
             identities.append(_source(entry, revisions))
         if entry.function is not None:
-            identities.append(_content(Path(entry.function[0])))
+            folder = Path(entry.function[0]).parent  # it may import what is beside it
+            identities.append({path.name: _content(path) for path in sorted(folder.glob("*.py"))})
     return identities
 
 

@@ -125,6 +125,7 @@ def workload(
     share = LOSS_SHARE if train.loss_on == "response" else 1.0
     steps = math.ceil(rows / train.batch_size) * train.epochs
     every = train.validate_every
+    evaluations = tuple(_evaluations(spec, assumptions))
     return Workload(
         examples=count,
         tokens_per_example=mean,
@@ -137,7 +138,7 @@ def workload(
         validations=1
         + (steps // every if every else 0)
         + (0 if every and not steps % every else 1),
-        evaluations=(evaluations := tuple(_evaluations(spec, assumptions))),
+        evaluations=evaluations,
         evidence=tuple(_evidence(spec, {each.name: each.prompts for each in evaluations})),
         assumptions=tuple(assumptions),
     )
@@ -176,9 +177,9 @@ def _evaluations(spec: Spec, assumptions: list[str]) -> Sequence[EvalWorkload]:
         tokens = _OPTIONS * QUESTION_TOKENS
         evaluations.append(EvalWorkload(harness.name, "letters", count, tokens, 0))
     for task in spec.evals.tasks:
-        count = task.limit or held_out
-        if task.dataset != HELD_OUT and task.limit is None:
-            count = _rows_of(task, "dialogues", assumptions)
+        count = min(task.limit or held_out, held_out)
+        if task.dataset != HELD_OUT:
+            count = task.limit or _rows_of(task, "dialogues", assumptions)
         evaluations.append(EvalWorkload(task.name, "generate", count, prompt, task.max_new_tokens))
     if (dialogue := spec.evals.dialogue) is not None:
         count, new = min(dialogue.max_examples, held_out), dialogue.max_new_tokens
@@ -198,14 +199,14 @@ def _questions(entry: MultipleChoiceEval, assumptions: list[str]) -> EvalWorkloa
 
 def _evidence(spec: Spec, prompts: Mapping[str, int]) -> Iterator[str]:
     """Yield what each retention task can show with its number of questions."""
-    from job.evals.statistics import power_of_retention, questions_for_retention
-
     evals = spec.evals
     entries: list[MultipleChoiceEval | HarnessEval | TextEval] = [
         *evals.multiple_choice, *evals.harness, *evals.tasks,
     ]  # fmt: skip
     for entry in entries:
         if entry.role == "retention":
+            from job.evals.statistics import power_of_retention, questions_for_retention
+
             questions = prompts[entry.name]
             power = power_of_retention(questions, _DISCORDANT, entry.margin)
             needed = questions_for_retention(_DISCORDANT, entry.margin)

@@ -5,7 +5,13 @@ from typing import Any
 
 from job.report.plots import model_label, ordered, percent
 from job.results import Results
-from job.scores import Estimate, MultipleChoiceResult, TextTaskResult, TrivialBaselines
+from job.scores import (
+    Estimate,
+    MeanComparison,
+    MultipleChoiceResult,
+    TextTaskResult,
+    TrivialBaselines,
+)
 
 BEFORE_AFTER = ("baseline", "finetuned")
 
@@ -105,9 +111,11 @@ def caveats(results: Results) -> Iterator[str]:
             "The checkpoint was chosen by the loss on the same held-out examples that are reported "
             "here, which favors the tuned model: measure on other examples before you rely on it."
         )
-    if sum(len(choice.comparisons) for choice in choices) + bool(dialogue) > 1:
+    scored = [*results.evaluation.harness, *results.evaluation.tasks]
+    if sum(len(choice.comparisons) for choice in choices) + bool(dialogue) + len(scored) > 1:
         yield "Findings are based on p-values corrected for multiple comparisons (Holm)."
-    means = [part.comparison for part in (dialogue, results.evaluation.loss) if part]
+    parts = [part for part in (dialogue, results.evaluation.loss, *scored) if part]
+    means = [part.comparison for part in parts if isinstance(part.comparison, MeanComparison)]
     if fewest := min((test.examples for test in means if test.examples < FEW), default=0):
         yield (
             f"Means over {fewest:,} held-out examples are uncertain: with fewer than {FEW}, tests "

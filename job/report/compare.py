@@ -206,8 +206,9 @@ class _Pair:
             if other is None:
                 self._note(f"{ours.name} is not an evaluation of {self._b}")
                 continue
-            if other.metric != ours.metric:
-                self._note(f"{ours.name} was scored by {ours.metric} and by {other.metric}")
+            ways = [(task.metric, getattr(task, "normalization", "")) for task in (ours, other)]
+            if ways[0] != ways[1]:
+                self._note(f"{ours.name} was scored in two ways: {ways[0]} and {ways[1]}")
                 continue
             runs = (self._first, self._second)
             lines = [run.scored.get(ours.name, []) for run in runs]

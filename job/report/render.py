@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from job.report.caveats import BEFORE_AFTER, caveats, left_out, trivial_baselines, warnings
 from job.report.plots import accuracy_bars, loss_curve, model_label, ordered, percent, rate_curve
-from job.report.verdict import judge_clause
+from job.report.verdict import judge_clause, task_measure
 from job.results import Results
 from job.runtime.logs import legible
 from job.scores import (
@@ -132,6 +132,11 @@ def key_figures(results: Results) -> list[KeyFigure]:
                 difference = f"{_signed(100 * pair.difference, 1)} points"
                 note = f"{difference} ({_span(pair.ci95, 100, 1)}), p\u00a0{_p(pair.p_value)}"
         figures.append(KeyFigure(f"Accuracy, {choice.name}", _arrow(shares), note))
+    for task in results.evaluation.tasks[:3]:
+        measure = task_measure(task)
+        note = f"{_signed(task.comparison.difference)} ({_span(task.comparison.ci95)})"
+        change = f"{measure.before} \u2192 {measure.after}"
+        figures.append(KeyFigure(measure.noun, change, note))
     if dialogue := results.evaluation.dialogue:
         rouge = {name: f"{score.rougeL.mean:.3f}" for name, score in dialogue.models.items()}
         note = f"{_signed(dialogue.comparison.difference)} ({_span(dialogue.comparison.ci95)})"

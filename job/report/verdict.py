@@ -60,7 +60,7 @@ def decide(evaluation: Evaluation) -> Verdict:
     data, not that its answers are better. It decides where nothing else was measured.
     """
     choices = list(_tasks(evaluation))
-    measured = [*choices, *map(_task, (*evaluation.harness, *evaluation.tasks))]
+    measured = [*choices, *map(task_measure, (*evaluation.harness, *evaluation.tasks))]
     tasks = [measure for measure in measured if measure.test.family == "primary"]
     kept = [measure for measure in measured if measure.test.family == "retention"]
     likeness = [] if evaluation.dialogue is None else [_likeness(evaluation.dialogue)]
@@ -165,7 +165,8 @@ METRIC_NAMES = {
 """The metrics of tasks with free answers, in words."""
 
 
-def _task(result: HarnessResult | TextTaskResult) -> Measure:
+def task_measure(result: HarnessResult | TextTaskResult) -> Measure:
+    """Return what a task of lm-evaluation-harness, or one with free answers, measured."""
     before, after = (result.models[name] for name in ("baseline", "finetuned"))
     test, note = result.comparison, ""
     is_accuracy = isinstance(test, Comparison)

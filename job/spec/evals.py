@@ -1,8 +1,8 @@
 """The `evals` section of the spec: what is asked, and how answers are scored."""
 
-import re
 from typing import Annotated, Any, Literal, Self
 
+import regex
 from pydantic import ConfigDict, Field, model_validator
 
 from job.spec.data import ExampleSource, Section, Source
@@ -195,6 +195,8 @@ class TextEval(ExampleSource):
                 "the held-out examples have their prompts and responses; remove the templates, or "
                 "name a `dataset`"
             )
+        elif "split" in self.model_fields_set:
+            raise ValueError("`split` needs a `dataset`; the held-out examples have none")
 
     @model_validator(mode="after")
     def _known_metric(self) -> Self:
@@ -209,9 +211,9 @@ class TextEval(ExampleSource):
             raise ValueError("`labels` belongs to `metric: label`; remove it")
         if self.pattern is not None:
             try:
-                re.compile(self.pattern)
-            except re.error as error:
-                raise ValueError(f"`pattern` is no regular expression: {error}") from error
+                regex.compile(self.pattern)
+            except (regex.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"`pattern` is not a regular expression: {error}") from error
         return self
 
     @property

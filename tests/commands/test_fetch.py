@@ -115,7 +115,7 @@ def test_a_fetch_that_was_stopped_goes_on(run: Store, target: LocalStore) -> Non
 def test_what_a_run_does_not_leave_is_refused(path: str, run: Store, target: LocalStore) -> None:
     run.write(path, b"evil")
     run.write("results.json", results(artifact(path, b"evil")))
-    with pytest.raises(StageError, match="which is no file of a run"):
+    with pytest.raises(StageError, match="which is not a file of a run"):
         fetch_run(run.uri, target.uri)
     assert not target.root.exists()
 

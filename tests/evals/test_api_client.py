@@ -142,13 +142,8 @@ def test_neither_key_nor_prompt_goes_to_another_host(
     service.faults.add(ROUTE, status=status, headers={"Location": elsewhere})
     reply = client.complete(turns("hello"))
     assert (reply.answer, reply.final) == (None, True)
-    assert "it redirects to localhost" in (reply.error or "")
+    assert "it redirects to http://localhost" in (reply.error or "")
     assert len(service.requests) == 1
-
-
-def test_a_redirect_on_the_same_host_is_followed(client: ChatClient, service: OpenRouter) -> None:
-    service.faults.add(ROUTE, status=307, headers={"Location": service.url + ROUTE})
-    assert client.complete(turns("hello")).answer == "HELLO"
 
 
 def test_openrouter_requests_require_every_parameter(

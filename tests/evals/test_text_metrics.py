@@ -45,6 +45,14 @@ def graded(metric: str, expected: str, answer: str, **more: Any) -> Graded:
         ("number", "-0.5", "the answer is −0.5", 1),
         ("number", "1e-3", "0.001", 1),
         ("number", "7", "seven", 0),
+        ("number", "3", "5-3", 1),
+        ("number", "50 m²", "70 m²", 0),
+        ("number", "12", "12 tons of CO2", 1),
+        ("number", "0.5", ".5", 1),
+        ("number", "19", "COVID-19", 1),
+        ("number", "1e400", "2e400", 0),
+        ("f1", "👍", "👎", 0),
+        ("number", "-3", "(-3)", 1),
         ("label", "billing", "Billing.", 1),
         ("label", "billing", "This is a billing question", 1),
         ("label", "billing", "billing or technical", 0),
@@ -57,6 +65,8 @@ def graded(metric: str, expected: str, answer: str, **more: Any) -> Graded:
         ("json", '{"a": [1, {"b": null}]}', '{"a": [1, {"b": null}]}', 1),
         ("json", '{"a": 1}', "a is 1", 0),
         ("json", "{}", "{}", 1),
+        ("json", "4", " 4", 1),
+        ("json", '["x"]', 'See [1, for {example}: ["x"]', 1),
         ("rouge", "a b c", "a b c", 1),
         ("chrf", "北京", "北京", 1),
     ],
@@ -87,6 +97,18 @@ def test_a_pattern_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -
         graded("regex", "x", "a" * 60 + "b", pattern=r"(a|aa)+$")
 
 
+@pytest.mark.parametrize("labels", [["yes", "?"], ["*", "**"], ["C.", "C!"]])
+def test_labels_that_cannot_be_told_apart_are_refused(labels: list[str]) -> None:
+    with pytest.raises(UsageError, match="cannot be told from"):
+        make_metric(entry_of("label"), labels)
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "f1"])
+def test_nothing_is_never_the_same_as_nothing(metric: str) -> None:
+    assert make_metric(entry_of(metric), ()).expected("...") is None
+    assert graded(metric, "Yes", "").parsed is None
+
+
 @pytest.mark.parametrize(("metric", "answer"), [("number", "none"), ("label", "?"), ("json", "{")])
 def test_what_cannot_be_read_is_unparsed(metric: str, answer: str) -> None:
     assert graded(metric, {"number": "1", "label": "billing", "json": "1"}[metric], answer) == (
@@ -100,7 +122,7 @@ def test_what_cannot_be_read_is_unparsed(metric: str, answer: str) -> None:
         ({"metric": "bleu"}, "there is no metric 'bleu'"),
         ({"metric": "regex"}, "needs a `pattern`"),
         ({"metric": "f1", "pattern": "x"}, "needs a `pattern`, and only it"),
-        ({"metric": "regex", "pattern": "("}, "no regular expression"),
+        ({"metric": "regex", "pattern": "("}, "not a regular expression"),
         ({"metric": "f1", "labels": ["a", "b"]}, "`labels` belongs to"),
         ({"metric": "f1", "dataset": "x.jsonl"}, "write `prompt` and `response`"),
         ({"metric": "f1", "prompt": "{a}", "response": "{b}"}, "have their prompts"),
@@ -112,12 +134,16 @@ def test_entries_that_mean_nothing_are_refused(entry: dict[str, Any], message: s
 
 
 OWN = """
-import os
+import os, sys
 
 def score(prompt, expected, answer):
     print("noise")
-    return {"environment": float(any("KEY" in name or "TOKEN" in name for name in os.environ)),
-            "broken": None, "large": 7}.get(prompt, float(expected == answer))
+    os.system("echo more; cat")
+    if prompt == "quits":
+        sys.exit(0)
+    secrets = [name for name in os.environ if "KEY" in name or "TOKEN" in name]
+    special = {"environment": len(secrets), "broken": None, "large": 7}
+    return special.get(prompt, float(expected == answer))
 """
 
 
@@ -141,7 +167,10 @@ def test_a_function_of_the_users_scores_without_secrets(
     assert os.environ["HF_TOKEN"] == "hf-secret"
 
 
-@pytest.mark.parametrize(("prompt", "message"), [("broken", "TypeError"), ("large", "returned 7")])
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("broken", "TypeError"), ("large", "returned 7"), ("quits", "ended after 0 of 1")],
+)
 def test_a_function_that_fails_is_named(own: TextEval, prompt: str, message: str) -> None:
     with pytest.raises(UsageError, match=f"mine.py:score.*{message}"):
         grade(own, None, [Answer(prompt, "a", "b")])
@@ -169,7 +198,8 @@ def summarize(metric: str, triples: list[tuple[str, str, str]], **more: Any) -> 
 
     return summarize_text_task(
         entry, {"baseline": lines(1), "finetuned": lines(2)},
-        lambda answers: grade(entry, made, answers), Bootstrap(500, 0),
+        lambda answers, responses: grade(entry, made, answers, are_responses=responses),
+        Bootstrap(500, 0),
         normalization=made.normalization, revision=None, truncated=0, trained_prompts=0,
         rows=RowCounts(raw=len(triples), valid=len(triples), dropped={}),
     )  # fmt: skip
@@ -198,6 +228,13 @@ def test_a_task_stands_beside_what_needs_no_model() -> None:
     assert result.models == {"baseline": 0.9, "finetuned": 1.0}
     assert (result.comparison.gained, result.comparison.lost) == (10, 0)
     assert result.scores["baseline"].macro_f1.mean == pytest.approx(0.9 * 2 / 1.9 / 2)
+
+
+def test_trivial_baselines_are_read_as_responses() -> None:
+    rows = [("yes" if n % 10 else "no", "Answer: yes", "yes") for n in range(20)]
+    result = summarize("regex", rows, pattern=r"Answer: (\w+)")
+    assert result.models == {"baseline": 0.9, "finetuned": 0.0}
+    assert result.trivial["majority_answer"].mean == 0.9
 
 
 def test_fields_of_json_are_counted_apart() -> None:
