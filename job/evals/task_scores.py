@@ -1,5 +1,6 @@
 """Scores of tasks with free answers, and of those of lm-evaluation-harness."""
 
+import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
@@ -112,11 +113,11 @@ def summarize_text_task(
     comparison = compare_scores(BEFORE_AFTER, lines, after, bootstrap, entry)
     assert comparison is not None  # local models answer everything
     expected = [line.expected for line in lines]
-    half = len(lines) // 2  # neighbors may be about the same thing
+    shuffled = random.Random(bootstrap.seed).sample(expected, len(expected))
     trivial = {
         "majority_answer": ([Counter(expected).most_common(1)[0][0]] * len(lines), True),
         "echoed_prompt": ([line.prompt for line in lines], False),
-        "shuffled_answer": ([*expected[half:], *expected[:half]], True),
+        "shuffled_answer": (shuffled, True),
     }
 
     def trivial_score(answers: Sequence[str], are_responses: bool) -> Estimate:

@@ -83,6 +83,7 @@ def test_every_score_is_that_of_its_predictions(finished: tuple[Done, Path, Open
     parity, held, own = results.evaluation.tasks
     assert (parity.samples, parity.rows.dropped) == (20, {"null in 'a'": 1})
     assert parity.trivial["majority_answer"].mean == 0.5
+    assert 0.2 < parity.trivial["shuffled_answer"].mean < 0.8
     assert parity.models["reference"] == 0.5
     assert (held.task, held.samples, own.samples) == ("held-out", 6, 3)
     assert own.comparison.family == "retention"
