@@ -44,7 +44,7 @@ BEFORE_AFTER = ("baseline", "finetuned")
 COMPARED_MODELS: tuple[tuple[str, str], ...] = (BEFORE_AFTER, ("finetuned", "reference"))
 
 
-def family_of(models: tuple[str, str], role: Role = "target") -> Family:
+def comparison_family(models: tuple[str, str], role: Role = "target") -> Family:
     if "reference" in models:
         return "secondary"
     return "retention" if role == "retention" else "primary"
@@ -89,7 +89,7 @@ def compare_choices(
         {identity: line.correct for identity, line in answered(lines).items()}
         for lines in (before, after)
     )
-    family = family_of(models, entry.role if entry else "target")
+    family = comparison_family(models, entry.role if entry else "target")
     margin = entry.margin if entry and family == "retention" else None
     return compare_proportions(models, first, second, family, margin)
 
@@ -196,7 +196,9 @@ def compare_dialogues(
         {identity: line.rougeL for identity, line in answered(lines).items()}
         for lines in (before, after)
     )
-    return compare_means(MeanComparison, models, first, second, bootstrap, family_of(models))
+    return compare_means(
+        MeanComparison, models, first, second, bootstrap, comparison_family(models)
+    )
 
 
 def trivial_baselines(

@@ -7,7 +7,7 @@ from statistics import fmean
 
 import numpy as np
 
-from job.evals.metrics import BEFORE_AFTER, cut_in_thoughts, family_of
+from job.evals.metrics import BEFORE_AFTER, comparison_family, cut_in_thoughts
 from job.evals.paired import compare_means, compare_proportions
 from job.evals.predictions import HarnessLine, TextLine, answered
 from job.evals.statistics import Bootstrap, bootstrap_mean, proportion
@@ -50,7 +50,7 @@ def compare_scores(
         {identity: line.score for identity, line in answered(lines).items()}
         for lines in (before, after)
     )
-    family = family_of(models, entry.role if entry else "target")
+    family = comparison_family(models, entry.role if entry else "target")
     margin = entry.margin if entry and family == "retention" else None
     metric = entry.metric if entry else metric
     if metric not in GRADUAL and {*first.values(), *second.values()} <= {0.0, 1.0}:

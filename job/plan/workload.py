@@ -209,9 +209,10 @@ def _evidence(spec: Spec, prompts: Mapping[str, int]) -> Iterator[str]:
 
             questions = prompts[entry.name]
             power = power_of_retention(questions, _DISCORDANT, entry.margin)
+            points = f"{100 * entry.margin:g} point{'' if entry.margin == 0.01 else 's'}"
             needed = questions_for_retention(_DISCORDANT, entry.margin)
             yield (
-                f"{entry.name}: {questions:,} questions exclude a loss of {100 * entry.margin:g} "
-                f"points with a probability of {power:.0%}, {needed:,} with 80%, if nothing is "
+                f"{entry.name}: {questions:,} questions exclude a loss of {points} "
+                f"with a probability of {power:.0%}, {needed:,} with 80%, if nothing is "
                 f"lost and {_DISCORDANT:.0%} of the questions change sides"
             )

@@ -17,6 +17,7 @@ from job.scores import (
     Estimate,
     HarnessResult,
     MeanComparison,
+    MultipleChoiceResult,
     Record,
     TextTaskResult,
 )
@@ -172,58 +173,55 @@ class _Pair:
         self.notes: list[str] = []
 
     def tasks(self) -> Iterator[TaskTest]:
-        """Yield tests of tasks with the same name and scoring."""
-        theirs = {c.name: c for c in self._second.results.evaluation.multiple_choice}
-        for ours in self._first.results.evaluation.multiple_choice:
-            other = theirs.get(ours.name)
-            if other is None:
-                self._note(f"{ours.name} is not an evaluation of {self._b}")
-            elif other.scoring != ours.scoring:
-                self._note(f"{ours.name} was scored by {ours.scoring} and by {other.scoring}")
-            else:
-                before, after, unmatched = _shared(
-                    self._first.choices.get(ours.name, []),
-                    self._second.choices.get(ours.name, []),
-                    _choice_key,
-                )
-                test = compare_choices(self._models, before, after)
-                if test is None:
-                    self._note(f"{ours.name} has no question that both answered")
-                else:
-                    yield TaskTest(
-                        eval=ours.name,
-                        scoring=ours.scoring,
-                        only_a=unmatched[0],
-                        only_b=unmatched[1],
-                        test=test,
-                    )
-
-    def scored(self) -> Iterator[ScoreTest]:
-        """Yield tests of other tasks with the same name and metric."""
-        theirs = {task.name: task for task in scored_tasks(self._second.results)}
-        for ours in scored_tasks(self._first.results):
-            other = theirs.get(ours.name)
-            if other is None:
-                self._note(f"{ours.name} is not an evaluation of {self._b}")
-                continue
-            ways = [(task.metric, getattr(task, "normalization", "")) for task in (ours, other)]
-            if ways[0] != ways[1]:
-                self._note(f"{ours.name} was scored in two ways: {ways[0]} and {ways[1]}")
-                continue
-            runs = (self._first, self._second)
-            lines = [run.scored.get(ours.name, []) for run in runs]
-            before, after, unmatched = _shared(lines[0], lines[1], _score_key)
-            test = compare_scores(self._models, before, after, self._bootstrap, metric=ours.metric)
+        """Yield tests of multiple-choice tasks with the same name and scoring."""
+        ours, theirs = (
+            run.results.evaluation.multiple_choice for run in (self._first, self._second)
+        )
+        for task in self._shared_tasks(ours, theirs, lambda task: task.scoring):
+            before, after, unmatched = _shared(
+                self._first.choices.get(task.name, []),
+                self._second.choices.get(task.name, []),
+                _choice_key,
+            )
+            test = compare_choices(self._models, before, after)
             if test is None:
-                self._note(f"{ours.name} has no sample that both answered")
+                self._note(f"{task.name} has no question that both answered")
             else:
-                yield ScoreTest(
-                    eval=ours.name,
-                    metric=ours.metric,
+                yield TaskTest(
+                    eval=task.name,
+                    scoring=task.scoring,
                     only_a=unmatched[0],
                     only_b=unmatched[1],
                     test=test,
                 )
+
+    def scored(self) -> Iterator[ScoreTest]:
+        """Yield tests of other tasks with the same name, metric and normalization."""
+        ours, theirs = (scored_tasks(run.results) for run in (self._first, self._second))
+        for task in self._shared_tasks(ours, theirs, _way_of_scoring):
+            lines = [run.scored.get(task.name, []) for run in (self._first, self._second)]
+            before, after, (only_a, only_b) = _shared(lines[0], lines[1], _score_key)
+            test = compare_scores(self._models, before, after, self._bootstrap, metric=task.metric)
+            if test is None:
+                self._note(f"{task.name} has no sample that both answered")
+            else:
+                yield ScoreTest(
+                    eval=task.name, metric=task.metric, only_a=only_a, only_b=only_b, test=test
+                )
+
+    def _shared_tasks[T: MultipleChoiceResult | HarnessResult](
+        self, first: Sequence[T], second: Sequence[T], way: Callable[[T], str]
+    ) -> Iterator[T]:
+        """Yield the first run's tasks that the second one has too, scored in the same way."""
+        theirs = {task.name: task for task in second}
+        for task in first:
+            other = theirs.get(task.name)
+            if other is None:
+                self._note(f"{task.name} is not an evaluation of {self._b}")
+            elif way(other) != way(task):
+                self._note(f"{task.name} was scored by {way(task)} and by {way(other)}")
+            else:
+                yield task
 
     def dialogues(self) -> Iterator[DialogueTest]:
         """Yield the test of held-out dialogues, if answers had the same maximum length."""
@@ -256,6 +254,11 @@ def _choice_key(line: ChoiceLine) -> Hashable:
 def scored_tasks(results: Results) -> list[HarnessResult | TextTaskResult]:
     """Return the tasks of a run that are scored by a metric of their own."""
     return [*results.evaluation.harness, *results.evaluation.tasks]
+
+
+def _way_of_scoring(task: HarnessResult | TextTaskResult) -> str:
+    reads = f" ({task.normalization})" if isinstance(task, TextTaskResult) else ""
+    return f"{task.metric}{reads}"
 
 
 def _score_key(line: HarnessLine | TextLine) -> Hashable:

@@ -93,7 +93,7 @@ def cloud() -> Iterator[Cloud]:
 @pytest.fixture
 def scripts(cloud: Cloud, tmp_path: Path) -> Iterator[Scripts]:
     if shutil.which("gcloud") is None:
-        pytest.skip("gcloud is not installed")
+        pytest.skip("needs gcloud, which is not a Python package: install the Google Cloud CLI")
     (tmp_path / "config.env").write_text("# no settings\n")
     runner = Scripts(cloud, tmp_path, settings(cloud, tmp_path))
     yield runner

@@ -20,7 +20,7 @@ WIDTHS = (390, 1280)
 def browser() -> Iterator[Browser]:
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
     if path is None:
-        pytest.skip("no Chromium is installed")
+        pytest.skip("needs Chromium, which is not a Python package: apt-get install chromium")
     sandbox = os.geteuid() != 0  # it cannot be used by root
     with sync_playwright() as play:
         found = play.chromium.launch(executable_path=path, chromium_sandbox=sandbox)

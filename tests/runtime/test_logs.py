@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import structlog
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from job.pipeline.layout import LOG
@@ -161,8 +161,9 @@ SHAPES = st.sampled_from(
 @given(SHAPES, st.text("ABCDEFGHJKLMNPQRSTUVWXYZ23456789", min_size=36, max_size=60), st.text())
 @settings(deadline=None)
 def test_what_looks_like_a_secret_is_redacted(shape: str, secret: str, around: str) -> None:
+    assume(secret[:16] not in around)
     text = f"{around} {shape.format(secret)} {around}"
-    assert secret[:16] not in Redactor({}).text(text).replace(around, "")
+    assert secret[:16] not in Redactor({}).text(text)
 
 
 @pytest.mark.parametrize(
