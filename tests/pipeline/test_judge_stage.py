@@ -6,7 +6,6 @@ as predictions, and nothing is asked twice.
 
 import random
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,16 +21,13 @@ from job.evals.metrics import BEFORE_AFTER
 from job.evals.paired import decide_findings
 from job.evals.predictions import DialogueLine, JudgeLine, format_predictions, read_predictions
 from job.evals.statistics import Bootstrap
-from job.pipeline.judge_stage import run_stage
 from job.pipeline.layout import VALIDATION_EXAMPLES, predictions
 from job.pipeline.reference_stage import RemoteOutcome
-from job.pipeline.run import Run
 from job.report.verdict import judge_clause
-from job.runtime.signals import StopSignal
 from job.scores import JudgeResult, ReferenceResult, ReferenceTokens
-from job.spec.schema import Spec
 from job.storage.local import LocalStore
-from tests.data.staged import MACHINE
+from tests.pipeline.judge_runs import run_judge_stage
+from tests.pipeline.kills import kill_while_it_waits, saved_replies
 from tests.services.openrouter import Chat, OpenRouter
 
 SECRET = "sk-or-v1-" + "0123456789abcdef" * 4
@@ -105,18 +101,7 @@ def service() -> Iterator[OpenRouter]:
 
 
 def judge(store: LocalStore, service: OpenRouter, **settings: object) -> RemoteOutcome:
-    """Run the stage as a new process would."""
-    section = {
-        "model": "org/judge", "base_url": f"{service.url}/api/v1", "api": "openrouter",
-        "attempts": 1, "concurrency": 8,
-    }  # fmt: skip
-    spec = Spec.model_validate({
-        "name": "t", "model": {"preset": "tiny"},
-        "data": {"dataset": "samples", "prompt": "{input}", "response": "{output}"},
-        "evals": {"judge": section | settings},
-    })  # fmt: skip
-    with tempfile.TemporaryDirectory() as work:
-        return run_stage(Run("r", spec, store, Path(work), StopSignal(), MACHINE))
+    return run_judge_stage(store, f"{service.url}/api/v1", **settings)
 
 
 def result_of(store: LocalStore, outcome: RemoteOutcome) -> JudgeResult:
@@ -183,6 +168,26 @@ def test_nothing_is_asked_twice(store: LocalStore, service: OpenRouter) -> None:
     judge(store, service)
     assert len(service.chats) == 2 * PAIRS + 5 + 2
     assert SECRET not in repr(service.chats)
+
+
+@pytest.mark.slow
+def test_after_a_kill_only_missing_judgements_are_requested(
+    store: LocalStore, service: OpenRouter
+) -> None:
+    service.answer = right
+    output = kill_while_it_waits("judge", store, service, 30, SECRET)
+    answered = saved_replies("judge", store)
+    asked = len(service.chats)
+    assert 30 <= answered < asked < 2 * PAIRS
+    assert not store.list(predictions("judge", "dialogue"))
+
+    outcome = judge(store, service)
+    assert len(service.chats) == asked + 2 * PAIRS - answered
+    assert (outcome.result.status, outcome.result.requests) == ("complete", 2 * PAIRS)
+    result = result_of(store, outcome)
+    assert result.comparison is not None
+    assert (result.comparison.finding, result.missing) == ("improved", 0)
+    assert SECRET not in output
 
 
 def test_the_budget_holds_and_a_larger_one_goes_on(store: LocalStore, service: OpenRouter) -> None:

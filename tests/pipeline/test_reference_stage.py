@@ -1,11 +1,7 @@
 """The reference stage counts nothing as wrong, pays for nothing twice, and keeps the key secret."""
 
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +18,7 @@ from job.pipeline.stages import has_more_to_do
 from job.storage.base import Store
 from job.storage.local import LocalStore
 from job.storage.locations import open_store
+from tests.pipeline.kills import kill_while_it_waits
 from tests.pipeline.reference_runs import (
     ALL,
     DIALOGUES,
@@ -198,38 +195,11 @@ def test_a_stop_saves_the_answers(any_store: Store, service: OpenRouter) -> None
     assert any_store.list(PARTIAL_REPLIES) == []
 
 
-def kill_while_it_waits(store: LocalStore, service: OpenRouter, answers: int) -> str:
-    """Start the stage, kill it after some answers, and return its output and arguments."""
-    service.faults.add("POST", spoil="stall", skip=answers, times=99)
-    before = len(service.requests)
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.pipeline.reference_runs", store.uri, url(service)],
-        env={**os.environ, API_KEY_VARIABLE: SECRET},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        until = time.monotonic() + 60
-        while saved_replies(store) < answers or len(service.requests) < before + answers + 2:
-            assert time.monotonic() < until
-            assert process.poll() is None
-            time.sleep(0.05)
-        arguments = Path(f"/proc/{process.pid}/cmdline").read_text()
-        process.kill()
-        output, _ = process.communicate(timeout=20)
-    service.faults.clear()
-    return output + arguments
-
-
-def saved_replies(store: LocalStore) -> int:
-    return sum((store.read(key) or b"").count(b"\n") for key in store.list(PARTIAL_REPLIES))
-
-
 @pytest.mark.slow
 def test_after_kills_only_missing_answers_are_requested(
     store: LocalStore, service: OpenRouter
 ) -> None:
-    output = kill_while_it_waits(store, service, 9)
+    output = kill_while_it_waits("reference", store, service, 9, SECRET)
     under_way = len(service.chats) - 9
     assert store.read(REPLIES) is None
     service.script.extend(["502"] * 5)
@@ -237,7 +207,7 @@ def test_after_kills_only_missing_answers_are_requested(
     assert len(service.chats) == ALL + under_way
     assert (first.result.requests, first.result.failed) == (ALL, 5)
 
-    output += kill_while_it_waits(store, service, 2)
+    output += kill_while_it_waits("reference", store, service, 2, SECRET)
     again = len(service.chats)
     outcome = run_reference_stage(store, spec_of(url(service)))
     assert len(service.chats) - again == 3
