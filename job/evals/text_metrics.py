@@ -264,7 +264,7 @@ _METRICS = {
 
 
 _RUNNER = """
-import importlib.util, json, os, sys
+import importlib.util, inspect, json, os, sys
 
 path, folder, name = sys.argv[1:]
 answers, results = open(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w")
@@ -275,11 +275,22 @@ spec = importlib.util.spec_from_file_location("metric", path)
 module = importlib.util.module_from_spec(spec)
 try:
     spec.loader.exec_module(module)
+    function = getattr(module, name)
+    inspect.signature(function).bind(prompt="", expected="", answer="")
     for line in answers:
-        print(float(getattr(module, name)(**json.loads(line))), file=results)
+        print(float(function(**json.loads(line))), file=results)
 except Exception as error:
     print(json.dumps(f"{type(error).__name__}: {error}"), file=results)
 """
+
+
+def check_function(entry: TextEval) -> None:
+    """Check that the user's file can be imported and has the function.
+
+    Raises:
+        UsageError: it cannot, or the function takes other arguments.
+    """
+    _run_function(entry, [])
 
 
 def _run_function(entry: TextEval, answers: Sequence[Answer]) -> list[float]:

@@ -12,7 +12,7 @@ from job.pipeline.run import Preflight, Run, StageRecord, now
 from job.pipeline.stages import stage_digests
 from job.pipeline.status import earlier_preflight
 from job.runtime import logs
-from job.spec.evals import HarnessEval
+from job.spec.evals import HarnessEval, TextEval
 from job.spec.fields import SAMPLES, SMOLLM2, is_template_file
 from job.spec.load import digest, run_id, spec_text
 from job.spec.pinning import resolve_all
@@ -55,8 +55,8 @@ def check_local_inputs(spec: Spec) -> None:
     if is_template_file(template) and not Path(template).is_file():
         raise UsageError(f"model.chat_template: there is no file {template!r}")
     for task in spec.evals.tasks:
-        if task.function is not None and not Path(task.function[0]).is_file():
-            raise UsageError(f"evals.tasks '{task.name}': there is no file {task.function[0]!r}")
+        if task.function is not None:
+            _check_function(task)
     for where, source in spec.sources.items():
         if source.dataset == SAMPLES or "://" in source.dataset:
             continue
@@ -68,6 +68,15 @@ def check_local_inputs(spec: Spec) -> None:
                 f"{where}.dataset: there is no file {source.dataset!r}; "
                 "for a dataset on the Hub write hf://owner/name"
             )
+
+
+def _check_function(task: TextEval) -> None:
+    from job.evals.text_metrics import check_function
+
+    assert task.function is not None
+    if not Path(task.function[0]).is_file():
+        raise UsageError(f"evals.tasks '{task.name}': there is no file {task.function[0]!r}")
+    check_function(task)
 
 
 def _check_harness(entry: HarnessEval) -> None:

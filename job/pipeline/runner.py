@@ -30,7 +30,7 @@ from job.pipeline.preflight import (
 )
 from job.pipeline.run import Run, StageRecord, hold_run_lease, now, read_results
 from job.pipeline.run_log import RunLog
-from job.pipeline.stages import NAMES, STAGES, Stage, dependents
+from job.pipeline.stages import NAMES, STAGES, Stage, dependents, stage_digests
 from job.pipeline.status import RunStatus, read_run_status
 from job.results import Results
 from job.runtime import logs
@@ -210,6 +210,8 @@ def _run_stage(run: Run, stage: Stage, save_log: Callable[[], None]) -> None:
     if stage.on_all_processes or run.processes.is_primary:
         outcome = stage.run(run)
         seconds = time.monotonic() - clock
+        if run.processes.is_primary:
+            _check_unchanged(run, stage)
         run.record_stage(stage.name, started, seconds, outcome)
         if stage.name == "report":
             _write_results(run)
@@ -219,6 +221,16 @@ def _run_stage(run: Run, stage: Stage, save_log: Callable[[], None]) -> None:
         lambda: run.records[stage.name].model_dump_json(), run.stop.check
     )
     run.records[stage.name] = StageRecord.model_validate_json(record)
+
+
+def _check_unchanged(run: Run, stage: Stage) -> None:
+    """Refuse the result of a stage whose local files changed while the job ran."""
+    if stage_digests(run.spec, run.revisions)[stage.name] != run.digests[stage.name]:
+        raise UsageError(
+            f"a local file that stage {stage.name} depends on (data, model, chat template or "
+            "metric) changed while the job ran; run the command again: the stages that read it "
+            "are repeated"
+        )
 
 
 def _write_results(run: Run) -> None:

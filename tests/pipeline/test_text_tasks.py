@@ -114,3 +114,40 @@ def test_a_task_that_cannot_run_is_refused_before_anything_is_written(tmp_path: 
     assert done.code == 2
     assert "evals.tasks 'own': there is no file 'missing.py'" in done.err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
+        ("def score(prompt, answer): return 1", "TypeError"),
+        ("def other(prompt, expected, answer): return 1", "has no attribute 'score'"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused_before_anything_is_written(
+    content: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(content)
+    task = f"evals.tasks=[{{name: own, metric: {tmp_path / 'mine.py'}:score}}]"
+    done = job("run", "smoke", "--output", str(tmp_path / "runs"), "--set", task)
+    assert done.code == 2
+    assert message in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_metric_that_changes_while_the_job_runs_is_no_result(
+    two_blocks: str, tmp_path: Path
+) -> None:
+    changing = "from pathlib import Path\n\n\ndef score(prompt, expected, answer):\n"
+    changing += "    Path(__file__).open('a').write('# another version\\n')\n    return 1.0\n"
+    (tmp_path / "mine.py").write_text(changing)
+    task = f"{{name: own, metric: {tmp_path / 'mine.py'}:score, limit: 1, max_new_tokens: 4}}"
+    done = job(
+        "run", "smoke", "--output", str(tmp_path / "runs"), "--until", "baseline",
+        "--set", f"model.preset={two_blocks}", "--set", "evals.dialogue=null",
+        "--set", "evals.multiple_choice=[]", "--set", "evals.side_by_side={examples: 0}",
+        "--set", f"evals.tasks=[{task}]",
+    )  # fmt: skip
+    assert done.code == 2
+    assert "changed while the job ran" in done.err
+    assert not list(tmp_path.glob("runs/*/stages/baseline.json"))
