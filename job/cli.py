@@ -14,6 +14,7 @@ import typer
 from job import __version__
 from job.errors import JobError, RunStoppedError
 from job.runtime.logs import Redactor, legible
+from job.storage.certificates import share_bundle
 
 app = typer.Typer(
     name="job",
@@ -55,6 +56,7 @@ def options(
     ] = False,
 ) -> None:
     """Options before the command."""
+    share_bundle()
 
 
 @app.command()

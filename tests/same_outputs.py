@@ -159,7 +159,9 @@ def results_of(run_folder: Path) -> dict[str, Any]:
     for section, keys in LEFT_OUT.items():
         results[section] = {k: v for k, v in results[section].items() if k not in keys}
     del results["environment"]
-    for artifact in results["artifacts"]:
+    listed = [item for item in results["artifacts"] if not item["path"].startswith("stages/")]
+    results["artifacts"] = listed
+    for artifact in listed:
         if artifact["path"].startswith(TIMED):
             del artifact["bytes"], artifact["sha256"]
     return dict(results)

@@ -92,7 +92,8 @@ def _check_target(target: LocalStore, run_id: str) -> None:
 def fetch_run(uri: str, folder: str) -> None:
     """Download a run to `folder`, except files that are already there with the right checksum.
 
-    `results.json` is written last, so its presence means that the download is complete.
+    `results.json` is written last, so its presence means that the download is complete. The log
+    has no checksum: its last lines are written after the results.
 
     Raises:
         UsageError: there is no finished run at `uri`, or the folder holds something else.

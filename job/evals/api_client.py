@@ -23,14 +23,21 @@ from job.errors import SetupError
 from job.evals.budget import Budget
 from job.runtime import logs
 from job.spec.remote import Endpoint
+from job.storage.certificates import certificate_problem
 from job.storage.retry import retry_after
 
 API_KEY_VARIABLE = "OPENROUTER_API_KEY"
 _RETRYABLE = (408, 409, 425, 429, 500, 502, 503, 504)
-_FATAL = {401: "the API key was rejected", 402: "the account is out of credit"}
+_FATAL = {
+    401: f"the API key in {API_KEY_VARIABLE} was rejected",
+    402: "the account is out of credit",
+}
 _MAX_WAIT_SECONDS = 60.0
 _MAX_REPLY_BYTES = 16_000_000
 _CHUNK_BYTES = 65_536
+_NEW_LIMIT = "max_completion_tokens"
+"""What newer models want instead of `max_tokens`, and name in their refusal."""
+
 _UNSUPPORTED = "the requested parameters"
 """Part of OpenRouter's 404 when no provider of the model supports all parameters."""
 
@@ -79,6 +86,7 @@ class ChatClient:
     key: str = field(repr=False)
     budget: Budget = field(default_factory=lambda: Budget(None))
     sleep: Callable[[float], object] = time.sleep
+    _limit: str = "max_tokens"
     closed: str | None = None
     """Reason why no more requests are sent, such as a refused key."""
 
@@ -123,7 +131,7 @@ class ChatClient:
             "model": self.endpoint.model,
             "messages": _openai_form([m for m in messages if m.role != "tools"]),
             "temperature": 0,
-            "max_tokens": max_tokens,
+            self._limit: max_tokens,
         }
         if messages[0].role == "tools":
             body["tools"] = json.loads(messages[0].content)
@@ -150,12 +158,18 @@ class ChatClient:
                 )
                 content = _read(response, deadline)
         except requests.RequestException as error:
+            if problem := certificate_problem(error):
+                self.closed = problem
+                return _Attempt(Reply(error=problem))
             lost = int(_may_be_billed(error))
             return _Attempt(Reply(error=type(error).__name__, lost=lost), can_retry=True)
         status = response.status_code
         try:
             document = _sanitize(json.loads(content), self.key)
         except (ValueError, RecursionError):
+            if content.startswith((b"data:", b"event:", b":")):
+                self.closed = "the endpoint sends a stream, which is not read; use another base_url"
+                return _Attempt(Reply(error=self.closed, lost=1))
             if status == 200:
                 reply = Reply(error="the body is not JSON", lost=1)
                 return _Attempt(reply, can_retry=True)
@@ -171,7 +185,12 @@ class ChatClient:
         if status in _FATAL:
             self.closed = f"HTTP {status}: {_FATAL[status]}"
             return _Attempt(Reply(error=self.closed))
-        return _Attempt(self._rejection(status, _error_message(document)))
+        message = _error_message(document)
+        if _NEW_LIMIT in message and "max_tokens" in body:
+            self._limit = _NEW_LIMIT
+            limit = body.pop("max_tokens")
+            return self._send(body | {_NEW_LIMIT: limit})
+        return _Attempt(self._rejection(status, message))
 
     def _rejection(self, status: int, message: str) -> Reply:
         """Return the reply to an invalid request."""

@@ -1,6 +1,6 @@
 """Loading a model: from a pinned Hub snapshot, a folder, a preset of KerasHub or of this job."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,8 @@ from job.runtime import logs
 from job.spec.fields import SMOLLM2, TINY
 from job.spec.pinning import NONE, Revisions, resolve_commit, revision_key
 from job.spec.schema import Model
-from job.storage.hub import SCHEME, Repository
+from job.storage.base import PARTIAL
+from job.storage.hub import SCHEME, HubFile, Repository
 from job.storage.locations import cache_folder
 
 
@@ -108,7 +109,17 @@ def _snapshot(model: Model, revisions: Revisions) -> Preset:
     files = [file for file in repository.files(commit) if _is_needed(file.path)]
     folder = cache_folder("models", name.replace("/", "--"), commit)
     repository.fetch(commit, files, folder)
+    _delete_others(folder, files)
     return Preset(str(folder), commit)
+
+
+def _delete_others(folder: Path, files: Sequence[HubFile]) -> None:
+    """Delete what the commit does not list; another process may be downloading what it lists."""
+    listed = {file.path for file in files}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_dir() and name not in listed and PARTIAL not in name:
+            path.unlink(missing_ok=True)
 
 
 def _is_needed(path: str) -> bool:

@@ -7,11 +7,12 @@ are deleted first.
 """
 
 import contextvars
+import hashlib
 import logging
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from job.pipeline.run import Run, StageRecord, hold_run_lease, now, read_results
 from job.pipeline.run_log import RunLog
 from job.pipeline.stages import NAMES, STAGES, Stage, dependents, stage_digests
 from job.pipeline.status import RunStatus, read_run_status
-from job.results import Results
+from job.results import Artifact, Results
 from job.runtime import logs
 from job.runtime.signals import STOP
 from job.runtime.watchdog import WATCHDOG
@@ -244,11 +245,24 @@ def _write_results(run: Run) -> None:
     }
     complete = results.model_copy(
         update={
-            "artifacts": [item for name in NAMES for item in run.records[name].outputs],
+            "artifacts": [
+                *(item for name in NAMES for item in run.records[name].outputs),
+                *_stage_records(run),
+            ],
             "run": results.run.model_copy(update=timing),
         }
     )
     run.commit(layout.RESULTS, complete.model_dump_json(indent=2).encode())
+
+
+def _stage_records(run: Run) -> Iterator[Artifact]:
+    """Describe the records of the stages, as files to fetch."""
+    for name in NAMES:
+        key = layout.stage_record(name)
+        content = run.store.read(key)
+        if content is not None:
+            digest = hashlib.sha256(content).hexdigest()
+            yield Artifact(path=key, bytes=len(content), sha256=digest)
 
 
 def _explain(error: Exception, run: Run) -> StageError | RunStoppedError:

@@ -31,7 +31,10 @@ LETTERS = string.ascii_uppercase
 LM_EVAL = "lm-eval"
 """Value of `prompt` for lm-evaluation-harness's MedMCQA prompt."""
 
-HUB = r"hf://[\w.-]+/[\w.-]+"
+_HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
+HUB = rf"hf://(?!.*\.\.){_HUB_NAME}/{_HUB_NAME}"
+"""A repository of the Hub; its names are parts of paths and addresses."""
+
 _BRACES = re.compile(r"\{\{|\}\}|\{(?P<field>[^{}]*)\}|[{}]")
 _COLUMN = re.compile(r""" *[^\s"'][^\n]*""")
 """A column; JSON that was meant as text is none."""

@@ -294,6 +294,7 @@ def client(emulator: str) -> storage.Client:
     )
     session = made._http
     session.trust_env = not emulator
+    session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
     session.auth = lambda request: request  # without one, `requests` takes that of .netrc
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))

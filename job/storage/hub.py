@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ CARD_FILE = "README.md"
 """The card of a repository."""
 
 _THREADS = 4
+_MAX_REPLY_BYTES = 64_000_000
+_REPLY_SECONDS = 120.0
 _AGENT = "job"
 """Begins the User-Agent header of the requests that follow our retry policy."""
 
@@ -227,8 +230,10 @@ def check_paths(files: Sequence[HubFile]) -> None:
     """
     for file in files:
         parts = file.path.split("/")
-        if file.path.startswith("/") or ".." in parts or parts[-1].startswith(PARTIAL):
+        if {"", ".", ".."} & set(parts) or parts[-1].startswith(PARTIAL):
             raise StageError(f"the repository lists {file.path!r}, which is outside the repository")
+        if not file.path.isprintable() or "\\" in file.path:
+            raise StageError(f"the repository lists {file.path!r}, which is not a name of a file")
 
 
 def _endpoint() -> str:
@@ -256,19 +261,58 @@ def _install_client() -> None:
     hooks = get_session().event_hooks
 
     class Client(httpx2.Client):
-        def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        def send(
+            self, request: httpx2.Request, *, stream: bool = False, **options: Any
+        ) -> httpx2.Response:
             send = functools.partial(super().send, request, **options)
             if not request.headers.get("User-Agent", "").startswith(f"{_AGENT}/"):
-                return send()
+                return send(stream=stream)
             connect, stall = timeouts()
             request.extensions["timeout"] = httpx2.Timeout(stall, connect=connect).as_dict()
             url = request.url.copy_with(query=None, fragment=None)
-            return retrying(f"{request.method} {url}", lambda: _send_once(send))
+
+            def reply() -> httpx2.Response:
+                response = send(stream=True)
+                return response if stream else _complete(response)
+
+            return retrying(f"{request.method} {url}", lambda: _send_once(reply))
 
     def factory() -> httpx2.Client:
         return Client(event_hooks=hooks, follow_redirects=True, timeout=None)
 
     set_client_factory(factory)
+
+
+def _complete(response: "httpx2.Response") -> "httpx2.Response":
+    """Read the body of a reply that is no file.
+
+    Raises:
+        StageError: it is larger than any such reply.
+        TransientError: it is not complete in time.
+    """
+    import httpx2
+
+    deadline = time.monotonic() + _REPLY_SECONDS
+    content = bytearray()
+    with contextlib.closing(response):
+        for chunk in response.iter_bytes():
+            content += chunk
+            if len(content) > _MAX_REPLY_BYTES:
+                raise StageError(
+                    f"{response.url.copy_with(query=None)} replies with more than "
+                    f"{_MAX_REPLY_BYTES // 1_000_000} MB of metadata"
+                )
+            if time.monotonic() > deadline:
+                raise TransientError(f"the reply is not complete after {_REPLY_SECONDS:.0f} s")
+    body = ("content-encoding", "content-length", "transfer-encoding")
+    return httpx2.Response(
+        response.status_code,
+        headers=[(k, v) for k, v in response.headers.multi_items() if k.lower() not in body],
+        content=bytes(content),
+        request=response.request,
+        extensions=response.extensions,
+        history=response.history,
+    )
 
 
 def _send_once(send: Callable[[], "httpx2.Response"]) -> "httpx2.Response":

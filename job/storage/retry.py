@@ -16,6 +16,7 @@ from job.errors import SetupError, StageError
 from job.runtime import logs
 from job.runtime.signals import STOP
 from job.runtime.watchdog import WATCHDOG
+from job.storage.certificates import certificate_problem
 
 TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 _FIRST_WAIT_SECONDS = 0.5
@@ -114,11 +115,14 @@ class Attempts:
 
         Raises:
             StageError: the time is up.
+            SetupError: the server's certificate is not trusted.
         """
         while True:
             try:
                 return call()
             except TransientError as error:
+                if problem := certificate_problem(error):
+                    raise SetupError(f"cannot {self._what}: {problem}") from error
                 self._wait(error)
 
     def _wait(self, error: TransientError) -> None:

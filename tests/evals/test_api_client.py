@@ -1,15 +1,10 @@
 """Whatever a chat API does, only answers count as answers, and the key stays secret."""
 
-import contextlib
 import io
 import itertools
 import json
 import resource
-import threading
-import time
-import zlib
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +16,7 @@ from job.evals.api_client import ChatClient, Reply
 from job.runtime import logs
 from job.spec.remote import Reference
 from tests.conversations import turns
+from tests.services.endless import endless_server
 from tests.services.faults import Spoil
 from tests.services.openrouter import PRICE, ROUTE, SUPPORTED, Misbehaviour, OpenRouter
 
@@ -384,6 +380,28 @@ def test_an_invalid_request_is_not_retried(
     assert len(service.requests) == 1
 
 
+def test_a_model_that_wants_the_newer_limit_gets_it(
+    client: ChatClient, service: OpenRouter
+) -> None:
+    refusal = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    body = json.dumps({"error": {"message": refusal}}).encode()
+    service.faults.add("POST", status=400, body=body)
+    assert client.complete(turns("hello"), 7).answer == "HELLO"
+    assert client.complete(turns("again"), 7).answer == "AGAIN"
+    limits = [{k: v for k, v in chat.items() if "max_" in k} for chat in service.chats]
+    assert limits == [{"max_completion_tokens": 7}] * 2
+    assert len(service.requests) == 3
+
+
+def test_an_endpoint_that_only_streams_is_refused_in_words(
+    client: ChatClient, service: OpenRouter
+) -> None:
+    service.faults.add("POST", status=200, body=b'data: {"choices": []}\n\ndata: [DONE]\n')
+    assert "sends a stream" in (client.complete(turns("hello")).error or "")
+    assert not client.complete(turns("again")).sent
+    assert len(service.requests) == 1
+
+
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_an_outage_is_retried(status: int, client: ChatClient, service: OpenRouter) -> None:
     service.faults.add("POST", status=status)
@@ -438,8 +456,10 @@ def test_waits_grow_up_to_a_minute(
 def test_after_a_refused_key_nothing_more_is_sent(service: OpenRouter, waits: list[float]) -> None:
     client = client_of(service, waits, key="sk-or-v1-stranger-0123456789")
     first, second = client.complete(turns("hello")), client.complete(turns("again"))
-    assert first == Reply(None, error="HTTP 401: the API key was rejected")
-    assert second == Reply(None, error="HTTP 401: the API key was rejected", sent=False)
+    assert first == Reply(None, error="HTTP 401: the API key in OPENROUTER_API_KEY was rejected")
+    assert second == Reply(
+        None, error="HTTP 401: the API key in OPENROUTER_API_KEY was rejected", sent=False
+    )
     assert (len(service.requests), waits) == (1, [])
 
 
@@ -511,45 +531,17 @@ def test_a_key_that_an_endpoint_repeats_is_redacted_in_replies(
     assert client.complete(turns("hello")).answer == "your key is [redacted]"
 
 
-class _Endless(BaseHTTPRequestHandler):
-    """Answers with a small body that expands to 200 megabytes, or with one that never ends."""
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(200)
-        if "gzip" in self.path:
-            packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-            body = b"".join(packer.compress(bytes(1_000_000)) for _ in range(200))
-            body += packer.flush()
-            self.send_header("Content-Encoding", "gzip")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-        else:
-            self.end_headers()
-            with contextlib.suppress(OSError):  # the client hangs up
-                while True:
-                    self.wfile.write(b" ")
-                    time.sleep(0.05)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.mark.parametrize(
     ("path", "error"), [("gzip", "ReplyTooLargeError"), ("drip", "ReadTimeout")]
 )
 def test_a_reply_without_an_end_is_given_up(path: str, error: str, waits: list[float]) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Endless) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with endless_server() as url:
         section = Reference(
-            model="m", base_url=f"http://127.0.0.1:{server.server_port}/{path}", attempts=1,
+            model="m", base_url=f"{url}/{path}", attempts=1,
             timeout_seconds=0.5 if path == "drip" else 20,
         )  # fmt: skip
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         reply = ChatClient(section, KEY, sleep=waits.append).complete(turns("hello"))
-        server.shutdown()
     assert (reply.answer, reply.lost) == (None, 1)
     assert error in (reply.error or "")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB

@@ -92,6 +92,7 @@ def test_every_documented_file_is_there_with_its_checksum(smoke: Finished) -> No
         "evals/contamination.json", TRAINING + EVENTS,
         *(f"evals/{model}/{name}/predictions.jsonl" for model in ("baseline", "finetuned")
           for name in ("questions", "questions-generated", "dialogue", "loss", "side_by_side")),
+        *(f"stages/{stage}.json" for stage in ALL),
     }  # fmt: skip
     assert set(artifacts) == expected
     for path, item in artifacts.items():

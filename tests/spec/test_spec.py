@@ -132,6 +132,10 @@ BAD = {
     "Hub dataset without a name": Bad(
         with_dataset("hf://owner"), "data.dataset", "write hf://owner/name"
     ),
+    **{
+        f"Hub dataset {name}": Bad(with_dataset(name), "data.dataset", "write hf://owner/name")
+        for name in ("hf://../..", "hf://a/..", "hf://./x", "hf://a/b..c", "hf://a/-b", "hf://é/x")
+    },
     "revision of a local dataset": Bad(
         BASE + "  revision: main # <-\n",
         "data.revision",

@@ -12,8 +12,10 @@ import pytest
 from job.errors import JobError, SetupError, StageError, UsageError
 from job.model.load import resolve_preset
 from job.spec.schema import Model
+from job.storage import hub as hub_module
 from job.storage.hub import HubFile, Repository
 from job.storage.retry import retry_after
+from tests.services.endless import endless_server
 from tests.services.hub import Hub
 
 BIG = os.urandom(700_000)
@@ -189,9 +191,38 @@ def test_retry_after_is_seconds_or_a_date() -> None:
 
 def test_a_listing_cannot_write_outside_the_folder(hub: Hub, tmp_path: Path) -> None:
     hub.add_repo("models", "org/m", FILES)
-    for path in ("../evil", "/tmp/evil", "a/../../evil"):
-        with pytest.raises(StageError, match="outside the repository"):
+    for path in ("../evil", "/tmp/evil", "a/../../evil", "", "a//b", "a\\..\\b", "a\0", "a\nb"):
+        with pytest.raises(StageError, match="which is (outside|not a name)"):
             Repository("model", "org/m").fetch("c" * 40, [HubFile(path, 1, None, "0")], tmp_path)
+
+
+@pytest.mark.parametrize(("path", "error"), [("gzip", "more than 64 MB"), ("drip", "after 1 s")])
+def test_a_reply_without_an_end_is_given_up(
+    path: str, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOB_RETRY_SECONDS", "0.1")
+    monkeypatch.setattr(hub_module, "_REPLY_SECONDS", 1.0)
+    with endless_server() as url:
+        monkeypatch.setenv("HF_ENDPOINT", f"{url}/{path}")
+        with pytest.raises(StageError, match=error):
+            Repository("model", "org/m").commit()
+
+
+def test_files_that_the_commit_does_not_list_are_deleted(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOB_CACHE", str(tmp_path))
+    hub.add_repo("models", "org/m", FILES)
+    model = Model(preset="hf://org/m")
+    folder = Path(resolve_preset(model, {}).handle)
+    (folder / "assets").mkdir()
+    (folder / "assets/tokenizer.json").write_text("{}")
+    partial = folder / ".partial-config.json/x"
+    partial.parent.mkdir()
+    partial.write_text("of another process")
+    resolve_preset(model, {})
+    assert not (folder / "assets/tokenizer.json").exists()
+    assert partial.exists()
 
 
 def test_only_files_that_kerashub_reads_are_downloaded(
