@@ -69,8 +69,14 @@ def read_info(path: Path) -> AdapterInfo:
     """
     try:
         return AdapterInfo.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise StageError(f"{path} is not the description of an adapter: {error}") from error
+    except OSError as error:
+        raise StageError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"])) or "the file"
+        raise StageError(
+            f"{path} is not the description of an adapter: {place}: {problem['msg']}"
+        ) from error
 
 
 def check_model(info: AdapterInfo, preset: str, family: str, where: str) -> None:

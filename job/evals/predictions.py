@@ -7,7 +7,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from job.evals.questions import Question
-from job.storage.base import Store
 
 ModelName = Literal["baseline", "finetuned", "reference", "judge"]
 DIALOGUE = "dialogue"
@@ -137,12 +136,6 @@ def parse_predictions[L: Line](content: bytes, kind: type[L]) -> list[L]:
     """Return the lines in the content of a predictions file."""
     # Not splitlines(): a model's answer may hold any of Unicode's line separators.
     return [kind.model_validate_json(line) for line in content.decode().split("\n") if line]
-
-
-def read_predictions[L: Line](store: Store, key: str, kind: type[L]) -> list[L]:
-    """Return the lines of a predictions file; empty if there is none."""
-    content = store.read(key)
-    return [] if content is None else parse_predictions(content, kind)
 
 
 def choice_line(question: Question, choice: str | None, **rest: object) -> ChoiceLine:

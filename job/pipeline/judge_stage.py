@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 from job.evals.judge import judge_line, make_requests
 from job.evals.metrics import BEFORE_AFTER
-from job.evals.predictions import DIALOGUE, JUDGE, DialogueLine, Line, read_predictions
+from job.evals.predictions import DIALOGUE, JUDGE, DialogueLine, Line
 from job.evals.remote_model import RemoteModel
-from job.pipeline import layout
 from job.pipeline.data_stage import read_examples
 from job.pipeline.eval_stage import write_predictions
 from job.pipeline.layout import VALIDATION_EXAMPLES
@@ -34,10 +33,7 @@ def run_stage(run: Run) -> RemoteOutcome:
 
 
 def _judge(run: Run, judge: JudgeEval, remote: RemoteModel) -> Sequence[Line]:
-    before, after = (
-        read_predictions(run.store, layout.predictions(model, DIALOGUE), DialogueLine)
-        for model in BEFORE_AFTER
-    )
+    before, after = (run.predictions(model, DIALOGUE, DialogueLine) for model in BEFORE_AFTER)
     pairs = [
         dict(zip(BEFORE_AFTER, pair, strict=True)) for pair in zip(before, after, strict=True)
     ][: judge.examples]

@@ -27,7 +27,6 @@ from job.evals.predictions import (
     SideLine,
     TextLine,
     answered,
-    read_predictions,
 )
 from job.evals.statistics import Bootstrap
 from job.evals.task_scores import summarize_harness, summarize_text_task
@@ -82,7 +81,7 @@ def run_stage(run: Run) -> Results:
         artifacts=[artifact for record in run.records.values() for artifact in record.outputs],
         cost=_cost(run, trained.training, reference),
     )
-    lines = (run.store.read(layout.TRAINING + HISTORY) or b"").splitlines()
+    lines = (run.read(layout.TRAINING + HISTORY) or b"").splitlines()
     history = [json.loads(line) for line in lines]
     flips = _flips(run)
     run.put(layout.REPORT_HTML, render_html(results, history, flips).encode())
@@ -140,11 +139,7 @@ def _predictions[L: Line](
     models: list[ModelName] = ["baseline", "finetuned"]
     if has_reference:
         models.append("reference")
-    return {model: _lines(run, model, name, kind) for model in models}
-
-
-def _lines[L: Line](run: Run, model: ModelName, name: str, kind: type[L]) -> list[L]:
-    return read_predictions(run.store, layout.predictions(model, name), kind)
+    return {model: run.predictions(model, name, kind) for model in models}
 
 
 def _bootstrap(run: Run) -> Bootstrap:
@@ -165,7 +160,7 @@ def _multiple_choice(
 
 def _contamination(run: Run) -> Contamination:
     """Return what was found of the tasks in the training text; empty if nothing was searched."""
-    content = run.store.read(layout.CONTAMINATION)
+    content = run.read(layout.CONTAMINATION)
     if content is None:
         return Contamination(words=0, examples=0, slices={}, pairs=[])
     return Contamination.model_validate_json(content)
@@ -203,7 +198,7 @@ def _judge(run: Run) -> JudgeResult | None:
         return None
     service = run.outcome("judge", RemoteOutcome).result
     is_skipped = service.status == "skipped"  # its file may be of an earlier judge
-    lines = [] if is_skipped else _lines(run, "judge", DIALOGUE, JudgeLine)
+    lines = [] if is_skipped else run.predictions("judge", DIALOGUE, JudgeLine)
     return summarize_judge(judge.rubric, lines, service, _bootstrap(run))
 
 
@@ -257,8 +252,8 @@ def _flips(run: Run) -> list[Flip]:
     """Return the questions that exactly one of the baseline and the tuned model got right."""
     flips = []
     for entry in run.spec.evals.multiple_choice:
-        before = _lines(run, "baseline", entry.name, ChoiceLine)
-        after = answered(_lines(run, "finetuned", entry.name, ChoiceLine))
+        before = run.predictions("baseline", entry.name, ChoiceLine)
+        after = answered(run.predictions("finetuned", entry.name, ChoiceLine))
         flips += [
             Flip(
                 eval=entry.name,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from job.errors import RunStoppedError, StageError
+from job.evals.predictions import Line, parse_predictions
 from job.machine.distributed import CoordinatedStop, ProcessGroup
 from job.pipeline import layout
 from job.results import Artifact, EnvironmentInfo, Results
@@ -148,12 +149,42 @@ class Run:
         """Return a local copy of a file of the run.
 
         Raises:
-            StageError: the run has no such file.
+            StageError: the run has no such file, or not the one that its stage wrote.
         """
         path = self.work / key
         if not self.store.download(key, path):
             raise StageError(f"the run has no file {key}; run it again to make it")
+        self._check_content(key, file_sha256(path))
         return path
+
+    def read(self, key: str) -> bytes | None:
+        """Return the content of a file of the run, or None if there is no such file.
+
+        Raises:
+            StageError: a stage wrote it, and it is missing or another one now.
+        """
+        content = self.store.read(key)
+        self._check_content(key, None if content is None else hashlib.sha256(content).hexdigest())
+        return content
+
+    def predictions[L: Line](self, model: str, name: str, kind: type[L]) -> list[L]:
+        """Return the predictions of a model on an evaluation; empty if there are none.
+
+        Raises:
+            StageError: the file is not the one that its stage wrote.
+        """
+        content = self.read(layout.predictions(model, name))
+        return [] if content is None else parse_predictions(content, kind)
+
+    def _check_content(self, key: str, sha256: str | None) -> None:
+        """Check a file against the record of the stage that wrote it; None is a missing file."""
+        for record in self.records.values():
+            if any(item.path == key and item.sha256 != sha256 for item in record.outputs):
+                wrong = "is missing" if sha256 is None else "does not have its checksum: delete it"
+                raise StageError(
+                    f"{self.store.uri}: the file {key} of stage {record.stage} {wrong}; run the "
+                    "command again, which repeats the stage"
+                )
 
     def record_stage(
         self, name: str, started: str, seconds: float, outcome: BaseModel

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import structlog
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from job.chat.conversation import Message
 from job.evals.api_client import ChatClient, Reply
@@ -367,6 +370,29 @@ def test_a_200_of_another_shape_is_no_answer(
     assert reply.answer is None
     assert reply.error
     assert 1 <= len(service.requests) <= ATTEMPTS
+
+
+_KEYS = ("choices", "message", "content", "error", "usage", "cost", "finish_reason", "text", "type")
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYS), inner, max_size=5)
+    ),
+    max_leaves=20,
+)
+
+
+@given(body=_JSON.map(json.dumps) | st.text(), status=st.sampled_from([200, 200, 400, 404]))
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_reply_is_an_answer_or_the_reason_there_is_none(
+    body: str, status: int, service: OpenRouter, waits: list[float], log: io.StringIO
+) -> None:
+    service.faults.clear()
+    service.faults.add("POST", status=status, body=body.encode("utf-8", "replace"), times=ATTEMPTS)
+    reply = client_of(service, waits).complete(turns("hello"))
+    assert (reply.answer is None) == (reply.error is not None)
+    assert math.isfinite(reply.cost_usd)
+    assert "Traceback" not in (reply.error or "")
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 413, 422])

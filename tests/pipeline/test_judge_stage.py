@@ -19,7 +19,7 @@ from job.evals.api_client import API_KEY_VARIABLE
 from job.evals.judge import length_controlled, make_requests, parse_choice, summarize_judge
 from job.evals.metrics import BEFORE_AFTER
 from job.evals.paired import decide_findings
-from job.evals.predictions import DialogueLine, JudgeLine, format_predictions, read_predictions
+from job.evals.predictions import DialogueLine, JudgeLine, format_predictions, parse_predictions
 from job.evals.statistics import Bootstrap
 from job.pipeline.layout import VALIDATION_EXAMPLES, predictions
 from job.pipeline.reference_stage import RemoteOutcome
@@ -105,7 +105,7 @@ def judge(store: LocalStore, service: OpenRouter, **settings: object) -> RemoteO
 
 
 def result_of(store: LocalStore, outcome: RemoteOutcome) -> JudgeResult:
-    lines = read_predictions(store, predictions("judge", "dialogue"), JudgeLine)
+    lines = parse_predictions(store.read(predictions("judge", "dialogue")) or b"", JudgeLine)
     return decide_findings(summarize_judge("best", lines, outcome.result, Bootstrap(500, 0)))
 
 
