@@ -1,4 +1,4 @@
-"""A damaged file of a run is an error in one line, or changes nothing that is read from it.
+"""A damaged file of a run is an error in plain words, or changes nothing that is read from it.
 
 `FUZZ_CASES` sets how many damages are tried; the seed of each is in its message.
 """
@@ -27,7 +27,7 @@ from tests.command import job
 from tests.data.staged import MACHINE
 
 pytestmark = pytest.mark.slow
-CASES = int(os.environ.get("FUZZ_CASES", "200"))
+CASES = int(os.environ.get("FUZZ_CASES", "100"))
 UNCHECKED = ("results.json", "logs/job.jsonl", "spec.yaml")
 """Files whose content nothing vouches for: every reader must survive them."""
 
@@ -114,7 +114,7 @@ def outcome(reader: Callable[[Path, Path], object], run: Path) -> object:
         try:
             return reader(Path(folder, "run"), Path(folder, "work"))
         except JobError as error:
-            assert "\n" not in str(error).strip()
+            assert "pydantic" not in str(error)
             return None
 
 
