@@ -132,8 +132,7 @@ class Run:
     def put(self, key: str, content: bytes) -> Artifact:
         """Write a file of the run, as an output of the current stage."""
         self.store.write(key, content)
-        digest = hashlib.sha256(content).hexdigest()
-        return self._add_output(Artifact(path=key, bytes=len(content), sha256=digest))
+        return self._add_output(artifact_of(key, content))
 
     def put_file(self, key: str, path: Path) -> Artifact:
         """Copy a local file, which may be large, into the run as an output of the stage."""
@@ -210,6 +209,12 @@ class Run:
         self.commit(layout.stage_record(name), content, replace=name == "preflight")
         self.records[name] = record
         return record
+
+
+def artifact_of(key: str, content: bytes) -> Artifact:
+    """Describe a file of a run."""
+    digest = hashlib.sha256(content).hexdigest()
+    return Artifact(path=key, bytes=len(content), sha256=digest)
 
 
 @contextlib.contextmanager

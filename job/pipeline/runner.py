@@ -7,7 +7,6 @@ are deleted first.
 """
 
 import contextvars
-import hashlib
 import logging
 import tempfile
 import time
@@ -29,7 +28,7 @@ from job.pipeline.preflight import (
     check_run_id,
     run_preflight,
 )
-from job.pipeline.run import Run, StageRecord, hold_run_lease, now, read_results
+from job.pipeline.run import Run, StageRecord, artifact_of, hold_run_lease, now, read_results
 from job.pipeline.run_log import RunLog
 from job.pipeline.stages import NAMES, STAGES, Stage, dependents, stage_digests
 from job.pipeline.status import RunStatus, read_run_status
@@ -261,8 +260,7 @@ def _stage_records(run: Run) -> Iterator[Artifact]:
         key = layout.stage_record(name)
         content = run.store.read(key)
         if content is not None:
-            digest = hashlib.sha256(content).hexdigest()
-            yield Artifact(path=key, bytes=len(content), sha256=digest)
+            yield artifact_of(key, content)
 
 
 def _explain(error: Exception, run: Run) -> StageError | RunStoppedError:

@@ -45,7 +45,9 @@ CARD_FILE = "README.md"
 
 _THREADS = 4
 _MAX_REPLY_BYTES = 64_000_000
-_REPLY_SECONDS = 120.0
+_REPLY_STALLS = 4
+"""A reply that is no file may take this many times as long as the wait for its next byte."""
+
 _AGENT = "job"
 """Begins the User-Agent header of the requests that follow our retry policy."""
 
@@ -292,7 +294,8 @@ def _complete(response: "httpx2.Response") -> "httpx2.Response":
     """
     import httpx2
 
-    deadline = time.monotonic() + _REPLY_SECONDS
+    seconds = _REPLY_STALLS * timeouts()[1]
+    deadline = time.monotonic() + seconds
     content = bytearray()
     with contextlib.closing(response):
         for chunk in response.iter_bytes():
@@ -303,7 +306,7 @@ def _complete(response: "httpx2.Response") -> "httpx2.Response":
                     f"{_MAX_REPLY_BYTES // 1_000_000} MB of metadata"
                 )
             if time.monotonic() > deadline:
-                raise TransientError(f"the reply is not complete after {_REPLY_SECONDS:.0f} s")
+                raise TransientError(f"the reply is not complete after {seconds:.0f} s")
     body = ("content-encoding", "content-length", "transfer-encoding")
     return httpx2.Response(
         response.status_code,

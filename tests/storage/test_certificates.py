@@ -3,7 +3,6 @@
 import os
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -80,11 +79,11 @@ def remote_model() -> str:
 
 @pytest.mark.parametrize("ask", [hub, cloud_storage, remote_model])
 def test_an_untrusted_certificate_is_no_outage(ask: Callable[[], str], authority: Path) -> None:
-    begin = time.monotonic()
     message = ask()
     assert "certificate is not trusted" in message
     assert "SSL_CERT_FILE" in message
-    assert time.monotonic() - begin < 10
+    assert "gave up" not in message
+    assert "tried" not in message
 
 
 @pytest.mark.parametrize("variable", VARIABLES)

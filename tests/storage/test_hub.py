@@ -12,7 +12,6 @@ import pytest
 from job.errors import JobError, SetupError, StageError, UsageError
 from job.model.load import resolve_preset
 from job.spec.schema import Model
-from job.storage import hub as hub_module
 from job.storage.hub import HubFile, Repository
 from job.storage.retry import retry_after
 from tests.services.endless import endless_server
@@ -201,7 +200,7 @@ def test_a_reply_without_an_end_is_given_up(
     path: str, error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JOB_RETRY_SECONDS", "0.1")
-    monkeypatch.setattr(hub_module, "_REPLY_SECONDS", 1.0)
+    monkeypatch.setenv("JOB_STALL_SECONDS", "0.25" if path == "drip" else "30")
     with endless_server() as url:
         monkeypatch.setenv("HF_ENDPOINT", f"{url}/{path}")
         with pytest.raises(StageError, match=error):
