@@ -61,8 +61,8 @@ class AdapterInfo(BaseModel):
     """SHA-256 of the adapter's files, by path relative to this one."""
 
 
-def read_info(path: Path) -> AdapterInfo:
-    """Read a description.
+def read_info(path: Path, source: str | None = None) -> AdapterInfo:
+    """Read a description; messages name `source`, by default the path.
 
     Raises:
         StageError: it is missing or damaged.
@@ -70,12 +70,12 @@ def read_info(path: Path) -> AdapterInfo:
     try:
         return AdapterInfo.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise StageError(f"cannot read {path}: {error.strerror}") from error
+        raise StageError(f"cannot read {source or path}: {error.strerror}") from error
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"])) or "the file"
         raise StageError(
-            f"{path} is not the description of an adapter: {place}: {problem['msg']}"
+            f"{source or path} is not the description of an adapter: {place}: {problem['msg']}"
         ) from error
 
 

@@ -36,7 +36,7 @@ class TrainedRun:
         self._work = work
         self.spec = self._read_spec(uri)
         self.store.download(ADAPTER + DESCRIPTION, work / DESCRIPTION)
-        self.info = read_info(work / DESCRIPTION)
+        self.info = read_info(work / DESCRIPTION, child_uri(uri, ADAPTER + DESCRIPTION))
 
     def _read_spec(self, uri: str) -> Spec:
         text = self.store.read(SPEC)

@@ -276,7 +276,10 @@ module = importlib.util.module_from_spec(spec)
 try:
     spec.loader.exec_module(module)
     function = getattr(module, name)
-    inspect.signature(function).bind(prompt="", expected="", answer="")
+    try:
+        inspect.signature(function).bind(prompt="", expected="", answer="")
+    except TypeError:
+        raise TypeError(f"define it as {name}(prompt, expected, answer)") from None
     for line in answers:
         print(float(function(**json.loads(line))), file=results)
 except Exception as error:

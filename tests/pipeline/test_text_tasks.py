@@ -120,7 +120,7 @@ def test_a_task_that_cannot_run_is_refused_before_anything_is_written(tmp_path: 
     ("content", "message"),
     [
         ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
-        ("def score(prompt, answer): return 1", "TypeError"),
+        ("def score(prompt, answer): return 1", "define it as score(prompt, expected, answer)"),
         ("def other(prompt, expected, answer): return 1", "has no attribute 'score'"),
     ],
 )
