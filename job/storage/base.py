@@ -20,6 +20,8 @@ class Stat:
 
     bytes: int
     version: str
+    modified: float
+    """The time of the last write in seconds, by the clock of the store."""
 
 
 class Store(Protocol):

@@ -79,7 +79,9 @@ class GcsStore:
 
     def stat(self, key: str) -> Stat | None:
         blob = self._metadata(key)
-        return None if blob is None else Stat(blob.size, str(blob.generation))
+        if blob is None:
+            return None
+        return Stat(blob.size, str(blob.generation), blob.updated.timestamp())
 
     def write(self, key: str, content: bytes) -> None:
         self._write(key, io.BytesIO(content), len(content))

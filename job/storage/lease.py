@@ -2,7 +2,8 @@
 
 It is written only if it is unchanged since it was read (a generation precondition in a bucket, a
 lock in a folder). It may be taken over once it has expired, or immediately if its owner was a
-process of this machine that has ended.
+process of this machine that has ended. Its age is measured by the clock of the store, so that no
+machine's own clock matters.
 """
 
 import contextlib
@@ -13,7 +14,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -28,13 +28,13 @@ _SECONDS = 60.0
 
 
 class LeaseRecord(BaseModel):
-    """The owner of a lease, and its end in seconds since 1970."""
+    """The owner of a lease, and how long it lasts unless it is renewed."""
 
     owner: str
     host: str
     process: str
     """Identity of the process on its machine; empty if unknown."""
-    expires: float
+    seconds: float = _SECONDS
 
 
 class LeaseHeldError(RunStoppedError):
@@ -63,8 +63,8 @@ class Lease:
         current = self._store.read_version(LEASE_KEY)
         if current is not None:
             held = _parsed(current[0])
-            if held and held.expires > time.time() and not _is_gone(held):
-                raise LeaseHeldError(self._refusal(held))
+            if held and not _is_gone(held):
+                self._check_expired(held)
             if held:
                 logs.get().warning("taking over a lease", host=held.host)
         begun = time.monotonic()
@@ -77,19 +77,29 @@ class Lease:
             )
         self._version, self._until = version, begun + self._seconds
 
-    def _refusal(self, held: LeaseRecord) -> str:
-        when = datetime.fromtimestamp(held.expires, UTC).strftime("%H:%M:%S UTC")
-        return (
-            f"{self._what} is in use by another process ({held.host}), which holds its lease "
-            f"until {when} and renews it; wait for it to end"
-        )
+    def _check_expired(self, held: LeaseRecord) -> None:
+        """Check that a lease was not renewed in time; a file written now tells the store's time.
+
+        Raises:
+            LeaseHeldError: it was.
+        """
+        probe = f"{LEASE_KEY}.{self._owner}"
+        self._store.write(probe, b"")
+        now, lease = self._store.stat(probe), self._store.stat(LEASE_KEY)
+        self._store.delete(probe)
+        age = now.modified - lease.modified if now and lease else 0.0
+        if age <= held.seconds:
+            raise LeaseHeldError(
+                f"{self._what} is in use by another process ({held.host}), which renewed its "
+                f"lease {max(age, 0):.0f} s ago; wait for it to end"
+            )
 
     def _content(self) -> bytes:
         held = LeaseRecord(
             owner=self._owner,
             host=socket.gethostname(),
             process=_this_process(),
-            expires=time.time() + self._seconds,
+            seconds=self._seconds,
         )
         return held.model_dump_json().encode()
 

@@ -106,7 +106,8 @@ class LocalStore:
         if not path.is_file():
             return None
         status = path.stat()
-        return Stat(status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
+        version = f"{status.st_mtime_ns}-{status.st_size}"
+        return Stat(status.st_size, version, status.st_mtime)
 
     def download(self, key: str, path: Path, version: str | None = None) -> bool:
         stat = self.stat(key)

@@ -62,6 +62,21 @@ def test_what_has_expired_is_taken_over_and_its_owner_notices(store: Store) -> N
     second.release()
 
 
+@pytest.mark.parametrize("seconds_off", [-600, 3600])
+def test_a_wrong_clock_changes_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch, seconds_off: int
+) -> None:
+    right = time.time
+    with monkeypatch.context() as clock:
+        clock.setattr(time, "time", lambda: right() + seconds_off)
+        take(store)
+    with pytest.raises(LeaseHeldError, match=r"which renewed its lease \d s ago"):
+        take(store)
+    time.sleep(0.7)
+    take(store).release()
+    assert store.list() == []
+
+
 def test_a_dead_process_of_this_machine_holds_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
