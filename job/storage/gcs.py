@@ -21,6 +21,7 @@ from google.api_core.exceptions import GoogleAPICallError, NotFound, Preconditio
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
+from requests.adapters import HTTPAdapter
 
 from job.errors import SetupError, StageError, UsageError
 from job.storage.base import Stat, check_key
@@ -30,6 +31,7 @@ from job.storage.retry import (
     TransientError,
     first_line,
     raise_if_transient,
+    read_reply,
     retrying,
     timeouts,
 )
@@ -279,6 +281,20 @@ class _ReportingFile:
         return self._file.write(piece)
 
 
+class _BoundedAdapter(HTTPAdapter):
+    """Sends requests, and reads replies that are no files with limits of size and time."""
+
+    def send(self, request: Any, stream: bool = False, **options: Any) -> Any:
+        """Return the reply; its body is read already unless `stream` is true."""
+        response = super().send(request, stream=True, **options)
+        if not stream:
+            pieces = iter(lambda: response.raw.read1(_PIECE, decode_content=True), b"")
+            with response.raw:
+                address = request.url.partition("?")[0]
+                response.raw = io.BytesIO(read_reply(pieces, address))
+        return response
+
+
 @functools.cache
 def client(emulator: str) -> storage.Client:
     """Return the connections to Cloud Storage, or to an emulator.
@@ -286,8 +302,6 @@ def client(emulator: str) -> storage.Client:
     Raises:
         GoogleAuthError: there are no credentials.
     """
-    from requests.adapters import HTTPAdapter
-
     # Otherwise it requests each bucket's metadata in the background, for traces nobody collects.
     os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "1"
     endpoint = emulator if "://" in emulator else f"http://{emulator}"
@@ -299,7 +313,7 @@ def client(emulator: str) -> storage.Client:
     session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
     session.auth = lambda request: request  # without one, `requests` takes that of .netrc
     for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
+        session.mount(scheme, _BoundedAdapter(pool_maxsize=_CONNECTIONS))
     return made
 
 

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from job.storage.retry import (
     TransientError,
     first_line,
     raise_if_transient,
+    read_reply,
     report_progress,
     retrying,
     timeouts,
@@ -44,10 +44,6 @@ CARD_FILE = "README.md"
 """The card of a repository."""
 
 _THREADS = 4
-_MAX_REPLY_BYTES = 64_000_000
-_REPLY_STALLS = 4
-"""A reply that is no file may take this many times as long as the wait for its next byte."""
-
 _AGENT = "job"
 """Begins the User-Agent header of the requests that follow our retry policy."""
 
@@ -289,29 +285,17 @@ def _complete(response: "httpx2.Response") -> "httpx2.Response":
     """Read the body of a reply that is no file.
 
     Raises:
-        StageError: it is larger than any such reply.
-        TransientError: it is not complete in time.
+        StageError, TransientError: see `read_reply`.
     """
     import httpx2
 
-    seconds = _REPLY_STALLS * timeouts()[1]
-    deadline = time.monotonic() + seconds
-    content = bytearray()
     with contextlib.closing(response):
-        for chunk in response.iter_bytes():
-            content += chunk
-            if len(content) > _MAX_REPLY_BYTES:
-                raise StageError(
-                    f"{response.url.copy_with(query=None)} replies with more than "
-                    f"{_MAX_REPLY_BYTES // 1_000_000} MB of metadata"
-                )
-            if time.monotonic() > deadline:
-                raise TransientError(f"the reply is not complete after {seconds:.0f} s")
+        content = read_reply(response.iter_bytes(), str(response.url.copy_with(query=None)))
     body = ("content-encoding", "content-length", "transfer-encoding")
     return httpx2.Response(
         response.status_code,
         headers=[(k, v) for k, v in response.headers.multi_items() if k.lower() not in body],
-        content=bytes(content),
+        content=content,
         request=response.request,
         extensions=response.extensions,
         history=response.history,

@@ -9,7 +9,7 @@ next byte of a reply by `JOB_STALL_SECONDS`.
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from email.utils import parsedate_to_datetime
 
 from job.errors import SetupError, StageError
@@ -25,6 +25,9 @@ _SLICE_SECONDS = 0.25
 _RETRY_SECONDS = 300.0
 _STALL_SECONDS = 30.0
 _CONNECT_SECONDS = 10.0
+_MAX_REPLY_BYTES = 64_000_000
+_REPLY_STALLS = 4
+"""A reply that is no file may take this many times as long as the wait for its next byte."""
 
 
 class TransientError(Exception):
@@ -77,6 +80,26 @@ def raise_if_transient(status: int, reason: str, after: str | None) -> None:
     """Raise `TransientError` for an HTTP status that may pass; `after` is its `Retry-After`."""
     if status in TRANSIENT_STATUSES:
         raise TransientError(f"{status} {reason}", retry_after(after))
+
+
+def read_reply(chunks: Iterable[bytes], address: str) -> bytes:
+    """Return the body of a reply that is no file, from its decompressed chunks.
+
+    Raises:
+        StageError: it is larger than any such reply.
+        TransientError: it is not complete in time.
+    """
+    seconds = _REPLY_STALLS * timeouts()[1]
+    deadline = time.monotonic() + seconds
+    content = bytearray()
+    for chunk in chunks:
+        content += chunk
+        if len(content) > _MAX_REPLY_BYTES:
+            limit = _MAX_REPLY_BYTES // 1_000_000
+            raise StageError(f"{address} replies with more than {limit} MB of metadata")
+        if time.monotonic() > deadline:
+            raise TransientError(f"the reply is not complete after {seconds:.0f} s")
+    return bytes(content)
 
 
 def first_line(text: str) -> str:

@@ -13,6 +13,7 @@ from job.errors import JobError, SetupError, StageError, UsageError
 from job.model.load import resolve_preset
 from job.spec.schema import Model
 from job.storage.hub import HubFile, Repository
+from job.storage.locations import open_store
 from job.storage.retry import retry_after
 from tests.services.endless import endless_server
 from tests.services.hub import Hub
@@ -205,6 +206,9 @@ def test_a_reply_without_an_end_is_given_up(
         monkeypatch.setenv("HF_ENDPOINT", f"{url}/{path}")
         with pytest.raises(StageError, match=error):
             Repository("model", "org/m").commit()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+        with pytest.raises(StageError, match=error):
+            open_store("gs://runs").stat(path)
 
 
 def test_files_that_the_commit_does_not_list_are_deleted(
