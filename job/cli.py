@@ -15,6 +15,7 @@ from job import __version__
 from job.errors import JobError, RunStoppedError
 from job.runtime.logs import Redactor, legible
 from job.storage.certificates import share_bundle
+from job.storage.locations import ensure_home
 
 app = typer.Typer(
     name="job",
@@ -56,6 +57,7 @@ def options(
     ] = False,
 ) -> None:
     """Options before the command."""
+    ensure_home()
     share_bundle()
 
 

@@ -24,7 +24,7 @@ from job.results import Artifact, EnvironmentInfo, Results
 from job.runtime.signals import StopSignal
 from job.spec.pinning import Revisions
 from job.spec.schema import Spec
-from job.storage.base import Store, file_sha256
+from job.storage.base import Store, check_writable, file_sha256
 from job.storage.lease import Lease, LeaseHeldError, hold_lease
 
 if TYPE_CHECKING:
@@ -227,10 +227,12 @@ def hold_run_lease(run: Run, unchanged: Callable[[], bool]) -> Iterator[None]:
 
     Raises:
         RunStoppedError: another process is at work on this run, or was in between.
+        SetupError: the store does not let files be replaced or deleted.
     """
     if not run.processes.is_primary:
         yield
         return
+    check_writable(run.store)
 
     def on_lost(reason: str) -> None:
         run.stop.requested = reason

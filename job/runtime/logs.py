@@ -42,7 +42,16 @@ def configure(
         return cleaned
 
     terminal = (stream or sys.stdout).isatty()
-    for noisy in ("absl", "jax", "datasets", "huggingface_hub", "urllib3", "filelock", "fsspec"):
+    for noisy in (
+        "absl",
+        "jax",
+        "matplotlib",
+        "datasets",
+        "huggingface_hub",
+        "urllib3",
+        "filelock",
+        "fsspec",
+    ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
     def tee(_logger: object, _method: str, event: Event) -> Event:

@@ -4,6 +4,7 @@ Keys are relative POSIX paths. A write is complete or absent.
 """
 
 import hashlib
+import uuid
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -76,6 +77,18 @@ def check_key(key: str) -> str:
     if not parts or key.startswith("/") or ".." in parts or "\\" in key or "\0" in key:
         raise StageError(f"'{key}' is not a relative path inside the folder")
     return key
+
+
+def check_writable(store: Store) -> None:
+    """Check that files of a store can be written, replaced and deleted.
+
+    Raises:
+        SetupError: the store does not allow it.
+    """
+    probe = f".probe-{uuid.uuid4().hex}"
+    version = store.write_if_version(probe, b"written", None)
+    version = store.write_if_version(probe, b"replaced", version)
+    store.write_if_version(probe, None, version)
 
 
 def file_sha256(path: Path) -> str:

@@ -232,10 +232,11 @@ class GcsStore:
             if isinstance(error, NotFound | PreconditionFailed):
                 raise
             reason = first_line(error.response.text) or error.response.reason
-            if error.code in (401, 403):
+            way_out = _way_out(error)
+            if way_out:
                 raise SetupError(
-                    f"not allowed to {action} {self._key_uri(key)}: the account in use needs "
-                    f"roles/storage.objectUser on the bucket ({error.code}: {reason})"
+                    f"not allowed to {action} {self._key_uri(key)}: {way_out} "
+                    f"({error.code}: {reason})"
                 ) from error
             raise StageError(
                 f"cannot {action} {self._key_uri(key)}: {error.code}: {reason}"
@@ -284,14 +285,13 @@ class _ReportingFile:
 class _BoundedAdapter(HTTPAdapter):
     """Sends requests, and reads replies that are no files with limits of size and time."""
 
-    def send(self, request: Any, stream: bool = False, **options: Any) -> Any:
-        """Return the reply; its body is read already unless `stream` is true."""
-        response = super().send(request, stream=True, **options)
-        if not stream:
+    def send(self, *arguments: Any, **options: Any) -> Any:
+        """Return the reply to a request; its body is read already unless it is to be streamed."""
+        response = super().send(*arguments, **options | {"stream": True})
+        if not options.get("stream"):
             pieces = iter(lambda: response.raw.read1(_PIECE, decode_content=True), b"")
             with response.raw:
-                address = request.url.partition("?")[0]
-                response.raw = io.BytesIO(read_reply(pieces, address))
+                response.raw = io.BytesIO(read_reply(pieces, response.url.partition("?")[0]))
         return response
 
 
@@ -364,6 +364,35 @@ def _reason(error: Exception) -> str:
     inner = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
     text = str(getattr(inner, "reason", None) or inner).rpartition(">: ")[2]
     return f"{kind}: {text}"
+
+
+_WAYS_OUT = {
+    "retention policy": "the bucket has a retention policy, but a run replaces and deletes its "
+    "files: use another bucket",
+    " hold": "the bucket holds its objects, but a run replaces and deletes its files: use another "
+    "bucket, or release the hold",
+    "requester pays": "the bucket's requester pays: set JOB_USER_PROJECT to the project to bill",
+    "serviceusage.services.use": "the account in use needs "
+    "roles/serviceusage.serviceUsageConsumer on the project JOB_USER_PROJECT",
+    "vpcservicecontrols": "the organization's service perimeter (VPC Service Controls) keeps this "
+    "machine from the bucket: run inside of it, or ask its administrators",
+    "billing": "billing is disabled for the project of the bucket",
+}
+"""What to do by a part of a refusal's text: https://cloud.google.com/storage/docs/troubleshooting.
+
+A missing role is the reason of all others.
+"""
+
+
+def _way_out(error: GoogleAPICallError) -> str | None:
+    """Return why a request was refused and what to do; None if it is no refusal."""
+    text = error.response.text.lower()
+    for part, way_out in _WAYS_OUT.items():
+        if part in text and error.code in (400, 403):
+            return way_out
+    if error.code in (401, 403):
+        return "the account in use needs roles/storage.objectUser on the bucket"
+    return None
 
 
 def _is_of_bucket(error: GoogleAPICallError) -> bool:

@@ -42,6 +42,25 @@ def read_uri(uri: str) -> bytes:
     return content
 
 
+def ensure_home() -> None:
+    """Set HOME to a private temporary folder if this user has no home; libraries look for one.
+
+    Raises:
+        SetupError: another user owns that folder, or it cannot be written.
+    """
+    if os.path.expanduser("~") != "~":
+        return
+    folder = Path(tempfile.gettempdir(), f"job-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        is_ours = folder.lstat().st_uid == os.getuid()
+    except OSError:
+        is_ours = False
+    if not is_ours:
+        raise SetupError(f"this user has no home, and {folder} cannot be used; set HOME")
+    os.environ["HOME"] = str(folder)
+
+
 def cache_folder(*parts: str) -> Path:
     """Return a folder for files that can be downloaded or computed again.
 

@@ -78,6 +78,13 @@ class Bucket(Service):
         """The names of the buckets."""
         return self._store.buckets
 
+    def protect(self, why: str) -> None:
+        """Let no object be replaced or deleted from now on, as a retention policy or a hold does.
+
+        `why` follows the object's name in the refusal.
+        """
+        self._store.protection = why
+
     def put(self, bucket: str, name: str, data: bytes, **resource: Any) -> int:
         """Store an object from the test's side, its bucket included; returns the generation.
 

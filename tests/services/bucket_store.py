@@ -20,7 +20,13 @@ import google_crc32c
 
 from tests.services.base import json_reply
 
-_REASONS = {400: "invalid", 404: "notFound", 409: "conflict", 412: "conditionNotMet"}
+_REASONS = {
+    400: "invalid",
+    403: "forbidden",
+    404: "notFound",
+    409: "conflict",
+    412: "conditionNotMet",
+}
 Key = tuple[str, str]  # an object's bucket and name
 
 
@@ -52,6 +58,7 @@ class Store:
     def __init__(self, buckets: tuple[str, ...]) -> None:
         self.buckets = set(buckets)
         self.objects: dict[Key, StoredObject] = {}
+        self.protection = ""
         self._generation = 0
 
     def require_bucket(self, bucket: str) -> None:
@@ -66,6 +73,10 @@ class Store:
         if stored is None or generation not in (None, str(stored.generation)):
             raise ApiError(404, f"No such object: {bucket}/{name}")
         return stored
+
+    def _check_protection(self, key: Key) -> None:
+        if self.protection and key in self.objects:
+            raise ApiError(403, f"Object '{'/'.join(key)}' {self.protection}")
 
     def check(self, query: Mapping[str, str], stored: StoredObject | None, on: str = "if") -> None:
         """Hold a request's preconditions against an object; generation 0 is its absence."""
@@ -84,6 +95,7 @@ class Store:
     ) -> StoredObject:
         """Write a new generation if the preconditions hold and the client's checksums fit."""
         self.check(query, self.objects.get(key))
+        self._check_protection(key)
         crc32c = base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()
         md5 = base64.b64encode(hashlib.md5(data).digest()).decode()
         for kind, computed in (("crc32c", crc32c), ("md5Hash", md5)):
@@ -108,6 +120,7 @@ class Store:
     def delete(self, bucket: str, name: str, query: Mapping[str, str]) -> None:
         """Remove an object if the preconditions hold."""
         self.check(query, self.get(bucket, name, query.get("generation")))
+        self._check_protection((bucket, name))
         del self.objects[bucket, name]
 
     def page(self, url: str, bucket: str, query: Mapping[str, str]) -> dict[str, Any]:

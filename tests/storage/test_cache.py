@@ -1,5 +1,8 @@
 """A folder of the cache is complete or absent, whoever builds it."""
 
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from job.errors import SetupError
-from job.storage.locations import build_once
+from job.storage.locations import build_once, ensure_home
 
 
 def test_a_folder_that_failed_to_build_is_not_there(tmp_path: Path) -> None:
@@ -39,3 +42,43 @@ def test_a_cache_that_cannot_be_written_is_a_setup_error(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(SetupError, match="cannot write to the cache .*; set JOB_CACHE"):
         build_once(tmp_path / "file" / "mine", lambda folder: None)
+
+
+NO_HOME = """
+import os, pwd, sys
+
+def unknown(uid):
+    raise KeyError(uid)
+
+pwd.getpwuid = unknown
+del os.environ["HOME"]
+sys.argv = ["job", "run", "smoke", "--until", "data", "--output", sys.argv[1]]
+from job.__main__ import main
+main()
+"""
+
+
+def test_a_user_without_a_home_gets_a_private_one(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("JOB_CACHE", "XDG_CACHE_HOME")}
+    run = subprocess.run(
+        [sys.executable, "-c", NO_HOME, str(tmp_path / "runs")],
+        env=environment | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert run.returncode == 0, run.stderr
+    home = tmp_path / f"job-{os.getuid()}"
+    assert home.stat().st_mode & 0o777 == 0o700
+    assert (home / ".cache/job").is_dir()
+
+
+def test_a_home_of_another_user_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    (tmp_path / f"job-{os.getuid()}").symlink_to("/nowhere")
+    with pytest.raises(SetupError, match="set HOME"):
+        ensure_home()

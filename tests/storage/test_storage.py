@@ -16,6 +16,7 @@ from job.storage.base import Store, check_key, file_sha256
 from job.storage.gcs import GcsStore, client
 from job.storage.local import LocalStore
 from job.storage.locations import child_uri, open_store, read_uri
+from tests.command import job
 from tests.services.bucket import Bucket
 from tests.storage import size_of
 
@@ -238,6 +239,67 @@ def test_a_403_on_a_listing_names_the_missing_role(bucket: Bucket, remote: Store
     bucket.faults.add(OBJECTS, status=403, times=9)
     with pytest.raises(SetupError, match=r"not allowed to list .*storage\.objectUser"):
         remote.list()
+
+
+REFUSALS = {
+    "perimeter": (
+        403,
+        b"Request is prohibited by organization's policy. vpcServiceControlsUniqueIdentifier: 3eb0",
+        "run inside of it",
+    ),
+    "requester": (
+        400,
+        b"Bucket is a requester pays bucket but no user project provided.",
+        "set JOB_USER_PROJECT",
+    ),
+    "project": (
+        403,
+        b"job@p.iam.gserviceaccount.com does not have serviceusage.services.use access to the "
+        b"Google Cloud project.",
+        "serviceUsageConsumer",
+    ),
+    "billing": (
+        403,
+        b"The billing account for the owning project is disabled in state absent",
+        "billing is disabled",
+    ),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS.keys())
+def test_a_refusal_names_its_own_way_out(
+    refusal: tuple[int, bytes, str], bucket: Bucket, remote: Store
+) -> None:
+    status, body, way_out = refusal
+    bucket.faults.add(OBJECTS, status=status, body=body)
+    with pytest.raises(SetupError, match=way_out) as refused:
+        remote.read("a")
+    assert "objectUser" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("why", "way_out"),
+    [
+        (
+            "is subject to bucket's retention policy or object retention and cannot be deleted "
+            "or overwritten until 2027-01-01T00:00:00Z",
+            "has a retention policy",
+        ),
+        (
+            "is under active Event-Based hold and cannot be deleted, overwritten or archived "
+            "until hold is removed.",
+            "release the hold",
+        ),
+    ],
+)
+def test_a_run_in_a_bucket_that_keeps_all_files_is_refused(
+    why: str, way_out: str, bucket: Bucket
+) -> None:
+    bucket.protect(why)
+    done = job("run", "smoke", "--until", "data", "--run-id", "r", "--output", "gs://runs")
+    assert done.code == 3, done.err
+    assert way_out in done.err
+    assert all(name.startswith("r/.probe") for name in bucket.names("runs"))
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
