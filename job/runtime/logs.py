@@ -18,6 +18,9 @@ from typing import Any, TextIO
 
 import structlog
 
+_NOISY = (
+    "absl", "datasets", "filelock", "fsspec", "huggingface_hub", "jax", "matplotlib", "urllib3",
+)  # fmt: skip
 Event = MutableMapping[str, Any]
 
 

@@ -1,5 +1,6 @@
 """Where files are: URIs of stores (a local path or gs://bucket/path), and the cache folder."""
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -48,7 +49,8 @@ def ensure_home() -> None:
     Raises:
         SetupError: another user owns that folder, or it cannot be written.
     """
-    if os.path.expanduser("~") != "~":
+    with contextlib.suppress(RuntimeError):
+        Path.home()
         return
     folder = Path(tempfile.gettempdir(), f"job-{os.getuid()}")
     try:

@@ -71,14 +71,17 @@ def test_a_user_without_a_home_gets_a_private_one(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     home = tmp_path / f"job-{os.getuid()}"
     assert home.stat().st_mode & 0o777 == 0o700
-    assert (home / ".cache/job").is_dir()
+
+
+def unknown() -> Path:
+    raise RuntimeError
 
 
 def test_a_home_of_another_user_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.setattr(Path, "home", unknown)
     (tmp_path / f"job-{os.getuid()}").symlink_to("/nowhere")
     with pytest.raises(SetupError, match="set HOME"):
         ensure_home()
