@@ -10,6 +10,7 @@ import os
 import platform as host
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -276,6 +277,8 @@ def configure_cache(runtime: Runtime) -> None:
 
     if runtime.compilation_cache is None:
         return
+    # Without the cache, programs are compiled again: no reason to print beside the log.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     folder = runtime.compilation_cache
     if folder == "auto":
         folder = str(cache_folder("xla"))

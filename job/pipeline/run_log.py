@@ -54,8 +54,9 @@ class RunLog:
         if self._file is None:
             self._waiting.append(line)
         else:
-            self._file.write(line)
-            self._file.flush()
+            with contextlib.suppress(OSError):  # a full disk: its error must not be hidden here
+                self._file.write(line)
+                self._file.flush()
 
     def save(self) -> None:
         """Make the lines so far durable."""
@@ -65,7 +66,8 @@ class RunLog:
     def close(self) -> None:
         """Save the lines so far; later lines go to the terminal only."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
         with contextlib.suppress(JobError):
             self.save()

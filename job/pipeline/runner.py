@@ -38,7 +38,14 @@ from job.runtime.signals import STOP
 from job.runtime.watchdog import WATCHDOG
 from job.spec.load import LoadedSpec
 from job.storage.base import ReadOnlyStore, Store
-from job.storage.locations import child_uri, open_store
+from job.storage.local import LocalStore
+from job.storage.locations import (
+    cache_folder,
+    child_uri,
+    free_space,
+    is_disk_full,
+    open_store,
+)
 
 
 def run_job(
@@ -173,11 +180,11 @@ class _Command:
         except RunStoppedError as stopped:
             logs.get().warning(str(stopped))
             raise
-        except JobError as error:
-            logs.get().error("stage failed", error=str(error))
-            raise
         except Exception as error:
-            raise _explain(error, run) from error
+            explained = _explain(error, run)
+            if explained is error:
+                raise
+            raise explained from error
         finally:
             self.log.close()
 
@@ -263,16 +270,30 @@ def _stage_records(run: Run) -> Iterator[Artifact]:
             yield artifact_of(key, content)
 
 
-def _explain(error: Exception, run: Run) -> StageError | RunStoppedError:
-    """Return the error to raise for an unexpected exception."""
+def _explain(error: Exception, run: Run) -> JobError | RunStoppedError:
+    """Log an exception, and return the error to raise for it."""
     if gone := run.processes.peer_error(error):
         logs.get().error(str(gone), error=repr(error))
         return gone
+    if is_disk_full(error):
+        error = StageError(
+            f"a disk is full ({error}); free are {free_space(_disks(run))}; make room, or set "
+            "another folder, and run the same command to resume"
+        )
+    if isinstance(error, JobError):
+        logs.get().error("stage failed", error=str(error))
+        return error
     logs.get().error("stage failed", error=repr(error), traceback=traceback.format_exc())
     return StageError(
         f"unexpected {type(error).__name__}: {error}; this is a bug, and its traceback "
         f"is in {child_uri(run.store.uri, layout.LOG)}"
     )
+
+
+def _disks(run: Run) -> dict[str, Path]:
+    """Return the folders that a run writes to, by what sets them."""
+    disks = {"TMPDIR": run.work, "JOB_CACHE": cache_folder()}
+    return disks | ({"output": run.store.root} if isinstance(run.store, LocalStore) else {})
 
 
 def _enter_stage(name: str) -> None:

@@ -1,9 +1,11 @@
 """Where files are: URIs of stores (a local path or gs://bucket/path), and the cache folder."""
 
 import contextlib
+import errno
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from job.errors import SetupError, UsageError
@@ -72,6 +74,30 @@ def cache_folder(*parts: str) -> Path:
         return Path(chosen).joinpath(*parts)
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return caches.joinpath("job", *parts)
+
+
+_DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Return whether an error, or one that caused it, is that a disk or a quota is full.
+
+    Some libraries state it in the text of an error of their own.
+    """
+    while error is not None:
+        if any(text in str(error) for text in _DISK_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def free_space(folders: Mapping[str, Path]) -> str:
+    """Describe the free space of folders, by what sets each of them."""
+    return ", ".join(
+        f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB in {folder} ({setting})"
+        for setting, folder in folders.items()
+        if folder.is_dir()
+    )
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
