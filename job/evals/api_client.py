@@ -138,6 +138,8 @@ class ChatClient:
         if self.endpoint.is_openrouter:
             # Otherwise OpenRouter silently drops parameters that a provider does not support.
             body["provider"] = {"require_parameters": True}
+            if self.budget.max_usd is not None:
+                body["provider"]["max_price"] = _max_price(self.budget.max_usd, body, max_tokens)
             if reasoning is not None:
                 body["reasoning"] = {"effort": reasoning}
         elif reasoning not in (None, "none"):
@@ -201,6 +203,8 @@ class ChatClient:
                 f"{self.endpoint.path}.reasoning to null)"
             )
             self.closed = error
+        elif status == 404 and self.budget.max_usd is not None:
+            error += f" (no provider may be cheap enough for {self.endpoint.path}.max_usd)"
         return Reply(error=error, final=True)
 
 
@@ -225,6 +229,15 @@ def _read(response: requests.Response, deadline: float) -> bytes:
     except urllib3.exceptions.HTTPError as error:
         raise requests.exceptions.ChunkedEncodingError(error) from error
     return bytes(content)
+
+
+def _max_price(max_usd: float, body: dict[str, Any], max_tokens: int) -> dict[str, float]:
+    """Return the prices of a million tokens at which one request cannot cost more than a budget.
+
+    A token of the prompt has at least one byte, and half of the budget is for the prompt.
+    """
+    half = max_usd / 2 * 1e6
+    return {"prompt": half / len(json.dumps(body).encode()), "completion": half / max_tokens}
 
 
 def _openai_form(messages: Conversation) -> list[dict[str, Any]]:

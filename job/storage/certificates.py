@@ -5,9 +5,13 @@
 
 import os
 import ssl
+from datetime import UTC, datetime
 from pathlib import Path
 
 from job.errors import SetupError
+
+_WRONG_TIMES = (9, 10)
+"""OpenSSL's codes of certificates that are not yet valid, and that have expired."""
 
 _VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
@@ -40,6 +44,12 @@ def certificate_problem(error: BaseException) -> str | None:
         if isinstance(cause, ssl.SSLCertVerificationError):
             bundle = os.environ.get(_VARIABLES[0])
             used = f"; it is {bundle} now" if bundle else ""
+            if cause.verify_code in _WRONG_TIMES:
+                return (
+                    f"the server's certificate is not valid at this machine's time, "
+                    f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC ({cause.verify_message}): set its "
+                    "clock if that is wrong"
+                )
             return (
                 f"the server's certificate is not trusted ({cause.verify_message}): if the "
                 "network has an authority of its own, name the file of its certificates in "

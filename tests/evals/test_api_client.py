@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from job.chat.conversation import Message
 from job.evals.api_client import ChatClient, Reply
+from job.evals.budget import Budget
 from job.runtime import logs
 from job.spec.remote import Reference
 from tests.conversations import turns
@@ -155,6 +156,19 @@ def test_openrouter_requests_require_every_parameter(
     assert first["provider"] == second["provider"] == {"require_parameters": True}
     assert (first["reasoning"], "reasoning" in second) == ({"effort": "none"}, False)
     assert (first["max_tokens"], second["max_tokens"]) == (64, 7)
+
+
+@pytest.mark.parametrize(("max_usd", "answer"), [(1e-3, "HELLO"), (1e-5, None)])
+def test_not_even_the_first_request_can_pass_the_budget(
+    max_usd: float, answer: str | None, service: OpenRouter, waits: list[float], log: io.StringIO
+) -> None:
+    client = client_of(service, waits, api="openrouter")
+    client.budget = Budget(max_usd)
+    reply = client.complete(turns("hello"))
+    assert reply.answer == answer
+    assert service.billed <= max_usd
+    if answer is None:
+        assert "no provider may be cheap enough for reference.max_usd" in (reply.error or "")
 
 
 @pytest.mark.parametrize(("effort", "sent"), [(None, None), ("none", None), ("high", "high")])

@@ -83,7 +83,10 @@ class OpenRouter(Service):
         if chat.get("stream"):
             return _error(400, "the stand-in does not stream")
         number, name = self._next(chat)
-        required = (chat.get("provider") or {}).get("require_parameters")
+        provider = chat.get("provider") or {}
+        if any(price < PRICE * 1e6 for price in provider.get("max_price", {}).values()):
+            return _error(404, "No endpoints found within the requested price.")
+        required = provider.get("require_parameters")
         if required and not self.supported.issuperset(chat):
             return _error(404, "No endpoints found that can handle the requested parameters.")
         reply = self._reply(name, chat, f"gen-{number}")

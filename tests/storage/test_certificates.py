@@ -4,6 +4,7 @@ import os
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -38,11 +39,14 @@ class _Refusing(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def authority(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     """The certificate of the authority of a service, which all clients are told to use."""
     made = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    made.issue_cert("localhost").configure_cert(context)
+    until = getattr(request, "param", None)
+    made.issue_cert("localhost", not_after=until).configure_cert(context)
     made.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     with ThreadingHTTPServer(("localhost", 0), _Refusing) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
@@ -94,6 +98,16 @@ def test_one_variable_holds_for_every_client(
     monkeypatch.setenv(variable, str(authority))
     share_bundle()
     assert "418" in ask()
+
+
+@pytest.mark.parametrize("authority", [datetime.now() - timedelta(days=1)], indirect=True)
+def test_a_clock_that_may_be_wrong_is_shown(
+    authority: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    share_bundle()
+    for ask in (hub, cloud_storage, remote_model):
+        assert "not valid at this machine's time, 20" in ask()
 
 
 def test_a_bundle_that_is_not_there_is_named(
