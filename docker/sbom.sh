@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Print an image's bill of materials: its Python and Debian packages, as CycloneDX JSON.
+# Print an image's bill of materials: its Python and Debian packages, as CycloneDX JSON. The licenses
+# of Python packages are those that they state; Debian's are in /usr/share/doc/PACKAGE/copyright.
 #
 #   docker/sbom.sh [IMAGE]    default: job:cpu
 set -euo pipefail
@@ -20,10 +21,17 @@ def component(kind, name, version, purl, license=None):
     return entry | ({"licenses": [{"license": {"name": license}}]} if license else {})
 
 
+def stated_license(metadata):
+    classifiers = metadata.get_all("Classifier") or []
+    names = [name.split(" :: ")[-1] for name in classifiers if name.startswith("License :: ")]
+    text = (metadata.get("License") or "").partition("\n")[0]
+    return metadata.get("License-Expression") or " AND ".join(names) or text or "not stated"
+
+
 components = []
 for package in distributions():
     name, version = package.metadata["Name"].lower().replace("_", "-"), package.version
-    license = package.metadata.get("License-Expression")
+    license = stated_license(package.metadata)
     components.append(component("library", name, version, f"pkg:pypi/{name}@{version}", license))
 listed = subprocess.run(
     ["dpkg-query", "--show", "--showformat=${Package} ${Version} ${Architecture}\n"],

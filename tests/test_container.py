@@ -292,3 +292,11 @@ def test_the_bill_of_materials_lists_every_package(tmp_path: Path) -> None:
     for name, version in re.findall(r"^([a-z0-9.-]+)==(\S+)", lock, re.M):
         assert f"pkg:pypi/{name}@{version}" in names
     assert any(name.startswith("pkg:deb/debian/tini@") for name in names)
+    licenses = {
+        part["name"]: part["licenses"][0]["license"]["name"]
+        for part in bill["components"]
+        if part["purl"].startswith("pkg:pypi/")
+    }
+    print("\n".join(f"{name}: {license}" for name, license in sorted(licenses.items())))
+    assert not {name for name, license in licenses.items() if re.search(r"\bA?GPL", license)}
+    assert {name for name, license in licenses.items() if license == "not stated"} <= {"namex"}
