@@ -297,6 +297,6 @@ def test_the_bill_of_materials_lists_every_package(tmp_path: Path) -> None:
         for part in bill["components"]
         if part["purl"].startswith("pkg:pypi/")
     }
-    print("\n".join(f"{name}: {license}" for name, license in sorted(licenses.items())))
-    assert not {name for name, license in licenses.items() if re.search(r"\bA?GPL", license)}
-    assert {name for name, license in licenses.items() if license == "not stated"} <= {"namex"}
+    print("\n".join(f"{name}: {text}" for name, text in sorted(licenses.items())))
+    assert not {name for name, text in licenses.items() if re.search(r"\bA?GPL", text)}
+    assert {name for name, text in licenses.items() if text == "not stated"} <= {"namex"}
