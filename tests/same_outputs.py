@@ -45,11 +45,14 @@ evals:
   batch_size: 8
   bootstrap_samples: 200
   multiple_choice:
-    - &samples
-      {name: few-letters, dataset: samples, scoring: letters, options: [opa, opb, opc, opd],
+    - {name: few-letters, dataset: samples, scoring: letters, options: [opa, opb, opc, opd],
        answer: cop, id: id, group: subject_name, few_shot: {examples: 2}, limit: 16}
-    - {<<: *samples, name: few-generated, scoring: generate, limit: 8, max_new_tokens: 6}
-    - {<<: *samples, name: harness, prompt: lm-eval}
+    - {name: few-generated, dataset: samples, scoring: generate, options: [opa, opb, opc, opd],
+       answer: cop, id: id, group: subject_name, few_shot: {examples: 2}, limit: 8,
+       max_new_tokens: 6}
+    - {name: harness, dataset: samples, scoring: letters, options: [opa, opb, opc, opd],
+       answer: cop, id: id, group: subject_name, few_shot: {examples: 2}, limit: 16,
+       prompt: lm-eval}
   dialogue: {examples: 10, max_new_tokens: 16}
   side_by_side:
     {examples: 2, max_new_tokens: 16, prompts: ["My ear hurts. <end_of_turn> What now?"]}
