@@ -28,7 +28,8 @@ from job.spec.fields import fill_template, template_fields
 from job.spec.schema import Mesh, Runtime
 
 if TYPE_CHECKING:
-    from job.evals.engine import Engine, Generation
+    from job.evals.engine import Engine
+    from job.evals.predictions import Reply
     from job.model.generation import Sampling
     from job.model.lora import Weights
 
@@ -226,11 +227,11 @@ class _Conversation:
             turns = self.turns.setdefault(name, [])
             turns.append(prompt)
             answers[name] = self._generate(name, turns)
-            turns.append(Message("assistant", answers[name].text))
+            turns.append(Message("assistant", answers[name].answer or ""))
         self.count += 1
         self._print(text, answers)
 
-    def _generate(self, name: str, turns: list[Message]) -> "Generation":
+    def _generate(self, name: str, turns: list[Message]) -> "Reply":
         system = [Message("system", self.system)] if self.system else []
         tokens, truncated = self.engine.encode([[*system, *turns]])
         if truncated:
@@ -247,17 +248,18 @@ class _Conversation:
         )
         return answer
 
-    def _print(self, prompt: str, answers: "dict[str, Generation]") -> None:
+    def _print(self, prompt: str, answers: "dict[str, Reply]") -> None:
         if self.options.as_json:
             document: dict[str, Any] = {"prompt": prompt, "system": self.system}
             for name, answer in answers.items():
                 document[name] = {
-                    "text": answer.text, "tokens": answer.tokens, "finish": answer.finish,
+                    "text": answer.answer, "tokens": answer.completion_tokens,
+                    "finish": answer.finish,
                 } | ({"thoughts": answer.thoughts} if answer.thoughts else {})  # fmt: skip
             sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
         else:
             for name, answer in answers.items():
                 heading = f"[{name}]\n" if len(answers) > 1 else ""
                 # An answer may contain control characters of the terminal.
-                sys.stdout.write(f"{heading}{legible(answer.text or answer.thoughts)}\n")
+                sys.stdout.write(f"{heading}{legible(answer.answer or answer.thoughts)}\n")
         sys.stdout.flush()

@@ -21,6 +21,7 @@ from job.chat.conversation import Conversation
 from job.chat.thoughts import split_thoughts
 from job.errors import SetupError
 from job.evals.budget import Budget
+from job.evals.predictions import Reply
 from job.runtime import logs
 from job.spec.remote import Endpoint
 from job.storage.certificates import certificate_problem
@@ -40,30 +41,6 @@ _NEW_LIMIT = "max_completion_tokens"
 
 _UNSUPPORTED = "the requested parameters"
 """Part of OpenRouter's 404 when no provider of the model supports all parameters."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer or the reason there is none, with the usage of all attempts."""
-
-    answer: str | None = None
-    thoughts: str = ""
-    error: str | None = None
-    provider: str | None = None
-    model: str | None = None
-    finish: str | None = None
-    """Finish reason: stop, length, ..."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0
-    """Completion tokens that are reasoning."""
-    cost_usd: float = 0.0
-    lost: int = 0
-    """Attempts whose reply was lost; they may have been billed in addition to `cost_usd`."""
-    final: bool = False
-    """Whether there is no answer and a repeated request would not give one."""
-    sent: bool = True
-    """Whether a request was sent."""
 
 
 @dataclass(frozen=True)

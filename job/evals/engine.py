@@ -5,9 +5,9 @@ them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,23 +26,13 @@ from job.evals.batching import (
     batch_packed,
     round_length,
 )
+from job.evals.prediction_cache import PredictionCache
+from job.evals.predictions import Reply
 from job.model.generation import SamplerState, Sampling
 from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.lora import Weights
 from job.runtime.watchdog import progress
 from job.train.loss import chunk_length
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One generated answer."""
-
-    text: str
-    """The answer without thoughts; empty if it was cut inside them."""
-    tokens: int
-    """Number of new tokens, without the stop token."""
-    finish: Literal["stop", "length"]
-    thoughts: str = ""
 
 
 class TokenScore(NamedTuple):
@@ -53,16 +43,6 @@ class TokenScore(NamedTuple):
     tokens: int
     is_greedy: bool
     """Whether each is the likeliest token in its place."""
-
-
-class BatchCache(Protocol):
-    """Stored results of an evaluation's batches."""
-
-    def get(self, batch: int) -> list[Any] | None:
-        """Return the results for the prompts of a batch, or None."""
-
-    def add(self, batch: int, results: list[Any]) -> None:
-        """Store the results for the prompts of a batch: values that JSON represents exactly."""
 
 
 class Engine:
@@ -77,6 +57,7 @@ class Engine:
     ) -> None:
         """Prepare the engine; `check` is called before each batch and may raise to stop."""
         self._model = model
+        self.tokenizer = model.tokenizer
         self.batch_size = per_device_batch_size * model.devices
         """Maximum number of prompts in a batch."""
         self.max_prompt_tokens = max_prompt_tokens
@@ -92,8 +73,8 @@ class Engine:
             token ids, and the number of prompts that were truncated.
         """
         limit = self.max_prompt_tokens
-        encoded = self._model.tokenizer.encode_prompts(prompts)
-        start = self._model.tokenizer.start_id
+        encoded = self.tokenizer.encode_prompts(prompts)
+        start = self.tokenizer.start_id
         truncated = []
         for ids in encoded:
             first = [start] if len(ids) > limit and ids[0] == start else []
@@ -105,22 +86,22 @@ class Engine:
         count: int,
         batches: Iterable[B],
         run_batch: Callable[[B], list[Any]],
-        cache: BatchCache | None,
-        label: str,
+        name: str,
+        cache: PredictionCache | None,
     ) -> list[Any]:
         """Return the cached or new result of each prompt, in order.
 
         The batches do not depend on what is cached, so results are the same after a restart.
         """
         results: dict[int, Any] = {}
-        with progress(label, count) as advance:
+        with progress(name, count) as advance:
             for number, batch in enumerate(batches):
-                values = None if cache is None else cache.get(number)
+                values = None if cache is None else cache.get(name, number)
                 if values is None:
                     self._check()
                     values = run_batch(batch)
                     if cache is not None:
-                        cache.add(number, values)
+                        cache.add(name, number, values)
                 results.update(zip(batch.indices, values, strict=True))
                 advance(len(batch.indices))
         return [results[index] for index in range(count)]
@@ -170,8 +151,8 @@ class Engine:
         weights: Weights,
         prompts: Sequence[list[int]],
         options: OptionTokens,
-        label: str,
-        cache: BatchCache | None = None,
+        name: str,
+        cache: PredictionCache | None = None,
     ) -> np.ndarray:
         """Return the log-probability of each option as the answer to each prompt.
 
@@ -179,7 +160,7 @@ class Engine:
             weights: as `LanguageModel.weights`.
             prompts: token ids.
             options: token ids of the options, the same for all prompts.
-            label: name of the work in progress messages.
+            name: the evaluation.
             cache: results of batches that need not run again.
 
         Returns:
@@ -210,7 +191,7 @@ class Engine:
             extended, self.batch_size, model.devices, self._compile_tokens, packing=model.can_pack
         )
         return np.array(
-            self._run_batches(len(prompts), batches, run_batch, cache, label), np.float32
+            self._run_batches(len(prompts), batches, run_batch, name, cache), np.float32
         )
 
     @cached_property
@@ -254,15 +235,15 @@ class Engine:
         self,
         weights: Weights,
         rows: Sequence[tuple[list[int], list[bool]]],
-        label: str,
-        cache: BatchCache | None = None,
+        name: str,
+        cache: PredictionCache | None = None,
     ) -> list[TokenScore]:
         """Score the marked tokens of each row, given all tokens before them.
 
         Args:
             weights: as `LanguageModel.weights`.
             rows: token ids and marks, `[tokens]` both; the first token has no mark.
-            label: name of the work in progress messages.
+            name: the evaluation.
             cache: results of batches that need not run again.
         """
         model = self._model
@@ -301,7 +282,7 @@ class Engine:
                 for at in places
             ]
 
-        values = self._run_batches(len(rows), batches, run_batch, cache, label)
+        values = self._run_batches(len(rows), batches, run_batch, name, cache)
         return [TokenScore(*fields) for fields in values]
 
     def generate_program(self, sampling: Sampling | None = None) -> Callable[..., Any]:
@@ -332,12 +313,12 @@ class Engine:
         weights: Weights,
         prompts: Sequence[list[int]],
         max_new_tokens: int,
-        label: str,
-        cache: BatchCache | None = None,
+        name: str,
+        cache: PredictionCache | None = None,
         sampling: Sampling | None = None,
-    ) -> list[Generation]:
+    ) -> list[Reply]:
         """Generate an answer to each prompt; see `generate_tokens` for the arguments."""
-        rows = self.generate_tokens(weights, prompts, max_new_tokens, label, cache, sampling)
+        rows = self.generate_tokens(weights, prompts, max_new_tokens, name, cache, sampling)
         return [self._decode(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
 
     def generate_tokens(
@@ -345,8 +326,8 @@ class Engine:
         weights: Weights,
         prompts: Sequence[list[int]],
         max_new_tokens: int,
-        label: str,
-        cache: BatchCache | None = None,
+        name: str,
+        cache: PredictionCache | None = None,
         sampling: Sampling | None = None,
     ) -> list[list[int]]:
         """Generate after each prompt, up to and with a stop token, or `max_new_tokens`.
@@ -355,7 +336,7 @@ class Engine:
             weights: as `LanguageModel.weights`.
             prompts: token ids.
             max_new_tokens: limit of each answer.
-            label: name of the work in progress messages.
+            name: the evaluation.
             cache: results of batches that need not run again.
             sampling: how to sample; greedy without it.
         """
@@ -375,14 +356,14 @@ class Engine:
         batches = batch_by_length(
             prompts, self.batch_size, model.devices, model.tokenizer.pad_id, self._compile_tokens
         )
-        return self._run_batches(len(prompts), batches, run_batch, cache, label)
+        return self._run_batches(len(prompts), batches, run_batch, name, cache)
 
-    def _decode(self, tokens: list[int], prompt: list[int]) -> Generation:
+    def _decode(self, tokens: list[int], prompt: list[int]) -> Reply:
         """Decode an answer that may end in a stop token."""
-        tokenizer = self._model.tokenizer
+        tokenizer = self.tokenizer
         is_complete = bool(tokens) and tokens[-1] in tokenizer.stop_ids
         new = tokens[:-1] if is_complete else tokens
         text, prompt_end = tokenizer.decode(new).strip(), tokenizer.decode(prompt[-16:])
         thoughts, answer = split_thoughts(text, prompt_end)
-        finish: Literal["stop", "length"] = "stop" if is_complete else "length"
-        return Generation(answer or "", len(new), finish, thoughts)
+        finish = "stop" if is_complete else "length"
+        return Reply(answer or "", thoughts, finish=finish, completion_tokens=len(new))

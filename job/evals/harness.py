@@ -17,12 +17,9 @@ from lm_eval.models.utils import (
 from lm_eval.tasks import TaskManager
 
 from job.chat.conversation import Message
-from job.chat.tokenizer import ChatTokenizer
 from job.errors import UsageError
-from job.evals.engine import BatchCache, Engine
 from job.evals.local_model import LocalModel
 from job.evals.predictions import HarnessLine
-from job.model.lora import Weights
 from job.spec.evals import HarnessEval
 
 _NEW_TOKENS = 256
@@ -33,18 +30,10 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     """A local model as the harness calls it."""
 
     def __init__(self, local: LocalModel, name: str, max_length: int) -> None:
-        """Prepare to answer a task's requests, in the order that they are made.
-
-        Args:
-            local: the model.
-            name: of the evaluation.
-            max_length: tokens of a prompt with its continuation, at most.
-        """
+        """Prepare to answer requests; a prompt with its continuation has `max_length` tokens."""
         super().__init__()
-        self._engine: Engine = local.engine
-        self._weights: Weights = local.weights
-        self._chat: ChatTokenizer = local.tokenizer
-        self._open = local.caches.open
+        self._local = local
+        self._chat = local.engine.tokenizer
         self._name = name
         self._max_length = max_length
         self._requests = 0
@@ -85,9 +74,10 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         """Tokenize a text; special tokens in it count, and it gets one start token."""
         return self._chat.encode_markup(string, starts=add_special_tokens is not False)
 
-    def _cache(self) -> BatchCache:
+    def _next_name(self) -> str:
+        """Return a name for the cached batches; a task makes its requests in the same order."""
         self._requests += 1
-        return self._open(f"{self._name}-{self._requests}")
+        return f"{self._name}-{self._requests}"
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: object
@@ -100,7 +90,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             tokens = tokens[-self._max_length - 1 :]
             scored = min(len(continuation), len(tokens) - 1)
             rows.append((tokens, [False] * (len(tokens) - scored) + [True] * scored))
-        scores = self._engine.score_tokens(self._weights, rows, self._name, self._cache())
+        local = self._local
+        scores = local.engine.score_tokens(local.weights, rows, self._next_name(), local.cache)
         return [(score.loglikelihood, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -141,8 +132,9 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
                 )
             self.prompts += len(prompts)
             self.truncated += sum(len(prompt) > longest for prompt in prompts)
-            rows = self._engine.generate_tokens(
-                self._weights, [p[-longest:] for p in prompts], limit, self._name, self._cache()
+            local, prompts = self._local, [prompt[-longest:] for prompt in prompts]
+            rows = local.engine.generate_tokens(
+                local.weights, prompts, limit, self._next_name(), local.cache
             )
             for (number, _, stop), row in zip(group, rows, strict=True):
                 answers[number] = postprocess_generated_text(self._chat.decode(row), stop, None)

@@ -15,10 +15,9 @@ import numpy as np
 from scipy import optimize, special, stats
 
 from job.chat.conversation import Conversation, Message
-from job.evals.api_client import Reply
 from job.evals.metrics import BEFORE_AFTER
 from job.evals.paired import compare_proportions
-from job.evals.predictions import DialogueLine, JudgeLine
+from job.evals.predictions import DialogueLine, JudgeLine, Reply
 from job.evals.statistics import ALPHA, Bootstrap, bootstrap_mean, proportion
 from job.scores import JudgeResult, ReferenceResult
 from job.spec.load import digest

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 from job.chat.thoughts import split_thoughts
-from job.data.examples import Example
 from job.evals.overlap import ROUGE_METRICS, overlap_scores
 from job.evals.paired import Family, compare_means, compare_proportions
 from job.evals.predictions import ChoiceLine, DialogueLine, LossLine, TextLine, answered
@@ -160,13 +159,6 @@ CONSTANT_ANSWER = (
     "can look at this with you, and do not hesitate to ask if you need anything else."
 )
 """A polite sentence that fits any question: a trivial baseline."""
-
-
-def dialogue_line(example: Example, answer: str, **rest: object) -> DialogueLine:
-    """Return the scored line of an answer to a held-out prompt; `rest` are its further fields."""
-    fields = {"id": example.id, "prompt": example.prompt, "expected": example.response}
-    scores = overlap_scores(example.response, answer)
-    return DialogueLine.model_validate({**fields, "answer": answer, **scores, **rest})
 
 
 def score_dialogues(lines: Sequence[DialogueLine], bootstrap: Bootstrap) -> DialogueScore:

@@ -1,4 +1,4 @@
-"""Results of finished batches, saved while an evaluation runs so that it can resume."""
+"""Results of finished batches, saved while a model is evaluated so that it can resume."""
 
 import contextlib
 import json
@@ -20,82 +20,53 @@ Broadcast = Callable[[Callable[[], str]], str]
 
 
 class PredictionCache:
-    """The finished batches of one evaluation of one model (an `engine.BatchCache`)."""
+    """The finished batches of one model's evaluations: written on an error, deleted on success."""
 
-    def __init__(self, store: Store, key: str, inputs_digest: str, broadcast: Broadcast) -> None:
+    def __init__(self, store: Store, key: str, inputs: object, broadcast: Broadcast) -> None:
         """Load the batches that an earlier start finished.
 
         Args:
             store: where the file is; read-only except on the primary process.
             key: key of the file.
-            inputs_digest: of everything the results depend on; a file with another is ignored.
+            inputs: everything that the results, and how they are batched, depend on; a file of
+                other inputs is ignored.
             broadcast: makes all processes agree on which batches are left.
         """
-        self.key = key
+        self._key = key
         self._store = store
-        self._inputs_digest = inputs_digest
+        self._inputs_digest = digest(inputs)
         self._written = time.monotonic()
         self._has_changes = False
-        self._batches: dict[str, list[Any]] = json.loads(broadcast(self._read))
+        self._batches: dict[str, dict[str, list[Any]]] = json.loads(broadcast(self._read))
         if self._batches:
-            logs.get().info("resumed evaluation", file=key, batches=len(self._batches))
+            finished = {name: len(batches) for name, batches in self._batches.items()}
+            logs.get().info("resumed evaluation", file=key, batches=finished)
 
     def _read(self) -> str:
-        content = self._store.read(self.key)
+        content = self._store.read(self._key)
         with contextlib.suppress(ValueError, KeyError, TypeError):
             document = json.loads(content or b"")
             if document["inputs"] == self._inputs_digest:
                 return json.dumps(dict(document["batches"]))
         return "{}"
 
-    def get(self, batch: int) -> list[Any] | None:
-        """Return the results of a batch, or None."""
-        return self._batches.get(str(batch))
+    def get(self, name: str, batch: int) -> list[Any] | None:
+        """Return the results of a batch of an evaluation, or None."""
+        return self._batches.get(name, {}).get(str(batch))
 
-    def add(self, batch: int, results: list[Any]) -> None:
-        """Add the results of a batch, and write the file if the last write was long ago."""
-        self._batches[str(batch)] = results
+    def add(self, name: str, batch: int, results: list[Any]) -> None:
+        """Add the results of a batch: values that JSON represents exactly."""
+        self._batches.setdefault(name, {})[str(batch)] = results
         self._has_changes = True
         if time.monotonic() - self._written >= CACHE_SECONDS:
-            self.write()
+            self._write()
 
-    def write(self) -> None:
-        """Write the file if there are new results."""
+    def _write(self) -> None:
         if self._has_changes:
             content = {"inputs": self._inputs_digest, "batches": self._batches}
-            self._store.write(self.key, json.dumps(content, ensure_ascii=False).encode())
+            self._store.write(self._key, json.dumps(content, ensure_ascii=False).encode())
         self._has_changes = False
         self._written = time.monotonic()
-
-
-class PredictionCaches:
-    """The caches of all evaluations of one model: written on an error, deleted on success."""
-
-    def __init__(
-        self, store: Store, key_of: Callable[[str], str], inputs: object, broadcast: Broadcast
-    ) -> None:
-        """Prepare to open caches.
-
-        Args:
-            store: where the files are; read-only except on the primary process.
-            key_of: returns the key of an evaluation's file.
-            inputs: everything that the results, and how they are batched, depend on.
-            broadcast: see `PredictionCache`.
-        """
-        self._store = store
-        self._key_of = key_of
-        self._inputs_digest = digest(inputs)
-        self._broadcast = broadcast
-        self._open: list[PredictionCache] = []
-
-    def open(self, name: str) -> PredictionCache:
-        """Return the cache of one evaluation."""
-        for cache in self._open:
-            cache.write()
-        key = self._key_of(name)
-        cache = PredictionCache(self._store, key, self._inputs_digest, self._broadcast)
-        self._open.append(cache)
-        return cache
 
     def __enter__(self) -> Self:
         return self
@@ -103,9 +74,8 @@ class PredictionCaches:
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
-        for cache in self._open:
-            if kind is not None:
-                with contextlib.suppress(JobError):  # the error that stopped the work matters more
-                    cache.write()
-            else:
-                self._store.delete(cache.key)
+        if kind is None:
+            self._store.delete(self._key)
+            return
+        with contextlib.suppress(JobError):  # the error that stopped the work matters more
+            self._write()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -13,6 +14,31 @@ DIALOGUE = "dialogue"
 SIDE_BY_SIDE = "side_by_side"
 JUDGE = "judge"
 LOSS = "loss"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's answer or the reason there is none, with the usage of all attempts."""
+
+    answer: str | None = None
+    """The answer without thoughts; of a local model, empty if it was cut inside them."""
+    thoughts: str = ""
+    error: str | None = None
+    provider: str | None = None
+    model: str | None = None
+    finish: str | None = None
+    """Finish reason: stop, length, ..."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Completion tokens that are reasoning."""
+    cost_usd: float = 0.0
+    lost: int = 0
+    """Attempts whose reply was lost; they may have been billed in addition to `cost_usd`."""
+    final: bool = False
+    """Whether there is no answer and a repeated request would not give one."""
+    sent: bool = True
+    """Whether a request was sent."""
 
 
 class Line(BaseModel):

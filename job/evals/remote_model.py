@@ -1,26 +1,13 @@
-"""Evaluation of a remote model: concurrent requests, saved replies, replies to prediction lines."""
+"""Evaluation of a remote model: concurrent requests and saved replies."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Any
 
 from job.chat.conversation import Conversation
-from job.data.examples import Example
-from job.evals.answer_parsing import parse_choice
-from job.evals.api_client import ChatClient, Reply
-from job.evals.metrics import dialogue_line
-from job.evals.predictions import (
-    DIALOGUE,
-    SIDE_BY_SIDE,
-    ChoiceLine,
-    DialogueLine,
-    SideLine,
-    TextLine,
-    choice_line,
-)
+from job.evals.api_client import ChatClient
+from job.evals.predictions import Reply
 from job.evals.reply_log import REPLY_SECONDS, ReplyLog
-from job.evals.tasks import SideBySidePrompt, Task, TextTask, question_messages, text_lines
 from job.runtime import logs
 from job.runtime.threads import Threads
 from job.runtime.watchdog import progress
@@ -43,61 +30,16 @@ class RemoteModel:
         self._stopping = threading.Event()
         client.sleep = self._stopping.wait
 
-    def answer_questions(self, task: Task) -> list[ChoiceLine]:
-        """Return predictions for a task."""
-        ids = [question.id for question in task.questions]
-        replies = self.complete(
-            task.entry.name, dict(zip(ids, question_messages(task), strict=True))
-        )
-        lines = []
-        for question in task.questions:
-            reply = replies[question.id]
-            choice = parse_choice(reply.answer, question.options) if reply.answer else None
-            finish = reply.finish or "stop"
-            lines.append(choice_line(question, choice, finish=finish, **_reply_fields(reply)))
-        return lines
-
-    def answer_examples(
-        self, examples: Sequence[Example], max_tokens: int | None
-    ) -> list[DialogueLine]:
-        """Return predictions for held-out examples.
-
-        Args:
-            examples: the held-out examples.
-            max_tokens: limit of an answer; None takes the client's.
-        """
-        prompts = {example.id: example.prompt_messages for example in examples}
-        replies = self.complete(DIALOGUE, prompts, max_tokens)
-        lines = []
-        for example in examples:
-            reply = replies[example.id]
-            fields = _reply_fields(reply) | {"answer": reply.answer or ""}
-            fields |= {"tokens": reply.completion_tokens, "finish": reply.finish or "none"}
-            lines.append(dialogue_line(example, **fields))
-        return lines
-
-    def answer_task(self, task: TextTask, max_tokens: int | None) -> list[TextLine]:
-        """Return predictions for a task with free answers; see `answer_examples`."""
-        prompts = {example.id: example.prompt_messages for example in task.examples}
-        replies = self.complete(task.entry.name, prompts, max_tokens)
-        fields = [
-            _reply_fields(replies[identity]) | {"finish": replies[identity].finish or "stop"}
-            for identity in prompts
-        ]
-        return text_lines(task, fields)
-
-    def answer_side_by_side(self, prompts: Sequence[SideBySidePrompt]) -> list[SideLine]:
-        """Return answers to the prompts shown side by side."""
-        replies = self.complete(SIDE_BY_SIDE, {prompt.id: prompt.messages for prompt in prompts})
-        return [
-            SideLine(id=p.id, prompt=p.text, expected=p.expected, **_reply_fields(replies[p.id]))
-            for p in prompts
-        ]
-
     def complete(
         self, name: str, prompts: Mapping[str, Conversation], max_tokens: int | None = None
     ) -> Mapping[str, Reply]:
-        """Return the replies to all prompts by id: saved ones and new ones."""
+        """Return the replies to all prompts of an evaluation by id: saved ones and new ones.
+
+        Args:
+            name: the evaluation.
+            prompts: conversations by id.
+            max_tokens: limit of an answer; None takes the client's.
+        """
         replies: dict[str, Reply] = {}
         replies |= self._log.settled(name)
         missing = [identity for identity in prompts if identity not in replies]
@@ -138,15 +80,3 @@ class RemoteModel:
             self._log.write(force=True)
             pool.shutdown(wait=False)
         return replies
-
-
-def _reply_fields(reply: Reply) -> dict[str, Any]:
-    """Return the fields of a line that come from any reply."""
-    return {
-        "answer": reply.answer,
-        "thoughts": reply.thoughts,
-        "error": reply.error,
-        "final": reply.final,
-        "provider": reply.provider,
-        "model": reply.model,
-    }

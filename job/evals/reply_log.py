@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
-from job.evals.api_client import Reply
+from job.evals.predictions import Reply
 from job.storage.base import Store
 
 REPLY_SECONDS = 0.2

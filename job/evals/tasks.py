@@ -2,11 +2,12 @@
 
 A `Task` is loaded from rows of any dataset by one `evals.multiple_choice` entry of the spec. Its
 prompts are conversations, or plain text for `prompt: lm-eval`. A `TextTask` has free answers and
-is loaded by an entry of `evals.tasks`. The prompts shown side by side are here too.
+is loaded by an entry of `evals.tasks`. The prompts shown side by side are here too, and what
+turns the replies to all of them into lines of predictions.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -16,7 +17,16 @@ from job.chat.thoughts import split_thoughts
 from job.data.examples import Example, ExampleMapper, RowDroppedError, last_prompt
 from job.data.sources import open_source
 from job.errors import UsageError
-from job.evals.predictions import TextLine
+from job.evals.answer_parsing import parse_choice
+from job.evals.overlap import overlap_scores
+from job.evals.predictions import (
+    ChoiceLine,
+    DialogueLine,
+    Reply,
+    SideLine,
+    TextLine,
+    choice_line,
+)
 from job.evals.questions import AnswerForms, Question, QuestionReader, answer_forms
 from job.evals.text_metrics import READING, Answer, Metric, grade, make_metric
 from job.runtime import logs
@@ -181,30 +191,6 @@ def load_text_task(
     return TextTask(entry, revision, examples, counts, metric)
 
 
-def text_lines(task: TextTask, answers: Sequence[Mapping[str, Any]]) -> list[TextLine]:
-    """Return the scored lines of the answers to a task's prompts, in order.
-
-    Args:
-        task: the task.
-        answers: fields of `TextLine` about the answer; `answer` is None if there is none.
-    """
-    graded = grade(
-        task.entry,
-        task.metric,
-        [
-            Answer(e.prompt, e.response, fields["answer"] or "")
-            for e, fields in zip(task.examples, answers, strict=True)
-        ],
-    )
-    lines = []
-    for example, (score, parsed), fields in zip(task.examples, graded, answers, strict=True):
-        fields = {"id": example.id, "prompt": example.prompt, "score": score, **fields}
-        if task.metric is not None and task.entry.metric in READING:
-            fields |= {"target": task.metric.expected(example.response), "parsed": parsed}
-        lines.append(TextLine(expected=example.response, **fields))
-    return lines
-
-
 # Prompts
 
 
@@ -286,3 +272,66 @@ def side_by_side_prompts(
         for number, prompt in enumerate(section.prompts, 1)
     ]
     return held_out + own
+
+
+# Replies to lines
+
+
+def _fields(reply: Reply) -> dict[str, Any]:
+    """Return the fields that a reply gives any line."""
+    names = ("answer", "thoughts", "error", "final", "provider", "model")
+    return {name: getattr(reply, name) for name in names}
+
+
+def choice_lines(task: Task, replies: Iterable[Reply]) -> list[ChoiceLine]:
+    """Return the lines of generated answers to a task's questions, in order."""
+    return [
+        choice_line(
+            question,
+            parse_choice(reply.answer, question.options) if reply.answer else None,
+            finish=reply.finish or "stop",
+            **_fields(reply),
+        )
+        for question, reply in zip(task.questions, replies, strict=True)
+    ]
+
+
+def text_lines(task: TextTask, replies: Sequence[Reply]) -> list[TextLine]:
+    """Return the scored lines of the answers to a task's prompts, in order."""
+    answers = [
+        Answer(example.prompt, example.response, reply.answer or "")
+        for example, reply in zip(task.examples, replies, strict=True)
+    ]
+    graded = grade(task.entry, task.metric, answers)
+    lines = []
+    for example, (score, parsed), reply in zip(task.examples, graded, replies, strict=True):
+        fields = _fields(reply) | {"score": score, "finish": reply.finish or "stop"}
+        if task.metric is not None and task.entry.metric in READING:
+            fields |= {"target": task.metric.expected(example.response), "parsed": parsed}
+        fields |= {"id": example.id, "prompt": example.prompt, "expected": example.response}
+        lines.append(TextLine.model_validate(fields))
+    return lines
+
+
+def dialogue_lines(examples: Iterable[Example], replies: Iterable[Reply]) -> list[DialogueLine]:
+    """Return the scored lines of the answers to held-out prompts, in order."""
+    return [
+        DialogueLine(
+            id=example.id,
+            prompt=example.prompt,
+            expected=example.response,
+            tokens=reply.completion_tokens,
+            finish=reply.finish or "none",
+            **(_fields(reply) | {"answer": reply.answer or ""}),
+            **overlap_scores(example.response, reply.answer or ""),
+        )
+        for example, reply in zip(examples, replies, strict=True)
+    ]
+
+
+def side_lines(prompts: Iterable[SideBySidePrompt], replies: Iterable[Reply]) -> list[SideLine]:
+    """Return the lines of answers to read, in order."""
+    return [
+        SideLine(id=prompt.id, prompt=prompt.text, expected=prompt.expected, **_fields(reply))
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]

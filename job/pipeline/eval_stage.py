@@ -4,7 +4,6 @@ The tuned model is loaded from the adapter's file, so the evaluation covers what
 """
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Literal
 
 from pydantic import BaseModel
@@ -14,7 +13,7 @@ from job.data.split_files import iter_examples
 from job.evals.batching import BATCHING_VERSION
 from job.evals.engine import Engine
 from job.evals.local_model import LocalModel
-from job.evals.prediction_cache import PredictionCaches
+from job.evals.prediction_cache import PredictionCache
 from job.evals.predictions import (
     DIALOGUE,
     LOSS,
@@ -26,9 +25,12 @@ from job.evals.predictions import (
 from job.evals.tasks import (
     Task,
     TextTask,
+    dialogue_lines,
     load_task,
     load_text_task,
     side_by_side_prompts,
+    side_lines,
+    text_lines,
 )
 from job.pipeline import layout
 from job.pipeline.data_stage import read_examples
@@ -69,10 +71,9 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     if name == "baseline" and (tasks or text_tasks) and run.processes.is_primary:
         _check_contamination(run, tasks, text_tasks)
     inputs = [run.digests[name], engine.batch_size, BATCHING_VERSION]
-    key_of = partial(layout.partial_predictions, name)
-    with PredictionCaches(run.store, key_of, inputs, run.processes.broadcast) as caches:
-        share = evals.max_truncated_share
-        local = LocalModel(engine, model.tokenizer, weights, caches, share)
+    key = layout.partial_predictions(name)
+    with PredictionCache(run.store, key, inputs, run.processes.broadcast) as cache:
+        local = LocalModel(engine, weights, cache, evals.max_truncated_share)
         outcomes = {task.entry.name: _evaluate_task(run, name, local, task) for task in tasks}
         for entry in evals.harness:
             outcomes[entry.name] = _evaluate_harness(run, name, local, entry)
@@ -80,10 +81,11 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
             outcomes[text_task.entry.name] = _evaluate_text_task(run, name, local, text_task)
         if evals.dialogue is not None:
             examples = read_examples(run, layout.VALIDATION_EXAMPLES, evals.dialogue.max_examples)
-            lines, truncated = local.answer_examples(examples, evals.dialogue.max_new_tokens)
-            write_predictions(run, name, DIALOGUE, lines)
+            messages = [example.prompt_messages for example in examples]
+            replies, truncated = local.generate(DIALOGUE, messages, evals.dialogue.max_new_tokens)
+            write_predictions(run, name, DIALOGUE, dialogue_lines(examples, replies))
             outcomes[DIALOGUE] = TaskOutcome(truncated=truncated)
-            logs.get().info("dialogue evaluated", examples=len(lines), truncated=truncated)
+            logs.get().info("dialogue evaluated", examples=len(replies), truncated=truncated)
         held_out = read_examples(run, layout.VALIDATION_EXAMPLES)
         losses = local.measure_losses(held_out, evals.max_prompt_tokens)
         write_predictions(run, name, LOSS, losses)
@@ -91,9 +93,10 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
         section = evals.side_by_side
         examples = read_examples(run, layout.VALIDATION_EXAMPLES, section.max_examples)
         prompts = side_by_side_prompts(examples, section)
-        answers, truncated = local.answer_side_by_side(prompts, section.max_new_tokens)
+        messages = [prompt.messages for prompt in prompts]
+        replies, truncated = local.generate(SIDE_BY_SIDE, messages, section.max_new_tokens)
         outcomes[SIDE_BY_SIDE] = TaskOutcome(truncated=truncated)
-        write_predictions(run, name, SIDE_BY_SIDE, answers)
+        write_predictions(run, name, SIDE_BY_SIDE, side_lines(prompts, replies))
     return EvalOutcome(slices=outcomes)
 
 
@@ -121,12 +124,14 @@ def load_text_tasks(run: Run, entries: Sequence[TextEval]) -> list[TextTask]:
 def _evaluate_text_task(
     run: Run, name: ModelName, local: LocalModel, task: TextTask
 ) -> TaskOutcome:
-    lines, truncated = local.answer_task(task)
-    write_predictions(run, name, task.entry.name, lines)
+    entry = task.entry
+    messages = [example.prompt_messages for example in task.examples]
+    replies, truncated = local.generate(entry.name, messages, entry.max_new_tokens)
+    lines = text_lines(task, replies)
+    write_predictions(run, name, entry.name, lines)
     score = round(sum(line.score for line in lines) / len(lines), 6)
     logs.get().info(
-        "task evaluated", eval=task.entry.name, metric=task.entry.metric, examples=len(lines),
-        score=score,
+        "task evaluated", eval=entry.name, metric=entry.metric, examples=len(lines), score=score
     )  # fmt: skip
     return TaskOutcome(truncated=truncated, revision=task.revision, rows=task.rows)
 

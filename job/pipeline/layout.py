@@ -40,6 +40,6 @@ def replies(stage: str) -> tuple[str, str]:
     return f"{EVALS}{stage}/replies.jsonl", f"{EVALS}{stage}/partial/"
 
 
-def partial_predictions(model: str, name: str) -> str:
-    """Return the key of the finished batches of an evaluation that is not complete."""
-    return f"{EVALS}{model}/{name}/partial.json"
+def partial_predictions(model: str) -> str:
+    """Return the key of a model's finished batches while its evaluations are not complete."""
+    return f"{EVALS}{model}/partial.json"

@@ -11,12 +11,21 @@ from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel
 
+from job.chat.conversation import Conversation
 from job.evals.api_client import API_KEY_VARIABLE, ChatClient, missing_key
 from job.evals.budget import Budget
-from job.evals.predictions import DIALOGUE, SIDE_BY_SIDE, Line
+from job.evals.predictions import DIALOGUE, SIDE_BY_SIDE, Line, Reply
 from job.evals.remote_model import RemoteModel
 from job.evals.reply_log import LoggedReply, ReplyLog
-from job.evals.tasks import load_task, side_by_side_prompts
+from job.evals.tasks import (
+    choice_lines,
+    dialogue_lines,
+    load_task,
+    question_messages,
+    side_by_side_prompts,
+    side_lines,
+    text_lines,
+)
 from job.pipeline import layout
 from job.pipeline.data_stage import read_examples
 from job.pipeline.eval_stage import load_text_tasks, write_predictions
@@ -99,21 +108,35 @@ def _evaluate(run: Run, reference: Reference, remote: RemoteModel) -> list[Line]
         write_predictions(run, "reference", name, lines)
         evaluated.extend(lines)
 
+    def ask(
+        name: str, prompts: Sequence[tuple[str, Conversation]], limit: int | None = None
+    ) -> list[Reply]:
+        replies = remote.complete(name, dict(prompts), limit)
+        return [replies[identity] for identity, _ in prompts]
+
     for entry in run.spec.reference_tasks:
-        write(entry.name, remote.answer_questions(load_task(entry, run.revisions)))
+        task = load_task(entry, run.revisions)
+        ids = [question.id for question in task.questions]
+        replies = ask(entry.name, list(zip(ids, question_messages(task), strict=True)))
+        write(entry.name, choice_lines(task, replies))
     # A model that reasons needs its own limit: reasoning counts.
     is_limited = reference.reasoning == "none"
-    for task in load_text_tasks(run, run.spec.reference_text_tasks):
-        limit = task.entry.max_new_tokens if is_limited else None
-        write(task.entry.name, remote.answer_task(task, limit))
+    for text_task in load_text_tasks(run, run.spec.reference_text_tasks):
+        limit = text_task.entry.max_new_tokens if is_limited else None
+        prompts = [(example.id, example.prompt_messages) for example in text_task.examples]
+        replies = ask(text_task.entry.name, prompts, limit)
+        write(text_task.entry.name, text_lines(text_task, replies))
     dialogue = run.spec.evals.dialogue
     if reference.dialogue and dialogue is not None:
         examples = read_examples(run, VALIDATION_EXAMPLES, dialogue.max_examples)
+        prompts = [(example.id, example.prompt_messages) for example in examples]
         limit = dialogue.max_new_tokens if is_limited else None
-        write(DIALOGUE, remote.answer_examples(examples, limit))
+        write(DIALOGUE, dialogue_lines(examples, ask(DIALOGUE, prompts, limit)))
     section = run.spec.evals.side_by_side
     examples = read_examples(run, VALIDATION_EXAMPLES, section.max_examples)
-    write(SIDE_BY_SIDE, remote.answer_side_by_side(side_by_side_prompts(examples, section)))
+    shown = side_by_side_prompts(examples, section)
+    replies = ask(SIDE_BY_SIDE, [(prompt.id, prompt.messages) for prompt in shown])
+    write(SIDE_BY_SIDE, side_lines(shown, replies))
     return evaluated
 
 

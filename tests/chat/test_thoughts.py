@@ -14,13 +14,13 @@ from job.evals.metrics import overlap_scores, score_choices, score_dialogues, su
 from job.evals.predictions import DialogueLine, SideLine, format_predictions, parse_predictions
 from job.evals.questions import Question
 from job.evals.statistics import Bootstrap
-from job.evals.tasks import SideBySidePrompt, Task
+from job.evals.tasks import SideBySidePrompt, Task, dialogue_lines, side_lines
 from job.model.language_model import LanguageModel
 from job.model.load import load_model
 from job.scores import RowCounts
 from job.spec.schema import Model, MultipleChoiceEval
 from tests.conversations import conversation, turns
-from tests.evals.test_prediction_cache import caches
+from tests.evals.test_prediction_cache import cache_in
 
 LIMIT = 6
 
@@ -84,7 +84,7 @@ def model() -> LanguageModel:
 
 @pytest.fixture
 def local(model: LanguageModel, tmp_path: Path) -> LocalModel:
-    return LocalModel(Engine(model, 2, 512), model.tokenizer, model.weights, caches(tmp_path))
+    return LocalModel(Engine(model, 2, 512), model.weights, cache_in(tmp_path))
 
 
 def test_an_answer_cut_in_its_thoughts_is_unparsed_and_counted(local: LocalModel) -> None:
@@ -108,7 +108,8 @@ def test_an_answer_cut_in_its_thoughts_is_unparsed_and_counted(local: LocalModel
 
 def test_a_dialogue_cut_in_its_thoughts_is_an_empty_answer(local: LocalModel) -> None:
     cut, plain = conversation("1", "Why? <think>", "Rest."), conversation("2", "Why?", "Rest.")
-    lines, _ = local.answer_examples([cut, plain], LIMIT)
+    messages = [example.prompt_messages for example in (cut, plain)]
+    lines = dialogue_lines([cut, plain], local.generate("dialogue", messages, LIMIT)[0])
     assert (lines[0].answer, lines[0].finish, lines[0].rougeL) == ("", "length", 0.0)
     assert lines[0].thoughts
     assert lines[0].tokens == LIMIT
@@ -119,7 +120,8 @@ def test_a_dialogue_cut_in_its_thoughts_is_an_empty_answer(local: LocalModel) ->
 
 def test_side_by_side_shows_no_thoughts(local: LocalModel) -> None:
     prompts = [SideBySidePrompt("p", turns("Why? <think>"))]
-    (line,), truncated = local.answer_side_by_side(prompts, LIMIT)
+    replies, truncated = local.generate("side_by_side", [prompts[0].messages], LIMIT)
+    (line,) = side_lines(prompts, replies)
     assert truncated == 0
     assert line.answer == ""
     assert line.thoughts

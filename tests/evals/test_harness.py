@@ -16,7 +16,7 @@ from job.model.load import load_model
 from job.spec.evals import HarnessEval
 from job.spec.schema import Model
 from tests import real_models
-from tests.evals.test_prediction_cache import caches
+from tests.evals.test_prediction_cache import cache_in
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.real
@@ -79,8 +79,8 @@ def theirs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def local(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     model = load_model(Model(preset=str(real_models.smollm2()), dtype="float32"), 0, mesh)
-    stored = caches(tmp_path_factory.mktemp("store"))
-    return LocalModel(Engine(model, 8, 512), model.tokenizer, model.weights, stored)
+    cache = cache_in(tmp_path_factory.mktemp("store"))
+    return LocalModel(Engine(model, 8, 512), model.weights, cache)
 
 
 @pytest.mark.parametrize(

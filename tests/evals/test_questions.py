@@ -10,11 +10,11 @@ from job.errors import UsageError
 from job.evals.engine import Engine
 from job.evals.local_model import LocalModel
 from job.evals.metrics import summarize_choices
-from job.evals.tasks import SideBySidePrompt, Task, load_task
+from job.evals.tasks import Task, load_task
 from job.model.language_model import LanguageModel
 from job.spec.schema import MultipleChoiceEval
 from tests.conversations import conversation
-from tests.evals.test_prediction_cache import caches
+from tests.evals.test_prediction_cache import cache_in
 
 COLUMNS = ["opa", "opb", "opc", "opd"]
 TEXTS = ("Red", "Green", "Blue", "Gray")
@@ -174,9 +174,8 @@ def test_each_question_is_scored_among_its_own_options(tmp_path: Path, tiny: Lan
     rows = [{"question": f"Q{n}", "o": FOUR[:n], "cop": "Red"} for n in (2, 4, 2, 3)]
     task = load(tmp_path, rows, options="o")
     engine = Engine(tiny, 2, 512)
-    lines, _ = LocalModel(engine, tiny.tokenizer, tiny.weights, caches(tmp_path)).answer_questions(
-        task
-    )
+    local = LocalModel(engine, tiny.weights, cache_in(tmp_path))
+    lines, _ = local.answer_questions(task)
     scores = [line.log_probabilities or {} for line in lines]
     assert ["".join(each) for each in scores] == ["AB", "ABCD", "AB", "ABC"]
     assert [line.choice for line in lines] == [max(each, key=each.__getitem__) for each in scores]
@@ -191,12 +190,12 @@ def test_too_many_truncated_prompts_are_refused(tmp_path: Path, tiny: LanguageMo
     engine = Engine(tiny, 2, 80)
 
     def local(share: float) -> LocalModel:
-        return LocalModel(engine, tiny.tokenizer, tiny.weights, caches(tmp_path), share)
+        return LocalModel(engine, tiny.weights, cache_in(tmp_path), share)
 
     assert local(0.25).answer_questions(task)[1] == 1
-    assert local(1).answer_examples([long], 1)[1] == 1
-    prompts = [SideBySidePrompt("p", long.prompt_messages)]
-    assert local(0).answer_side_by_side(prompts, 1)[1] == 1
+    prompts = [long.prompt_messages]
+    assert local(1).generate("dialogue", prompts, 1)[1] == 1
+    assert local(0).generate("side_by_side", prompts, 1)[1] == 1
     with pytest.raises(UsageError) as refused:
         local(0.2).answer_questions(task)
     assert str(refused.value).startswith(
@@ -204,7 +203,7 @@ def test_too_many_truncated_prompts_are_refused(tmp_path: Path, tiny: LanguageMo
         "lose their beginning, more than evals.max_truncated_share (0.2)"
     )
     with pytest.raises(UsageError, match="1 of 1 prompts of 'dialogue'"):
-        local(0.5).answer_examples([long], 1)
+        local(0.5).generate("dialogue", prompts, 1)
 
 
 def test_shuffled_options_depend_on_the_question_only(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_batched_generation_gives_kerashubs_text(tiny: LanguageModel) -> None:
         )
         new = np.asarray(alone["token_ids"])[0, len(tokens) : len(tokens) + 12].tolist()
         stops = [i for i, token in enumerate(new) if token in tiny.tokenizer.stop_ids]
-        assert answer.text == tiny.tokenizer.decode(new[: stops[0]] if stops else new).strip()
+        assert answer.answer == tiny.tokenizer.decode(new[: stops[0]] if stops else new).strip()
 
 
 def test_letter_scores_do_not_depend_on_the_batch(tiny: LanguageModel) -> None:

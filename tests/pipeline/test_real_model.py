@@ -213,7 +213,7 @@ def test_greedy_answers_are_those_of_transformers(comparison: Comparison) -> Non
     for number, answer in enumerate(answers):
         tokens = comparison.theirs[f"base answer {number}"].tolist()
         end = next((i for i, t in enumerate(tokens) if t in model.tokenizer.stop_ids), None)
-        assert answer.text == model.tokenizer.decode(tokens[:end]).strip()
+        assert answer.answer == model.tokenizer.decode(tokens[:end]).strip()
         assert answer.finish == ("length" if end is None else "stop")
 
 
