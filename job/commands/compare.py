@@ -7,19 +7,25 @@ from pathlib import Path
 from job.commands.fetch import open_finished_run, read_artifact
 from job.errors import StageError, UsageError
 from job.evals.predictions import (
-    DIALOGUE,
     ChoiceLine,
     DialogueLine,
     HarnessLine,
-    Line,
+    ScoredLine,
     TextLine,
     parse_predictions,
 )
 from job.pipeline import layout
-from job.report.compare import FinishedRun, RunComparison, compare_runs
-from job.results import Results
+from job.report.compare import FinishedRun, RunComparison, compare_runs, evaluations
 from job.runtime import logs
-from job.storage.base import Store
+from job.scores import Dialogue, HarnessResult, MultipleChoiceResult, TextTaskResult
+
+_LINES: dict[type, type[ScoredLine]] = {
+    MultipleChoiceResult: ChoiceLine,
+    HarnessResult: HarnessLine,
+    TextTaskResult: TextLine,
+    Dialogue: DialogueLine,
+}
+"""The predictions of each kind of evaluation."""
 
 
 def compare_finished(uris: Sequence[str], html: str | None = None) -> RunComparison:
@@ -51,27 +57,9 @@ def compare_finished(uris: Sequence[str], html: str | None = None) -> RunCompari
 def read_finished(uri: str) -> FinishedRun:
     """Load a finished run with the predictions of its fine-tuned model, and check checksums."""
     store, _, results = open_finished_run(uri)
-    return FinishedRun(
-        uri=store.uri if uri.startswith("gs://") else os.path.realpath(uri),
-        results=results,
-        choices={
-            c.name: _lines(store, results, c.name, ChoiceLine)
-            for c in results.evaluation.multiple_choice
-        },
-        dialogues=_lines(store, results, DIALOGUE, DialogueLine),
-        scored={
-            **{
-                task.name: _lines(store, results, task.name, HarnessLine)
-                for task in results.evaluation.harness
-            },
-            **{
-                task.name: _lines(store, results, task.name, TextLine)
-                for task in results.evaluation.tasks
-            },
-        },
-    )
-
-
-def _lines[L: Line](store: Store, results: Results, name: str, kind: type[L]) -> list[L]:
-    content = read_artifact(store, results, layout.predictions("finetuned", name))
-    return [] if content is None else parse_predictions(content, kind)
+    lines = {}
+    for name, result in evaluations(results).items():
+        content = read_artifact(store, results, layout.predictions("finetuned", name))
+        lines[name] = parse_predictions(content or b"", _LINES[type(result)])
+    place = store.uri if uri.startswith("gs://") else os.path.realpath(uri)
+    return FinishedRun(place, results, lines)

@@ -13,7 +13,14 @@ from statistics import fmean
 from job.chat.thoughts import split_thoughts
 from job.evals.overlap import ROUGE_METRICS, overlap_scores
 from job.evals.paired import Family, compare_means, compare_proportions
-from job.evals.predictions import ChoiceLine, DialogueLine, LossLine, TextLine, answered
+from job.evals.predictions import (
+    ChoiceLine,
+    DialogueLine,
+    LossLine,
+    TextLine,
+    answered,
+    scores_by_id,
+)
 from job.evals.statistics import (
     WORST_DISCORDANCE,
     Bootstrap,
@@ -36,17 +43,22 @@ from job.scores import (
     StyleTrait,
     TrivialBaselines,
 )
-from job.spec.evals import Role
+from job.spec.evals import HarnessEval, TextEval
 from job.spec.schema import MultipleChoiceEval
 
 BEFORE_AFTER = ("baseline", "finetuned")
 COMPARED_MODELS: tuple[tuple[str, str], ...] = (BEFORE_AFTER, ("finetuned", "reference"))
 
 
-def comparison_family(models: tuple[str, str], role: Role = "target") -> Family:
+def family_and_margin(
+    models: tuple[str, str], entry: MultipleChoiceEval | HarnessEval | TextEval | None = None
+) -> tuple[Family, float | None]:
+    """Return the family of a test, and the drop that it accepts if it is one of retention."""
     if "reference" in models:
-        return "secondary"
-    return "retention" if role == "retention" else "primary"
+        return "secondary", None
+    if entry is not None and entry.role == "retention":
+        return "retention", entry.margin
+    return "primary", None
 
 
 # Multiple choice
@@ -80,17 +92,9 @@ def compare_choices(
     after: Sequence[ChoiceLine],
     entry: MultipleChoiceEval | None = None,
 ) -> Comparison | None:
-    """Compare two models on the questions both answered; see `paired.compare_proportions`.
-
-    `entry` says whether it is a retention task.
-    """
-    first, second = (
-        {identity: line.correct for identity, line in answered(lines).items()}
-        for lines in (before, after)
-    )
-    family = comparison_family(models, entry.role if entry else "target")
-    margin = entry.margin if entry and family == "retention" else None
-    return compare_proportions(models, first, second, family, margin)
+    """Compare two models on the questions both answered; see `paired.compare_proportions`."""
+    test = family_and_margin(models, entry)
+    return compare_proportions(models, scores_by_id(before), scores_by_id(after), *test)
 
 
 def group_scores(models: Mapping[str, Sequence[ChoiceLine]]) -> list[GroupScore]:
@@ -184,13 +188,9 @@ def compare_dialogues(
     bootstrap: Bootstrap,
 ) -> MeanComparison | None:
     """Compare ROUGE-L on the prompts both models answered; see `paired.compare_means`."""
-    first, second = (
-        {identity: line.rougeL for identity, line in answered(lines).items()}
-        for lines in (before, after)
-    )
-    return compare_means(
-        MeanComparison, models, first, second, bootstrap, comparison_family(models)
-    )
+    family, _ = family_and_margin(models)
+    first, second = scores_by_id(before), scores_by_id(after)
+    return compare_means(MeanComparison, models, first, second, bootstrap, family)
 
 
 def trivial_baselines(
@@ -232,7 +232,7 @@ def summarize_loss(
         models: losses by model, "baseline" and "finetuned", of the same examples.
         bootstrap: settings of the intervals.
     """
-    means = {name: {line.id: line.loss for line in lines} for name, lines in models.items()}
+    means = {name: scores_by_id(lines) for name, lines in models.items()}
     before, after = (means[name] for name in BEFORE_AFTER)
     comparison = compare_means(LossComparison, BEFORE_AFTER, before, after, bootstrap, "primary")
     if comparison is None:

@@ -29,8 +29,8 @@ type Test = Comparison | MeanComparison
 
 def compare_proportions(
     models: tuple[str, str],
-    before: Mapping[str, bool],
-    after: Mapping[str, bool],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
     family: Family,
     margin: float | None = None,
 ) -> Comparison | None:
@@ -40,8 +40,8 @@ def compare_proportions(
 
     Args:
         models: names of the models that gave `before` and `after`.
-        before: success by item id, of the first model.
-        after: success by item id, of the second model.
+        before: 1 for success, otherwise 0, by item id, of the first model.
+        after: those of the second model.
         family: of tests.
         margin: drop that a retention task accepts.
     """

@@ -77,6 +77,11 @@ class ChoiceLine(Line):
     group: str | None = None
     """Group to report accuracy by, such as the subject."""
 
+    @property
+    def score(self) -> float:
+        """1 if the answer is right, otherwise 0."""
+        return float(self.correct)
+
 
 class DialogueLine(Line):
     """An answer to a held-out prompt, with F-measures against the expected answer."""
@@ -90,6 +95,11 @@ class DialogueLine(Line):
     rouge2: float
     rougeL: float  # noqa: N815 - the name the field uses
     chrf: float = 0.0
+
+    @property
+    def score(self) -> float:
+        """ROUGE-L, which models are compared by."""
+        return self.rougeL
 
 
 class TextLine(Line):
@@ -115,7 +125,7 @@ class LossLine(Line):
     """Their summed loss."""
 
     @property
-    def loss(self) -> float:
+    def score(self) -> float:
         """Nats per token."""
         return self.nats / self.tokens
 
@@ -129,6 +139,9 @@ class HarnessLine(Line):
     target: str
     answers: list[Any]
     """What the model said, as the task filtered it: texts, or log-likelihoods."""
+
+
+type ScoredLine = ChoiceLine | DialogueLine | TextLine | HarnessLine | LossLine
 
 
 class JudgeLine(Line):
@@ -186,3 +199,8 @@ def choice_line(question: Question, choice: str | None, **rest: object) -> Choic
 def answered[L: Line](lines: Sequence[L]) -> dict[str, L]:
     """Return the lines that have an answer, by id."""
     return {line.id: line for line in lines if line.error is None}
+
+
+def scores_by_id(lines: Sequence[ScoredLine]) -> dict[str, float]:
+    """Return the scores of the lines that have an answer, by id."""
+    return {identity: line.score for identity, line in answered(lines).items()}

@@ -7,9 +7,9 @@ from statistics import fmean
 
 import numpy as np
 
-from job.evals.metrics import BEFORE_AFTER, comparison_family, cut_in_thoughts
+from job.evals.metrics import BEFORE_AFTER, cut_in_thoughts, family_and_margin
 from job.evals.paired import compare_means, compare_proportions
-from job.evals.predictions import HarnessLine, TextLine, answered
+from job.evals.predictions import HarnessLine, ScoredLine, TextLine, answered, scores_by_id
 from job.evals.statistics import Bootstrap, bootstrap_mean, proportion
 from job.evals.text_metrics import READING, Answer, Graded, json_fields
 from job.scores import (
@@ -30,8 +30,8 @@ GRADUAL = ("f1", "json", "rouge", "chrf")
 
 def compare_scores(
     models: tuple[str, str],
-    before: Sequence[HarnessLine | TextLine],
-    after: Sequence[HarnessLine | TextLine],
+    before: Sequence[ScoredLine],
+    after: Sequence[ScoredLine],
     bootstrap: Bootstrap,
     entry: HarnessEval | TextEval | None = None,
     metric: str | None = None,
@@ -43,15 +43,11 @@ def compare_scores(
         before: lines of the first model.
         after: lines of the second model.
         bootstrap: the random draws of a test of means.
-        entry: the task's section of the spec, which says whether it is a retention task.
+        entry: the task's section of the spec.
         metric: of the task, without a section.
     """
-    first, second = (
-        {identity: line.score for identity, line in answered(lines).items()}
-        for lines in (before, after)
-    )
-    family = comparison_family(models, entry.role if entry else "target")
-    margin = entry.margin if entry and family == "retention" else None
+    first, second = scores_by_id(before), scores_by_id(after)
+    family, margin = family_and_margin(models, entry)
     metric = entry.metric if entry else metric
     if metric not in GRADUAL and {*first.values(), *second.values()} <= {0.0, 1.0}:
         right = [{i: score == 1 for i, score in each.items()} for each in (first, second)]

@@ -1,26 +1,30 @@
 """The comparison of finished runs: what `job compare` prints as JSON, tables or a page."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from job.errors import UsageError
-from job.evals.metrics import compare_choices, compare_dialogues
 from job.evals.paired import decide_findings
-from job.evals.predictions import ChoiceLine, DialogueLine, HarnessLine, Line, TextLine
+from job.evals.predictions import DIALOGUE, ScoredLine
 from job.evals.statistics import Bootstrap
 from job.evals.task_scores import compare_scores
+from job.report.plots import MODEL_ORDER
 from job.results import Results
 from job.scores import (
     Comparison,
-    Estimate,
+    Dialogue,
+    DialogueScore,
     HarnessResult,
     MeanComparison,
+    ModelScore,
     MultipleChoiceResult,
     Record,
     TextTaskResult,
 )
+
+type Evaluated = MultipleChoiceResult | HarnessResult | TextTaskResult | Dialogue
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,8 @@ class FinishedRun:
 
     uri: str
     results: Results
-    choices: dict[str, list[ChoiceLine]] = field(default_factory=dict)
-    """Predictions by the name of the task."""
-    dialogues: list[DialogueLine] = field(default_factory=list)
-    scored: dict[str, list[HarnessLine | TextLine]] = field(default_factory=dict)
-    """Predictions of tasks with free answers or of lm-evaluation-harness, by name."""
+    lines: dict[str, list[ScoredLine]]
+    """Predictions by the name of the evaluation."""
 
 
 class Figure(Record):
@@ -54,33 +55,26 @@ class RunSummary(Record):
 
 
 class PairTest(Record):
-    """A test of two runs, with the number of examples that they do not share."""
+    """A test of the fine-tuned models of two runs, on the examples that both answered."""
 
     only_a: int
     """Examples of the first run only, or with another text in the second."""
     only_b: int
+    test: Comparison | MeanComparison
 
 
 class TaskTest(PairTest):
-    """The fine-tuned models of two runs on the questions that both answered."""
+    """A test of a multiple-choice task."""
 
     eval: str
     scoring: Literal["letters", "generate"]
-    test: Comparison
-
-
-class DialogueTest(PairTest):
-    """The fine-tuned models of two runs on held-out dialogues that both answered, by ROUGE-L."""
-
-    test: MeanComparison
 
 
 class ScoreTest(PairTest):
-    """The fine-tuned models of two runs on a task with free answers or of the harness."""
+    """A test of a task with free answers or of lm-evaluation-harness."""
 
     eval: str
     metric: str
-    test: Comparison | MeanComparison
 
 
 class RunComparison(Record):
@@ -91,14 +85,14 @@ class RunComparison(Record):
     figures: list[Figure]
     multiple_choice: list[TaskTest]
     tasks: list[ScoreTest]
-    dialogue: list[DialogueTest]
+    dialogue: list[PairTest]
+    """Tests of ROUGE-L on held-out dialogues."""
     settings: dict[str, list[Any]]
     """Values of the specs that differ, by path: one per run, null if it is not set."""
     notes: list[str]
     """Evaluations that were not compared, with the reason."""
 
 
-_MODELS = ("baseline", "finetuned", "reference")
 _IGNORED = ("name", "output")
 """Settings that do not affect results."""
 
@@ -111,24 +105,18 @@ def compare_runs(runs: Sequence[FinishedRun]) -> RunComparison:
     """
     labels = labels_of(runs)
     first, *others = zip(labels, runs, strict=True)
-    tasks: list[TaskTest] = []
-    scored: list[ScoreTest] = []
-    dialogues: list[DialogueTest] = []
+    tests: list[PairTest] = []
     notes: list[str] = []
     for other in others:
-        pair = _Pair(first, other)
-        task_tests, dialogue_tests = list(pair.tasks()), list(pair.dialogues())
-        score_tests = list(pair.scored())
-        if not task_tests and not dialogue_tests and not score_tests:
-            why = f" ({'; '.join(pair.notes)})" if pair.notes else ""
+        found, unmatched = _compare_pair(first, other)
+        if not found:
+            why = f" ({'; '.join(unmatched)})" if unmatched else ""
             raise UsageError(
                 f"{other[1].uri} shares no question and no dialogue with {first[1].uri}, so "
                 f"there is nothing to compare them on{why}"
             )
-        tasks += task_tests
-        scored += score_tests
-        dialogues += dialogue_tests
-        notes += pair.notes
+        tests += found
+        notes += unmatched
     return decide_findings(
         RunComparison(
             runs=[
@@ -146,9 +134,9 @@ def compare_runs(runs: Sequence[FinishedRun]) -> RunComparison:
                 for figure in _figures([run.results for run in runs])
                 if any(value is not None for value in figure.values)
             ],
-            multiple_choice=tasks,
-            tasks=scored,
-            dialogue=dialogues,
+            multiple_choice=[test for test in tests if isinstance(test, TaskTest)],
+            tasks=[test for test in tests if isinstance(test, ScoreTest)],
+            dialogue=[test for test in tests if type(test) is PairTest],
             settings=differing([run.results.run.spec for run in runs]),
             notes=notes,
         )
@@ -161,123 +149,79 @@ def labels_of(runs: Sequence[FinishedRun]) -> list[str]:
     return [r.results.run.id if counts[r.results.run.id] == 1 else r.uri for r in runs]
 
 
-class _Pair:
-    """The first run and another."""
+def evaluations(results: Results) -> dict[str, Evaluated]:
+    """Return the evaluations that can be compared, by name."""
+    evaluation = results.evaluation
+    found: dict[str, Evaluated] = {task.name: task for task in evaluation.multiple_choice}
+    found |= {task.name: task for task in (*evaluation.harness, *evaluation.tasks)}
+    if evaluation.dialogue is not None:
+        found[DIALOGUE] = evaluation.dialogue
+    return found
 
-    def __init__(self, a: tuple[str, FinishedRun], b: tuple[str, FinishedRun]) -> None:
-        (self._a, self._first), (self._b, self._second) = a, b
-        spec = self._first.results.run.spec
-        samples = int((spec.get("evals") or {}).get("bootstrap_samples", 2000))
-        self._models = (self._a, self._b)
-        self._bootstrap = Bootstrap(samples, seed=int(spec.get("seed", 0)))
-        self.notes: list[str] = []
 
-    def tasks(self) -> Iterator[TaskTest]:
-        """Yield tests of multiple-choice tasks with the same name and scoring."""
-        ours, theirs = (
-            run.results.evaluation.multiple_choice for run in (self._first, self._second)
-        )
-        for task in self._shared_tasks(ours, theirs, lambda task: task.scoring):
-            before, after, unmatched = _shared(
-                self._first.choices.get(task.name, []),
-                self._second.choices.get(task.name, []),
-                _choice_key,
-            )
-            test = compare_choices(self._models, before, after)
-            if test is None:
-                self._note(f"{task.name} has no question that both answered")
-            else:
-                yield TaskTest(
-                    eval=task.name,
-                    scoring=task.scoring,
-                    only_a=unmatched[0],
-                    only_b=unmatched[1],
-                    test=test,
-                )
+def _way_of_scoring(result: Evaluated) -> str:
+    match result:
+        case MultipleChoiceResult():
+            return result.scoring
+        case TextTaskResult():
+            return f"{result.metric} ({result.normalization})"
+        case HarnessResult():
+            return result.metric
+    return f"ROUGE-L of up to {result.max_new_tokens} new tokens"
 
-    def scored(self) -> Iterator[ScoreTest]:
-        """Yield tests of other tasks with the same name, metric and normalization."""
-        ours, theirs = (scored_tasks(run.results) for run in (self._first, self._second))
-        for task in self._shared_tasks(ours, theirs, _way_of_scoring):
-            lines = [run.scored.get(task.name, []) for run in (self._first, self._second)]
-            before, after, (only_a, only_b) = _shared(lines[0], lines[1], _score_key)
-            test = compare_scores(self._models, before, after, self._bootstrap, metric=task.metric)
-            if test is None:
-                self._note(f"{task.name} has no sample that both answered")
-            else:
-                yield ScoreTest(
-                    eval=task.name, metric=task.metric, only_a=only_a, only_b=only_b, test=test
-                )
 
-    def _shared_tasks[T: MultipleChoiceResult | HarnessResult](
-        self, first: Sequence[T], second: Sequence[T], way: Callable[[T], str]
-    ) -> Iterator[T]:
-        """Yield the first run's tasks that the second one has too, scored in the same way."""
-        theirs = {task.name: task for task in second}
-        for task in first:
-            other = theirs.get(task.name)
-            if other is None:
-                self._note(f"{task.name} is not an evaluation of {self._b}")
-            elif way(other) != way(task):
-                self._note(f"{task.name} was scored by {way(task)} and by {way(other)}")
-            else:
-                yield task
-
-    def dialogues(self) -> Iterator[DialogueTest]:
-        """Yield the test of held-out dialogues, if answers had the same maximum length."""
-        ours, theirs = (run.results.evaluation.dialogue for run in (self._first, self._second))
-        if ours is None or theirs is None:
-            return
-        if ours.max_new_tokens != theirs.max_new_tokens:
-            self._note(
-                f"dialogues had up to {ours.max_new_tokens} and {theirs.max_new_tokens} new "
-                "tokens, and ROUGE depends on that"
-            )
-            return
-        before, after, unmatched = _shared(
-            self._first.dialogues, self._second.dialogues, _dialogue_key
-        )
-        test = compare_dialogues(self._models, before, after, self._bootstrap)
-        if test is None:
-            self._note("no dialogue was held out of both")
+def _compare_pair(
+    a: tuple[str, FinishedRun], b: tuple[str, FinishedRun]
+) -> tuple[list[PairTest], list[str]]:
+    """Test two runs, with labels, on what both answered; say which evaluations are not tested."""
+    (first_label, first), (second_label, second) = a, b
+    tests, notes = [], []
+    others = evaluations(second.results)
+    for name, result in evaluations(first.results).items():
+        way = _way_of_scoring(result)
+        if name not in others:
+            notes.append(f"{name} is not an evaluation of {second_label}")
+        elif (other_way := _way_of_scoring(others[name])) != way:
+            notes.append(f"{name} was scored by {way} and by {other_way}")
+        elif test := _test(name, result, a, b):
+            tests.append(test)
         else:
-            yield DialogueTest(only_a=unmatched[0], only_b=unmatched[1], test=test)
-
-    def _note(self, text: str) -> None:
-        self.notes.append(f"{self._a} and {self._b}: {text}")
+            notes.append(f"{name} has nothing that both answered")
+    return tests, [f"{first_label} and {second_label}: {note}" for note in notes]
 
 
-def _choice_key(line: ChoiceLine) -> Hashable:
-    return line.id, line.question, tuple(line.options), line.gold
+def _test(
+    name: str, result: Evaluated, a: tuple[str, FinishedRun], b: tuple[str, FinishedRun]
+) -> PairTest | None:
+    """Test one evaluation of two runs; None if they share no answered example."""
+    lines = [run.lines.get(name, []) for _, run in (a, b)]
+    both = set.intersection(*({_asked(line) for line in each} for each in lines))
+    before, after = ([line for line in each if _asked(line) in both] for each in lines)
+    spec = a[1].results.run.spec
+    samples = int((spec.get("evals") or {}).get("bootstrap_samples", 2000))
+    bootstrap = Bootstrap(samples, seed=int(spec.get("seed", 0)))
+    metric = result.metric if isinstance(result, HarnessResult) else None
+    metric = "rouge" if isinstance(result, Dialogue) else metric
+    test = compare_scores((a[0], b[0]), before, after, bootstrap, metric=metric)
+    if test is None:
+        return None
+    fields = {
+        "only_a": len(lines[0]) - len(before),
+        "only_b": len(lines[1]) - len(after),
+        "test": test,
+    }
+    match result:
+        case MultipleChoiceResult():
+            return TaskTest.model_validate(fields | {"eval": name, "scoring": result.scoring})
+        case HarnessResult():
+            return ScoreTest.model_validate(fields | {"eval": name, "metric": metric})
+    return PairTest.model_validate(fields)
 
 
-def scored_tasks(results: Results) -> list[HarnessResult | TextTaskResult]:
-    """Return the tasks of a run that are scored by a metric of their own."""
-    return [*results.evaluation.harness, *results.evaluation.tasks]
-
-
-def _way_of_scoring(task: HarnessResult | TextTaskResult) -> str:
-    reads = f" ({task.normalization})" if isinstance(task, TextTaskResult) else ""
-    return f"{task.metric}{reads}"
-
-
-def _score_key(line: HarnessLine | TextLine) -> Hashable:
-    if isinstance(line, TextLine):
-        return line.id, line.prompt, line.expected
-    return line.id, line.metric, line.target
-
-
-def _dialogue_key(line: DialogueLine) -> Hashable:
-    return line.id, line.prompt, line.expected
-
-
-def _shared[L: Line](
-    first: Sequence[L], second: Sequence[L], key: Callable[[L], Hashable]
-) -> tuple[list[L], list[L], tuple[int, int]]:
-    """Return the matching lines of both, and the number of lines of each that do not match."""
-    both = {key(line) for line in first} & {key(line) for line in second}
-    before, after = ([line for line in lines if key(line) in both] for lines in (first, second))
-    return before, after, (len(first) - len(before), len(second) - len(after))
+def _asked(line: ScoredLine) -> str:
+    """Return what was asked and expected, which the lines of two runs are matched by."""
+    names = {"id", "question", "options", "gold", "prompt", "expected", "metric", "target"}
+    return line.model_dump_json(include=names)
 
 
 def differing(specs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -306,53 +250,37 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _figures(results: Sequence[Results]) -> Iterator[Figure]:
     """Yield the rows of the table of figures: model, data and scores of each run."""
-    yield Figure(name="Model", values=[r.model.preset for r in results])
-    yield Figure(name="LoRA", values=[f"rank {r.model.lora_rank}" for r in results])
-    yield Figure(
-        name="Trained on", values=[f"{r.data.train:,} of {r.data.dataset}" for r in results]
-    )
-    names = dict.fromkeys(c.name for r in results for c in r.evaluation.multiple_choice)
-    for name in names:
-        tasks = [
-            next((c for c in r.evaluation.multiple_choice if c.name == name), None) for r in results
-        ]
-        for model in _MODELS:
-            scores = [c.models.get(model) if c else None for c in tasks]
-            yield Figure(
-                name=f"{name}, {model}",
-                values=[f"{s.accuracy:.1%} ({_span(s.ci95, 100)}%)" if s else None for s in scores],
-            )
-    for name in dict.fromkeys(task.name for r in results for task in scored_tasks(r)):
-        found = [next((t for t in scored_tasks(r) if t.name == name), None) for r in results]
-        for model in _MODELS:
-            means = [task.models.get(model) if task else None for task in found]
-            yield Figure(
-                name=f"{name}, {model}", values=[None if m is None else f"{m:.3f}" for m in means]
-            )
-    for model in _MODELS:
-        rouge = [_rouge(r, model) for r in results]
-        yield Figure(
-            name=f"ROUGE-L, {model}",
-            values=[f"{e.mean:.3f} ({_span(e.ci95, 1, 3)})" if e else None for e in rouge],
-        )
-    for name, losses in (
-        ("Validation loss, before", [r.training.loss.validation_before for r in results]),
-        ("Validation loss, after", [r.training.loss.validation_after for r in results]),
-    ):
-        yield Figure(name=name, values=[None if x is None else f"{x:.4f}" for x in losses])
-    yield Figure(name="Tokens/s", values=[f"{r.training.tokens_per_second:,.0f}" for r in results])
-    yield Figure(name="Minutes", values=[f"{r.run.seconds / 60:.1f}" for r in results])
-    yield Figure(
-        name="USD", values=[None if r.cost.usd is None else f"{r.cost.usd:.4f}" for r in results]
-    )
+
+    def figure(name: str, value: Callable[[Results], str | None]) -> Figure:
+        return Figure(name=name, values=[value(each) for each in results])
+
+    yield figure("Model", lambda r: r.model.preset)
+    yield figure("LoRA", lambda r: f"rank {r.model.lora_rank}")
+    yield figure("Trained on", lambda r: f"{r.data.train:,} of {r.data.dataset}")
+    found = [evaluations(each) for each in results]
+    for name in dict.fromkeys(name for each in found for name in each):
+        label = "ROUGE-L" if name == DIALOGUE else name
+        for model in MODEL_ORDER:
+            values = [_score(each.get(name), model) for each in found]
+            yield Figure(name=f"{label}, {model}", values=values)
+    yield figure("Validation loss, before", lambda r: _decimals(r.training.loss.validation_before))
+    yield figure("Validation loss, after", lambda r: _decimals(r.training.loss.validation_after))
+    yield figure("Tokens/s", lambda r: f"{r.training.tokens_per_second:,.0f}")
+    yield figure("Minutes", lambda r: f"{r.run.seconds / 60:.1f}")
+    yield figure("USD", lambda r: _decimals(r.cost.usd))
 
 
-def _rouge(results: Results, model: str) -> Estimate | None:
-    dialogue = results.evaluation.dialogue
-    score = dialogue.models.get(model) if dialogue else None
-    return score.rougeL if score else None
+def _score(result: Evaluated | None, model: str) -> str | None:
+    score = result.models.get(model) if result else None
+    match score:
+        case ModelScore():
+            low, high = (f"{100 * end:.1f}" for end in score.ci95)
+            return f"{score.accuracy:.1%} ({low} to {high}%)"
+        case DialogueScore():
+            low, high = (f"{end:.3f}" for end in score.rougeL.ci95)
+            return f"{score.rougeL.mean:.3f} ({low} to {high})"
+    return None if score is None else f"{score:.3f}"
 
 
-def _span(interval: tuple[float, float], scale: float, decimals: int = 1) -> str:
-    low, high = interval
-    return f"{scale * low:.{decimals}f} to {scale * high:.{decimals}f}"
+def _decimals(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"

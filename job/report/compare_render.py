@@ -6,10 +6,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from job.report.compare import PairTest, RunComparison, ScoreTest
+from job.report.compare import PairTest, RunComparison
 from job.report.render import template_environment
 from job.runtime.logs import legible
-from job.scores import Comparison, MeanComparison
+from job.scores import Comparison
 
 _MOST_SETTINGS = 24
 """Most settings shown on a terminal; JSON and page have all."""
@@ -30,47 +30,29 @@ class Row(NamedTuple):
 def rows_of(comparison: RunComparison) -> list[Row]:
     """Return the tests as text, those of accuracy first."""
     return [
-        *(_choice_row(c, c.test, f"{c.eval} ({c.scoring})") for c in comparison.multiple_choice),
-        *(_score_row(result) for result in comparison.tasks),
-        *(
-            _mean_row(d, d.test, "ROUGE-L, held-out dialogues", "dialogue")
-            for d in comparison.dialogue
-        ),
+        *(_row(each, f"{each.eval} ({each.scoring})") for each in comparison.multiple_choice),
+        *(_row(each, f"{each.eval} ({each.metric})") for each in comparison.tasks),
+        *(_row(each, "ROUGE-L, held-out dialogues", "dialogue") for each in comparison.dialogue),
     ]
 
 
-def _score_row(result: ScoreTest) -> Row:
-    name = f"{result.eval} ({result.metric})"
-    if isinstance(result.test, Comparison):
-        return _choice_row(result, result.test, name)
-    return _mean_row(result, result.test, name, "sample")
-
-
-def _choice_row(result: PairTest, test: Comparison, name: str) -> Row:
-    low, high = (f"{100 * end:+.1f}" for end in test.ci95)
-    counts = f"{test.gained} gained, {test.lost} lost"
-    return Row(
-        f"{test.b} vs. {test.a}",
-        name,
-        _matched(test.questions, "question", result.only_a, result.only_b),
-        f"{100 * test.difference:+.1f} points ({low} to {high}; {counts})",
-        _p(test.p_value),
-        _p(test.p_holm),
-        _FINDINGS[test.finding],
-    )
-
-
-def _mean_row(result: PairTest, test: MeanComparison, name: str, item: str) -> Row:
-    low, high = (f"{end:+.3f}" for end in test.ci95)
-    return Row(
-        f"{test.b} vs. {test.a}",
-        name,
-        _matched(test.examples, item, result.only_a, result.only_b),
-        f"{test.difference:+.3f} ({low} to {high})",
-        _p(test.p_value),
-        _p(test.p_holm),
-        _FINDINGS[test.finding],
-    )
+def _row(result: PairTest, name: str, item: str = "sample") -> Row:
+    test = result.test
+    if isinstance(test, Comparison):
+        count, item = test.questions, "question"
+        low, high = (f"{100 * end:+.1f}" for end in test.ci95)
+        counts = f"{test.gained} gained, {test.lost} lost"
+        difference = f"{100 * test.difference:+.1f} points ({low} to {high}; {counts})"
+    else:
+        count = test.examples
+        low, high = (f"{end:+.3f}" for end in test.ci95)
+        difference = f"{test.difference:+.3f} ({low} to {high})"
+    matched = f"{count:,} {item}{'' if count == 1 else 's'}"
+    if result.only_a or result.only_b:
+        matched += f"; {result.only_a:,} and {result.only_b:,} do not match"
+    p_value, p_holm = f"{test.p_value:.2g}", f"{test.p_holm:.2g}"
+    finding = _FINDINGS[test.finding]
+    return Row(f"{test.b} vs. {test.a}", name, matched, difference, p_value, p_holm, finding)
 
 
 _FINDINGS = {
@@ -79,15 +61,6 @@ _FINDINGS = {
     "no measurable change": "no measurable difference",
     "not enough evidence": "not enough evidence",
 }
-
-
-def _matched(count: int, what: str, only_a: int, only_b: int) -> str:
-    others = f"; {only_a:,} and {only_b:,} do not match" if only_a or only_b else ""
-    return f"{count:,} {what}{'' if count == 1 else 's'}{others}"
-
-
-def _p(value: float) -> str:
-    return f"{value:.2g}"
 
 
 def show(comparison: RunComparison, console: Console) -> None:

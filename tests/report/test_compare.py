@@ -122,7 +122,10 @@ def test_dialogues_with_another_limit_are_not_compared(tmp_path: Path) -> None:
     second = local(tmp_path, "two", answers("AB"), talks([0.1] * 3), change=longer)
     found = compare_finished([first, second])
     assert found.dialogue == []
-    assert "up to 128 and 256 new tokens" in found.notes[0]
+    assert found.notes == [
+        "one and two: dialogue was scored by ROUGE-L of up to 128 new tokens and by ROUGE-L of up "
+        "to 256 new tokens"
+    ]
 
 
 def test_settings_that_differ_are_found_by_their_paths() -> None:
