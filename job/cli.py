@@ -233,9 +233,6 @@ def generate(
         list[str] | None,
         typer.Option(metavar="TEXT", help="Prompts to answer; without one, a conversation starts."),
     ] = None,
-    prompt_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="File with the prompt; - reads stdin.")
-    ] = None,
     base: Annotated[bool, typer.Option("--base", help="Also answer with the base model.")] = False,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="System prompt; default: as in training.")
@@ -246,12 +243,6 @@ def generate(
     temperature: Annotated[
         float | None, typer.Option(metavar="T", help="Sampling temperature; default: greedy.")
     ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Nucleus sampling: total probability.")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(metavar="K", help="Sample from the K most likely tokens.")
-    ] = None,
     seed: Annotated[int | None, typer.Option(metavar="S", help="Sampling seed.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, one line per answer.")
@@ -260,8 +251,8 @@ def generate(
     """Generate answers with a run's fine-tuned model, once or in a conversation."""
     from job.commands.generate import GenerateOptions, generate_answers
 
-    chosen = GenerateOptions(max_new_tokens, base, system, temperature, top_p, top_k, seed, as_json)
-    generate_answers(run_uri, chosen, prompt or [], prompt_file)
+    chosen = GenerateOptions(max_new_tokens, base, system, temperature, seed, as_json)
+    generate_answers(run_uri, chosen, prompt or [])
 
 
 @app.command()

@@ -45,8 +45,6 @@ class GenerateOptions:
     base: bool = False
     system: str | None = None
     temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
     seed: int | None = None
     as_json: bool = False
 
@@ -56,44 +54,27 @@ class GenerateOptions:
         Raises:
             UsageError: one is out of range.
         """
-        problems = (
-            (self.max_new_tokens < 1, f"--max-new-tokens {self.max_new_tokens}: write 1 or more"),
-            (
-                self.temperature is not None and not 0 < self.temperature < 1e3,
+        if self.max_new_tokens < 1:
+            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: write 1 or more")
+        if self.temperature is not None and not 0 < self.temperature < 1e3:
+            raise UsageError(
                 f"--temperature {self.temperature}: write a number above 0, or leave it out for "
-                "greedy decoding",
-            ),
-            (
-                self.top_p is not None and not 0 < self.top_p <= 1,
-                f"--top-p {self.top_p}: write a share above 0, up to 1",
-            ),
-            (self.top_k is not None and self.top_k < 1, f"--top-k {self.top_k}: write 1 or more"),
-            (
-                self.seed is not None and not 0 <= self.seed < 2**31,
-                f"--seed {self.seed}: write a number from 0 to 2147483647",
-            ),
-        )
-        for wrong, message in problems:
-            if wrong:
-                raise UsageError(message)
+                "greedy decoding"
+            )
+        if self.seed is not None and not 0 <= self.seed < 2**31:
+            raise UsageError(f"--seed {self.seed}: write a number from 0 to 2147483647")
 
     def sampling(self, turn: int) -> "Sampling | None":
         """Return the sampling of a turn's answer; None for greedy decoding."""
         from job.model.generation import Sampling
 
-        if all(v is None for v in (self.temperature, self.top_p, self.top_k, self.seed)):
+        if self.temperature is None and self.seed is None:
             return None
-        return Sampling(
-            1.0 if self.temperature is None else self.temperature,
-            1.0 if self.top_p is None else self.top_p,
-            self.top_k,
-            (self.seed or 0) + turn,
-        )
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return Sampling(temperature, (self.seed or 0) + turn)
 
 
-def generate_answers(
-    uri: str, options: GenerateOptions, prompts: Sequence[str] = (), prompt_file: str | None = None
-) -> None:
+def generate_answers(uri: str, options: GenerateOptions, prompts: Sequence[str] = ()) -> None:
     """Answer prompts, each alone, or each line of a conversation from standard input.
 
     Raises:
@@ -101,7 +82,8 @@ def generate_answers(
         StageError: files of the run or of the model are missing or damaged.
     """
     options.check()
-    texts = _prompts(prompts, prompt_file)
+    if not all(prompt.strip() for prompt in prompts):
+        raise UsageError("the prompt is empty; write one")
     logs.configure(None, sys.stderr, least=logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="job-") as work:
         run = TrainedRun(uri, Path(work), "job generate")
@@ -111,10 +93,10 @@ def generate_answers(
             system = _training_system_prompt(run, Path(work))
         template = _prompt_template(run.spec.data.prompt)
         conversation = _Conversation(engine, weights, options, system, template)
-        if texts:
-            for text in texts:
+        if prompts:
+            for prompt in prompts:
                 conversation.reset()
-                conversation.answer(text)
+                conversation.answer(prompt)
             return
         with contextlib.suppress(KeyboardInterrupt), STOP.interactive():
             for line in _input_lines():
@@ -122,22 +104,6 @@ def generate_answers(
                     conversation.reset()
                 else:
                     conversation.answer(line)
-
-
-def _prompts(prompts: Sequence[str], prompt_file: str | None) -> Sequence[str]:
-    if prompts and prompt_file is not None:
-        raise UsageError("--prompt and --prompt-file cannot be combined; write one of them")
-    if prompt_file == "-":
-        prompts = [sys.stdin.read()]
-    elif prompt_file is not None:
-        try:
-            prompts = [Path(prompt_file).read_text(encoding="utf-8")]
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise UsageError(f"--prompt-file {prompt_file}: {reason}") from None
-    if not all(prompt.strip() for prompt in prompts):
-        raise UsageError("the prompt is empty; write one")
-    return prompts
 
 
 def _input_lines() -> Iterator[str]:

@@ -46,7 +46,10 @@ class TokenScore(NamedTuple):
 
 
 class Engine:
-    """Runs prompts through a model with the weights it is given."""
+    """Runs the prompts of evaluations, as token ids, through a model with the weights it is given.
+
+    `name` is the evaluation. The batches that a cache has for it need not run again.
+    """
 
     def __init__(
         self,
@@ -106,6 +109,22 @@ class Engine:
                 advance(len(batch.indices))
         return [results[index] for index in range(count)]
 
+    def _pack(self, rows: Sequence[list[int]]) -> tuple[list[PackedPrompts], int]:
+        """Return packed batches of token ids, and the length of the longest row, rounded."""
+        model = self._model
+        batches = batch_packed(
+            rows, self.batch_size, model.devices, self._compile_tokens, packing=model.can_pack
+        )
+        return list(batches), round_length(max(map(len, rows), default=0))
+
+    def _states(
+        self, weights: Weights, tokens: Any, segment_ids: Any, positions: Any, most: int | None
+    ) -> Any:
+        """Return hidden states of packed rows at positions, if `most` is the longest prompt."""
+        inputs = {"token_ids": tokens, "segment_ids": segment_ids, "positions": positions}
+        config = ForwardConfig(self._model.can_pack, "none", most)
+        return self._model.hidden_states(weights, inputs, config)
+
     @cached_property
     def loglikelihood_program(self) -> Callable[..., Any]:
         """The jitted program that scores options after prompts.
@@ -128,11 +147,7 @@ class Engine:
             groups, width = ends.shape
             positions = jnp.maximum(ends[:, :, None] - jnp.arange(shared_length, -1, -1), 0)
             flat = positions.reshape(groups, -1)
-            states = model.hidden_states(
-                weights,
-                {"token_ids": tokens, "segment_ids": segment_ids, "positions": flat},
-                ForwardConfig(model.can_pack, "none", max_length),
-            )
+            states = self._states(weights, tokens, segment_ids, flat, max_length)
             scores = jax.nn.log_softmax(model.logits(weights, states))
             scores = scores.reshape(groups, width, shared_length + 1, -1)
             shared_ids = jnp.take_along_axis(tokens.reshape(groups, -1), flat, axis=1)
@@ -156,43 +171,20 @@ class Engine:
     ) -> np.ndarray:
         """Return the log-probability of each option as the answer to each prompt.
 
-        Args:
-            weights: as `LanguageModel.weights`.
-            prompts: token ids.
-            options: token ids of the options, the same for all prompts.
-            name: the evaluation.
-            cache: results of batches that need not run again.
-
-        Returns:
-            float32 `[prompts, options]`.
+        It is float32, `[prompts, options]`; the options are the same for all prompts.
         """
         option_ids = np.array(options.ids, np.int32)
-        model = self._model
 
         def run_batch(batch: PackedPrompts) -> list[Any]:
-            tokens, segment_ids, ends = model.shard_batch(
-                (batch.tokens, batch.segment_ids, batch.ends)
-            )
-            scores = self.loglikelihood_program(
-                weights,
-                tokens,
-                segment_ids,
-                ends,
-                option_ids,
-                shared_length=len(options.prefix),
-                max_length=max_length,
-            )
+            arrays = self._model.shard_batch((batch.tokens, batch.segment_ids, batch.ends))
+            lengths = {"shared_length": len(options.prefix), "max_length": max_length}
+            scores = self.loglikelihood_program(weights, *arrays, option_ids, **lengths)
             values: list[Any] = np.asarray(scores)[batch.end_indices].tolist()
             return values
 
-        extended = [[*prompt, *options.prefix] for prompt in prompts]
-        max_length = round_length(max(map(len, extended), default=0))
-        batches = batch_packed(
-            extended, self.batch_size, model.devices, self._compile_tokens, packing=model.can_pack
-        )
-        return np.array(
-            self._run_batches(len(prompts), batches, run_batch, name, cache), np.float32
-        )
+        batches, max_length = self._pack([[*prompt, *options.prefix] for prompt in prompts])
+        values = self._run_batches(len(prompts), batches, run_batch, name, cache)
+        return np.array(values, np.float32)
 
     @cached_property
     def score_program(self) -> Callable[..., Any]:
@@ -211,11 +203,7 @@ class Engine:
             max_length: int | None = None,
         ) -> Any:
             flat = positions.reshape(len(positions), -1)
-            states = model.hidden_states(
-                weights,
-                {"token_ids": tokens, "segment_ids": segment_ids, "positions": flat},
-                ForwardConfig(model.can_pack, "none", max_length),
-            )
+            states = self._states(weights, tokens, segment_ids, flat, max_length)
             targets = jnp.take_along_axis(tokens.reshape(len(flat), -1), flat + 1, axis=1)
 
             def split(array: Any) -> Any:
@@ -240,28 +228,18 @@ class Engine:
     ) -> list[TokenScore]:
         """Score the marked tokens of each row, given all tokens before them.
 
-        Args:
-            weights: as `LanguageModel.weights`.
-            rows: token ids and marks, `[tokens]` both; the first token has no mark.
-            name: the evaluation.
-            cache: results of batches that need not run again.
+        Rows are token ids and marks, `[tokens]` both; the first token has no mark.
         """
         model = self._model
         # Positions before marked tokens, counted from the last token of the row.
         before = [np.flatnonzero(marks) - len(marks) for _, marks in rows]
-        tokens = [token_ids for token_ids, _ in rows]
-        batches = list(
-            batch_packed(
-                tokens, self.batch_size, model.devices, self._compile_tokens, packing=model.can_pack
-            )
-        )
+        batches, max_length = self._pack([token_ids for token_ids, _ in rows])
         most = 1
         for batch in batches:
             counts = [len(before[index]) for index in batch.indices]
             most = max(most, int(np.bincount(batch.end_indices[0], counts).max()))
         width = chunk_length(1, most, model.vocabulary, jnp.float32)
         shape = (model.devices, -(-most // width), width)
-        max_length = round_length(max(map(len, tokens), default=0))
 
         def run_batch(batch: PackedPrompts) -> list[Any]:
             positions = np.zeros((shape[0], shape[1] * width), np.int32)
@@ -293,7 +271,7 @@ class Engine:
         sampling = None if sampling is None else replace(sampling, seed=0)  # one for all seeds
         if sampling not in self._generate_programs:
             model = self._model
-            sampler = None if sampling is None else sampling.sampler(model.vocabulary)
+            sampler = None if sampling is None else sampling.sampler()
 
             def generate(
                 weights: Weights, tokens: Any, lengths: Any, limit: int, state: Any = None
@@ -317,7 +295,7 @@ class Engine:
         cache: PredictionCache | None = None,
         sampling: Sampling | None = None,
     ) -> list[Reply]:
-        """Generate an answer to each prompt; see `generate_tokens` for the arguments."""
+        """Generate an answer to each prompt, as `generate_tokens` does."""
         rows = self.generate_tokens(weights, prompts, max_new_tokens, name, cache, sampling)
         return [self._decode(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
 
@@ -332,13 +310,7 @@ class Engine:
     ) -> list[list[int]]:
         """Generate after each prompt, up to and with a stop token, or `max_new_tokens`.
 
-        Args:
-            weights: as `LanguageModel.weights`.
-            prompts: token ids.
-            max_new_tokens: limit of each answer.
-            name: the evaluation.
-            cache: results of batches that need not run again.
-            sampling: how to sample; greedy without it.
+        Decoding is greedy without `sampling`.
         """
         model = self._model
         stop_ids = model.tokenizer.stop_ids

@@ -96,24 +96,14 @@ class Sampling:
 
     Attributes:
         temperature: above 0; logits are divided by it.
-        top_p: sample among the most likely tokens that together have this probability (nucleus
-            sampling, Holtzman et al. 2020).
-        top_k: sample among this many of the most likely tokens.
         seed: the same seed gives the same text for the same prompt, on the same machine.
     """
 
     temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
     seed: int = 0
 
-    def sampler(self, vocabulary: int) -> Any:
+    def sampler(self) -> Any:
         """Make KerasHub's sampler; call outside of traced functions."""
-        k = None if self.top_k is None else min(self.top_k, vocabulary)
-        if self.top_p < 1:
-            return samplers.TopPSampler(self.top_p, k, temperature=self.temperature)
-        if k is not None:
-            return samplers.TopKSampler(k, temperature=self.temperature)
         return samplers.RandomSampler(temperature=self.temperature)
 
     def state(self, batch_index: int) -> np.ndarray:

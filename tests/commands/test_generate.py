@@ -22,7 +22,7 @@ from tests.conversations import turns
 from tests.model.forward import full_logits
 
 PROMPT = "I have a headache."
-LIMIT = 12
+LIMIT = 6
 DRAWN = 1000
 Said = Callable[..., str]
 
@@ -77,7 +77,6 @@ def test_the_tuned_model_answers_and_the_base_beside_it(
     found = generated(base=True)
     assert found == {"tuned": answer(PROMPT), "base": answer(PROMPT, base=True)}
     assert found["tuned"] != found["base"]
-    assert generated() == {"tuned": found["tuned"]}
 
 
 @pytest.mark.slow
@@ -86,7 +85,6 @@ def test_drawn_answers_follow_the_seed(generated: Callable[..., dict[str, str]])
     first = generated(seed=1)
     assert first == generated(seed=1, temperature=1.0)
     assert first["tuned"] not in (generated(seed=2)["tuned"], greedy["tuned"])
-    assert generated(top_k=1) == generated(top_p=1e-6) == greedy
 
 
 def test_a_conversation_goes_on_until_it_is_begun_anew(
@@ -113,21 +111,23 @@ def test_several_prompts_are_answered_each_alone(
     monkeypatch.setattr(sys, "argv", ["job", "generate", str(run), *options, *prompts])
     assert cli.main() == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [set(line) for line in lines] == [{"prompt", "system", "tuned"}] * 2
     assert [line["prompt"] for line in lines] == [PROMPT, "Since yesterday."]
     assert [line["tuned"]["text"] for line in lines] == [answer(PROMPT), answer("Since yesterday.")]
 
 
-def test_thoughts_are_told_from_the_answer(
+def test_thoughts_and_terminal_codes_are_told_from_the_answer(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "job.chat.tokenizer.ChatTokenizer.decode", lambda codec, tokens: "<think>Hm.</think> Rest."
+        "job.chat.tokenizer.ChatTokenizer.decode",
+        lambda codec, tokens: "<think>Hm.</think> Re\x1b[2Jst.\nNow.",
     )
     generate_answers(str(run), GenerateOptions(1, as_json=True), [PROMPT])
     tuned = json.loads(capsys.readouterr().out)["tuned"]
-    assert (tuned["text"], tuned["thoughts"]) == ("Rest.", "Hm.")
+    assert (tuned["text"], tuned["thoughts"]) == ("Re\x1b[2Jst.\nNow.", "Hm.")
     generate_answers(str(run), GenerateOptions(1), [PROMPT])
-    assert capsys.readouterr().out == "Rest.\n"
+    assert capsys.readouterr().out == "Re\u2039U+001B\u203a[2Jst.\nNow.\n"
 
 
 def held_out(run: Path, *systems: str) -> None:
@@ -162,27 +162,12 @@ def test_the_instruction_is_that_of_the_training_examples(
         (run / VALIDATION_EXAMPLES).unlink()
 
 
-def test_a_prompt_from_a_file_prints_only_the_answer(
-    run: Path, answer: Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "prompt.txt").write_text(PROMPT)
-    generate_answers(str(run), GenerateOptions(LIMIT), [], str(tmp_path / "prompt.txt"))
-    out = capsys.readouterr().out
-    assert out.rstrip("\n") != ""
-    assert "[tuned]" not in out
-    assert "{" not in out or "{" in answer(PROMPT)
-
-
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--prompt", "a", "--prompt-file", "b"], 2, "cannot be combined; write one of them"),
         (["--prompt", " "], 2, "the prompt is empty"),
         (["--prompt", "a", "--prompt", ""], 2, "the prompt is empty"),
-        (["--prompt-file", "none.txt"], 2, "--prompt-file none.txt: No such file"),
         (["--prompt", "a", "--temperature", "0"], 2, "--temperature 0.0: write a number above 0"),
-        (["--prompt", "a", "--top-p", "1.5"], 2, "--top-p 1.5: write a share"),
-        (["--prompt", "a", "--top-k", "0"], 2, "--top-k 0: write 1 or more"),
         (["--prompt", "a", "--seed", "-1"], 2, "--seed -1: write a number from 0"),
         (["--prompt", "a", "--max-new-tokens", "0"], 2, "--max-new-tokens 0: write 1 or more"),
         (["--prompt", "a"], 2, "has no adapter"),
@@ -216,16 +201,6 @@ def test_a_damaged_adapter_is_refused(
     monkeypatch.setattr(sys, "argv", ["job", "generate", str(tmp_path / "run"), "--prompt", "a"])
     assert cli.main() == 4
     assert "does not have the checksum in adapter.json" in capsys.readouterr().err
-
-
-def test_what_a_terminal_would_obey_is_shown_by_name(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(
-        "job.chat.tokenizer.ChatTokenizer.decode", lambda codec, tokens: "a\x1b[2Jb\nc"
-    )
-    generate_answers(str(run), GenerateOptions(1), [PROMPT])
-    assert capsys.readouterr().out == "a\u2039U+001B\u203a[2Jb\nc\n"
 
 
 def drawn(model: LanguageModel, **options: float) -> np.ndarray:
@@ -265,15 +240,6 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(model: LanguageModel) -> N
 
 
 @pytest.mark.slow
-def test_only_the_likeliest_tokens_are_drawn_where_that_is_asked(model: LanguageModel) -> None:
-    order = np.argsort(probabilities(model))[::-1]
-    assert set(drawn(model, top_k=3)) == set(order[:3])
-    share = probabilities(model)[order]
-    nucleus = int(np.searchsorted(np.cumsum(share), 0.02)) + 1
-    assert set(drawn(model, top_p=0.02)) <= set(order[: nucleus + 1])
-
-
-@pytest.mark.slow
 def test_both_loops_draw_by_the_seed_alone(model: LanguageModel) -> None:
     from job.model.generation import SamplerState, Sampling
 
@@ -282,10 +248,10 @@ def test_both_loops_draw_by_the_seed_alone(model: LanguageModel) -> None:
     for answers in (model.generate, model.generate_with_kerashub):
 
         def said(sampling: Sampling | None, answers: Callable[..., object] = answers) -> list[int]:
-            sampler = sampling and sampling.sampler(model.vocabulary)
+            sampler = sampling and sampling.sampler()
             drawn = sampling and SamplerState(sampler, jax.numpy.asarray(sampling.state(0)))
             found = answers(model.weights, ids, lengths, 6, model.tokenizer.stop_ids, drawn)
             return list(np.asarray(found)[0])
 
         assert said(Sampling(seed=1)) == said(Sampling(seed=1)) != said(Sampling(seed=2))
-        assert said(Sampling(top_k=1)) == said(None)
+        assert said(Sampling(temperature=1e-6)) == said(None)
