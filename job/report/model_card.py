@@ -23,10 +23,6 @@ from job.spec.fields import BUILT_PRESETS, TINY
 PEFT_CONFIG = "adapter/peft/adapter_config.json"
 _HUB = "hf://"
 _GEMMA_LICENSES = {1: "gemma", 2: "gemma", 3: "gemma", 4: "apache-2.0"}
-_MEDICAL = re.compile(
-    r"med(?!ium|ia|iev)|doctor|clinic|health|patient|disease|diagnos|nurs|samples", re.I
-)
-"""Matches names of medical datasets; the shipped samples are dialogues with a doctor."""
 
 
 def render_card(results: Results) -> str:
@@ -41,7 +37,6 @@ def render_card(results: Results) -> str:
             results=results,
             spec=results.run.model_dump(mode="json")["spec"],
             license=results.model.license or license_of(preset),
-            medical=is_medical(results),
             caveats=[*warnings(results), *caveats(results)],
             trivial_baselines=trivial_baselines,
             peft_code=_python(_peft(results)) if has_peft and preset != TINY else None,
@@ -69,13 +64,6 @@ def license_of(preset: str) -> str:
     # The number in gemma-2b is a size: it is the first Gemma.
     version = re.match(r"gemma[-_]?(\d+)(?![\d.]*b)", name)
     return _GEMMA_LICENSES.get(int(version[1]) if version else 1, "other")
-
-
-def is_medical(results: Results) -> bool:
-    """Return whether the data or a benchmark is medical, as far as names tell."""
-    names = [results.data.dataset]
-    names += [text for c in results.evaluation.multiple_choice for text in (c.name, c.dataset)]
-    return any(_MEDICAL.search(name) for name in names)
 
 
 def _front(results: Results, has_peft: bool) -> dict[str, Any]:

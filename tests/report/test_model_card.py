@@ -9,7 +9,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from job.report.model_card import PEFT_CONFIG, is_medical, license_in, license_of, render_card
+from job.report.model_card import PEFT_CONFIG, license_in, license_of, render_card
 from job.results import Results
 from tests.report import EVIL as WITH_SURROGATE
 from tests.report import evil, full, minimal
@@ -173,23 +173,6 @@ def test_no_change_is_never_called_one() -> None:
     _, body = card(run)
     assert not re.search(r"improve|better|helped|higher", body)
     assert body.count(": no measurable change.") == 3
-
-
-@pytest.mark.parametrize(
-    ("dataset", "expected"),
-    [
-        ("hf://LinhDuong/chatdoctor-200k", True),
-        ("samples", True),
-        ("hf://openlifescienceai/medmcqa", True),
-        ("hf://tatsu-lab/alpaca", False),
-        ("gs://bucket/medium-articles.jsonl", False),
-    ],
-)
-def test_medical_data_are_told_from_others(dataset: str, expected: bool) -> None:
-    run = minimal()
-    run["data"]["dataset"] = dataset
-    assert is_medical(Results.model_validate(run)) is expected
-    assert ("not medical advice" in card(run)[1]) is expected
 
 
 def test_code_to_load_it_is_python_with_the_run_s_own_values() -> None:
