@@ -1,6 +1,6 @@
 """What a reader of the results should know: warnings at the top of the page, caveats at its end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from job.report.plots import model_label, ordered, percent
@@ -36,17 +36,13 @@ def warnings(results: Results) -> Iterator[str]:
             f"model.chat_template is {results.model.chat_template}. Set it to auto."
         )
     yield from (sentence for share, sentence in _truncated_prompts(results) if share > 0.01)
-    tasks: list[Any] = [(c.name, c.questions, c.models) for c in results.evaluation.multiple_choice]
-    if dialogue := results.evaluation.dialogue:
-        tasks.append(("dialogue", dialogue.examples, dialogue.models))
-    tasks += [(task.name, task.samples, task.scores) for task in results.evaluation.tasks]
     for task in results.evaluation.tasks:
         if task.trained_prompts:
             yield (
                 f"{task.name}: {task.trained_prompts:,} of {task.samples:,} prompts are trained "
                 "on too, so its score shows memory as well as skill."
             )
-    for name, count, models in tasks:
+    for name, count, _, models in _evaluations(results):
         cut = [
             f"{score.truncated:,} of {count - score.missing:,} answers of {model_label(model)}"
             for model, score in ordered(models)
@@ -60,17 +56,24 @@ def warnings(results: Results) -> Iterator[str]:
             )
 
 
+def _evaluations(results: Results) -> Iterator[tuple[str, int, int, Mapping[str, Any]]]:
+    """Yield each evaluation's name, prompts, truncated prompts, and scores of answers by model."""
+    evaluation = results.evaluation
+    for choice in evaluation.multiple_choice:
+        yield choice.name, choice.questions, choice.truncated_prompts, choice.models
+    if dialogue := evaluation.dialogue:
+        yield "dialogue", dialogue.examples, dialogue.truncated_prompts, dialogue.models
+    for task in evaluation.harness:
+        yield task.name, task.samples, task.truncated, {}
+    for task in evaluation.tasks:
+        yield task.name, task.samples, task.truncated, task.scores
+    shown = len(evaluation.side_by_side)
+    yield "side by side", shown, evaluation.side_by_side_truncated_prompts, {}
+
+
 def _truncated_prompts(results: Results) -> Iterator[tuple[float, str]]:
     """Yield the share of truncated prompts of each evaluation that has some, and a sentence."""
-    evaluation = results.evaluation
-    counts = [(c.name, c.truncated_prompts, c.questions) for c in evaluation.multiple_choice]
-    if dialogue := evaluation.dialogue:
-        counts.append(("dialogue", dialogue.truncated_prompts, dialogue.examples))
-    counts += [(task.name, task.truncated, task.samples) for task in evaluation.harness]
-    counts += [(task.name, task.truncated, task.samples) for task in evaluation.tasks]
-    shown = evaluation.side_by_side_truncated_prompts
-    counts.append(("side by side", shown, len(evaluation.side_by_side)))
-    for name, truncated, count in counts:
+    for name, count, truncated, _ in _evaluations(results):
         if truncated:
             yield (
                 truncated / count,

@@ -110,39 +110,6 @@ def loss_curve(history: Sequence[Mapping[str, Any]], *, width: int = 720) -> str
         return _finish(figure, _loss_words(train, validation))
 
 
-def rate_curve(history: Sequence[Mapping[str, Any]], *, width: int = 720) -> str:
-    """Draw the tokens per second over the steps.
-
-    Args:
-        history: lines of history.jsonl with `step` and `tokens_per_second`; see `loss_curve`.
-        width: width in CSS pixels.
-
-    Returns:
-        An `<svg>` element, or '' if fewer than two rates were logged.
-    """
-    rates = _series(history, "tokens_per_second")
-    if len(rates) < 2:
-        return ""
-    from matplotlib import ticker
-
-    with _style():
-        height = 220 if width >= 480 else 200
-        figure, axes = _canvas(width, height, left=60, right=14, top=30, bottom=44)
-        axes.plot(*_columns(_thinned(rates)), color=ACCENT, linewidth=2)
-        axes.set_xlabel("step")
-        axes.set_ylim(0, 1.1 * max(rate for _, rate in rates))
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.grid(axis="y")
-        axes.margins(x=0.03)
-        _text(figure, 0, 14, "Tokens per second", weight="bold")
-        values = [rate for _, rate in rates]
-        words = f"Tokens per second: {min(values):,.0f} to {max(values):,.0f}."
-        return _finish(figure, words)
-
-
 def accuracy_bars(multiple_choice: Sequence[MultipleChoiceResult], *, width: int = 720) -> str:
     """Draw accuracies in percent: one group per eval, one bar per model with its 95% interval.
 

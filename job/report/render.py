@@ -16,19 +16,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from job.report.caveats import BEFORE_AFTER, caveats, left_out, trivial_baselines, warnings
-from job.report.plots import accuracy_bars, loss_curve, model_label, ordered, percent, rate_curve
-from job.report.verdict import judge_clause, task_measure
+from job.report.plots import accuracy_bars, loss_curve, model_label, ordered, percent
+from job.report.verdict import before_after, judge_clause, task_measure
 from job.results import Results
 from job.runtime.logs import legible
-from job.scores import (
-    Comparison,
-    Interval,
-    MeanComparison,
-    MultipleChoiceResult,
-)
+from job.scores import Comparison, Interval, MeanComparison, MultipleChoiceResult
 
-SHOWN_FLIPS = 40
-"""Most changed questions on the page, gained and lost; all are in predictions.jsonl."""
+SHOWN_FLIPS = 20
+"""Most changed questions on the page, gained and lost each; all are in predictions.jsonl."""
 
 PHONE_WIDTH = 340
 """Width in pixels of the figures for narrow screens."""
@@ -36,19 +31,17 @@ PHONE_WIDTH = 340
 
 @dataclass(frozen=True)
 class Flip:
-    """A question that only one of baseline and finetuned answered correctly.
-
-    `before` and `after` are their answers, None if unparsed; `gained` is true if finetuned was
-    correct.
-    """
+    """A question that only one of baseline and finetuned answered correctly."""
 
     eval: str
     id: str
     question: str
     gold: str
     before: str | None
+    """The letter of the baseline's answer; None if unparsed."""
     after: str | None
     gained: bool
+    """Whether finetuned was correct."""
 
 
 class KeyFigure(NamedTuple):
@@ -62,16 +55,12 @@ class KeyFigure(NamedTuple):
 def render_html(results: Results, history: list[dict[str, Any]], flips: list[Flip]) -> str:
     """Render the report as one HTML file without scripts or network access.
 
-    Args:
-        results: the results of the run.
-        history: lines of history.jsonl, as for `plots.loss_curve`; may be empty.
-        flips: questions whose answer changed between correct and wrong, in order.
+    `history` has the lines of history.jsonl, and `flips` the questions that changed, in order.
     """
     choices = results.evaluation.multiple_choice
     loss = [loss_curve(history), loss_curve(history, width=PHONE_WIDTH)]
     bars = [accuracy_bars(choices), accuracy_bars(choices, width=PHONE_WIDTH)]
-    rate = [rate_curve(history), rate_curve(history, width=PHONE_WIDTH)]
-    return _render("report.html.j2", results, flips, {"loss": loss, "rate": rate, "bars": bars})
+    return _render("report.html.j2", results, flips, {"loss": loss, "bars": bars})
 
 
 def render_markdown(results: Results, history: list[dict[str, Any]], flips: list[Flip]) -> str:
@@ -114,11 +103,8 @@ def _render(
 def _shown_flips(flips: list[Flip]) -> list[tuple[str, list[Flip], int]]:
     """Return gained and lost flips: kind, the flips to show, and their total number."""
     gained, lost = ([flip for flip in flips if flip.gained is kind] for kind in (True, False))
-    # Each kind gets half of SHOWN_FLIPS, plus what the other does not use.
-    most_gained = SHOWN_FLIPS - min(len(lost), SHOWN_FLIPS // 2)
-    most_lost = SHOWN_FLIPS - min(len(gained), most_gained)
-    groups = [("gained", gained, most_gained), ("lost", lost, most_lost)]
-    return [(kind, all_[:most], len(all_)) for kind, all_, most in groups if all_]
+    groups = [("gained", gained), ("lost", lost)]
+    return [(kind, all_[:SHOWN_FLIPS], len(all_)) for kind, all_ in groups if all_]
 
 
 def key_figures(results: Results) -> list[KeyFigure]:
@@ -127,10 +113,9 @@ def key_figures(results: Results) -> list[KeyFigure]:
     for choice in results.evaluation.multiple_choice[:3]:
         shares = {name: percent(score.accuracy) for name, score in choice.models.items()}
         note = f"{choice.questions:,} questions"
-        for pair in choice.comparisons:
-            if (pair.a, pair.b) == BEFORE_AFTER:
-                difference = f"{_signed(100 * pair.difference, 1)} points"
-                note = f"{difference} ({_span(pair.ci95, 100, 1)}), p\u00a0{_p(pair.p_value)}"
+        if pair := before_after(choice):
+            difference = f"{_signed(100 * pair.difference, 1)} points"
+            note = f"{difference} ({_span(pair.ci95, 100, 1)}), p\u00a0{_p(pair.p_value)}"
         figures.append(KeyFigure(f"Accuracy, {choice.name}", _arrow(shares), note))
     for task in results.evaluation.tasks[:3]:
         measure = task_measure(task)
@@ -160,7 +145,7 @@ def _arrow(values: dict[str, str]) -> str:
 
 def detectable(choice: MultipleChoiceResult) -> str | None:
     """Describe the minimum detectable effect with this many questions."""
-    pair = next((c for c in choice.comparisons if (c.a, c.b) == BEFORE_AFTER), None)
+    pair = before_after(choice)
     if pair is None:
         return None
     share = percent((pair.gained + pair.lost) / pair.questions)
@@ -255,16 +240,9 @@ def _frequency(pair: Comparison) -> str:
     return {"improved": "more often", "worse": "less often"}.get(pair.finding, pair.finding)
 
 
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} bytes"
-
-
 _FILTERS = {
     "percent": percent, "signed": _signed, "span": _span, "p": _p, "nats": _nats, "mfu": _mfu,
-    "duration": _duration, "amount": _amount, "size": _size, "fence": _fence,
+    "duration": _duration, "amount": _amount, "fence": _fence,
     "trivial_baselines": trivial_baselines, "detectable": detectable, "left_out": left_out,
     "perplexity": _perplexity, "frequency": _frequency,
     "judge_clause": judge_clause, "finding": _finding, "label": model_label, "ordered": ordered,

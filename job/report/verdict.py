@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from job.evals.statistics import questions_for_retention
+from job.report.caveats import trivial_baselines
 from job.results import Verdict, VerdictAnswer
 from job.scores import (
     Comparison,
@@ -233,10 +234,8 @@ def _questions(measure: Measure) -> int:
 
 def _likeness(dialogue: Dialogue) -> Measure:
     before, after = (dialogue.models[name].rougeL.mean for name in ("baseline", "finetuned"))
-    scores, test = dialogue.nulls, dialogue.comparison
-    trivial = max(
-        score.mean for score in (scores.echoed_prompt, scores.other_answer, scores.polite_sentence)
-    )
+    test = dialogue.comparison
+    trivial = max(estimate.mean for _, estimate in trivial_baselines(dialogue.nulls))
     return Measure(
         LIKENESS, f"{before:.3f}", f"{after:.3f}", test, f"{test.detectable or 0:.3f}",
         f"{test.examples:,} held-out dialogues",

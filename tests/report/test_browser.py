@@ -62,7 +62,7 @@ def test_the_page_is_whole_and_quiet(browser: Browser, tmp_path: Path, width: in
     # Wide tables scroll within themselves, so the page never does.
     assert watched.page.evaluate("document.documentElement.scrollWidth") <= width
     shown = watched.page.locator("figure svg:visible")
-    assert shown.count() == 3
+    assert shown.count() == 2
     for number in range(shown.count()):
         box = shown.nth(number).bounding_box()
         assert box is not None
