@@ -8,7 +8,7 @@ column, never value by value. A row that cannot be read is dropped and counted w
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -125,41 +125,51 @@ def _meaning(form: str, questions: Iterable[_Unanswered]) -> str:
     )
 
 
-class QuestionReader:
-    """Reads questions from rows, and counts the rows it reads and drops, by reason."""
+class RowReader[T]:
+    """Reads items from rows, and counts the rows and those that are dropped, by reason."""
 
-    def __init__(self, entry: MultipleChoiceEval, forms: AnswerForms) -> None:
-        self._entry = entry
-        self._forms = forms
+    def __init__(self, read: Callable[[Row, int], T]) -> None:
+        """Prepare to read items; `read` gets a row and its number, from 0."""
+        self._read = read
         self.rows = 0
         self.dropped: Counter[str] = Counter()
-        self.columns: list[str] = []
 
-    def read(self, rows: Iterable[Row]) -> Iterator[Question]:
-        """Yield the usable questions in order, one per id."""
-        seen: set[str] = set()
+    def items(self, rows: Iterable[Row]) -> Iterator[T]:
+        """Yield the usable items in order."""
         for number, row in enumerate(rows):
             self.rows += 1
-            self.columns = self.columns or sorted(row)
             try:
-                question = self._question(row, number)
-                if question.id in seen:
-                    raise RowDroppedError("repeated id")
+                item = self._read(row, number)
             except RowDroppedError as reason:
                 self.dropped[str(reason)] += 1
                 continue
-            seen.add(question.id)
-            yield question
+            yield item
 
-    def _question(self, row: Row, number: int) -> Question:
-        entry, read = self._entry, _unanswered(self._entry, row)
-        right = read.readings().get(self._forms.get(read.is_number, ""))
+    @property
+    def reasons(self) -> str:
+        """The most frequent reasons why rows were dropped, for a message."""
+        return ", ".join(f"{why} ({n})" for why, n in self.dropped.most_common(3)) or "no rows"
+
+
+def question_reader(entry: MultipleChoiceEval, forms: AnswerForms) -> RowReader[Question]:
+    """Return a reader of questions, one per id."""
+    seen: set[str] = set()
+
+    def read(row: Row, number: int) -> Question:
+        unanswered = _unanswered(entry, row)
+        right = unanswered.readings().get(forms.get(unanswered.is_number, ""))
         if right is None:
             raise RowDroppedError(f"no right option in '{entry.answer}'")
         identity = field_text(row, entry.id) if entry.id else str(number)
+        if identity in seen:
+            raise RowDroppedError("repeated id")
+        seen.add(identity)
         group = None if entry.group is None else _group(row.get(entry.group))
-        question = Question(identity, read.text, read.options, LETTERS[right], group)
+        text, options = unanswered.text, unanswered.options
+        question = Question(identity, text, options, LETTERS[right], group)
         return _shuffled(question) if entry.shuffle_options else question
+
+    return RowReader(read)
 
 
 def _shuffled(question: Question) -> Question:

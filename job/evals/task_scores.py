@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -11,7 +11,7 @@ from job.evals.metrics import BEFORE_AFTER, cut_in_thoughts, family_and_margin
 from job.evals.paired import compare_means, compare_proportions
 from job.evals.predictions import HarnessLine, ScoredLine, TextLine, answered, scores_by_id
 from job.evals.statistics import Bootstrap, bootstrap_mean, proportion
-from job.evals.text_metrics import READING, Answer, Graded, json_fields
+from job.evals.text_metrics import READING, Answer, Metric, json_fields
 from job.scores import (
     Comparison,
     Estimate,
@@ -38,13 +38,7 @@ def compare_scores(
 ) -> Comparison | MeanComparison | None:
     """Compare two models on the items both answered; scores that can only be 0 or 1 as accuracies.
 
-    Args:
-        models: names of the models that gave `before` and `after`.
-        before: lines of the first model.
-        after: lines of the second model.
-        bootstrap: the random draws of a test of means.
-        entry: the task's section of the spec.
-        metric: of the task, without a section.
+    The metric is that of the task's section of the spec, or `metric`.
     """
     first, second = scores_by_id(before), scores_by_id(after)
     family, margin = family_and_margin(models, entry)
@@ -61,14 +55,7 @@ def summarize_harness(
     truncated: int,
     bootstrap: Bootstrap,
 ) -> HarnessResult:
-    """Summarize one task of lm-evaluation-harness; scores of 0 and 1 are compared as accuracies.
-
-    Args:
-        entry: its section of the spec.
-        models: samples by model, "baseline" and "finetuned".
-        truncated: number of prompts that lost their beginning.
-        bootstrap: settings of the tests of means.
-    """
+    """Summarize one task of lm-evaluation-harness from the samples of both models."""
     before, after = (models[name] for name in BEFORE_AFTER)
     comparison = compare_scores(BEFORE_AFTER, before, after, bootstrap, entry)
     assert comparison is not None  # both models have every sample
@@ -86,23 +73,15 @@ def summarize_harness(
 def summarize_text_task(
     entry: TextEval,
     models: Mapping[str, Sequence[TextLine]],
-    grade: Callable[[Sequence[Answer], bool], list[Graded]],
+    metric: Metric,
     bootstrap: Bootstrap,
     *,
-    normalization: str,
     revision: str | None,
     rows: RowCounts,
     truncated: int,
     trained_prompts: int,
 ) -> TextTaskResult:
-    """Summarize one task with free answers; see `TextTaskResult` for the arguments by name.
-
-    Args:
-        entry: its section of the spec.
-        models: predictions by model; "baseline" and "finetuned" are required.
-        grade: scores answers of trivial baselines; the flag says that they are responses.
-        bootstrap: settings of intervals and tests of means.
-    """
+    """Summarize one task with free answers; see `TextTaskResult` for the arguments by name."""
     lines = models["baseline"]
     by_model = {name: answered(each) for name, each in models.items()}
     after = models["finetuned"]
@@ -118,7 +97,8 @@ def summarize_text_task(
 
     def trivial_score(answers: Sequence[str], are_responses: bool) -> Estimate:
         rows = [Answer(n.prompt, n.expected, a) for n, a in zip(lines, answers, strict=True)]
-        return _mean([graded.score for graded in grade(rows, are_responses)], bootstrap)
+        graded = metric.grade(rows, are_responses=are_responses)
+        return _mean([each.score for each in graded], bootstrap)
 
     scores = {
         name: _score(entry, each, len(lines), bootstrap) for name, each in by_model.items() if each
@@ -133,7 +113,7 @@ def summarize_text_task(
         comparison=comparison,
         revision=revision,
         rows=rows,
-        normalization=normalization,
+        normalization=metric.normalization,
         scores=scores,
         trivial={name: trivial_score(*each) for name, each in trivial.items()},
         trained_prompts=trained_prompts,

@@ -6,15 +6,14 @@ is loaded by an entry of `evals.tasks`. The prompts shown side by side are here 
 turns the replies to all of them into lines of predictions.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 from job.chat.conversation import Conversation, Message
 from job.chat.thoughts import split_thoughts
-from job.data.examples import Example, ExampleMapper, RowDroppedError, last_prompt
+from job.data.examples import Example, ExampleMapper, last_prompt
 from job.data.sources import open_source
 from job.errors import UsageError
 from job.evals.answer_parsing import parse_choice
@@ -27,8 +26,8 @@ from job.evals.predictions import (
     TextLine,
     choice_line,
 )
-from job.evals.questions import AnswerForms, Question, QuestionReader, answer_forms
-from job.evals.text_metrics import READING, Answer, Metric, grade, make_metric
+from job.evals.questions import AnswerForms, Question, RowReader, answer_forms, question_reader
+from job.evals.text_metrics import READING, Answer, Metric, make_metric
 from job.runtime import logs
 from job.scores import RowCounts
 from job.spec.evals import HELD_OUT, SideBySideEval, TextEval
@@ -68,13 +67,12 @@ def load_task(entry: MultipleChoiceEval, revisions: Revisions = NONE) -> Task:
     """
     rows = open_source(entry, "questions", revisions)
     forms = answer_forms(entry, rows)
-    reader = QuestionReader(entry, forms)
-    questions = list(islice(reader.read(rows), entry.limit))
+    reader = question_reader(entry, forms)
+    questions = list(islice(reader.items(rows), entry.limit))
     if not questions:
-        reasons = ", ".join(f"{reason} ({n})" for reason, n in reader.dropped.most_common(3))
         raise UsageError(
             f"evals.multiple_choice '{entry.name}': no usable question in {entry.dataset}: "
-            f"{reasons or 'no rows'}; the columns are {', '.join(reader.columns)}"
+            f"{reader.reasons}; the columns are {', '.join(sorted(next(iter(rows), {})))}"
         )
     if entry.limit is not None and len(questions) < entry.limit:
         logs.get().warning(
@@ -110,9 +108,8 @@ def _few_shot_examples(
         return []
     scored = {(question.text, question.options) for question in questions}
     rows = open_source(source, "questions", revisions)
-    others = (
-        q for q in QuestionReader(source, forms).read(rows) if (q.text, q.options) not in scored
-    )
+    read = question_reader(source, forms).items(rows)
+    others = (question for question in read if (question.text, question.options) not in scored)
     examples = list(islice(others, entry.few_shot.examples))
     if len(examples) < entry.few_shot.examples:
         raise UsageError(
@@ -134,8 +131,7 @@ class TextTask:
     revision: str | None
     examples: list[Example]
     rows: RowCounts
-    metric: Metric | None
-    """None for a function of the user's."""
+    metric: Metric
 
 
 def load_text_task(
@@ -146,48 +142,36 @@ def load_text_task(
     Raises:
         UsageError: no example is usable.
     """
-    dropped: Counter[str] = Counter()
-    read = 0
-
-    def mapped(rows: Iterable[Any], mapper: ExampleMapper) -> Iterator[Example]:
-        nonlocal read
-        for row in rows:
-            read += 1
-            try:
-                yield replace(mapper(row), id=str(read))
-            except RowDroppedError as error:
-                dropped[str(error)] += 1
-
+    mapper = ExampleMapper(entry)
+    reader = RowReader(lambda row, number: replace(mapper(row), id=str(number + 1)))
     if entry.dataset == HELD_OUT:
         revision, candidates = None, iter(held_out)
     else:
         source = open_source(entry, "dialogues", revisions)
-        revision, candidates = source.revision, mapped(source, ExampleMapper(entry))
+        revision, candidates = source.revision, reader.items(source)
     labels = entry.labels
     if entry.metric == "label" and labels is None:
         first = list(islice(candidates, entry.limit))
         responses = (split_thoughts(example.response)[1] or example.response for example in first)
         labels = sorted({response.strip() for response in responses})
         candidates = iter(first)
-    metric = None if entry.function else make_metric(entry, labels or ())
+    metric = make_metric(entry, labels or ())
 
     def is_usable(example: Example) -> bool:
-        if metric is None or metric.expected(example.response) is not None:
+        if metric.expected(example.response) is not None:
             return True
-        dropped[f"the expected response is not a {entry.metric}"] += 1
+        reader.dropped[f"the expected response is not a {entry.metric}"] += 1
         return False
 
     examples = list(islice(filter(is_usable, candidates), entry.limit))
     if not examples:
-        why = ", ".join(f"{reason} ({n})" for reason, n in dropped.most_common(3))
         raise UsageError(
-            f"evals.tasks '{entry.name}': no usable example in {entry.dataset}: {why or 'no rows'}"
+            f"evals.tasks '{entry.name}': no usable example in {entry.dataset}: {reader.reasons}"
         )
+    dropped = dict(reader.dropped.most_common())
     if dropped:
-        logs.get().warning("examples dropped", eval=entry.name, rows=read, reasons=dict(dropped))
-    counts = RowCounts(
-        raw=read or len(held_out), valid=len(examples), dropped=dict(dropped.most_common())
-    )
+        logs.get().warning("examples dropped", eval=entry.name, rows=reader.rows, reasons=dropped)
+    counts = RowCounts(raw=reader.rows or len(held_out), valid=len(examples), dropped=dropped)
     return TextTask(entry, revision, examples, counts, metric)
 
 
@@ -257,12 +241,7 @@ class SideBySidePrompt:
 def side_by_side_prompts(
     examples: Iterable[Example], section: SideBySideEval
 ) -> list[SideBySidePrompt]:
-    """Return the prompts of held-out examples, then the spec's own.
-
-    Args:
-        examples: the first `section.max_examples` held-out examples.
-        section: of the spec.
-    """
+    """Return the prompts of the first held-out examples, then the spec's own."""
     held_out = [
         SideBySidePrompt(example.id, example.prompt_messages, example.response)
         for example in examples
@@ -302,11 +281,11 @@ def text_lines(task: TextTask, replies: Sequence[Reply]) -> list[TextLine]:
         Answer(example.prompt, example.response, reply.answer or "")
         for example, reply in zip(task.examples, replies, strict=True)
     ]
-    graded = grade(task.entry, task.metric, answers)
+    graded = task.metric.grade(answers)
     lines = []
     for example, (score, parsed), reply in zip(task.examples, graded, replies, strict=True):
         fields = _fields(reply) | {"score": score, "finish": reply.finish or "stop"}
-        if task.metric is not None and task.entry.metric in READING:
+        if task.entry.metric in READING:
             fields |= {"target": task.metric.expected(example.response), "parsed": parsed}
         fields |= {"id": example.id, "prompt": example.prompt, "expected": example.response}
         lines.append(TextLine.model_validate(fields))

@@ -15,6 +15,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of the job's own."""
+    """A metric of the job's own, or a function of the user's."""
 
     normalization: str
     """What is read and what is ignored, for the report."""
@@ -70,50 +71,44 @@ class Metric:
     """Compare what the expected response and the answer say."""
     read_expected: Callable[[str], str | None] | None = None
     """Return what an expected response says, where that is not read as an answer is."""
+    score_all: Callable[[Sequence[Answer]], list[float]] | None = None
+    """Score answers by the user's function, which reads nothing."""
 
     def expected(self, text: str) -> str | None:
         """Return what an expected response says; None if the metric cannot use it."""
         return (self.read_expected or self.read)(split_thoughts(text)[1] or text)
 
+    def grade(self, answers: Sequence[Answer], *, are_responses: bool = False) -> list[Graded]:
+        """Score answers, or with `are_responses` the expected responses of other prompts.
 
-def make_metric(entry: TextEval, labels: Sequence[str]) -> Metric:
-    """Return the metric of a task, unless it is a function of the user's."""
+        Raises:
+            UsageError: a pattern takes too long, or the user's function fails or returns no number
+                from 0 to 1.
+        """
+        if self.score_all is not None:
+            scores = self.score_all(answers)
+            return [Graded(s, a.answer) for s, a in zip(scores, answers, strict=True)]
+        graded = []
+        for answer in answers:
+            expected = self.expected(answer.expected)
+            parsed = (self.expected if are_responses else self.read)(answer.answer)
+            is_read = expected is not None and parsed is not None
+            score = self.compare(expected or "", parsed or "") if is_read else 0.0
+            graded.append(Graded(round(score, 6), parsed))
+        return graded
+
+
+def make_metric(entry: TextEval, labels: Sequence[str] = ()) -> Metric:
+    """Return the metric of a task; `labels` are the classes of `metric: label`."""
+    if entry.function is not None:
+        return Metric(
+            "a function of the user's", str, _same, score_all=partial(_run_function, entry)
+        )
     if entry.metric == "regex":
         return _regex_metric(entry)
     if entry.metric == "label":
         return _label_metric(labels)
     return _METRICS[entry.metric]
-
-
-def grade(
-    entry: TextEval,
-    metric: Metric | None,
-    answers: Sequence[Answer],
-    *,
-    are_responses: bool = False,
-) -> list[Graded]:
-    """Score answers; without a metric by the user's own function.
-
-    Args:
-        entry: the task's section of the spec.
-        metric: of the job's own.
-        answers: the answers, with what was asked and expected.
-        are_responses: whether the answers are expected responses of other prompts.
-
-    Raises:
-        UsageError: the function fails, or returns no number from 0 to 1.
-    """
-    if metric is None:
-        scores = _run_function(entry, answers)
-        return [Graded(s, a.answer) for s, a in zip(scores, answers, strict=True)]
-    graded = []
-    for answer in answers:
-        expected = metric.expected(answer.expected)
-        parsed = (metric.expected if are_responses else metric.read)(answer.answer)
-        is_read = expected is not None and parsed is not None
-        score = metric.compare(expected or "", parsed or "") if is_read else 0.0
-        graded.append(Graded(round(score, 6), parsed))
-    return graded
 
 
 def normalize(text: str) -> str:
@@ -285,15 +280,6 @@ try:
 except Exception as error:
     print(json.dumps(f"{type(error).__name__}: {error}"), file=results)
 """
-
-
-def check_function(entry: TextEval) -> None:
-    """Check that the user's file can be imported and has the function.
-
-    Raises:
-        UsageError: it cannot, or the function takes other arguments.
-    """
-    _run_function(entry, [])
 
 
 def _run_function(entry: TextEval, answers: Sequence[Answer]) -> list[float]:

@@ -71,12 +71,12 @@ def check_local_inputs(spec: Spec) -> None:
 
 
 def _check_function(task: TextEval) -> None:
-    from job.evals.text_metrics import check_function
+    from job.evals.text_metrics import make_metric
 
     assert task.function is not None
     if not Path(task.function[0]).is_file():
         raise UsageError(f"evals.tasks '{task.name}': there is no file {task.function[0]!r}")
-    check_function(task)
+    make_metric(task).grade([])
 
 
 def _check_harness(entry: HarnessEval) -> None:

@@ -31,7 +31,7 @@ from job.evals.predictions import (
 from job.evals.statistics import Bootstrap
 from job.evals.task_scores import summarize_harness, summarize_text_task
 from job.evals.tasks import format_options
-from job.evals.text_metrics import grade, make_metric
+from job.evals.text_metrics import make_metric
 from job.machine.accelerators import find_accelerator
 from job.pipeline import layout
 from job.pipeline.eval_stage import EvalOutcome
@@ -177,14 +177,12 @@ def _text_task(run: Run, entry: TextEval, *, has_reference: bool) -> TextTaskRes
     models = _predictions(run, entry.name, TextLine, has_reference=has_reference)
     source = run.outcome("baseline", EvalOutcome).slices[entry.name]
     labels = entry.labels or sorted({line.target for line in models["baseline"] if line.target})
-    metric = None if entry.function else make_metric(entry, labels)
     assert source.rows is not None
     return summarize_text_task(
         entry,
         models,
-        lambda answers, responses: grade(entry, metric, answers, are_responses=responses),
+        make_metric(entry, labels),
         _bootstrap(run),
-        normalization=metric.normalization if metric else "a function of the user's",
         revision=source.revision,
         rows=source.rows,
         truncated=source.truncated,

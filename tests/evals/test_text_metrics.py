@@ -13,7 +13,7 @@ from job.errors import UsageError
 from job.evals.predictions import TextLine
 from job.evals.statistics import Bootstrap
 from job.evals.task_scores import summarize_text_task
-from job.evals.text_metrics import Answer, Graded, grade, json_fields, make_metric
+from job.evals.text_metrics import Answer, Graded, json_fields, make_metric
 from job.scores import RowCounts
 from job.spec.evals import TextEval
 
@@ -25,8 +25,8 @@ def entry_of(metric: str, **more: Any) -> TextEval:
 
 
 def graded(metric: str, expected: str, answer: str, **more: Any) -> Graded:
-    entry = entry_of(metric, **more)
-    return grade(entry, make_metric(entry, LABELS), [Answer("?", expected, answer)])[0]
+    made = make_metric(entry_of(metric, **more), LABELS)
+    return made.grade([Answer("?", expected, answer)])[0]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_labels_that_cannot_be_told_apart_are_refused(labels: list[str]) -> None
 
 @pytest.mark.parametrize("metric", ["exact_match", "f1"])
 def test_nothing_is_never_the_same_as_nothing(metric: str) -> None:
-    assert make_metric(entry_of(metric), ()).expected("...") is None
+    assert make_metric(entry_of(metric)).expected("...") is None
     assert graded(metric, "Yes", "").parsed is None
 
 
@@ -163,7 +163,7 @@ def test_a_function_of_the_users_scores_without_secrets(
         Answer("?", "a", "b"),
         Answer("environment", "", ""),
     ]
-    assert [each.score for each in grade(own, None, answers)] == [1.0, 0.0, 0.0]
+    assert [each.score for each in make_metric(own).grade(answers)] == [1.0, 0.0, 0.0]
     assert os.environ["HF_TOKEN"] == "hf-secret"
 
 
@@ -173,7 +173,7 @@ def test_a_function_of_the_users_scores_without_secrets(
 )
 def test_a_function_that_fails_is_named(own: TextEval, prompt: str, message: str) -> None:
     with pytest.raises(UsageError, match=f"mine.py:score.*{message}"):
-        grade(own, None, [Answer(prompt, "a", "b")])
+        make_metric(own).grade([Answer(prompt, "a", "b")])
 
 
 def test_values_of_json_keep_their_paths_and_types() -> None:
@@ -187,7 +187,7 @@ def summarize(metric: str, triples: list[tuple[str, str, str]], **more: Any) -> 
     made = make_metric(entry, sorted({triple[0] for triple in triples}))
 
     def lines(which: int) -> list[TextLine]:
-        scored = grade(entry, made, [Answer("?", each[0], each[which]) for each in triples])
+        scored = made.grade([Answer("?", each[0], each[which]) for each in triples])
         return [
             TextLine(
                 id=str(number), prompt="?", expected=each[0], answer=each[which], score=score,
@@ -197,10 +197,8 @@ def summarize(metric: str, triples: list[tuple[str, str, str]], **more: Any) -> 
         ]  # fmt: skip
 
     return summarize_text_task(
-        entry, {"baseline": lines(1), "finetuned": lines(2)},
-        lambda answers, responses: grade(entry, made, answers, are_responses=responses),
-        Bootstrap(500, 0),
-        normalization=made.normalization, revision=None, truncated=0, trained_prompts=0,
+        entry, {"baseline": lines(1), "finetuned": lines(2)}, made, Bootstrap(500, 0),
+        revision=None, truncated=0, trained_prompts=0,
         rows=RowCounts(raw=len(triples), valid=len(triples), dropped={}),
     )  # fmt: skip
 
