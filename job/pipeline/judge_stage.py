@@ -39,10 +39,13 @@ def _judge(run: Run, judge: JudgeEval, remote: RemoteModel) -> Sequence[Line]:
     ][: judge.examples]
     examples = {example.id: example for example in read_examples(run, VALIDATION_EXAMPLES)}
     prompts = [examples[pair["baseline"].id].prompt_messages for pair in pairs]
-    requests = make_requests(judge.rubric, prompts, pairs)
-    replies = remote.complete(JUDGE, {r.id: r.messages for pair in requests for r in pair})
+    requests = [
+        make_requests(judge.rubric, prompt, pair)
+        for prompt, pair in zip(prompts, pairs, strict=True)
+    ]
+    replies = remote.complete(JUDGE, {i: text for both in requests for i, text in both.items()})
     lines = [
-        judge_line(pair, both, [replies[request.id] for request in both])
+        judge_line(pair, [replies[identity] for identity in both])
         for pair, both in zip(pairs, requests, strict=True)
     ]
     write_predictions(run, "judge", DIALOGUE, lines)
