@@ -32,18 +32,13 @@ def _fetch_one(source: Store, target: LocalStore, item: Artifact) -> bool:
     _refuse_links(target, item.path)
     if path.is_file() and path.stat().st_size == item.bytes and file_sha256(path) == item.sha256:
         return True
-    partial = path.with_name(f"{PARTIAL}{path.name}")
-    if not source.download(item.path, partial):
+    if not source.download(item.path, path):
         raise StageError(f"{source.uri}: the file {item.path} is missing")
-    if partial.stat().st_size != item.bytes or file_sha256(partial) != item.sha256:
-        partial.unlink()
+    if path.stat().st_size != item.bytes or file_sha256(path) != item.sha256:
+        path.unlink()
         raise StageError(
             f"{source.uri}: the file {item.path} does not have the checksum in results.json"
         )
-    try:
-        partial.replace(path)
-    except OSError as error:
-        raise StageError(f"cannot write {path}: {error.strerror}") from error
     return False
 
 
@@ -58,11 +53,7 @@ def _refuse_links(store: Store, key: str) -> None:
 
 
 def _check_listed(uri: str, key: str) -> str:
-    """Return the key of a file that a run may have.
-
-    Raises:
-        StageError: a run leaves no such file.
-    """
+    """Return the key of a listed file; raise StageError if a run leaves no such file."""
     parts = Path(check_key(key)).parts
     if not key.startswith(OWNED) or any(part.startswith(".") for part in parts):
         raise StageError(f"{uri}: results.json lists {key!r}, which is not a file of a run")
@@ -70,11 +61,7 @@ def _check_listed(uri: str, key: str) -> str:
 
 
 def _check_target(target: LocalStore, run_id: str) -> None:
-    """Prepare a folder: a new one, or that of an earlier fetch of the same run.
-
-    Raises:
-        UsageError: it holds something else.
-    """
+    """Prepare a folder: a new one, or that of an earlier fetch of the same run."""
     if target.root.exists() and not target.root.is_dir():
         raise UsageError(f"{target.root} is a file; name a new folder")
     fetched = (target.read(_MARKER) or b"").decode("utf-8", "replace")

@@ -18,12 +18,7 @@ class TrainedRun:
     """A trained run: its spec, its adapter's description, verified copies of its files."""
 
     def __init__(self, uri: str, work: Path, where: str) -> None:
-        """Open a run.
-
-        Args:
-            uri: the run.
-            work: a scratch folder for copies.
-            where: begins error messages.
+        """Open a run, with a scratch folder for copies; error messages begin with `where`.
 
         Raises:
             UsageError: the run does not exist, or it has no adapter.

@@ -126,15 +126,15 @@ class ChatClient:
     def _send(self, body: dict[str, Any]) -> _Attempt:
         deadline = time.monotonic() + self.endpoint.timeout_seconds
         try:
-            with _Session() as session:
-                response = session.post(
-                    f"{self.endpoint.base_url.rstrip('/')}/chat/completions",
-                    json=body,
-                    headers={"Authorization": f"Bearer {self.key}", "X-Title": "job"},
-                    timeout=self.endpoint.timeout_seconds,
-                    stream=True,
-                    allow_redirects=False,  # neither the key nor the prompt goes elsewhere
-                )
+            with requests.post(
+                f"{self.endpoint.base_url.rstrip('/')}/chat/completions",
+                json=body,
+                headers={"Authorization": f"Bearer {self.key}", "X-Title": "job"},
+                auth=lambda request: request,  # not from .netrc, which would replace the key
+                timeout=self.endpoint.timeout_seconds,
+                stream=True,
+                allow_redirects=False,  # neither the key nor the prompt goes elsewhere
+            ) as response:
                 content = _read(response, deadline)
         except requests.RequestException as error:
             if problem := certificate_problem(error):
@@ -231,14 +231,6 @@ def _openai_form(messages: Conversation) -> list[dict[str, Any]]:
             keys.setdefault("tool_call_id", f"call_{next(answered)}")
         form.append({"role": message.role, "content": message.content} | keys)
     return form
-
-
-class _Session(requests.Session):
-    """A session that ignores `.netrc`, whose credentials would replace the key."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.auth = lambda request: request
 
 
 def _add_usage(total: Reply, reply: Reply) -> Reply:

@@ -123,12 +123,7 @@ def batch_packed(
 ) -> Iterator[PackedPrompts]:
     """Yield batches of about `most` prompts, several per row if `packing`.
 
-    Args:
-        prompts: token ids.
-        most: prompts per batch.
-        devices: that share a batch's rows equally.
-        compile_tokens: as for `padded_lengths`.
-        packing: whether the model keeps attention inside each prompt.
+    The devices share a batch's rows equally; see `padded_lengths` for `compile_tokens`.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not prompts:

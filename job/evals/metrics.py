@@ -1,7 +1,5 @@
-"""Metrics over predictions: accuracy, ROUGE and style traits, with intervals and baselines.
+"""Metrics over predictions, with intervals and baselines: accuracy, ROUGE, loss and style traits.
 
-Three sections: multiple choice (accuracy against chance and the majority letter), dialogue
-(ROUGE against trivial baselines), and style traits (share of answers that use certain phrases).
 Comparisons between models are paired, on the items both models answered.
 """
 
@@ -121,13 +119,9 @@ def summarize_choices(
     revision: str | None = None,
     in_training_text: int | None = None,
 ) -> MultipleChoiceResult:
-    """Summarize one task: every model's accuracy, the trivial baselines and the paired tests.
+    """Summarize one task: the accuracy of every model, trivial baselines and paired tests.
 
-    Args:
-        entry: the task's section of the spec.
-        models: predictions by model; "baseline" is required.
-        revision: commit of the dataset, where it has one.
-        in_training_text: number of questions that overlap the training text, if known.
+    `models` has "baseline"; see `MultipleChoiceResult` for the other arguments.
     """
     questions = models["baseline"]
     majority, count = Counter(line.gold for line in questions).most_common(1)[0]
@@ -226,12 +220,7 @@ def trivial_baselines(
 def summarize_loss(
     models: Mapping[str, Sequence[LossLine]], bootstrap: Bootstrap
 ) -> HeldOutLoss | None:
-    """Summarize the losses of the held-out responses; None without any.
-
-    Args:
-        models: losses by model, "baseline" and "finetuned", of the same examples.
-        bootstrap: settings of the intervals.
-    """
+    """Summarize the losses of "baseline" and "finetuned" on the same responses, if any."""
     means = {name: scores_by_id(lines) for name, lines in models.items()}
     before, after = (means[name] for name in BEFORE_AFTER)
     comparison = compare_means(LossComparison, BEFORE_AFTER, before, after, bootstrap, "primary")
@@ -274,11 +263,9 @@ def _phrase_regex(phrase: str) -> str:
 def summarize_style(
     traits: Mapping[str, Sequence[str]], models: Mapping[str, Sequence[DialogueLine]]
 ) -> list[StyleTrait]:
-    """Return how often each trait occurs in the expected answers and in each model's.
+    """Return how often any phrase of each trait occurs in the expected answers and each model's.
 
-    Args:
-        traits: phrases by trait; any of them shows it.
-        models: predictions by model; "baseline" and "finetuned" are required and compared.
+    "baseline" and "finetuned" are compared.
     """
     return [_style_trait(name, phrase_pattern(phrases), models) for name, phrases in traits.items()]
 

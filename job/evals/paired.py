@@ -16,12 +16,7 @@ from job.evals.statistics import (
     paired_interval,
     sign_flip_test,
 )
-from job.scores import (
-    Comparison,
-    Finding,
-    MeanComparison,
-    Record,
-)
+from job.scores import Comparison, Finding, MeanComparison, Record
 
 Family = Literal["primary", "retention", "judge", "secondary"]
 type Test = Comparison | MeanComparison
@@ -39,9 +34,9 @@ def compare_proportions(
     `decide_findings` corrects it for the other tests of its family.
 
     Args:
-        models: names of the models that gave `before` and `after`.
-        before: 1 for success, otherwise 0, by item id, of the first model.
-        after: those of the second model.
+        models: their names.
+        before: 1 for success, otherwise 0, by item id.
+        after: as `before`.
         family: of tests.
         margin: drop that a retention task accepts.
     """
@@ -77,18 +72,9 @@ def compare_means[T: MeanComparison](
     family: Family,
     margin: float | None = None,
 ) -> T | None:
-    """Compare two models by a sign-flip test on the items both have; None if there are none.
+    """Compare the means of two models by a sign-flip test on the items both have.
 
-    `decide_findings` corrects it for the other tests of its family.
-
-    Args:
-        kind: of the record to return.
-        models: names of the models that gave `before` and `after`.
-        before: value by item id, of the first model.
-        after: value by item id, of the second model.
-        bootstrap: the random draws.
-        family: of tests.
-        margin: drop that a retention task accepts.
+    The arguments are those of `compare_proportions`, and the `kind` of record to return.
     """
     shared = [identity for identity in before if identity in after]
     if not shared:

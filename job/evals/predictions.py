@@ -178,12 +178,7 @@ def parse_predictions[L: Line](content: bytes, kind: type[L]) -> list[L]:
 
 
 def choice_line(question: Question, choice: str | None, **rest: object) -> ChoiceLine:
-    """Return the line of an answer to a question.
-
-    Args:
-        choice: the letter chosen, None if there is none.
-        rest: further fields of `ChoiceLine`.
-    """
+    """Return the line of an answer to a question; `rest` are further fields of it."""
     fields: dict[str, object] = {
         "id": question.id,
         "question": question.text,

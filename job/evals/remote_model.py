@@ -35,10 +35,7 @@ class RemoteModel:
     ) -> Mapping[str, Reply]:
         """Return the replies to all prompts of an evaluation by id: saved ones and new ones.
 
-        Args:
-            name: the evaluation.
-            prompts: conversations by id.
-            max_tokens: limit of an answer; None takes the client's.
+        `max_tokens` limits an answer instead of the client's own limit.
         """
         replies: dict[str, Reply] = {}
         replies |= self._log.settled(name)

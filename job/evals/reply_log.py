@@ -42,13 +42,9 @@ class ReplyLog:
     """All replies of a run to the same inputs, in order of arrival."""
 
     def __init__(self, store: Store, key: str, partial_folder: str, inputs_digest: str) -> None:
-        """Read the replies saved by earlier starts.
+        """Read the replies that earlier starts saved in the file `key` and the partial files.
 
-        Args:
-            store: where the files are.
-            key: of the file with all replies.
-            partial_folder: prefix of the partial files.
-            inputs_digest: of what the replies depend on.
+        `inputs_digest` is of what the replies depend on.
         """
         self._store = store
         self._partial_folder = partial_folder

@@ -1,7 +1,9 @@
 """Confidence intervals, paired tests, power, and the correction for multiple tests.
 
 scipy does the arithmetic where it can. Intervals are 95%; tests are two-sided at the 5% level,
-shared by the tests of a family (see `paired.decide_findings`).
+shared by the tests of a family (see `paired.decide_findings`). Of the questions that two models
+answered, `gained` counts those that only the second got right, `lost` those that only the first
+did; `discordant` is the share of both.
 """
 
 import math
@@ -59,12 +61,7 @@ def proportion(count: int, of: int) -> Share:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Return the two-sided p-value of the exact McNemar test (McNemar 1947).
-
-    Args:
-        gained: questions only the second model got right.
-        lost: questions only the first model got right.
-    """
+    """Return the two-sided p-value of the exact McNemar test (McNemar 1947)."""
     if gained + lost == 0:
         return 1.0
     return float(stats.binomtest(gained, gained + lost, 0.5).pvalue)
@@ -77,11 +74,8 @@ def bootstrap_mean(
 ) -> Estimate:
     """Return the mean and its percentile bootstrap interval (Efron 1979).
 
-    Pass differences of pairs for the paired bootstrap.
-
     Args:
         values: one per item, or a row of several; not empty.
-        bootstrap: its settings.
         statistic: what to compute from the means, [..., values of a row], instead of them.
     """
     array = np.asarray(values, dtype=np.float64)
@@ -96,10 +90,7 @@ def sign_flip_test(differences: Sequence[float], bootstrap: Bootstrap) -> tuple[
     If nothing changed, each difference is as likely as its negative (Fisher 1935). The interval
     holds the centers that the test does not reject: it is found from means of random subsets
     (Hartigan 1969), since flipping the signs of a subset raises the mean above the observed one
-    exactly if the subset's mean is below the center.
-
-    Args:
-        differences: one per pair; not empty.
+    exactly if the subset's mean is below the center. There must be a difference.
     """
     array = np.asarray(differences, dtype=np.float64)
     generator = np.random.default_rng(bootstrap.seed)
@@ -124,11 +115,6 @@ def paired_interval(gained: int, lost: int, questions: int) -> Interval:
     """Return the score interval of a difference of paired proportions (Tango 1998).
 
     It has a width even if no question changed: those that were not asked may have.
-
-    Args:
-        gained: questions only the second model got right.
-        lost: questions only the first model got right.
-        questions: questions both answered; above 0.
     """
     limit = float(stats.norm.isf(ALPHA / 2))
     observed = (gained - lost) / questions
@@ -191,11 +177,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def not_worse(gained: int, lost: int, questions: int, margin: float) -> float:
     """Return the one-sided p-value for a drop of at least `margin` (non-inferiority, Tango 1998).
 
-    Args:
-        gained: questions only the second model got right.
-        lost: questions only the first model got right.
-        questions: questions both answered; above 0.
-        margin: of the accuracies, between 0 and 1.
+    The margin is a share of the questions, between 0 and 1.
     """
     return float(stats.norm.sf(paired_score(gained, lost, questions, -margin)))
 
@@ -203,22 +185,14 @@ def not_worse(gained: int, lost: int, questions: int, margin: float) -> float:
 def questions_for_retention(discordant: float, margin: float) -> int:
     """Return how many questions show with 80% power that an unchanged accuracy is not worse.
 
-    Args:
-        discordant: share of the questions that only one model gets right.
-        margin: drop that is accepted.
+    A drop of `margin` is accepted.
     """
     errors = float(stats.norm.isf(ALPHA) + stats.norm.ppf(POWER))
     return math.ceil(discordant * (errors / margin) ** 2)
 
 
 def power_of_retention(questions: int, discordant: float, margin: float) -> float:
-    """Return the probability that an unchanged accuracy is shown to be not worse.
-
-    Args:
-        questions: how many there are.
-        discordant: share of the questions that only one model gets right.
-        margin: drop that is accepted.
-    """
+    """Return the probability that an unchanged accuracy is shown to be not worse."""
     errors = margin * math.sqrt(questions / discordant)
     return float(stats.norm.cdf(errors - stats.norm.isf(ALPHA)))
 
@@ -234,7 +208,7 @@ def mcnemar_power(
 
     Args:
         questions: number of questions both models answer.
-        discordant: share of them that only one model gets right; above 0.
+        discordant: above 0.
         difference: of the accuracies, at most `discordant`.
         level: of the two-sided test.
     """
@@ -260,8 +234,8 @@ def minimum_detectable_effect(
 
     Args:
         questions: number of questions both models answer.
-        discordant: share of them that only one model gets right, as observed, or
-            `WORST_DISCORDANCE` before that. A change larger than this share counts as all gains.
+        discordant: as observed, or `WORST_DISCORDANCE` before that. A change larger than this
+            share counts as all gains.
         level: of the two-sided test.
 
     Returns:

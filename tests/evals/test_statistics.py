@@ -230,13 +230,13 @@ def test_few_questions_decide_only_if_the_exact_test_does(
 def test_detectable_means_are_found_four_times_in_five() -> None:
     generator = np.random.default_rng(7)
     found = 0
-    for seed in range(300):
+    for seed in range(100):
         differences = generator.normal(size=50)
         effect = detectable_mean(differences.tolist())
         assert effect is not None
         moved = differences - differences.mean() + generator.normal(effect, 50**-0.5)
         found += sign_flip_test(moved.tolist(), Bootstrap(0, seed))[1] < 0.05
-    assert 219 <= found <= 261  # 240 expected
+    assert 68 <= found <= 92  # 80 expected, within 3 standard deviations
 
 
 @pytest.mark.parametrize(
