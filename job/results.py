@@ -10,8 +10,6 @@ from pydantic import Field
 
 from job.scores import Evaluation, Finding, Record, ReferenceResult, RowCounts
 
-SCHEMA_VERSION = 1
-
 
 class RunInfo(Record):
     id: str

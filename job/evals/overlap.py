@@ -1,6 +1,7 @@
 """ROUGE and chrF: how much of an expected text an answer has, in any script."""
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 from job.chat.thoughts import split_thoughts
@@ -9,28 +10,22 @@ from job.data.words import split_words
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
 
 
-class _RougeTokenizer:
-    """Splits text of any script into words; those of English as ROUGE does, without endings."""
+@cache
+def _rouge_scorer() -> Any:
+    """Return a scorer of words in any script; those of English are stemmed, as ROUGE does."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    def __init__(self) -> None:
-        from rouge_score.tokenizers import DefaultTokenizer
+    english = DefaultTokenizer(use_stemmer=True)
 
-        self._english = DefaultTokenizer(use_stemmer=True)
-
-    def tokenize(self, text: str) -> list[str]:
-        """Return the words in lower case."""
+    def tokenize(text: str) -> list[str]:
         return [
             part
             for word in split_words(text.lower())
-            for part in (self._english.tokenize(word) if word.isascii() else [word])
+            for part in (english.tokenize(word) if word.isascii() else [word])
         ]
 
-
-@cache
-def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(ROUGE_METRICS, tokenizer=_RougeTokenizer())
+    return RougeScorer(ROUGE_METRICS, tokenizer=SimpleNamespace(tokenize=tokenize))
 
 
 @cache

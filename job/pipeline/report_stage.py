@@ -30,7 +30,6 @@ from job.evals.predictions import (
 )
 from job.evals.statistics import Bootstrap
 from job.evals.task_scores import summarize_harness, summarize_text_task
-from job.evals.tasks import format_options
 from job.evals.text_metrics import make_metric
 from job.machine.accelerators import find_accelerator
 from job.pipeline import layout
@@ -253,17 +252,9 @@ def _flips(run: Run) -> list[Flip]:
         before = run.predictions("baseline", entry.name, ChoiceLine)
         after = answered(run.predictions("finetuned", entry.name, ChoiceLine))
         flips += [
-            Flip(
-                eval=entry.name,
-                id=a.id,
-                question=f"{a.question}\n{format_options(a.options)}",
-                gold=a.gold,
-                before=a.choice,
-                after=b.choice,
-                gained=b.correct,
-            )
-            for a in before
-            if (b := after.get(a.id)) and a.correct != b.correct
+            Flip(entry.name, line, after[line.id])
+            for line in before
+            if line.id in after and line.correct != after[line.id].correct
         ]
     return flips
 

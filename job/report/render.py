@@ -8,13 +8,14 @@ template environment escapes every string, so no template can forget to.
 import math
 import re
 import textwrap
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from job.evals.predictions import ChoiceLine
+from job.evals.tasks import format_options
 from job.report.caveats import BEFORE_AFTER, caveats, left_out, trivial_baselines, warnings
 from job.report.plots import accuracy_bars, loss_curve, model_label, ordered, percent
 from job.report.verdict import before_after, judge_clause, task_measure
@@ -29,19 +30,17 @@ PHONE_WIDTH = 340
 """Width in pixels of the figures for narrow screens."""
 
 
-@dataclass(frozen=True)
-class Flip:
+class Flip(NamedTuple):
     """A question that only one of baseline and finetuned answered correctly."""
 
     eval: str
-    id: str
-    question: str
-    gold: str
-    before: str | None
-    """The letter of the baseline's answer; None if unparsed."""
-    after: str | None
-    gained: bool
-    """Whether finetuned was correct."""
+    before: ChoiceLine
+    after: ChoiceLine
+
+    @property
+    def question(self) -> str:
+        """The question with its options."""
+        return f"{self.before.question}\n{format_options(self.before.options)}"
 
 
 class KeyFigure(NamedTuple):
@@ -102,7 +101,8 @@ def _render(
 
 def _shown_flips(flips: list[Flip]) -> list[tuple[str, list[Flip], int]]:
     """Return gained and lost flips: kind, the flips to show, and their total number."""
-    gained, lost = ([flip for flip in flips if flip.gained is kind] for kind in (True, False))
+    gained = [flip for flip in flips if flip.after.correct]
+    lost = [flip for flip in flips if flip.before.correct]
     groups = [("gained", gained), ("lost", lost)]
     return [(kind, all_[:SHOWN_FLIPS], len(all_)) for kind, all_ in groups if all_]
 

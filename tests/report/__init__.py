@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from job.evals.predictions import ChoiceLine
 from job.report.render import Flip
 
 EVIL = (
@@ -244,8 +245,21 @@ HISTORY: list[dict[str, Any]] = [
     ),
     {"step": 1250, "validation_loss": 1.4981, "validation_token_accuracy": 0.4},
 ]
+
+
+def flip(eval: str, identity: str, question: str, gold: str, answer: str, gained: bool) -> Flip:
+    before, after = (
+        ChoiceLine(
+            id=identity, question=question, options=[answer], gold=gold, choice=choice,
+            correct=correct,
+        )
+        for choice, correct in ((None, not gained), (answer, gained))
+    )  # fmt: skip
+    return Flip(eval, before, after)
+
+
 FLIPS = [
-    Flip("medmcqa", f"q{number}", f"Question {number}?", "B", None, "B", gained=number % 5 != 0)
+    flip("medmcqa", f"q{number}", f"Question {number}?", "B", "B", gained=number % 5 != 0)
     for number in range(100)
 ]
-EVIL_FLIPS = [Flip(EVIL, EVIL, EVIL, EVIL, None, EVIL, flip.gained) for flip in FLIPS]
+EVIL_FLIPS = [flip(EVIL, EVIL, EVIL, EVIL, EVIL, each.after.correct) for each in FLIPS]
