@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from job.evals.metrics import BEFORE_AFTER
 from job.report.plots import model_label, ordered, percent
 from job.results import Results
 from job.scores import (
@@ -12,8 +13,6 @@ from job.scores import (
     TextTaskResult,
     TrivialBaselines,
 )
-
-BEFORE_AFTER = ("baseline", "finetuned")
 
 FEW = 200
 """Examples below which the page warns about tests of means."""

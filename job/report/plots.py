@@ -40,11 +40,8 @@ _RC: dict[Any, Any] = {
     "legend.fontsize": 11, "legend.labelcolor": MUTED,
 }  # fmt: skip
 
-_SMOOTH_FROM = 50
-"""Number of logged steps above which a smoothed line is drawn over the measured one."""
-
-_MOST_POINTS = 500
-"""Most points of a line; of more, neighbors are averaged."""
+_MOST_POINTS = 100
+"""Most points of a line; of more, neighbors are averaged, which makes it smooth."""
 
 _Series = list[tuple[float, float]]
 _BAR, _GROUP_TITLE, _GROUP_GAP, _TOP, _BOTTOM = 24, 44, 20, 30, 26
@@ -87,13 +84,10 @@ def loss_curve(history: Sequence[Mapping[str, Any]], *, width: int = 720) -> str
     with _style():
         height = 330 if width >= 480 else 260
         figure, axes = _canvas(width, height, left=44, right=14, top=30, bottom=44)
-        drawn, label = _thinned(train), "training"
-        if len(train) > _SMOOTH_FROM:
-            axes.plot(*_columns(drawn), color=ACCENT, alpha=0.45, linewidth=1, label="training")
-            drawn, label = _smoothed(drawn), "training, smoothed"
         if train:
             dot = "o" if len(train) == 1 else None
-            axes.plot(*_columns(drawn), color=ACCENT, linewidth=2, marker=dot, label=label)
+            line = _columns(_thinned(train))
+            axes.plot(*line, color=ACCENT, linewidth=2, marker=dot, label="training")
         if validation:
             axes.plot(
                 *_columns(validation), linestyle="none", color=INK, marker="o", markersize=7,
@@ -221,17 +215,6 @@ def _series(history: Sequence[Mapping[str, Any]], key: str) -> _Series:
     lines = [line for line in history if isinstance(line.get(key), int | float)]
     values = {int(line["step"]): float(line[key]) for line in lines if math.isfinite(line[key])}
     return sorted(values.items())
-
-
-def _smoothed(series: _Series) -> _Series:
-    """Return means over a centered window of a twentieth of the points, narrower at both ends."""
-    half = max(2, len(series) // 40)
-    smooth = []
-    for place, (step, _) in enumerate(series):
-        reach = min(half, place, len(series) - 1 - place)
-        window = series[place - reach : place + reach + 1]
-        smooth.append((step, sum(value for _, value in window) / len(window)))
-    return smooth
 
 
 def _thinned(series: _Series) -> _Series:

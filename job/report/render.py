@@ -14,9 +14,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from job.evals.metrics import BEFORE_AFTER
 from job.evals.predictions import ChoiceLine
 from job.evals.tasks import format_options
-from job.report.caveats import BEFORE_AFTER, caveats, left_out, trivial_baselines, warnings
+from job.report.caveats import caveats, left_out, trivial_baselines, warnings
 from job.report.plots import accuracy_bars, loss_curve, model_label, ordered, percent
 from job.report.verdict import before_after, judge_clause, task_measure
 from job.results import Results

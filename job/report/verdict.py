@@ -6,6 +6,7 @@ The statistics behind it are in the tests of the results: a finding there is a f
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from job.evals.metrics import BEFORE_AFTER
 from job.evals.statistics import questions_for_retention
 from job.report.caveats import trivial_baselines
 from job.results import Verdict, VerdictAnswer
@@ -77,7 +78,7 @@ def decide(evaluation: Evaluation) -> Verdict:
         if measure.test.finding == finding
     ]
     if evaluation.loss is not None:
-        before, after = (evaluation.loss.models[name].mean for name in ("baseline", "finetuned"))
+        before, after = (evaluation.loss.models[name].mean for name in BEFORE_AFTER)
         clauses.append(
             f"{_LEARNED[evaluation.loss.comparison.finding]} ({before:.3f} to {after:.3f})"
         )
@@ -143,13 +144,13 @@ def _next_step(answer: VerdictAnswer, measures: list[Measure], loss: Finding | N
 
 def before_after(result: MultipleChoiceResult) -> Comparison | None:
     """Return the comparison of the baseline with the fine-tuned model, if both answered."""
-    return next((c for c in result.comparisons if (c.a, c.b) == ("baseline", "finetuned")), None)
+    return next((c for c in result.comparisons if (c.a, c.b) == BEFORE_AFTER), None)
 
 
 def _tasks(evaluation: Evaluation) -> Iterator[Measure]:
     for task in evaluation.multiple_choice:
         if (test := before_after(task)) is not None:
-            before, after = (task.models[name].accuracy for name in ("baseline", "finetuned"))
+            before, after = (task.models[name].accuracy for name in BEFORE_AFTER)
             below = max(before, after) < task.majority_accuracy
             yield Measure(
                 f"{task.name} accuracy", f"{before:.1%}", f"{after:.1%}", test,
@@ -168,7 +169,7 @@ METRIC_NAMES = {
 
 def task_measure(result: HarnessResult | TextTaskResult) -> Measure:
     """Return what a task of lm-evaluation-harness, or one with free answers, measured."""
-    before, after = (result.models[name] for name in ("baseline", "finetuned"))
+    before, after = (result.models[name] for name in BEFORE_AFTER)
     test, note = result.comparison, ""
     is_accuracy = isinstance(test, Comparison)
     form = "{:.1%}" if is_accuracy else "{:.3f}"
@@ -233,7 +234,7 @@ def _questions(measure: Measure) -> int:
 
 
 def _likeness(dialogue: Dialogue) -> Measure:
-    before, after = (dialogue.models[name].rougeL.mean for name in ("baseline", "finetuned"))
+    before, after = (dialogue.models[name].rougeL.mean for name in BEFORE_AFTER)
     test = dialogue.comparison
     trivial = max(estimate.mean for _, estimate in trivial_baselines(dialogue.nulls))
     return Measure(

@@ -43,7 +43,7 @@ def run(model: LanguageModel, two_blocks: str, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def answer(run: Path, model: LanguageModel) -> Said:
     """What the engine says with the adapter's file, or without, after these turns."""
-    engine = Engine(model, 1, 1024)
+    engine = Engine(model, 2, 1024)  # one row takes longer to compile
     tuned = model.merged_weights(*load_adapter(run / "adapter/adapter.lora.h5", model.lora))
 
     def say(

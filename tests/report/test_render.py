@@ -327,8 +327,7 @@ def test_drawings_follow_the_colours_of_the_page(results: Results) -> None:
 
 def test_a_long_history_stays_a_small_drawing() -> None:
     long = [{"step": step, "loss": 2 + (step % 7) / 10} for step in range(20_000)]
-    assert "training, smoothed" in loss_curve(long)
-    assert len(loss_curve(long)) < 60_000
+    assert len(loss_curve(long)) < 10_000
 
 
 def test_the_curve_takes_what_there_is_of_a_history() -> None:
