@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from job.scores import ModelScore, MultipleChoiceResult
+from job.scores import MultipleChoiceResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,7 +101,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]], *, width: int = 720) -> str
         axes.margins(x=0.03, y=0.08)
         _text(figure, 0, 14, "Loss, nats per token", weight="bold")
         axes.legend()
-        return _finish(figure, _loss_words(train, validation))
+        return _finish(figure, "Training and validation loss by step, in nats per token.")
 
 
 def accuracy_bars(multiple_choice: Sequence[MultipleChoiceResult], *, width: int = 720) -> str:
@@ -143,7 +143,7 @@ def accuracy_bars(multiple_choice: Sequence[MultipleChoiceResult], *, width: int
         kinds = {"95% interval": "-", "chance": ":", "majority letter": "--"}
         keys = [lines.Line2D([], [], color=INK, ls=ls, label=kind) for kind, ls in kinds.items()]
         figure.legend(handles=keys, loc="upper left", ncols=3)
-        return _finish(figure, "Accuracy. " + " ".join(map(_group_words, groups)))
+        return _finish(figure, "Accuracies with 95% intervals; the table has the numbers.")
 
 
 def _draw_group(figure: "Figure", axes: "Axes", group: MultipleChoiceResult, top: int) -> None:
@@ -225,25 +225,6 @@ def _thinned(series: _Series) -> _Series:
 
 def _columns(series: _Series) -> tuple[list[float], list[float]]:
     return [step for step, _ in series], [value for _, value in series]
-
-
-def _loss_words(train: _Series, validation: _Series) -> str:
-    words = ""
-    for name, series in (("Training", train), ("Validation", validation)):
-        ends = [series[0], series[-1]] if len(series) > 1 else series
-        values = ", ".join(f"{value:.4f} at step {step:,}" for step, value in ends)
-        words += f"{name} loss: {values}. " if values else ""
-    return words.strip()
-
-
-def _group_words(group: MultipleChoiceResult) -> str:
-    def words(item: tuple[str, ModelScore]) -> str:
-        low, high = (f"{100 * end:.1f}" for end in item[1].ci95)
-        return f"{model_label(item[0])} {percent(item[1].accuracy)} ({low} to {high})"
-
-    scores = ", ".join(map(words, ordered(group.models)))
-    trivial = f"chance {percent(group.chance)}, majority letter {percent(group.majority_accuracy)}"
-    return _plain(f"{group.name}: {scores}; {trivial}.")
 
 
 def _plain(text: str, most: float = math.inf) -> str:

@@ -397,7 +397,7 @@ _JSON = st.recursive(
 
 
 @given(body=_JSON.map(json.dumps) | st.text(), status=st.sampled_from([200, 200, 400, 404]))
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_reply_is_an_answer_or_the_reason_there_is_none(
     body: str, status: int, service: OpenRouter, waits: list[float], log: io.StringIO
 ) -> None:

@@ -310,7 +310,7 @@ def test_every_drawing_is_described_and_ids_never_clash(html: str) -> None:
     assert len(drawings) == html.count("<svg") == html.count("</title>") - 1 == 4
     for drawing in drawings:
         assert drawing["role"] == "img"
-        assert re.search(r"31\.0%|1\.4981", drawing["aria-label"] or "")
+        assert re.search(r"Accuracies|loss", drawing["aria-label"] or "")
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     used = re.findall(r'(?:href="|url\()#([\w-]+)', html)
     assert len(ids) == len(set(ids))
@@ -333,9 +333,9 @@ def test_a_long_history_stays_a_small_drawing() -> None:
 def test_the_curve_takes_what_there_is_of_a_history() -> None:
     assert loss_curve([]) == ""
     assert loss_curve([{"step": 1, "loss": float("nan")}, {"step": 2, "loss": None}]) == ""
-    assert "0.5000 at step 3." in loss_curve([{"step": 3, "validation_loss": 0.5}])
+    assert ">validation<" in loss_curve([{"step": 3, "validation_loss": 0.5}])
     resumed = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 2.0}]
-    assert "3.0000 at step 1, 2.0000 at step 2." in loss_curve(resumed)
+    assert loss_curve(resumed) == loss_curve([resumed[0], resumed[2]]) != loss_curve(resumed[:2])
 
 
 @pytest.mark.parametrize("render", [render_html, render_markdown])
