@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from job.scores import MultipleChoiceResult
 
 if TYPE_CHECKING:
@@ -43,7 +45,6 @@ _RC: dict[Any, Any] = {
 _MOST_POINTS = 100
 """Most points of a line; of more, neighbors are averaged, which makes it smooth."""
 
-_Series = list[tuple[float, float]]
 _BAR, _GROUP_TITLE, _GROUP_GAP, _TOP, _BOTTOM = 24, 44, 20, 30, 26
 MODEL_ORDER = ("baseline", "finetuned", "reference")
 
@@ -77,20 +78,19 @@ def loss_curve(history: Sequence[Mapping[str, Any]], *, width: int = 720) -> str
         An `<svg>` element, or '' if no loss was logged.
     """
     train, validation = _series(history, "loss"), _series(history, "validation_loss")
-    if not train and not validation:
+    if not len(train) and not len(validation):
         return ""
     from matplotlib import ticker
 
     with _style():
         height = 330 if width >= 480 else 260
         figure, axes = _canvas(width, height, left=44, right=14, top=30, bottom=44)
-        if train:
+        if len(train):
             dot = "o" if len(train) == 1 else None
-            line = _columns(_thinned(train))
-            axes.plot(*line, color=ACCENT, linewidth=2, marker=dot, label="training")
-        if validation:
+            axes.plot(*_thinned(train).T, color=ACCENT, linewidth=2, marker=dot, label="training")
+        if len(validation):
             axes.plot(
-                *_columns(validation), linestyle="none", color=INK, marker="o", markersize=7,
+                *validation.T, linestyle="none", color=INK, marker="o", markersize=7,
                 markerfacecolor=PAPER, markeredgewidth=1.6, zorder=5, label="validation",
             )  # fmt: skip
         axes.set_xlabel("step")
@@ -211,20 +211,16 @@ def _text(figure: "Figure", x: float, y: float, text: str, **style: Any) -> None
     figure.text(x / width, 1 - y / height, text, **style)
 
 
-def _series(history: Sequence[Mapping[str, Any]], key: str) -> _Series:
+def _series(history: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+    """Return the logged steps and their values, `[points, 2]`."""
     lines = [line for line in history if isinstance(line.get(key), int | float)]
     values = {int(line["step"]): float(line[key]) for line in lines if math.isfinite(line[key])}
-    return sorted(values.items())
+    return np.array(sorted(values.items())).reshape(-1, 2)
 
 
-def _thinned(series: _Series) -> _Series:
-    size = math.ceil(len(series) / _MOST_POINTS) or 1
-    bins = [_columns(series[start : start + size]) for start in range(0, len(series), size)]
-    return [(sum(steps) / len(steps), sum(values) / len(values)) for steps, values in bins]
-
-
-def _columns(series: _Series) -> tuple[list[float], list[float]]:
-    return [step for step, _ in series], [value for _, value in series]
+def _thinned(series: np.ndarray) -> np.ndarray:
+    parts = np.array_split(series, min(len(series), _MOST_POINTS))
+    return np.array([part.mean(axis=0) for part in parts])
 
 
 def _plain(text: str, most: float = math.inf) -> str:

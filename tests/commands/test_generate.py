@@ -123,10 +123,10 @@ def test_thoughts_and_terminal_codes_are_told_from_the_answer(
         "job.chat.tokenizer.ChatTokenizer.decode",
         lambda codec, tokens: "<think>Hm.</think> Re\x1b[2Jst.\nNow.",
     )
-    generate_answers(str(run), GenerateOptions(1, as_json=True), [PROMPT])
+    generate_answers(str(run), GenerateOptions(LIMIT, as_json=True), [PROMPT])
     tuned = json.loads(capsys.readouterr().out)["tuned"]
     assert (tuned["text"], tuned["thoughts"]) == ("Re\x1b[2Jst.\nNow.", "Hm.")
-    generate_answers(str(run), GenerateOptions(1), [PROMPT])
+    generate_answers(str(run), GenerateOptions(LIMIT), [PROMPT])
     assert capsys.readouterr().out == "Re\u2039U+001B\u203a[2Jst.\nNow.\n"
 
 
