@@ -6,7 +6,7 @@ Both ways give the same examples; `examples` defines what a row means.
 import functools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
@@ -14,23 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from job.chat.conversation import Message
-from job.data.examples import SEPARATOR, SIDES, Example, ExampleMapper, RowDroppedError
+from job.data.examples import SEPARATOR, Example, ExampleMapper, RowDroppedError
 from job.data.row_blocks import Block, Row
 from job.spec.fields import template_parts
 
-HISTORY = pa.list_(pa.struct([("prompt", pa.string()), ("response", pa.string())]))
-"""Type of the column of the turns before the last prompt."""
-
-COLUMNS = pa.schema(
-    [
-        ("system", pa.string()),
-        ("prompt", pa.string()),
-        ("response", pa.string()),
-        ("history", HISTORY),
-        ("messages", pa.string()),
-    ]
-)
-"""Columns of examples; `messages` has all messages as JSON, for examples that are not plain."""
+COLUMNS = pa.schema([(n, pa.string()) for n in ("system", "prompt", "response", "messages")])
+"""Columns of examples; `messages` has all messages as JSON, unless they are those of the others."""
 
 _SPACE = "".join(chr(c) for c in range(sys.maxunicode + 1) if chr(c).isspace())
 
@@ -60,14 +49,14 @@ class ExampleColumns:
 
     def dialogues(self) -> pa.Array:
         """Return `Example.text` of each example."""
-        _, prompts, responses, *others = self.batch.columns
-        if all(column.null_count == len(self) for column in others):
+        _, prompts, responses, messages = self.batch.columns
+        if messages.null_count == len(self):
             return pc.binary_join_element_wise(prompts, responses, SEPARATOR)
         rows = zip(*(column.to_pylist() for column in self.batch.columns), strict=True)
         return pa.array((example_from_columns("", *row).text for row in rows), pa.string())
 
     def first_prompts(self) -> Iterator[tuple[int, str]]:
-        """Yield index and first prompt of each example that is not plain."""
+        """Yield index and first prompt of each example with a value of `messages`."""
         column = self.batch["messages"]
         texts = column.to_pylist() if column.null_count < len(self) else []
         for number, text in enumerate(texts):
@@ -86,16 +75,13 @@ def example_from_columns(
     system: str | None,
     prompt: str,
     response: str,
-    history: Iterable[Mapping[str, str]] | None,
     messages: str | None = None,
 ) -> Example:
     """Return the example of one row of a staged or split file."""
     if messages:
         return Example(id, messages_from_json(messages))
     before = [Message("system", system)] if system else []
-    earlier = [text for pair in history or () for text in (pair["prompt"], pair["response"])]
-    turns = [Message(SIDES[n % 2], text) for n, text in enumerate([*earlier, prompt, response])]
-    return Example(id, (*before, *turns))
+    return Example(id, (*before, Message("user", prompt), Message("assistant", response)))
 
 
 def to_columns(block: Block, mapper: ExampleMapper) -> ExampleColumns:
@@ -116,7 +102,7 @@ def _by_row(rows: list[Row], mapper: ExampleMapper) -> ExampleColumns:
             numbers.append(number)
         except RowDroppedError as reason:
             dropped.append((number, str(reason)))
-    values = [(e.system, e.prompt, e.response, _history(e), _messages(e)) for e in examples]
+    values = [(e.system, e.prompt, e.response, _messages(e)) for e in examples]
     columns = list(zip(*values, strict=True)) or [()] * len(COLUMNS)
     batch = pa.record_batch([*map(pa.array, columns, COLUMNS.types)], schema=COLUMNS)
     return ExampleColumns(
@@ -124,16 +110,10 @@ def _by_row(rows: list[Row], mapper: ExampleMapper) -> ExampleColumns:
     )
 
 
-def _history(example: Example) -> list[dict[str, str]] | None:
-    """Return the turns before the last, as the column has them."""
-    texts = [message.content for message in example.turns[:-2] if example.is_plain]
-    pairs = zip(texts[::2], texts[1::2], strict=True)
-    return [{"prompt": prompt, "response": response} for prompt, response in pairs] or None
-
-
 def _messages(example: Example) -> str | None:
-    messages = [] if example.is_plain else [astuple(message) for message in example.messages]
-    return json.dumps(messages, ensure_ascii=False) if messages else None
+    if example.is_plain and len(example.turns) == 2:
+        return None
+    return json.dumps([astuple(message) for message in example.messages], ensure_ascii=False)
 
 
 def _by_column(block: Block, mapper: ExampleMapper) -> ExampleColumns | None:

@@ -9,26 +9,18 @@ anywhere. In scripts without spaces two characters count as a word.
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from job.data.columnar import COLUMNS, example_from_columns
+from job.data.dataset import StagedDataset
 from job.data.examples import Example, normal_form
 from job.data.words import is_character, split_words
-
-if TYPE_CHECKING:
-    from job.data.staging import StagedDataset
-
 
 WORDS = 13
 _MIN_WORDS = 5
 _CHARACTERS_PER_WORD = 2
-_FACTORS = np.array(
-    [pow(0x9E3779B97F4A7C15, n, 2**64) for n in range(1, _MIN_WORDS + 1)], np.uint64
-)
 _BATCH_SIZE = 256
 _MAX_PAIRS = 100
 
@@ -48,59 +40,30 @@ class Passages:
     """The passages of questions, for searching texts."""
 
     def __init__(self, questions: Iterable[str]) -> None:
-        self._numbers: dict[str, int] = {}
-        self._words: list[str] = [""]
-        self._passages: dict[int, list[tuple[tuple[int, ...], int]]] = {}
+        self._passages: dict[tuple[str, ...], list[tuple[tuple[str, ...], int]]] = {}
+        """Passages with the index of their question, by their first words."""
         self.too_short = 0
         for number, question in enumerate(questions):
-            words = split_words(question.casefold())
+            words = tuple(split_words(question.casefold()))
             scale = _CHARACTERS_PER_WORD if 2 * sum(map(is_character, words)) > len(words) else 1
             if len(words) < scale * _MIN_WORDS:
                 self.too_short += 1
                 continue
-            ids = [self._number(word) for word in words]
-            size = min(scale * WORDS, len(ids))
-            starts = _rolling(np.array(ids, np.uint64))
-            for at in range(len(ids) - size + 1):
-                known = self._passages.setdefault(int(starts[at]), [])
-                known.append((tuple(ids[at : at + size]), number))
-        self._starts = np.array(sorted(self._passages), np.uint64)
-
-    def _number(self, word: str) -> int:
-        number = self._numbers.setdefault(word, len(self._words))
-        if number == len(self._words):
-            self._words.append(word)
-        return number
+            size = min(scale * WORDS, len(words))
+            for at in range(len(words) - size + 1):
+                known = self._passages.setdefault(words[at : at + _MIN_WORDS], [])
+                known.append((words[at : at + size], number))
 
     def search(self, texts: Sequence[str]) -> Iterator[Match]:
         """Yield the matches in texts, each pair of text and question once."""
-        if not len(self._starts):
-            return
-        get = self._numbers.get
-        per_text = [[get(w, 0) for w in split_words(text.casefold())] for text in texts]
-        # 0 is a word of no question, so no passage reaches across the end of a text.
-        ids = [number for numbers in per_text for number in (*numbers, 0)]
-        if len(ids) < _MIN_WORDS:
-            return
-        ends = np.cumsum([len(numbers) + 1 for numbers in per_text])
-        rolling = _rolling(np.array(ids, np.uint64))
-        indices = np.minimum(np.searchsorted(self._starts, rolling), len(self._starts) - 1)
-        seen: set[tuple[int, int]] = set()
-        for at in np.flatnonzero(self._starts[indices] == rolling).tolist():
-            for passage, question in self._passages[int(rolling[at])]:
-                text = int(np.searchsorted(ends, at, side="right"))
-                pair = (text, question)
-                if pair not in seen and tuple(ids[at : at + len(passage)]) == passage:
-                    seen.add(pair)
-                    yield Match(text, question, " ".join(self._words[n] for n in passage))
-
-
-def _rolling(ids: np.ndarray) -> np.ndarray:
-    """Hash every `_MIN_WORDS` consecutive words: uint64 `[words - _MIN_WORDS + 1]`."""
-    windows = np.lib.stride_tricks.sliding_window_view(ids, _MIN_WORDS)
-    with np.errstate(over="ignore"):
-        hashes: np.ndarray = (windows * _FACTORS).sum(axis=1, dtype=np.uint64)
-    return hashes
+        for text, content in enumerate(texts):
+            words = tuple(split_words(content.casefold()))
+            seen: set[int] = set()
+            for at in range(len(words) - _MIN_WORDS + 1):
+                for passage, question in self._passages.get(words[at : at + _MIN_WORDS], ()):
+                    if question not in seen and words[at : at + len(passage)] == passage:
+                        seen.add(question)
+                        yield Match(text, question, " ".join(passage))
 
 
 class Pair(BaseModel):
@@ -187,7 +150,7 @@ def count_trained_prompts(
 
 
 def clean_rows(
-    questions: Iterable[str], staged: "StagedDataset", check_stop: Callable[[], None]
+    questions: Iterable[str], staged: StagedDataset, check_stop: Callable[[], None]
 ) -> np.ndarray:
     """Return which staged examples share no passage with a question: bool `[examples]`.
 
@@ -198,12 +161,8 @@ def clean_rows(
     """
     passages = Passages(questions)
     clean = np.ones(staged.manifest.rows, bool)
-    at = 0
-    for shard in staged.manifest.shards:
-        with staged.files.open(shard) as path, pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_BATCH_SIZE, columns=COLUMNS.names):
-                check_stop()
-                texts = [example_from_columns("", **row).text for row in batch.to_pylist()]
-                clean[[at + match.text for match in passages.search(texts)]] = False
-                at += len(texts)
+    for first, batch in staged.batches(COLUMNS.names):
+        check_stop()
+        texts = [example_from_columns("", **row).text for row in batch.to_pylist()]
+        clean[[first + match.text for match in passages.search(texts)]] = False
     return clean

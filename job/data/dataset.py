@@ -1,16 +1,14 @@
-"""A staged dataset on disk: shards of checked examples, their records, and a manifest.
+"""A staged dataset on disk: shards of checked examples, and a manifest of those that are complete.
 
-A shard is complete once its record exists, the dataset once its manifest exists. A dataset is
-named by a key of everything it depends on, so that jobs share it, and one may finish what another
-started.
+A shard is complete once the manifest lists it. A dataset is named by a key of everything it
+depends on, so that jobs share it, and one may finish what another started.
 """
 
-import contextlib
-import json
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,91 +17,8 @@ from pydantic import BaseModel, ValidationError
 
 from job.data.columnar import COLUMNS
 from job.errors import StageError
-from job.runtime.threads import Threads, prefetch_map
 from job.storage.base import Store, file_sha256
 from job.storage.local import LocalStore
-
-_SAMPLE_CHARACTERS = 300
-_PERCENTILES = (50, 90, 99)
-
-
-class Lengths(BaseModel):
-    """The number of texts of each length in characters."""
-
-    counts: dict[int, int] = {}
-
-    def add(self, lengths: np.ndarray) -> None:
-        """Count lengths, int `[n]`."""
-        values, times = np.unique(lengths, return_counts=True)
-        self._add_counts(dict(zip(values.tolist(), times.tolist(), strict=True)))
-
-    def merge(self, other: "Lengths") -> None:
-        """Add the counts of other texts."""
-        self._add_counts(other.counts)
-
-    def _add_counts(self, counts: dict[int, int]) -> None:
-        self.counts = dict(Counter(self.counts) + Counter(counts))
-
-    def percentiles(self) -> dict[str, Any]:
-        """Return the mean, p50, p90, p99 and the maximum."""
-        lengths = np.repeat([*self.counts], [*self.counts.values()])
-        if not len(lengths):
-            return {}
-        marks = np.percentile(lengths, _PERCENTILES, method="inverted_cdf").tolist()
-        return {
-            "mean": round(float(lengths.mean()), 1),
-            **{f"p{mark}": value for mark, value in zip(_PERCENTILES, marks, strict=True)},
-            "max": int(lengths.max()),
-        }
-
-
-class RowTally(BaseModel):
-    """Counts of kept, dropped and flagged rows."""
-
-    raw: int = 0
-    kept: int = 0
-    dropped: dict[str, int] = {}
-    """Dropped rows by reason."""
-    found: dict[str, int] = {}
-    """Kept examples by flag."""
-    shown: dict[str, str] = {}
-    """A sample of each reason and flag: the beginning of a row, or the text around a match."""
-    text_bytes: int = 0
-    with_messages: int = 0
-    """Kept examples in the column `messages`."""
-    prompt: Lengths = Lengths()
-    response: Lengths = Lengths()
-
-    def drop(self, reason: str, times: int, sample: Callable[[], object]) -> None:
-        """Count dropped rows."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + times
-        self._add_sample(reason, sample)
-
-    def flag(self, name: str, times: int, sample: Callable[[], object]) -> None:
-        """Count flagged examples."""
-        self.found[name] = self.found.get(name, 0) + times
-        self._add_sample(name, sample)
-
-    def _add_sample(self, name: str, sample: Callable[[], object]) -> None:
-        if name not in self.shown:
-            value = sample()
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
-            self.shown[name] = (
-                text[:_SAMPLE_CHARACTERS].encode("utf-8", "backslashreplace").decode()
-            )
-
-    def merge(self, other: "RowTally") -> None:
-        """Add the counts of later rows."""
-        self.raw += other.raw
-        self.kept += other.kept
-        self.text_bytes += other.text_bytes
-        self.with_messages += other.with_messages
-        self.dropped = dict(Counter(self.dropped) + Counter(other.dropped))
-        self.found = dict(Counter(self.found) + Counter(other.found))
-        self.shown = other.shown | self.shown
-        self.prompt.merge(other.prompt)
-        self.response.merge(other.response)
-
 
 MANIFEST = "manifest.json"
 
@@ -111,17 +26,48 @@ HASHES = ("hash", "normal_hash", "prompt_hash", "group_hash")
 SCHEMA = pa.schema([*((name, pa.uint64()) for name in HASHES), *COLUMNS])
 """Columns of a shard: the hashes of `filters.content_hashes`, and the texts."""
 
-READERS = 2
-"""Threads that read shards, and shards in memory at a time."""
+GROUP_ROWS = 4096
+"""Examples of a row group."""
+
+_SAMPLE_CHARACTERS = 300
+
+
+class RowTally(BaseModel):
+    """Counts of kept, dropped and flagged rows."""
+
+    raw: int = 0
+    kept: int = 0
+    dropped: Counter[str] = Counter()
+    """Dropped rows by reason."""
+    found: Counter[str] = Counter()
+    """Kept examples by flag."""
+    shown: dict[str, str] = {}
+    """A sample of each reason and flag: the beginning of a row, or the text around a match."""
+    text_bytes: int = 0
+    with_messages: int = 0
+    """Kept examples in the column `messages`."""
+
+    def show(self, name: str, text: str) -> None:
+        """Add the sample of a reason or flag."""
+        self.shown[name] = text[:_SAMPLE_CHARACTERS].encode("utf-8", "backslashreplace").decode()
+
+    def merge(self, other: "RowTally") -> None:
+        """Add the counts of later rows."""
+        self.raw += other.raw
+        self.kept += other.kept
+        self.text_bytes += other.text_bytes
+        self.with_messages += other.with_messages
+        self.dropped += other.dropped
+        self.found += other.found
+        self.shown = other.shown | self.shown
 
 
 class Shard(BaseModel):
-    """The record of a shard: `shard-00000.json` next to `shard-00000.parquet`."""
+    """The record of a shard."""
 
     path: str
     bytes: int
     sha256: str
-    rows: int
     tally: RowTally
     """The outcome of the rows that were read for it."""
     file: int
@@ -129,13 +75,10 @@ class Shard(BaseModel):
     row: int
     """The number of rows of that file before it."""
 
-
-class FileInfo(BaseModel):
-    """A file of the source."""
-
-    name: str
-    bytes: int
-    identity: str
+    @property
+    def rows(self) -> int:
+        """The number of its examples."""
+        return self.tally.kept
 
 
 class Manifest(BaseModel):
@@ -143,103 +86,77 @@ class Manifest(BaseModel):
 
     dataset: str
     revision: str | None
-    key: str
-    files: list[FileInfo]
-    columns: list[str]
-    tally: RowTally
-    shards: list[Shard]
+    shards: list[Shard] = []
+    complete: bool = False
 
     @property
     def rows(self) -> int:
         """The number of examples in all shards."""
         return sum(shard.rows for shard in self.shards)
 
-
-def shard_key(number: int, kind: str) -> str:
-    """Return the key of a shard, `parquet`, or of its record, `json`."""
-    return f"shard-{number:05d}.{kind}"
+    @property
+    def tally(self) -> RowTally:
+        """The counts of all shards."""
+        total = RowTally()
+        for shard in self.shards:
+            total.merge(shard.tally)
+        return total
 
 
 def read_manifest(store: Store) -> Manifest | None:
-    """Return the manifest if it is valid and all of its shards exist."""
-    content = store.read(MANIFEST)
-    if content is None:
-        return None
+    """Return the manifest with the leading shards that exist; None if there is no valid one."""
     try:
-        manifest = Manifest.model_validate_json(content)
+        manifest = Manifest.model_validate_json(store.read(MANIFEST) or b"")
     except ValidationError:
         return None
-    return manifest if all(_is_stored(shard, store) for shard in manifest.shards) else None
+
+    def is_stored(shard: Shard) -> bool:
+        stat = store.stat(shard.path)
+        return stat is not None and stat.bytes == shard.bytes
+
+    stored = list(itertools.takewhile(is_stored, manifest.shards))
+    complete = manifest.complete and len(stored) == len(manifest.shards)
+    return manifest.model_copy(update={"shards": stored, "complete": complete})
 
 
-def _is_stored(shard: Shard, store: Store) -> bool:
-    stat = store.stat(shard.path)
-    return stat is not None and stat.bytes == shard.bytes
+@dataclass(frozen=True)
+class StagedDataset:
+    """The shards of a dataset, whose checksums are verified whenever they are read."""
 
+    manifest: Manifest
+    store: Store
+    work: Path
+    """A scratch folder for downloads."""
 
-def complete_shards(store: Store) -> list[Shard]:
-    """Return the leading shards that are complete."""
-    shards: list[Shard] = []
-    while content := store.read(shard_key(len(shards), "json")):
-        try:
-            shard = Shard.model_validate_json(content)
-        except ValidationError:
-            break
-        if not _is_stored(shard, store):
-            break
-        shards.append(shard)
-    return shards
-
-
-class ShardFiles:
-    """The shards of a dataset as local files, their checksums verified."""
-
-    def __init__(self, store: Store, work: Path) -> None:
-        """Open the shards in the dataset's `store`; downloads go into the scratch folder `work`."""
-        self.store = store
-        self._work = work
-        self._hashes: dict[tuple[int, int, int, int], str] = {}
-
-    def sha256(self, path: Path) -> str:
-        """Return the SHA-256 of a file, which is not read again while it stays unchanged."""
-        status = path.stat()
-        file = status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
-        if file not in self._hashes:
-            self._hashes[file] = file_sha256(path)
-        return self._hashes[file]
-
-    @contextlib.contextmanager
-    def open(self, shard: Shard) -> Iterator[Path]:
-        """Give a local file with the content of a shard, for the time of the block.
+    def batches(self, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Yield columns of the examples in batches, each with the index of its first example.
 
         Raises:
-            StageError: it is missing or damaged; its record is deleted, so that it is
-                staged again next time.
+            StageError: a shard is missing or damaged; the manifest is deleted, so that the dataset
+                is staged again next time.
         """
-        if isinstance(self.store, LocalStore):
-            path = self.store.root / shard.path
-            exists = path.is_file()
-        else:
-            path = self._work / shard.path
-            exists = self.store.download(shard.path, path)
-        if not exists or self.sha256(path) != shard.sha256:
-            self.store.delete(MANIFEST)
-            self.store.delete(f"{shard.path.removesuffix('.parquet')}.json")
-            raise StageError(
-                f"{self.store.uri}/{shard.path} is missing or damaged; run the same command "
-                "again to stage it again"
-            )
-        yield path
-        if path.is_relative_to(self._work):
-            path.unlink()
+        first = 0
+        for shard in self.manifest.shards:
+            if isinstance(self.store, LocalStore):
+                path = self.store.root / shard.path
+                exists = path.is_file()
+            else:
+                path = self.work / shard.path
+                exists = self.store.download(shard.path, path)
+            if not exists or file_sha256(path) != shard.sha256:
+                self.store.delete(MANIFEST)
+                raise StageError(
+                    f"{self.store.uri}/{shard.path} is missing or damaged; run the same command "
+                    "again to stage it again"
+                )
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(1024, columns=columns):
+                    yield first, batch
+                    first += batch.num_rows
+            if path.is_relative_to(self.work):
+                path.unlink()
 
-    def read_hashes(self, shards: list[Shard]) -> Iterator[np.ndarray]:
-        """Yield the hashes of each shard: uint64 `[4, rows]`."""
-
-        def read(shard: Shard) -> np.ndarray:
-            with self.open(shard) as path:
-                table = pq.read_table(path, columns=[*HASHES], use_threads=False)
-            return np.stack([column.to_numpy() for column in table.columns])
-
-        with Threads(READERS) as pool:
-            yield from prefetch_map(read, shards, pool, READERS)
+    def hashes(self) -> np.ndarray:
+        """Return the hashes of all examples, uint64 `[4, examples]`; see `content_hashes`."""
+        batches = [np.stack(batch.columns) for _, batch in self.batches([*HASHES])]
+        return np.concatenate([np.zeros((len(HASHES), 0), np.uint64), *batches], axis=1)

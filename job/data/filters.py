@@ -1,7 +1,7 @@
 """Checks of examples: length, duplicates, left-over markup, personal data.
 
-All checks work on columns. One cheap pattern that covers all others is matched first, so that
-the others are matched only against the few texts that may contain them.
+All checks work on columns. One pattern that covers all others is matched first, so that the others
+are matched only against the few texts that contain one of them.
 """
 
 import operator
@@ -84,18 +84,7 @@ _SEPARATOR = SEPARATOR.encode()
 _CONTEXT_BYTES = 60
 """Bytes shown before a match."""
 
-_PREFILTER = "|".join(
-    (
-        PATTERNS["control_characters"],
-        r"[<@\[]",
-        r"&[a-z#]",
-        r"://",
-        r"[Ww]{3}\.",
-        r"[A-Za-z0-9]\.(?:com|org|net|edu|gov)",
-        r"(?:\d[ ().-]{0,2}){8}\d",
-    )
-)
-"""Matches every text that one of the patterns matches."""
+_ANY = "|".join(PATTERNS.values())
 
 Flags = dict[str, np.ndarray]
 """The examples that each pattern matches, bool `[examples]`, by its name."""
@@ -108,8 +97,6 @@ class TextStats:
     system: pa.DictionaryArray
     dialogues: pa.Array
     """The texts of all turns (`Example.text`)."""
-    lengths: np.ndarray
-    """Characters of prompts and responses, int `[2, examples]`."""
     text_bytes: np.ndarray
     """Bytes of prompt and response together, int `[examples]`."""
     short: np.ndarray
@@ -123,17 +110,16 @@ def text_stats(examples: ExampleColumns, checks: Checks) -> TextStats:
     system = pc.fill_null(examples.batch["system"], "").dictionary_encode()
     dialogues = examples.dialogues()
     sides = examples.batch["prompt"], examples.batch["response"]
-    sizes = [_numbers(pc.binary_length(texts)) for texts in sides]
-    plain = all(_is_ascii(texts) for texts in sides)
-    lengths = sizes if plain else [_numbers(pc.utf8_length(texts)) for texts in sides]
-    short = np.minimum(*lengths) < checks.min_characters
-    long = np.zeros(len(examples), bool)
-    limit = checks.max_characters
-    if limit and _longest(system.dictionary) + _longest(dialogues) >= limit:
-        before = _numbers(pc.utf8_length(system.dictionary)) + len(SEPARATOR)
-        total = before[system.indices.to_numpy()] + _numbers(pc.utf8_length(dialogues))
-        long = total > limit
-    return TextStats(system, dialogues, np.stack(lengths), np.add(*sizes), short, long)
+    short = np.minimum(*(pc.utf8_length(texts).to_numpy() for texts in sides))
+    before = pc.utf8_length(system.dictionary).to_numpy() + len(SEPARATOR)
+    characters = before[system.indices.to_numpy()] + pc.utf8_length(dialogues).to_numpy()
+    return TextStats(
+        system,
+        dialogues,
+        text_bytes=np.add(*(pc.binary_length(texts).to_numpy() for texts in sides)),
+        short=short < checks.min_characters,
+        long=characters > (checks.max_characters or np.inf),
+    )
 
 
 def find_flags(stats: TextStats) -> Flags:
@@ -189,26 +175,12 @@ def excerpt(stats: TextStats, number: int, flag: str) -> str:
     return part.replace(SEPARATOR, " | ")
 
 
-def _longest(texts: pa.Array) -> int:
-    """Return the bytes of the longest text."""
-    return pc.max(pc.binary_length(texts)).as_py() or 0
-
-
-def _is_ascii(texts: pa.Array) -> bool:
-    content = texts.buffers()[2]
-    return not content or bool(np.frombuffer(content, np.uint8).max(initial=0) < 128)
-
-
-def _numbers(array: pa.Array) -> np.ndarray:
-    return np.asarray(array.to_numpy(zero_copy_only=False))
-
-
 def _mask(array: pa.Array) -> np.ndarray:
     return np.asarray(array.to_numpy(zero_copy_only=False), dtype=bool)
 
 
 def _matches(texts: pa.Array) -> Flags:
-    suspects = np.flatnonzero(_mask(pc.match_substring_regex(texts, _PREFILTER)))
+    suspects = np.flatnonzero(_mask(pc.match_substring_regex(texts, _ANY)))
     flags = {name: np.zeros(len(texts), bool) for name in PATTERNS}
     if len(suspects):
         texts = texts.take(pa.array(suspects))

@@ -1,7 +1,7 @@
 """Sources of rows: a dataset on the Hub, files in a bucket, local files, or the shipped samples.
 
 A source is a list of files of one commit. A remote file is downloaded to the cache and verified
-just before it is read, and can be removed from the cache right after.
+just before it is read.
 """
 
 import hashlib
@@ -35,8 +35,6 @@ class SourceFile:
     """A string that changes whenever the content does."""
     fetch: Callable[[], Path]
     """Download the file if it is remote, resuming a partial download, and return its path."""
-    evict: Callable[[], None] = lambda: None
-    """Delete the downloaded file."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +131,7 @@ def _bucket_file(store: Store, key: str) -> SourceFile:
             )
         return path
 
-    def evict() -> None:
-        path.unlink(missing_ok=True)
-
-    return SourceFile(f"{store.uri}/{key}", stat.bytes, stat.version, fetch, evict)
+    return SourceFile(f"{store.uri}/{key}", stat.bytes, stat.version, fetch)
 
 
 def _hub_source(source: Source, revisions: Revisions) -> RowSource:
@@ -158,10 +153,7 @@ def _hub_source(source: Source, revisions: Revisions) -> RowSource:
             repository.fetch(commit, [file], folder)
             return folder / file.path
 
-        def evict() -> None:
-            (folder / file.path).unlink(missing_ok=True)
-
         path = f"{source.dataset}/{file.path}"
-        return SourceFile(path, file.size, file.sha256 or file.sha1, fetch, evict)
+        return SourceFile(path, file.size, file.sha256 or file.sha1, fetch)
 
     return RowSource(commit, [hub_file(by_path[path]) for path in chosen])

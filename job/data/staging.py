@@ -6,26 +6,28 @@ end depends only on the rows, so the result is the same.
 """
 
 import contextlib
-import functools
+import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from job.data.columnar import ExampleColumns, to_columns
 from job.data.dataset import (
-    HASHES,
+    GROUP_ROWS,
     MANIFEST,
-    FileInfo,
+    SCHEMA,
     Manifest,
     RowTally,
     Shard,
-    ShardFiles,
-    complete_shards,
+    StagedDataset,
     read_manifest,
 )
 from job.data.examples import ExampleMapper
@@ -40,19 +42,18 @@ from job.data.filters import (
     text_stats,
 )
 from job.data.readers import read_blocks
-from job.data.row_blocks import Block, Row
-from job.data.shard_writer import OpenShard
+from job.data.row_blocks import Block
 from job.data.sources import RowSource
 from job.errors import UsageError
 from job.runtime import logs
-from job.runtime.threads import Threads, delay, prefetch
+from job.runtime.threads import Threads, prefetch, prefetch_map
 from job.runtime.watchdog import WATCHDOG, Advance, progress
 from job.spec.load import digest
 from job.spec.schema import Data
-from job.storage.base import Store
+from job.storage.base import Store, file_sha256
 from job.storage.lease import Lease, LeaseHeldError, hold_lease
 
-STAGING_VERSION = 5
+STAGING_VERSION = 6
 """Part of every key; increment it when the same rows are staged differently."""
 
 SHARD_ROWS = 16_384
@@ -61,8 +62,11 @@ _MAX_UNUSABLE_ROWS = 1000
 """Leading unusable rows after which the templates are assumed to be wrong."""
 
 _LEASE_POLL_SECONDS = 2.0
-_PENDING_CHECKS = 2
-"""Blocks whose patterns may still be matched while the next are hashed."""
+_CHECKERS = 2
+"""Threads that check blocks."""
+
+_CHECKED_AHEAD = 3
+"""Blocks that are checked before they are needed."""
 
 CheckStop = Callable[[], None]
 
@@ -77,16 +81,6 @@ def staging_key(data: Data, rows: RowSource) -> str:
     files = [[Path(file.name).name, file.identity] for file in rows.files]
     limits = [SHARD_ROWS, SHARD_BYTES]
     return digest([STAGING_VERSION, limits, mapping, rows.revision, files])[:24]
-
-
-@dataclass(frozen=True)
-class StagedDataset:
-    """A staged dataset."""
-
-    manifest: Manifest
-    files: ShardFiles
-    hashes: np.ndarray
-    """Hashes of all examples, uint64 `[4, examples]`; see `content_hashes`."""
 
 
 def stage_rows(
@@ -105,38 +99,27 @@ def stage_rows(
         UsageError: no row can be used.
         JobError: the source or the store fails.
     """
-    files = ShardFiles(store, work)
-    if manifest := read_manifest(store):
+    manifest = read_manifest(store)
+    if manifest and manifest.complete:
         logs.get().info(
             "dataset already staged", dataset=data.dataset, rows=manifest.rows, staged=store.uri
         )
-        return _load(manifest, files)
+        return StagedDataset(manifest, store, work)
     with _dataset_lease(store, check_stop) as lease:
-        if manifest := read_manifest(store):
-            return _load(manifest, files)
-        clock = time.monotonic()
-        stager = _Stager(data, rows, files, work, check_stop, lease)
-        manifest = stager.run()
-        seconds = time.monotonic() - clock
-    hashes, read = stager.hashes, stager.rows_read
-    del stager  # its sets of hashes need as much memory as the hashes
-    logs.get().info(
-        "dataset staged",
-        rows=read,
-        shards=len(manifest.shards),
-        rows_per_second=round(read / max(seconds, 1e-9)),
-        staged=store.uri,
-    )
-    return StagedDataset(manifest, files, _concatenate(hashes))
-
-
-def _load(manifest: Manifest, files: ShardFiles) -> StagedDataset:
-    hashes = list(files.read_hashes(manifest.shards))
-    return StagedDataset(manifest, files, _concatenate(hashes))
-
-
-def _concatenate(hashes: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(hashes, axis=1) if hashes else np.zeros((len(HASHES), 0), np.uint64)
+        manifest = read_manifest(store) or Manifest(dataset=data.dataset, revision=rows.revision)
+        staged = StagedDataset(manifest, store, work)
+        if not manifest.complete:
+            clock = time.monotonic()
+            read = _Stager(data, rows, staged, check_stop, lease).run()
+            seconds = time.monotonic() - clock
+            logs.get().info(
+                "dataset staged",
+                rows=read,
+                shards=len(manifest.shards),
+                rows_per_second=round(read / max(seconds, 1e-9)),
+                staged=store.uri,
+            )
+    return staged
 
 
 @contextlib.contextmanager
@@ -162,197 +145,18 @@ def _dataset_lease(store: Store, check_stop: CheckStop) -> Iterator[Lease]:
         yield lease
 
 
-class _Stager:
-    """One pass over the source."""
+@dataclass
+class _OpenShard:
+    """The shard that is being filled; `file` and `row` are those of `Shard`."""
 
-    def __init__(
-        self,
-        data: Data,
-        rows: RowSource,
-        files: ShardFiles,
-        work: Path,
-        check_stop: CheckStop,
-        lease: Lease,
-    ) -> None:
-        self._data = data
-        self._rows = rows
-        self._files = files
-        self._store = files.store
-        self._work = work
-        self._check_stop = check_stop
-        self._lease = lease
-        self._mapper = ExampleMapper(data)
-        self._filter = RowFilter(data.checks, drop_duplicates=data.drop_duplicates)
-        self._columns: list[str] = []
-        self._shards: list[Shard] = []
-        self._storing: Future[None] | None = None
-        self._evicted = 0
-        self.hashes: list[np.ndarray] = []
-        """Hashes of the examples so far, in order: uint64 `[4, examples]` each."""
-        self.rows_read = 0
+    batches: list[pa.RecordBatch] = field(default_factory=list)
+    tally: RowTally = field(default_factory=RowTally)
+    file: int = 0
+    row: int = 0
 
-    def run(self) -> Manifest:
-        """Stage the remaining rows and write the manifest."""
-        self._shards = complete_shards(self._store)
-        if self._shards:
-            logs.get().info("resumed staging", shards=len(self._shards))
-            for hashes in self._files.read_hashes(self._shards):
-                self._check_stop()
-                self._filter.remember(*hashes[:2])
-                self.hashes.append(hashes)
-        # One thread for each kind of work, so that everything stays in order.
-        with contextlib.ExitStack() as stack:
-            threads = _Threads(*(stack.enter_context(Threads(1)) for _ in range(4)))
-            before = sum(shard.tally.raw for shard in self._shards)
-            self._stage(threads, stack.enter_context(progress("rows", None, before)))
-            if self._storing:
-                self._storing.result()
-        return self._finish()
-
-    def _stage(self, threads: "_Threads", advance: Advance) -> None:
-        shard = OpenShard(self._work, len(self._shards), threads.write)
-        file, row = (self._shards[-1].file, self._shards[-1].row) if self._shards else (0, 0)
-        blocks = prefetch(self._blocks(file, row), threads.read)
-        for number, checked in delay(self._checked(blocks, threads.check), _PENDING_CHECKS):
-            self._check_stop()
-            if checked is None:  # the end of a file
-                row = 0
-                shard.file, shard.row = number + 1, row
-                continue
-            if self._is_full(shard):
-                shard = self._next(shard, threads)
-            result = self._filter.apply(checked.stats, checked.flags.result(), *checked.hashes[:2])
-            self._count(shard.tally, checked, result)
-            hashes = checked.hashes[:, result.keep]
-            self.hashes.append(hashes)
-            shard.write(checked.examples.take(result.keep), hashes)
-            shard.lengths.append(checked.stats.lengths[:, result.keep])
-            row += len(checked.block)
-            shard.file, shard.row = number, row
-            self.rows_read += len(checked.block)
-            advance(len(checked.block))
-            self._require_examples(shard, _MAX_UNUSABLE_ROWS)
-        self._require_examples(shard, 0)
-        if shard.tally.raw:
-            self._next(shard, threads)
-
-    @staticmethod
-    def _is_full(shard: "OpenShard") -> bool:
-        return shard.tally.raw >= SHARD_ROWS or shard.tally.text_bytes >= SHARD_BYTES
-
-    def _blocks(self, first: int, skip: int) -> Iterator[tuple[int, Block | None]]:
-        """Yield the blocks from a file and row on, and None at the end of each file."""
-        for number in range(first, len(self._rows.files)):
-            file = self._rows.files[number]
-            for block in read_blocks(file.fetch(), file.name, skip, self._mapper.fields):
-                yield number, block
-            yield number, None
-            skip = 0
-
-    def _checked(
-        self, blocks: Iterator[tuple[int, Block | None]], thread: Threads
-    ) -> Iterator[tuple[int, "_CheckedBlock | None"]]:
-        """Make and check the examples of blocks; the flags follow from the thread."""
-        for number, block in blocks:
-            if block is None:
-                yield number, None
-            else:
-                examples = to_columns(block, self._mapper)
-                stats = text_stats(examples, self._data.checks)
-                flags = thread.submit(find_flags, stats)
-                hashes = content_hashes(examples, stats)
-                yield number, _CheckedBlock(block, examples, stats, flags, hashes)
-
-    def _count(self, tally: RowTally, checked: "_CheckedBlock", result: FilterResult) -> None:
-        block, examples, stats = checked.block, checked.examples, checked.stats
-        tally.raw += len(block)
-        tally.kept += int(result.keep.sum())
-        reasons: dict[str, list[int]] = {}
-        for row, reason in examples.dropped:
-            reasons.setdefault(reason, []).append(row)
-        for reason, mask in result.dropped.items():
-            reasons.setdefault(reason, []).extend(examples.rows[mask].tolist())
-        for reason, numbers in reasons.items():
-            tally.drop(reason, len(numbers), functools.partial(_row, block, min(numbers)))
-        for flag, mask in result.flagged.items():
-            if mask.any():
-                sample = functools.partial(excerpt, stats, int(np.flatnonzero(mask)[0]), flag)
-                tally.flag(flag, int(mask.sum()), sample)
-        tally.text_bytes += int(stats.text_bytes[result.keep].sum())
-        if not self._columns and (rows := block.rows()):
-            self._columns = sorted(rows[0])
-
-    def _require_examples(self, shard: "OpenShard", after: int) -> None:
-        """Raise a UsageError if none of the first rows, at least `after`, gives an example."""
-        if not shard.number and not shard.tally.kept and shard.tally.raw >= after:
-            raise UsageError(self._no_example_message(shard.tally))
-
-    def _no_example_message(self, tally: RowTally) -> str:
-        if not tally.raw:
-            return f"data.dataset: {self._data.dataset} has no rows"
-        most = sorted(tally.dropped.items(), key=lambda item: -item[1])[:3]
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in most)
-        change = "data.messages" if self._data.messages else "data.prompt and data.response"
-        return (
-            f"data: none of the first {tally.raw} rows of {self._data.dataset} can be used: "
-            f"{reasons}; the columns are {', '.join(self._columns)}; change {change}"
-        )
-
-    def _next(self, shard: "OpenShard", threads: "_Threads") -> "OpenShard":
-        """Close and store a shard in the background, and open the next one."""
-        record = shard.close(self._files)
-        if self._storing:
-            self._storing.result()
-        self._storing = threads.store.submit(self._store_shard, record, shard.path)
-        return OpenShard(self._work, shard.number + 1, threads.write)
-
-    def _store_shard(self, closing: Future[Shard], path: Path) -> None:
-        record = closing.result()
-        self._store.take(path, record.path)
-        content = record.model_dump_json().encode()
-        self._lease.check()
-        self._store.write(record.path.replace(".parquet", ".json"), content)
-        for file in self._rows.files[self._evicted : record.file]:
-            file.evict()
-        self._evicted = record.file
-        self._shards.append(record)
-        logs.get().info("shard staged", shard=record.path, rows=record.rows, bytes=record.bytes)
-
-    def _finish(self) -> Manifest:
-        tally = RowTally()
-        for shard in self._shards:
-            tally.merge(shard.tally)
-        if not tally.kept:
-            raise UsageError(self._no_example_message(tally))
-        manifest = Manifest(
-            dataset=self._data.dataset,
-            revision=self._rows.revision,
-            key=staging_key(self._data, self._rows),
-            files=[
-                FileInfo(name=file.name, bytes=file.bytes, identity=file.identity)
-                for file in self._rows.files
-            ],
-            columns=self._mapper.fields,
-            tally=tally,
-            shards=self._shards,
-        )
-        self._lease.check()
-        self._store.write(MANIFEST, manifest.model_dump_json(indent=1).encode())
-        return manifest
-
-
-def _row(block: Block, number: int) -> Row:
-    return block.rows()[number]
-
-
-@dataclass(frozen=True)
-class _Threads:
-    """One thread for each kind of work that runs in the background."""
-
-    read: Threads
-    check: Threads
-    write: Threads
-    store: Threads
+    @property
+    def is_full(self) -> bool:
+        return self.tally.raw >= SHARD_ROWS or self.tally.text_bytes >= SHARD_BYTES
 
 
 class _CheckedBlock(NamedTuple):
@@ -361,6 +165,174 @@ class _CheckedBlock(NamedTuple):
     block: Block
     examples: ExampleColumns
     stats: TextStats
-    flags: Future[Flags]
+    flags: Flags
     hashes: np.ndarray
     """`filters.content_hashes`, uint64 `[4, examples]`."""
+
+
+class _Stager:
+    """One pass over the source."""
+
+    def __init__(
+        self,
+        data: Data,
+        rows: RowSource,
+        staged: StagedDataset,
+        check_stop: CheckStop,
+        lease: Lease,
+    ) -> None:
+        self._data = data
+        self._rows = rows
+        self._staged = staged
+        self._manifest = staged.manifest
+        self._check_stop = check_stop
+        self._lease = lease
+        self._mapper = ExampleMapper(data)
+        self._filter = RowFilter(data.checks, drop_duplicates=data.drop_duplicates)
+        self._columns: list[str] = []
+        self._storing: Future[None] | None = None
+
+    def run(self) -> int:
+        """Stage the remaining rows and complete the manifest; return the number of rows read."""
+        shards = self._manifest.shards
+        if shards:
+            logs.get().info("resumed staging", shards=len(shards))
+            self._filter.remember(*self._staged.hashes()[:2])
+        before = self._manifest.tally.raw
+        with Threads(1) as read, Threads(_CHECKERS) as check, Threads(1) as store:
+            with progress("rows", None, before) as advance:
+                self._stage(prefetch(self._blocks(), read), check, store, advance)
+            if self._storing:
+                self._storing.result()
+        tally = self._manifest.tally
+        if not tally.kept:
+            raise UsageError(self._no_example_message(tally))
+        self._manifest.complete = True
+        self._write_manifest()
+        return tally.raw - before
+
+    def _stage(
+        self,
+        blocks: Iterator[tuple[int, Block | None]],
+        check: Threads,
+        store: Threads,
+        advance: Advance,
+    ) -> None:
+        shard = _OpenShard()
+        row = self._manifest.shards[-1].row if self._manifest.shards else 0
+        for file, checked in prefetch_map(self._checked, blocks, check, _CHECKED_AHEAD):
+            self._check_stop()
+            if checked is None:  # the end of a file
+                row = 0
+                shard.file, shard.row = file + 1, row
+                continue
+            if shard.is_full:
+                self._store(shard, store)
+                shard = _OpenShard()
+            result = self._filter.apply(checked.stats, checked.flags, *checked.hashes[:2])
+            self._count(shard.tally, checked, result)
+            kept = checked.examples.take(result.keep).batch.columns
+            hashes = checked.hashes[:, result.keep]
+            shard.batches.append(pa.record_batch([*map(pa.array, hashes), *kept], schema=SCHEMA))
+            row += len(checked.block)
+            shard.file, shard.row = file, row
+            advance(len(checked.block))
+            self._require_examples(shard, _MAX_UNUSABLE_ROWS)
+        self._require_examples(shard, 0)
+        if shard.tally.raw:
+            self._store(shard, store)
+
+    def _blocks(self) -> Iterator[tuple[int, Block | None]]:
+        """Yield the blocks that are not staged yet, and None at the end of each file."""
+        shards = self._manifest.shards
+        first, skip = (shards[-1].file, shards[-1].row) if shards else (0, 0)
+        for number in range(first, len(self._rows.files)):
+            file = self._rows.files[number]
+            for block in read_blocks(file.fetch(), file.name, skip, self._mapper.fields):
+                yield number, block
+            yield number, None
+            skip = 0
+
+    def _checked(self, numbered: tuple[int, Block | None]) -> tuple[int, _CheckedBlock | None]:
+        """Make and check the examples of a block."""
+        number, block = numbered
+        if block is None:
+            return number, None
+        examples = to_columns(block, self._mapper)
+        stats = text_stats(examples, self._data.checks)
+        hashes = content_hashes(examples, stats)
+        return number, _CheckedBlock(block, examples, stats, find_flags(stats), hashes)
+
+    def _count(self, tally: RowTally, checked: _CheckedBlock, result: FilterResult) -> None:
+        block, examples, stats = checked.block, checked.examples, checked.stats
+        tally.raw += len(block)
+        tally.kept += int(result.keep.sum())
+        reasons: dict[str, list[int]] = defaultdict(list)
+        for row, reason in examples.dropped:
+            reasons[reason].append(row)
+        for reason, mask in result.dropped.items():
+            reasons[reason] += examples.rows[mask].tolist()
+        for reason, numbers in reasons.items():
+            tally.dropped[reason] += len(numbers)
+            if reason not in tally.shown:
+                tally.show(reason, json.dumps(block.rows()[min(numbers)], default=str))
+        for flag, mask in result.flagged.items():
+            if mask.any():
+                tally.found[flag] += int(mask.sum())
+                if flag not in tally.shown:
+                    tally.show(flag, excerpt(stats, int(mask.argmax()), flag))
+        tally.text_bytes += int(stats.text_bytes[result.keep].sum())
+        messages = examples.batch["messages"].is_valid()
+        tally.with_messages += int(np.count_nonzero(messages))
+        if not self._columns and (rows := block.rows()):
+            self._columns = sorted(rows[0])
+
+    def _require_examples(self, shard: _OpenShard, after: int) -> None:
+        """Raise a UsageError if none of the first rows, at least `after`, gives an example."""
+        is_first = not self._storing and not self._manifest.shards
+        if is_first and not shard.tally.kept and shard.tally.raw >= after:
+            raise UsageError(self._no_example_message(shard.tally))
+
+    def _no_example_message(self, tally: RowTally) -> str:
+        if not tally.raw:
+            return f"data.dataset: {self._data.dataset} has no rows"
+        reasons = ", ".join(f"{reason} ({n})" for reason, n in tally.dropped.most_common(3))
+        change = "data.messages" if self._data.messages else "data.prompt and data.response"
+        return (
+            f"data: none of the first {tally.raw} rows of {self._data.dataset} can be used: "
+            f"{reasons}; the columns are {', '.join(self._columns)}; change {change}"
+        )
+
+    def _store(self, shard: _OpenShard, thread: Threads) -> None:
+        """Write a shard and its record in the background, after the one before."""
+        if self._storing:
+            self._storing.result()
+        self._storing = thread.submit(self._store_now, shard)
+
+    def _store_now(self, shard: _OpenShard) -> None:
+        path = self._staged.work / f"shard-{len(self._manifest.shards):05d}.parquet"
+        pq.write_table(
+            pa.Table.from_batches(shard.batches),
+            path,
+            row_group_size=GROUP_ROWS,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=["system"],
+            write_statistics=False,
+        )
+        record = Shard(
+            path=path.name,
+            bytes=path.stat().st_size,
+            sha256=file_sha256(path),
+            tally=shard.tally,
+            file=shard.file,
+            row=shard.row,
+        )
+        self._staged.store.take(path, record.path)
+        self._manifest.shards.append(record)
+        self._write_manifest()
+        logs.get().info("shard staged", shard=record.path, rows=record.rows, bytes=record.bytes)
+
+    def _write_manifest(self) -> None:
+        self._lease.check()
+        self._staged.store.write(MANIFEST, self._manifest.model_dump_json(indent=1).encode())

@@ -13,12 +13,13 @@ import numpy as np
 
 from job.chat.conversation import Conversation
 from job.data.contamination import clean_rows
-from job.data.examples import Example
+from job.data.dataset import StagedDataset
+from job.data.examples import Example, ExampleMapper
 from job.data.filters import CHAT_MARKUP, CONTAMINATED
-from job.data.sources import open_source
+from job.data.sources import RowSource, open_source
 from job.data.split import split
 from job.data.split_files import iter_examples, renderable_rows, write_split_files
-from job.data.staging import StagedDataset, stage_rows, staging_key
+from job.data.staging import stage_rows, staging_key
 from job.errors import UsageError
 from job.evals.tasks import load_task
 from job.pipeline.layout import DATA_MANIFEST, TRAIN_EXAMPLES, VALIDATION_EXAMPLES
@@ -58,7 +59,7 @@ def run_stage(run: Run) -> DataInfo:
         dropped[CONTAMINATED] = int((usable & ~clean).sum())
         usable &= clean
     numbers = np.flatnonzero(usable)
-    hashes = staged.hashes if usable.all() else staged.hashes[:, numbers]
+    hashes = staged.hashes()[:, numbers]
     chosen = split(run.spec.seed, hashes, data.train_examples, data.validation_examples)
     parts = {TRAIN_EXAMPLES: chosen.train, VALIDATION_EXAMPLES: chosen.validation}
     samples = {key: numbers[indices] for key, indices in parts.items()}
@@ -82,7 +83,7 @@ def run_stage(run: Run) -> DataInfo:
         neutralised=tally.found.get(CHAT_MARKUP, 0),
         found=dict(sorted(tally.found.items())),
     )
-    run.put(DATA_MANIFEST, json.dumps(_manifest(run, staged, info), indent=2).encode())
+    run.put(DATA_MANIFEST, json.dumps(_manifest(run, rows, staged, info), indent=2).encode())
     seconds = time.monotonic() - clock
     logs.get().info(
         "data split written",
@@ -112,18 +113,14 @@ def _unrenderable(run: Run) -> Callable[[Conversation], str | None]:
     return lambda messages: renderer().unrenderable(messages)
 
 
-def _manifest(run: Run, staged: StagedDataset, info: DataInfo) -> dict[str, Any]:
+def _manifest(run: Run, rows: RowSource, staged: StagedDataset, info: DataInfo) -> dict[str, Any]:
     tally = staged.manifest.tally
     return info.model_dump(mode="json") | {
         "examples": dict(sorted(tally.shown.items())),
-        "characters": {
-            "prompt": tally.prompt.percentiles(),
-            "response": tally.response.percentiles(),
-        },
         "text_bytes": tally.text_bytes,
-        "columns": staged.manifest.columns,
-        "files": [file.model_dump() for file in staged.manifest.files],
-        "staged": staged.files.store.uri,
+        "columns": ExampleMapper(run.spec.data).fields,
+        "files": [{"name": f.name, "bytes": f.bytes, "identity": f.identity} for f in rows.files],
+        "staged": staged.store.uri,
         "shards": [
             {"path": s.path, "rows": s.rows, "bytes": s.bytes, "sha256": s.sha256}
             for s in staged.manifest.shards

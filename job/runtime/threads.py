@@ -27,31 +27,20 @@ def prefetch[T](items: Iterator[T], pool: Threads) -> Iterator[T]:
         yield item
 
 
-def delay[T](items: Iterator[T], by: int) -> Iterator[T]:
-    """Yield each item after `by` more were computed, so that work they started can finish.
-
-    If computing an item fails, the earlier items come before the error.
-    """
-    waiting: deque[T] = deque()
-    try:
-        for item in items:
-            waiting.append(item)
-            if len(waiting) > by:
-                yield waiting.popleft()
-    except Exception:
-        yield from waiting
-        raise
-    yield from waiting
-
-
 def prefetch_map[A, B](
     call: Callable[[A], B], items: Iterable[A], pool: Threads, most: int
 ) -> Iterator[B]:
-    """Yield the result of `call` for each item, in order, with at most `most` calls at a time."""
+    """Yield the result of `call` for each item, in order, with at most `most` calls at a time.
+
+    If there is an error, the results of earlier items come before it.
+    """
     waiting: deque[Future[B]] = deque()
-    for item in items:
-        waiting.append(pool.submit(call, item))
-        if len(waiting) == most:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    try:
+        for item in items:
+            waiting.append(pool.submit(call, item))
+            if len(waiting) == most:
+                yield waiting.popleft().result()
+    except Exception:
+        yield from (call.result() for call in waiting)
+        raise
+    yield from (call.result() for call in waiting)
