@@ -138,9 +138,6 @@ def plan(
     tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Mean tokens per example.")
     ] = None,
-    mfu: Annotated[
-        float, typer.Option(metavar="SHARE", help="Assumed share of peak FLOP/s.")
-    ] = 0.4,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate the memory, time and cost of a run without starting it."""
@@ -148,7 +145,7 @@ def plan(
     from job.plan.text import render, render_table
     from job.spec.load import load_spec
 
-    chosen = PlanOptions(tuple(on or ()), table, compile_, examples, tokens, mfu)
+    chosen = PlanOptions(tuple(on or ()), table, compile_, examples, tokens)
     planned = plan_job(load_spec(spec, overrides or []), chosen)
     if as_json:
         typer.echo(planned.model_dump_json(indent=2))

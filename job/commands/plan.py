@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
@@ -12,7 +12,7 @@ from job.errors import JobError, UsageError
 from job.machine.accelerators import Machine, machine_sizes, parse_machine
 from job.pipeline.stages import STAGES, stage_digests
 from job.pipeline.status import earlier_preflight, read_stage_records, stale_stages
-from job.plan.estimate import MFU, plan_machine
+from job.plan.estimate import plan_machine
 from job.plan.model_shape import Config, find_config, model_shape
 from job.plan.plan import (
     MachinePlan,
@@ -20,7 +20,6 @@ from job.plan.plan import (
     Plan,
     Program,
     StagePlan,
-    WorkPlan,
     default_machine,
 )
 from job.plan.workload import Workload, workload
@@ -43,7 +42,6 @@ class PlanOptions:
     """Compile the programs for the TPU."""
     examples: int | None = None
     tokens: int | None = None
-    mfu: float = MFU
 
 
 def plan_job(loaded: LoadedSpec, options: PlanOptions) -> Plan:
@@ -64,13 +62,9 @@ def plan_job(loaded: LoadedSpec, options: PlanOptions) -> Plan:
     store = open_store(child_uri(spec.output, run_id(spec)))
     stale, data, unread = _progress(spec, store)
     work = workload(spec, data, options.examples, options.tokens)
-    work = replace(work, assumptions=(*work.assumptions, *unread))
+    work.assumptions += unread
     shape = model_shape(config, spec.model.preset)
-    plans = [
-        plan
-        for machine in machines
-        for plan in plan_machine(shape, spec, work, machine, options.mfu)
-    ]
+    plans = [plan for machine in machines for plan in plan_machine(shape, spec, work, machine)]
     if options.compile:
         for plan in plans:
             plan.programs = _compile(spec, config, plan, work)
@@ -86,18 +80,7 @@ def plan_job(loaded: LoadedSpec, options: PlanOptions) -> Plan:
             parameters=shape.parameters,
             trainable=shape.adapter(spec.model.lora),
         ),
-        work=WorkPlan(
-            examples=work.examples,
-            tokens=work.tokens,
-            rows=work.rows,
-            row_length=work.row_length,
-            steps=work.steps,
-            slots_a_step=work.slots_a_step,
-            evaluations={evaluation.name: evaluation.prompts for evaluation in work.evaluations},
-            evidence=list(work.evidence),
-            assumptions=list(work.assumptions),
-        ),
-        mfu=options.mfu,
+        work=work,
         machines=plans,
     )
 
@@ -121,8 +104,6 @@ def _progress(spec: Spec, store: Store) -> tuple[list[str], DataInfo | None, tup
 
 
 def _check(options: PlanOptions) -> None:
-    if not 0 < options.mfu <= 1:
-        raise UsageError(f"--mfu {options.mfu}: write a share of peak FLOP/s, like {MFU}")
     for option, number in (("--examples", options.examples), ("--tokens", options.tokens)):
         if number is not None and number < 1:
             raise UsageError(f"{option} {number}: write a number above 0")
@@ -153,7 +134,7 @@ def _compile(spec: Spec, config: Config, plan: MachinePlan, work: Workload) -> l
         compiler = Compiler(
             spec.model_copy(update=update),
             config,
-            replace(work, batch_size=plan.batch_size),
+            work.model_copy(update={"batch_size": plan.batch_size}),
             machine,
             devices.make_mesh(update["runtime"], chips),
         )

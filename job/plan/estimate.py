@@ -8,7 +8,7 @@ a test compares the two.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from job.machine.accelerators import Machine, machine_spec
 from job.machine.limits import (
@@ -22,7 +22,7 @@ from job.plan.workload import EvalWorkload, Workload
 from job.spec.schema import Mesh, Spec
 
 MFU = 0.4
-"""Default share of peak FLOP/s (model FLOPs utilization)."""
+"""Assumed share of peak FLOP/s (model FLOPs utilization)."""
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _LIVE_SHARE = 0.4
@@ -125,16 +125,16 @@ def step_flops(shape: ModelShape, spec: Spec, work: Workload) -> float:
 
 
 def plan_machine(
-    shape: ModelShape, spec: Spec, work: Workload, machine: Machine, mfu: float = MFU
+    shape: ModelShape, spec: Spec, work: Workload, machine: Machine
 ) -> list[MachinePlan]:
     """Return the plan with the spec's mesh and, if that does not fit, with one that does."""
-    plan = estimate(shape, spec, work, machine, mfu)
+    plan = estimate(shape, spec, work, machine)
     model = spec.runtime.mesh.model
     sharded = plan
     while sharded.memory.fits is False and (model := model * 2) <= machine.chips:
         runtime = spec.runtime.model_copy(update={"mesh": Mesh(data="auto", model=model)})
         changed = spec.model_copy(update={"runtime": runtime})
-        sharded = estimate(shape, changed, work, machine, mfu)
+        sharded = estimate(shape, changed, work, machine)
     if plan.memory.fits is not False:
         return [plan]
     plan.advice += _ways_to_fit(shape, spec, work, machine, sharded)
@@ -159,14 +159,8 @@ def _ways_to_fit(
     return ways or ["a machine with more memory or more chips"]
 
 
-def estimate(
-    shape: ModelShape, spec: Spec, work: Workload, machine: Machine, mfu: float = MFU
-) -> MachinePlan:
-    """Estimate a spec on a machine; the mesh is the spec's, as far as there are chips for it.
-
-    Args:
-        mfu: assumed share of peak FLOP/s.
-    """
+def estimate(shape: ModelShape, spec: Spec, work: Workload, machine: Machine) -> MachinePlan:
+    """Estimate a spec on a machine; the mesh is the spec's, as far as there are chips for it."""
     layout, work, advice = _layout(shape, spec, work, machine)
     kind = machine.accelerator
     flops = step_flops(shape, spec, work)
@@ -174,7 +168,7 @@ def estimate(
     if kind.peak_flops and kind.hbm_bandwidth:
         weights = shape.parameters * _BYTES[spec.model.dtype] / layout.model
         step = max(
-            flops / (layout.data * layout.model) / kind.peak_flops / mfu,
+            flops / (layout.data * layout.model) / kind.peak_flops / MFU,
             2 * (layout.rows // layout.micro) * weights / kind.hbm_bandwidth,
         )
         step += _communication_seconds(shape, spec, layout, machine)
@@ -182,7 +176,7 @@ def estimate(
         rows = math.ceil(work.validation_rows / layout.data) * layout.data
         validation = work.validations * rows * step / work.batch_size / 2
         evals = sum(
-            evaluation_seconds(shape, spec, e, layout, machine, mfu) for e in work.evaluations
+            evaluation_seconds(shape, spec, each, layout, machine) for each in work.evaluations
         )
         stages = {"baseline": evals, "train": work.steps * step + validation, "finetuned": evals}
         seconds = sum(stages.values())
@@ -222,7 +216,7 @@ def _layout(
         advice.append(f"runtime.mesh.data {data}")
     if work.batch_size % data:
         batch = math.ceil(work.batch_size / data) * data
-        work = replace(work, batch_size=batch)
+        work = work.model_copy(update={"batch_size": batch})
         advice.append(f"train.batch_size {batch}")
     rows = work.batch_size // data
     if spec.train.micro_batch != "auto":
@@ -257,7 +251,6 @@ def evaluation_seconds(
     evaluation: EvalWorkload,
     layout: Layout,
     machine: Machine,
-    mfu: float,
 ) -> float:
     """Return the seconds of one pass over an evaluation's prompts.
 
@@ -268,7 +261,7 @@ def evaluation_seconds(
     assert kind.hbm_bandwidth is not None
     rows = spec.evals.batch_size
     batches = math.ceil(evaluation.prompts / (rows * layout.data))
-    speed = kind.peak_flops * mfu * layout.model
+    speed = kind.peak_flops * MFU * layout.model
     weights = shape.parameters * _BYTES[spec.model.dtype] / layout.model / kind.hbm_bandwidth
     length = evaluation.prompt_tokens + evaluation.new_tokens
     token = 2.0 * shape.kernels + attention_flops(shape, length, length)

@@ -4,6 +4,7 @@ from pydantic import BaseModel, computed_field
 
 from job.machine.accelerators import Machine, parse_machine
 from job.machine.limits import USABLE_SHARE
+from job.plan.workload import Workload
 from job.spec.schema import Spec
 
 
@@ -23,22 +24,6 @@ class ModelPlan(BaseModel):
     dtype: str
     parameters: int
     trainable: int
-
-
-class WorkPlan(BaseModel):
-    """The workload of the spec."""
-
-    examples: int
-    tokens: int
-    rows: int
-    row_length: int
-    steps: int
-    slots_a_step: int
-    evaluations: dict[str, int]
-    """Prompts by evaluation."""
-    evidence: list[str]
-    """What the retention tasks can show."""
-    assumptions: list[str]
 
 
 class MemoryPlan(BaseModel):
@@ -133,8 +118,7 @@ class Plan(BaseModel):
     run: str
     stages: list[StagePlan]
     model: ModelPlan
-    work: WorkPlan
-    mfu: float
+    work: Workload
     machines: list[MachinePlan]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from job.plan.estimate import MFU
 from job.plan.plan import MachinePlan, MemoryPlan, Plan, Program
 
 _GB = 1e9
@@ -31,7 +32,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         f"of {work.row_length:,}; {work.steps:,} steps of {work.slots_a_step:,} tokens, "
         "padding included"
     )
-    prompts = ", ".join(f"{name} {count:,}" for name, count in work.evaluations.items())
+    prompts = ", ".join(f"{each.name} {each.prompts:,}" for each in work.evaluations)
     yield f"  prompts     {prompts or 'none'}; before and after training"
     for sentence in work.evidence:
         yield f"  evidence    {sentence}"
@@ -39,10 +40,10 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"  assumed     {assumption}"
     for machine in plan.machines:
         yield ""
-        yield from _machine(machine, plan.mfu)
+        yield from _machine(machine)
 
 
-def _machine(machine: MachinePlan, mfu: float) -> Iterator[str]:
+def _machine(machine: MachinePlan) -> Iterator[str]:
     parts = (machine.accelerator_type, machine.runtime_version, machine.machine_type)
     order = " ".join(part for part in parts if part)
     hosts = f"{machine.hosts} host{'s' if machine.hosts > 1 else ''}"
@@ -67,7 +68,7 @@ def _machine(machine: MachinePlan, mfu: float) -> Iterator[str]:
     else:
         stages = ", ".join(f"{name} {_time(s)}" for name, s in machine.stage_seconds.items())
         yield (
-            f"  time        {_time(machine.seconds)} at {mfu:.0%} of peak FLOP/s: {stages}; "
+            f"  time        {_time(machine.seconds)} at {MFU:.0%} of peak FLOP/s: {stages}; "
             f"{machine.step_seconds * 1e3:.0f} ms per step, "
             f"{machine.tokens_per_second:,.0f} tokens/s"
         )

@@ -5,10 +5,9 @@ of the assumed lengths, but abstract weights. The compiler counts the body of a 
 other iterations of the head's chunks, of gradient accumulation and of decoding are added here.
 """
 
-import bisect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -47,28 +46,6 @@ _PEAK_LOSSES = 1.1
 """Assumed number of losses of the micro-batch with the most, divided by the mean."""
 
 _NO_RATES: Mapping[str, int] = MappingProxyType({})
-
-
-def largest_that_fits(
-    sizes: Sequence[int], estimate: int, attempt: Callable[[int], CompiledProgram]
-) -> tuple[CompiledProgram, int]:
-    """Return the program of the largest of ascending sizes that fits; the smallest if none does.
-
-    The search starts at the estimate; if that is right, it takes two attempts.
-    """
-    at = max(bisect.bisect(sizes, estimate) - 1, 0)
-    program = attempt(sizes[at])
-    if not program.fits:
-        while at and not program.fits:
-            at -= 1
-            program = attempt(sizes[at])
-        return program, sizes[at]
-    for size in sizes[at + 1 :]:
-        larger = attempt(size)
-        if not larger.fits:
-            break
-        program, at = larger, at + 1
-    return program, sizes[at]
 
 
 class Compiler:
@@ -120,11 +97,16 @@ class Compiler:
     def fitting_step(self, estimate: int) -> tuple[CompiledProgram, int]:
         """Return the training step with the largest micro-batch that fits, and that micro-batch.
 
-        The search starts at an estimate. A run starts with its own estimate and only reduces it.
+        Like a run, it starts with an estimate and only reduces it.
         """
-        if self.spec.train.micro_batch != "auto":
-            return self.train_step(estimate), estimate
-        return largest_that_fits(divisors(self.rows)[::-1], estimate, self.train_step)
+        sizes = [estimate]
+        if self.spec.train.micro_batch == "auto":
+            sizes = [n for n in divisors(self.rows) if n <= estimate]
+        for micro in sizes:
+            program = self.train_step(micro)
+            if program.fits:
+                break
+        return program, micro
 
     def train_step(self, micro: int) -> CompiledProgram:
         """Return the training step with a per-device batch size of `micro`."""
@@ -307,9 +289,7 @@ class Compiler:
             fits=program.fits,
             bytes=program.memory,
             temporary_bytes=program.temporary,
-            flops=program.costs.flops,
-            bytes_accessed=program.costs.bytes_accessed,
-            collective_bytes=program.costs.collective_bytes,
+            **asdict(program.costs),
             collectives=program.collectives,
             seconds=seconds,
             bound=bound if program.fits else "does not fit",

@@ -5,10 +5,12 @@ run's data stage if it is done; the rest is assumed, and every assumption is lis
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from pydantic import BaseModel, computed_field
 
 from job.results import DataInfo
 from job.spec.evals import HELD_OUT, HarnessEval, TextEval
@@ -57,8 +59,7 @@ class EvalWorkload:
     new_tokens: int
 
 
-@dataclass(frozen=True)
-class Workload:
+class Workload(BaseModel):
     """Numbers of rows, steps, tokens and prompts of a job."""
 
     examples: int
@@ -71,21 +72,24 @@ class Workload:
     """Share of a row's tokens, padding included, that have a loss."""
     validation_rows: int
     validations: int
-    evaluations: tuple[EvalWorkload, ...]
-    evidence: tuple[str, ...]
+    evaluations: list[EvalWorkload]
+    evidence: list[str]
     """What the retention tasks can show."""
-    assumptions: tuple[str, ...]
+    assumptions: list[str]
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def steps(self) -> int:
         """Number of optimizer steps."""
         return math.ceil(self.rows / self.batch_size) * self.epochs
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def tokens(self) -> int:
         """Tokens trained on, without padding."""
         return self.examples * self.tokens_per_example * self.epochs
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def slots_a_step(self) -> int:
         """Tokens of a step, padding included, over all devices."""
@@ -125,7 +129,7 @@ def workload(
     share = LOSS_SHARE if train.loss_on == "response" else 1.0
     steps = math.ceil(rows / train.batch_size) * train.epochs
     every = train.validate_every
-    evaluations = tuple(_evaluations(spec, assumptions))
+    evaluations = _evaluations(spec, assumptions)
     return Workload(
         examples=count,
         tokens_per_example=mean,
@@ -139,8 +143,8 @@ def workload(
         + (steps // every if every else 0)
         + (0 if every and not steps % every else 1),
         evaluations=evaluations,
-        evidence=tuple(_evidence(spec, {each.name: each.prompts for each in evaluations})),
-        assumptions=tuple(assumptions),
+        evidence=list(_evidence(spec, {each.name: each.prompts for each in evaluations})),
+        assumptions=assumptions,
     )
 
 
@@ -166,8 +170,12 @@ def _rows_of(source: Source, samples: str, assumptions: list[str]) -> int:
     return _ROWS
 
 
-def _evaluations(spec: Spec, assumptions: list[str]) -> Sequence[EvalWorkload]:
-    evaluations = [_questions(entry, assumptions) for entry in spec.evals.multiple_choice]
+def _evaluations(spec: Spec, assumptions: list[str]) -> list[EvalWorkload]:
+    evaluations: list[EvalWorkload] = []
+    for entry in spec.evals.multiple_choice:
+        count = entry.limit or _rows_of(entry, "questions", assumptions)
+        new = entry.max_new_tokens if entry.scoring == "generate" else 0
+        evaluations.append(EvalWorkload(entry.name, entry.scoring, count, QUESTION_TOKENS, new))
     held_out, prompt = spec.data.validation_examples, int(TOKENS * (1 - LOSS_SHARE))
     for harness in spec.evals.harness:
         count = harness.limit or _ROWS
@@ -189,12 +197,6 @@ def _evaluations(spec: Spec, assumptions: list[str]) -> Sequence[EvalWorkload]:
         new = side.max_new_tokens
         evaluations.append(EvalWorkload("side by side", "generate", count, prompt, new))
     return evaluations
-
-
-def _questions(entry: MultipleChoiceEval, assumptions: list[str]) -> EvalWorkload:
-    prompts = entry.limit or _rows_of(entry, "questions", assumptions)
-    new = entry.max_new_tokens if entry.scoring == "generate" else 0
-    return EvalWorkload(entry.name, entry.scoring, prompts, QUESTION_TOKENS, new)
 
 
 def _evidence(spec: Spec, prompts: Mapping[str, int]) -> Iterator[str]:

@@ -38,7 +38,7 @@ def test_the_demo_is_planned_without_its_weights(tmp_path: Path) -> None:
 
 
 def test_the_plan_as_json_for_several_machines() -> None:
-    done = job("plan", ONE_B, "--json", "--on", "v5e-8", "--on", "v6e-8", "--mfu", "0.8")
+    done = job("plan", ONE_B, "--json", "--on", "v5e-8", "--on", "v6e-8")
     plan = json.loads(done.stdout)
     first, second = plan["machines"]
     assert (first["machine"], second["machine"]) == ("v5e-8", "v6e-8")
@@ -48,7 +48,6 @@ def test_the_plan_as_json_for_several_machines() -> None:
     )
     assert first["cost"]["spot"] < first["cost"]["on_demand"]
     assert second["step_seconds"] < first["step_seconds"]
-    assert plan["mfu"] == 0.8
 
 
 def test_the_table_has_a_line_per_size_with_advice() -> None:
@@ -89,7 +88,6 @@ def test_an_unreadable_bucket_counts_as_empty() -> None:
         (("smoke", "--on", "tpu"), "is not a known accelerator"),
         (("smoke", "--on", "h100-1", "--compile"), "h100-1 is not a TPU"),
         (("smoke", "--table", "--compile"), "leave one of them out"),
-        (("smoke", "--mfu", "40"), "--mfu 40.0: write a share of peak FLOP/s"),
         (("smoke", "--tokens", "0"), "--tokens 0: write a number above 0"),
         (("smoke", "--set", "model.preset=nothing"), "the shape of 'nothing' is not known"),
     ],

@@ -65,7 +65,7 @@ def test_a_shipped_spec_fits_its_accelerator_as_the_plan_says(name: str) -> None
 
 
 def test_a_validation_is_that_of_the_rows_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The size after the one that fits was tried too, and must not be what is reported."""
+    """The size before the one that fits was tried too, and must not be what is reported."""
     from job.machine import devices
     from job.machine.accelerators import parse_machine
     from job.plan import tpu_compile
@@ -90,7 +90,7 @@ def test_a_validation_is_that_of_the_rows_that_fit(monkeypatch: pytest.MonkeyPat
         real = tpu_compile.combine
         monkeypatch.setattr(tpu_compile, "combine", lambda *args: real(*args[:2], limit))
         tried = compiler()
-        found, micro = tried.fitting_step(1)
+        found, micro = tried.fitting_step(2)
         assert (found.fits, micro) == (True, 1)
         assert tried.validation(micro).costs == expected.costs
         refused = tried.train_step(2)
