@@ -1,7 +1,8 @@
 """Tokenize examples and pack them into rows of one shape, several examples per row or one.
 
-All rows have the same shape, so that one compiled program serves all steps. The positions with a
-loss are listed, so that the head, the widest part of the model, is applied only to them.
+All rows have the same shape, so that one compiled program serves all steps. For each step the
+positions with a loss are listed, so that the head, the widest part of the model, is applied only to
+them.
 """
 
 import bisect
@@ -13,9 +14,6 @@ import numpy as np
 
 from job.chat.tokenizer import ChatTokenizer
 from job.data.examples import Example
-
-_LOSS_MULTIPLE = 8
-"""The width of the lists of loss positions is a multiple of this."""
 
 _BUCKET_MULTIPLE = 16
 """Buckets are multiples of this number of tokens."""
@@ -46,38 +44,26 @@ class TokenizedExamples:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens with the positions that have a loss, as arrays."""
+    """Rows of tokens."""
 
     token_ids: np.ndarray
     """int32 `[rows, length]`."""
     segment_ids: np.ndarray
     """int32 `[rows, length]`: the number of the example in its row, from 1; 0 is padding."""
-    loss_positions: np.ndarray
-    """int32 `[rows, loss_tokens]`: positions whose hidden states predict `targets`."""
-    targets: np.ndarray
-    """int32 `[rows, loss_tokens]`: the tokens to predict."""
-    loss_weights: np.ndarray
-    """float32 `[rows, loss_tokens]`: 1 for a loss, 0 for padding of the lists."""
+    loss_mask: np.ndarray
+    """bool `[rows, length]`: True where the token is to be predicted; never the first of a row."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     def take(self, rows: np.ndarray, length: int | None = None) -> "Batch":
         """Return rows by index, truncated to `length` tokens; -1 gives an empty row."""
-        empty = rows < 0
-
-        def pick(array: np.ndarray, end: int | None = None) -> np.ndarray:
-            chosen: np.ndarray = array[rows, :end]
-            chosen[empty] = 0
-            return chosen
-
-        return Batch(
-            token_ids=pick(self.token_ids, length),
-            segment_ids=pick(self.segment_ids, length),
-            loss_positions=pick(self.loss_positions),
-            targets=pick(self.targets),
-            loss_weights=pick(self.loss_weights),
-        )
+        taken = [
+            array[rows, :length] for array in (self.token_ids, self.segment_ids, self.loss_mask)
+        ]
+        for array in taken:
+            array[rows < 0] = 0
+        return Batch(*taken)
 
     @property
     def tokens(self) -> int:
@@ -85,11 +71,8 @@ class Batch:
         return int(np.count_nonzero(self.segment_ids))
 
     def count_loss_tokens(self, groups: int) -> np.ndarray:
-        """Count the positions with a loss in each of `groups` equal parts: int `[groups]`."""
-        counts: np.ndarray = (
-            np.count_nonzero(self.loss_weights, axis=1).reshape(groups, -1).sum(axis=1)
-        )
-        return counts
+        """Count the tokens with a loss in each of `groups` equal parts: int `[groups]`."""
+        return np.asarray(np.count_nonzero(self.loss_mask.reshape(groups, -1), axis=1))
 
     def group_loss_positions(self, groups: int, width: int) -> dict[str, np.ndarray]:
         """List each part's positions with a loss together, padded to `width`.
@@ -98,28 +81,22 @@ class Batch:
         to its own tokens only, and averages out how many its rows have.
 
         Returns:
-            `positions` (in the part's tokens, row after row), `targets` and `weights`,
-            `[groups, width]` each.
+            `positions` (in the part's tokens, row after row) whose hidden states predict `targets`
+            (int32), and `weights` (float32: 1 for a loss, 0 for padding), `[groups, width]` each.
         """
-        rows, length = self.token_ids.shape
-        part = rows // groups
-        offsets = (np.arange(rows) % part * length)[:, None]
         flat = {
             "positions": np.zeros((groups, width), np.int32),
             "targets": np.zeros((groups, width), np.int32),
             "weights": np.zeros((groups, width), np.float32),
         }
-        sources = {
-            "positions": self.loss_positions + offsets,
-            "targets": self.targets,
-            "weights": self.loss_weights,
-        }
-        for group in range(groups):
-            rows_of_part = slice(group * part, (group + 1) * part)
-            has_loss = self.loss_weights[rows_of_part] > 0
-            for name, array in sources.items():
-                values = array[rows_of_part][has_loss]
-                flat[name][group, : len(values)] = values
+        parts = zip(
+            self.token_ids.reshape(groups, -1), self.loss_mask.reshape(groups, -1), strict=True
+        )
+        for group, (token_ids, loss_mask) in enumerate(parts):
+            (places,) = np.nonzero(loss_mask)
+            flat["positions"][group, : len(places)] = places - 1
+            flat["targets"][group, : len(places)] = token_ids[places]
+            flat["weights"][group, : len(places)] = 1.0
         return flat
 
 
@@ -229,7 +206,6 @@ def make_rows(
     length: int,
     *,
     packing: bool,
-    max_loss_tokens: int | None = None,
     buckets: Sequence[int] = (),
 ) -> PackedRows:
     """Make rows of `length` tokens.
@@ -238,41 +214,23 @@ def make_rows(
         examples: the tokenized examples.
         length: tokens of a row.
         packing: put several examples into a row, instead of one.
-        max_loss_tokens: width of the lists of loss positions; default: the most of a row, rounded
-            up to a multiple of 8.
         buckets: shorter lengths to which rows are padded if they fit; ignored with packing.
     """
     if packing:
         bins = best_fit([len(example.token_ids) for example in examples], length)
     else:
         bins = [[number] for number in range(len(examples))]
-    targets = [np.flatnonzero(example.loss_mask) for example in examples]
-    needed = max((sum(len(targets[i]) for i in row) for row in bins), default=1)
-    width = (
-        -(-needed // _LOSS_MULTIPLE) * _LOSS_MULTIPLE
-        if max_loss_tokens is None
-        else max_loss_tokens
-    )
-    batch = Batch(
-        token_ids=np.zeros((len(bins), length), np.int32),
-        segment_ids=np.zeros((len(bins), length), np.int32),
-        loss_positions=np.zeros((len(bins), width), np.int32),
-        targets=np.zeros((len(bins), width), np.int32),
-        loss_weights=np.zeros((len(bins), width), np.float32),
-    )
+    shape = len(bins), length
+    batch = Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool))
     for row, numbers in enumerate(bins):
-        at = count = 0
+        at = 0
         for segment, number in enumerate(numbers, 1):
             example = examples[number]
             end = at + len(example.token_ids)
             batch.token_ids[row, at:end] = example.token_ids
             batch.segment_ids[row, at:end] = segment
-            loss_tokens = targets[number]
-            here = slice(count, count + len(loss_tokens))
-            batch.targets[row, here] = np.asarray(example.token_ids, np.int32)[loss_tokens]
-            batch.loss_positions[row, here] = at + loss_tokens - 1
-            batch.loss_weights[row, here] = 1.0
-            at, count = end, count + len(loss_tokens)
+            batch.loss_mask[row, at:end] = example.loss_mask
+            at = end
     used = np.count_nonzero(batch.segment_ids, axis=1)
     sizes = np.array([length] if packing else sorted({*buckets, length}), np.int32)
     lengths = sizes[np.searchsorted(sizes, used)]

@@ -235,8 +235,7 @@ class Compiler:
     def _batch(self, micro: int, accumulation: int, width: int) -> Any:
         rows, length = accumulation * micro * self.model.devices, self.work.row_length
         integers = np.zeros((rows, length), np.int32)
-        positions = np.zeros((rows, 1), np.int32)
-        batch = Batch(integers, integers, positions, positions, positions.astype(np.float32))
+        batch = Batch(integers, integers, np.zeros((rows, length), bool))
         return shard_input(self.model, batch, accumulation, width)
 
     def _chunk_length(self, width: int) -> int:

@@ -45,7 +45,7 @@ class BatchLoader:
         if self._fixed:
             return
         length = self._rows.buckets[-1]
-        losses = int(np.count_nonzero(self._rows.batch.loss_weights, axis=1).max(initial=1))
+        losses = int(np.count_nonzero(self._rows.batch.loss_mask, axis=1).max(initial=1))
         row = activation_bytes(self._model, state.lora, config, length, padded_loss_count(losses))
         resident = bytes_per_device([*self._model.weights, *jax.tree.leaves(state)])
         memory = device_memory(self._model.mesh.local_devices[0])
@@ -96,7 +96,7 @@ class BatchLoader:
     def load_validation(self, rows: PackedRows) -> Iterator[Arrays]:
         """Yield the batches of validation rows, of the sizes and so the programs of the steps."""
         batch_size = self._model.devices * self.per_device_batch_size
-        counts = np.count_nonzero(rows.batch.loss_weights, axis=1)
+        counts = np.count_nonzero(rows.batch.loss_mask, axis=1)
         for length in rows.buckets:
             bucket = np.flatnonzero(rows.lengths == length)
             most = int(np.sort(counts[bucket])[::-1][: self.per_device_batch_size].sum())
@@ -115,7 +115,7 @@ class BatchLoader:
         key = (self.per_device_batch_size, length)
         if key not in self._loss_counts:
             groups = self.gradient_accumulation_steps * self._model.devices
-            counts = np.append(np.count_nonzero(self._rows.batch.loss_weights, axis=1), 0)
+            counts = np.append(np.count_nonzero(self._rows.batch.loss_mask, axis=1), 0)
             steps = map(self._schedule.batch_indices, range(self._schedule.steps))
             most = (
                 int(counts[indices].reshape(groups, -1).sum(axis=1).max())

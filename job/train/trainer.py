@@ -316,7 +316,7 @@ class Trainer:
                 self._validation_step(self._state.lora, self._model.weights, batch)
             )
             loss, correct = loss + float(sums.loss), correct + float(sums.correct)
-        tokens = float(rows.batch.loss_weights.sum())
+        tokens = float(rows.batch.loss_mask.sum())
         validation = Validation(
             step=progress.step, loss=loss / tokens, token_accuracy=correct / tokens
         )

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from job.chat.tokenizer import ChatTokenizer
 from job.data.examples import Example
 from job.data.packing import (
-    PackedRows,
     TokenExample,
     TokenizedExamples,
     best_fit,
@@ -179,11 +178,8 @@ def test_rows_have_the_losses_of_their_examples() -> None:
     rows = make_rows(found, 400, packing=True)
     by_id = {example.id: example for example in found}
     for row, ids in enumerate(rows.examples):
-        held = rows.batch.loss_weights[row] > 0
         expected = [token for i in ids for token in targets_of(by_id[i])]
-        assert rows.batch.targets[row][held].tolist() == expected
-        at = rows.batch.loss_positions[row][held] + 1
-        assert rows.batch.token_ids[row][at].tolist() == expected
+        assert rows.batch.token_ids[row][rows.batch.loss_mask[row]].tolist() == expected
 
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
@@ -262,17 +258,18 @@ def test_a_loss_position_precedes_its_target_in_the_example(
     examples: list[TokenExample], length: int, packing: bool
 ) -> None:
     batch = make_rows(examples, length, packing=packing).batch
-    row, place = np.nonzero(batch.loss_weights)
-    at = batch.loss_positions[row, place]
-    assert (batch.token_ids[row, at + 1] == batch.targets[row, place]).all()
-    assert (batch.segment_ids[row, at + 1] == batch.segment_ids[row, at]).all()
-    assert (batch.segment_ids[row, at] > 0).all()
     wanted = sorted(token for e in examples for token in targets_of(e))
-    assert sorted(batch.targets[row, place].tolist()) == wanted
-    assert set(np.unique(batch.loss_weights)) <= {0.0, 1.0}
-    empty = batch.loss_weights == 0
-    assert (batch.targets[empty] == 0).all()
-    assert (batch.loss_positions[empty] == 0).all()
+    for rows in (batch, batch.take(np.arange(len(batch))[::-1])):
+        flat = rows.group_loss_positions(1, len(wanted) + 3)
+        weights, at, targets = (flat[name][0] for name in ("weights", "positions", "targets"))
+        assert weights.tolist() == [1.0] * len(wanted) + [0.0] * 3
+        assert (at[weights == 0] == 0).all()
+        at, targets = at[weights > 0], targets[weights > 0]
+        assert sorted(targets.tolist()) == wanted
+        assert (rows.token_ids.ravel()[at + 1] == targets).all()
+        segments = rows.segment_ids.ravel()
+        assert (segments[at + 1] == segments[at]).all()
+        assert (segments[at] > 0).all()
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -281,28 +278,17 @@ def test_the_number_of_losses_follows_from_what_they_are_on(packing: bool) -> No
     found = {}
     for loss_on in ("response", "all"):
         examples = tokenize(source, GEMMA, 200, loss_on).examples
-        found[loss_on] = make_rows(examples, 256, packing=packing).batch.loss_weights.sum()
+        found[loss_on] = make_rows(examples, 256, packing=packing).batch.loss_mask.sum()
     tokens = sum(len(example.token_ids) for example in tokenize(source, GEMMA, 200, "all").examples)
     assert found == {"response": 4 * (1 + 2 + 3 + 4 + 5) + 5, "all": tokens - 5}
 
 
-def three_rows(losses: int | None = None) -> PackedRows:
-    examples = [token_example(str(n), [7, 8, 9], 1) for n in range(3)]
-    return make_rows(examples, 4, packing=False, max_loss_tokens=losses)
-
-
-def test_loss_lists_are_as_wide_as_given_or_a_multiple_of_8() -> None:
-    assert three_rows().batch.targets.shape == (3, 8)
-    assert three_rows(losses=20).batch.targets.shape == (3, 20)
-    long = make_rows([token_example("a", list(range(1, 11)), 1)], 10, packing=True)
-    assert long.batch.targets.shape == (1, 16)
-
-
 def test_rows_are_taken_unchanged_and_minus_one_is_empty() -> None:
-    batch = three_rows().batch
+    examples = [token_example(str(n), [7, 8, 9], 1) for n in range(3)]
+    batch = make_rows(examples, 4, packing=False).batch
     taken = batch.take(np.array([2, -1, 0, -1]))
     assert len(taken) == 4
-    for name in ("token_ids", "segment_ids", "loss_positions", "targets", "loss_weights"):
+    for name in ("token_ids", "segment_ids", "loss_mask"):
         before, after = getattr(batch, name), getattr(taken, name)
         assert after.dtype == before.dtype
         assert (after[[0, 2]] == before[[2, 0]]).all()
