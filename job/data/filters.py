@@ -24,14 +24,8 @@ class HashSet:
     def __init__(self) -> None:
         self._runs: list[np.ndarray] = []
 
-    def __len__(self) -> int:
-        return sum(len(run) for run in self._runs)
-
     def repeated(self, hashes: np.ndarray) -> np.ndarray:
         """Return which hashes are in the set or earlier in the array: uint64 to bool `[n]`."""
-        ordered = np.sort(hashes)
-        if not (ordered[1:] == ordered[:-1]).any() and not self.holds(ordered).any():
-            return np.zeros(len(hashes), bool)  # the usual case
         values, first = np.unique(hashes, return_index=True)
         before = np.ones(len(hashes), bool)
         before[first] = self.holds(values)
@@ -47,18 +41,12 @@ class HashSet:
 
     def add(self, hashes: np.ndarray) -> None:
         """Add hashes."""
-        fresh = np.unique(hashes)
-        self.add_new(fresh[~self.holds(fresh)])
-
-    def add_new(self, hashes: np.ndarray) -> None:
-        """Add hashes that are all different and not in the set."""
-        if not len(hashes):
-            return
-        self._runs.append(np.sort(hashes))
-        while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
-            merged = np.concatenate([self._runs.pop(), self._runs.pop()])
-            merged.sort(kind="stable")  # a merge of two sorted runs
-            self._runs.append(merged)
+        run = np.unique(hashes)
+        while self._runs and len(self._runs[-1]) < 2 * len(run):
+            run = np.concatenate([self._runs.pop(), run])
+            run.sort(kind="stable")  # a merge of two sorted runs
+        if len(run):
+            self._runs.append(run)
 
 
 CHAT_MARKUP = "chat_markup"
@@ -252,8 +240,8 @@ class RowFilter:
         flagged = {name: mask & keep for name, mask in flags.items()}
         flagged[DUPLICATES] = duplicate & keep
         flagged[NEAR_DUPLICATES] = near_duplicate & ~duplicate & keep
-        self._hashes.add_new(hashes[keep & ~duplicate])
-        self._groups.add_new(groups[keep & ~near_duplicate])
+        self._hashes.add(hashes[keep & ~duplicate])
+        self._groups.add(groups[keep & ~near_duplicate])
         return FilterResult(keep, dropped, flagged)
 
     @staticmethod

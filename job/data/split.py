@@ -13,12 +13,8 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from job.errors import UsageError
-
-_CHUNK = 65_536
-"""Keys computed at a time, to keep intermediate arrays small."""
 
 
 def sample_keys(seed: int, hashes: np.ndarray) -> np.ndarray:
@@ -34,11 +30,7 @@ def sample_keys(seed: int, hashes: np.ndarray) -> np.ndarray:
     Returns:
         uint64 `[n]`.
     """
-    start = _mix(np.array([seed], np.uint64))
-    keys = np.empty_like(hashes)
-    for at in range(0, len(hashes), _CHUNK):
-        keys[at : at + _CHUNK] = _mix(hashes[at : at + _CHUNK] ^ start)
-    return keys
+    return _mix(hashes ^ _mix(np.array([seed], np.uint64)))
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
@@ -94,8 +86,7 @@ def split(seed: int, hashes: np.ndarray, train: int | Literal["all"], validation
             "the column that says which rows belong together"
         )
     trained = others if train == "all" else others[:train]
-    known = pc.is_in(pa.array(prompts[trained]), pa.array(prompts[held_out]))
-    shared = np.isin(prompts[held_out], prompts[trained][known.to_numpy(zero_copy_only=False)])
+    shared = np.isin(prompts[held_out], prompts[trained])
     left_out = len(order) - len(others) - len(held_out)
     return Split(trained, held_out, left_out, int(shared.sum()))
 
