@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from job.adapters.keras_format import DESCRIPTION, H5
 from job.adapters.peft_format import PEFT_CONFIG, PEFT_WEIGHTS
 from job.errors import StageError, UsageError
-from job.spec.pinning import NONE, Revisions, resolve_commit, revision_key
+from job.spec.pinning import NONE, Revisions, commit_of
 from job.storage.base import Store
 from job.storage.hub import SCHEME, Repository
 from job.storage.locations import cache_folder, open_store
@@ -75,7 +75,7 @@ def find_adapter(
 
 def _cached_snapshot(uri: str, revisions: Revisions) -> str:
     name = uri.removeprefix(SCHEME)
-    commit = revisions.get(revision_key("model", name, None)) or resolve_commit("model", name, None)
+    commit = commit_of("model", uri, None, revisions)
     repository = Repository("model", name, None)
     names = [name for names in _FILES.values() for name in names]
     files = [file for file in repository.files(commit) if file.path in names]

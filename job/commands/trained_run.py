@@ -8,7 +8,7 @@ from job.adapters.peft_format import PEFT_CONFIG, PEFT_WEIGHTS
 from job.errors import StageError, UsageError
 from job.pipeline.layout import ADAPTER, PEFT_ADAPTER, SPEC
 from job.spec.load import parse_spec
-from job.spec.pinning import Revisions, model_key
+from job.spec.pinning import Revisions, hub_key
 from job.spec.schema import Model, Spec
 from job.storage.base import Store, file_sha256
 from job.storage.locations import child_uri, open_store
@@ -42,7 +42,7 @@ class TrainedRun:
     @property
     def revisions(self) -> Revisions:
         """The commit of the adapter's base model."""
-        key = model_key(self.spec)
+        key = hub_key("model", self.spec.model.preset, self.spec.model.revision)
         return {key: self.info.revision} if key and self.info.revision else {}
 
     def file(self, name: str) -> Path:

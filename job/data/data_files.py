@@ -24,8 +24,8 @@ from datasets.data_files import (
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard
 
-from job.data.readers import format_of
 from job.errors import UsageError
+from job.spec.fields import file_format
 from job.storage.hub import CARD_FILE
 
 _ROOT = "reference://"
@@ -86,7 +86,7 @@ def choose_files(
     Raises:
         UsageError: there is no such configuration, split or file.
     """
-    readable = sorted(path for path in paths if format_of(path))
+    readable = sorted(path for path in paths if file_format(path))
     if data_files is not None:
         if config is not None:
             raise UsageError(
@@ -173,7 +173,7 @@ def _config(configs: MetadataConfigs, name: str | None, where: str) -> str:
 
 def _most_common_format(paths: Sequence[str]) -> list[str]:
     """Return the files of the most common format; all kinds of JSON count as one."""
-    formats = {path: "json" if (kind := format_of(path)) in _JSON else kind for path in paths}
+    formats = {path: "json" if (kind := file_format(path)) in _JSON else kind for path in paths}
     counts = Counter(formats.values())
     most_common = max(counts, key=lambda kind: (counts[kind], kind or ""), default=None)
     return [path for path in paths if formats[path] == most_common]

@@ -16,7 +16,6 @@ from typing import Any
 
 from job.data.json_reader import read_json
 from job.data.row_blocks import (
-    CODECS,
     MAX_BYTES,
     MAX_ROW_BYTES,
     MAX_ROWS,
@@ -29,6 +28,7 @@ from job.data.row_blocks import (
 )
 from job.errors import UsageError
 from job.runtime import logs
+from job.spec.fields import file_format
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _DELIMITERS = (",", ";", "\t")
@@ -37,15 +37,6 @@ _FOREIGN = re.compile(r"[\udc80-\udcff]{4}")
 
 _ENOUGH = 1000
 """Characters beyond ASCII that decide on the encoding of a file."""
-
-
-def format_of(name: str) -> str | None:
-    """Return the extension that tells a file's format (`.json` of `a/B.JSON.gz`), or None."""
-    path = Path(name.lower())
-    if path.suffix in CODECS:
-        path = path.with_suffix("")
-        return path.suffix if path.suffix in _READERS and path.suffix not in _BINARY else None
-    return path.suffix if path.suffix in _READERS else None
 
 
 def read_blocks(
@@ -62,7 +53,7 @@ def read_blocks(
     Raises:
         UsageError: the content does not match the format.
     """
-    reader = _READERS[format_of(name) or ""]
+    reader = _READERS[file_format(name) or ""]
     try:
         with path.open("rb") as file:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
@@ -198,10 +189,7 @@ def _csv_encoding(path: Path, name: str) -> str:
     return "cp1252"
 
 
-Reader = Callable[[Path, str, Sequence[str] | None], Iterator[Block]]
-
-_BINARY = (".parquet", ".arrow")
-_READERS: dict[str, Reader] = {
+_READERS: dict[str, Callable[[Path, str, Sequence[str] | None], Iterator[Block]]] = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), read_json),
     **dict.fromkeys((".csv", ".tsv"), _csv),
     ".parquet": _parquet,

@@ -14,8 +14,8 @@ from typing import Literal
 from job.data.readers import read_blocks
 from job.data.row_blocks import Row
 from job.errors import UsageError
-from job.spec.fields import FILE_EXTENSIONS, SAMPLES, names_a_file
-from job.spec.pinning import NONE, Revisions, resolve_commit, source_key
+from job.spec.fields import FILE_EXTENSIONS, SAMPLES, file_format
+from job.spec.pinning import NONE, Revisions, commit_of
 from job.spec.schema import Source
 from job.storage.base import Store, file_sha256
 from job.storage.hub import CARD_FILE, SCHEME, HubFile, Repository
@@ -87,7 +87,7 @@ def _local_files(source: Source) -> list[SourceFile]:
         return [_local_file(path / name, str(path / name)) for name in chosen]
     if not path.is_file():
         raise UsageError(f"there is no file or folder {source.dataset}")
-    if not names_a_file(source.dataset):
+    if file_format(source.dataset) is None:
         raise UsageError(
             f"{source.dataset}: cannot tell the format; name it {', '.join(FILE_EXTENSIONS)}"
         )
@@ -108,7 +108,7 @@ def _choose(source: Source, paths: list[str], readme: bytes | None = None) -> li
 
 
 def _bucket_files(source: Source) -> list[SourceFile]:
-    if names_a_file(source.dataset):
+    if file_format(source.dataset):
         folder, _, name = source.dataset.rpartition("/")
         return [_bucket_file(open_store(folder), name)]
     store = open_store(source.dataset)
@@ -136,9 +136,7 @@ def _bucket_file(store: Store, key: str) -> SourceFile:
 
 def _hub_source(source: Source, revisions: Revisions) -> RowSource:
     name = source.dataset.removeprefix(SCHEME)
-    commit = revisions.get(source_key(source) or "") or resolve_commit(
-        "dataset", name, source.revision
-    )
+    commit = commit_of("dataset", source.dataset, source.revision, revisions)
     repository = Repository("dataset", name, source.revision)
     by_path = {file.path: file for file in repository.files(commit)}
     folder = cache_folder("datasets", name.replace("/", "--"), commit)

@@ -21,7 +21,7 @@ from job.model.smollm2 import smollm2_preset
 from job.model.tiny import tiny_preset
 from job.runtime import logs
 from job.spec.fields import SMOLLM2, TINY
-from job.spec.pinning import NONE, Revisions, resolve_commit, revision_key
+from job.spec.pinning import NONE, Revisions, commit_of
 from job.spec.schema import Model
 from job.storage.base import PARTIAL
 from job.storage.hub import SCHEME, HubFile, Repository
@@ -103,8 +103,7 @@ def resolve_preset(model: Model, revisions: Revisions = NONE) -> Preset:
 def _snapshot(model: Model, revisions: Revisions) -> Preset:
     """Download the files of a commit into the cache and verify sizes and checksums."""
     name, revision = model.preset.removeprefix(SCHEME), model.revision
-    key = revision_key("model", name, revision)
-    commit = revisions.get(key) or resolve_commit("model", name, revision)
+    commit = commit_of("model", model.preset, revision, revisions)
     repository = Repository("model", name, revision)
     files = [file for file in repository.files(commit) if _is_needed(file.path)]
     folder = cache_folder("models", name.replace("/", "--"), commit)

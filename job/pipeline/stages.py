@@ -21,7 +21,7 @@ from job.pipeline.run import Run, StageRecord
 from job.spec.evals import HELD_OUT, TextEval
 from job.spec.fields import BUILT_PRESETS, SAMPLES, is_template_file
 from job.spec.load import digest
-from job.spec.pinning import NONE, Revisions, adapter_key, model_key, source_key
+from job.spec.pinning import NONE, Revisions, hub_key
 from job.spec.remote import Endpoint
 from job.spec.schema import MultipleChoiceEval, Source, Spec
 from job.storage.base import file_sha256
@@ -193,7 +193,7 @@ def dependents(name: str) -> list[str]:
 def _source(source: Source, revisions: Revisions) -> object:
     """Identify a source of rows: by its commit, or by the content of its files."""
     identity = source.model_dump(mode="json", include=set(Source.model_fields))
-    if key := source_key(source):
+    if key := hub_key("dataset", source.dataset, source.revision):
         identity["commit"] = revisions.get(key)
     elif source.dataset != SAMPLES and not source.dataset.startswith("hf://"):
         from job.data.sources import open_source
@@ -229,7 +229,7 @@ def _base_model(spec: Spec, revisions: Revisions) -> object:
     identity = spec.model.model_dump(mode="json", exclude={"lora"})
     identity["template"] = _chat_template(spec.model.chat_template)
     folder = Path(spec.model.preset)
-    if key := model_key(spec):
+    if key := hub_key("model", spec.model.preset, spec.model.revision):
         identity["commit"] = revisions.get(key)
     elif spec.model.preset not in BUILT_PRESETS and folder.is_dir():
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -255,7 +255,7 @@ def _init_adapter(spec: Spec, revisions: Revisions) -> object:
     """Identify the adapter that training starts from: by its commit, or by its files."""
     if spec.train.init_adapter is None:
         return None
-    if key := adapter_key(spec):
+    if key := hub_key("model", spec.train.init_adapter):
         return revisions.get(key)
     from job.adapters.locate import find_adapter
 

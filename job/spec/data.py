@@ -10,7 +10,7 @@ from job.spec.fields import (
     OptionalTemplate,
     Positive,
     Template,
-    names_a_file,
+    file_format,
 )
 
 
@@ -45,7 +45,7 @@ class Source(Section):
         for key in ("revision", "config"):
             if getattr(self, key) is not None:
                 raise ValueError(f"`{key}` applies to an hf:// dataset only; remove it")
-        if self.data_files is not None and (self.dataset == SAMPLES or names_a_file(self.dataset)):
+        if self.data_files is not None and (self.dataset == SAMPLES or file_format(self.dataset)):
             raise ValueError(
                 "`data_files` applies to an hf:// dataset, a folder or a gs:// prefix; remove it"
             )

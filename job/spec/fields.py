@@ -7,13 +7,10 @@ never reach into Python objects.
 import re
 import string
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Annotated
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    StringConstraints,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 SAMPLES = "samples"
 """Value of `dataset` for the data shipped with the package."""
@@ -24,8 +21,9 @@ TINY, SMOLLM2 = BUILT_PRESETS = ("tiny", "smollm2-135m-instruct")
 FILE_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 """Extensions of files that rows can be read from."""
 
-COMPRESSIONS = ("", ".gz", ".zst", ".bz2")
-"""Extensions of compressed files, which may follow; not for Parquet and Arrow."""
+_COMPRESSIONS = (".gz", ".zst", ".bz2")
+_UNCOMPRESSED = (".parquet", ".arrow")
+"""Extensions that none for a compression may follow."""
 
 LETTERS = string.ascii_uppercase
 LM_EVAL = "lm-eval"
@@ -91,27 +89,27 @@ def fill_template(template: str, texts: Sequence[str]) -> str:
     return "".join(part for pair in pairs for part in pair)
 
 
-def names_a_file(dataset: str) -> bool:
-    """Return whether a path has the extension of a file that rows can be read from."""
-    text = dataset.lower()
-    return any(text.endswith(f + c) for f in FILE_EXTENSIONS for c in COMPRESSIONS)
+def file_format(name: str) -> str | None:
+    """Return the extension that tells a file's format (`.json` of `a/B.JSON.gz`), or None."""
+    path = PurePosixPath(name.lower())
+    if path.suffix in _COMPRESSIONS and path.with_suffix("").suffix not in _UNCOMPRESSED:
+        path = path.with_suffix("")
+    return path.suffix if path.suffix in FILE_EXTENSIONS else None
 
 
-def _check_template(value: object) -> object:
-    if isinstance(value, str) and not template_fields(value):
+def _check_template(value: str) -> str:
+    if not template_fields(value):
         raise ValueError(
             f"the template {value!r} names no field; write a column in braces, like {{question}}"
         )
     return value
 
 
-def _check_question_prompt(value: object) -> object:
+def _check_question_prompt(value: str) -> str:
     return value if value == LM_EVAL else _check_template(value)
 
 
-def _check_dataset(value: object) -> object:
-    if not isinstance(value, str):
-        return value
+def _check_dataset(value: str) -> str:
     if value.startswith("hf://"):
         if not re.fullmatch(HUB, value):
             raise ValueError(f"{value!r} is not a dataset on the Hub; write hf://owner/name")
@@ -127,16 +125,14 @@ def _check_dataset(value: object) -> object:
     return value
 
 
-def _check_output(value: object) -> object:
-    if isinstance(value, str) and "://" in value and not re.match(r"gs://[a-z0-9][\w.-]+", value):
+def _check_output(value: str) -> str:
+    if "://" in value and not re.match(r"gs://[a-z0-9][\w.-]+", value):
         raise ValueError(f"{value!r} is neither a local folder nor gs://bucket/prefix")
     return value
 
 
-def _check_optional_template(value: object) -> object:
-    if isinstance(value, str) and "{" in value:
-        _check_template(value)
-    return value
+def _check_optional_template(value: str) -> str:
+    return _check_template(value) if "{" in value else value
 
 
 def _no_bool(value: object) -> object:
@@ -145,11 +141,11 @@ def _no_bool(value: object) -> object:
     return value
 
 
-Template = Annotated[str, BeforeValidator(_check_template)]
-Dataset = Annotated[str, BeforeValidator(_check_dataset), Field(min_length=1)]
+Template = Annotated[str, AfterValidator(_check_template)]
+Dataset = Annotated[str, AfterValidator(_check_dataset), Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
-QuestionPrompt = Annotated[str, BeforeValidator(_check_question_prompt)]
-OptionalTemplate = Annotated[str, BeforeValidator(_check_optional_template)]
-Output = Annotated[str, BeforeValidator(_check_output)]
+QuestionPrompt = Annotated[str, AfterValidator(_check_question_prompt)]
+OptionalTemplate = Annotated[str, AfterValidator(_check_optional_template)]
+Output = Annotated[str, AfterValidator(_check_output)]
 Phrase = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]

@@ -7,64 +7,42 @@ same weights, so the preflight stage resolves names to commits once and records 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from job.spec.schema import Source, Spec
-from job.storage.hub import RepoType
+from job.spec.schema import Spec
+from job.storage.hub import SCHEME, Repository, RepoType
 
 Revisions = Mapping[str, str]
-"""Commit by `revision_key`."""
+"""Commit by `hub_key`."""
 
 NONE: Revisions = MappingProxyType({})
 """No known commits: names are resolved where they are used."""
 
-_SCHEME = "hf://"
 
-
-def revision_key(kind: RepoType, repository: str, revision: str | None) -> str:
-    """Return the key a commit is recorded under."""
-    return f"{kind}:{repository}@{revision or ''}"
-
-
-def source_key(source: Source) -> str | None:
-    """Return the key of a dataset's commit; None if it is not on the Hub."""
-    if not source.dataset.startswith(_SCHEME):
+def hub_key(kind: RepoType, uri: str | None, revision: str | None = None) -> str | None:
+    """Return the key that a repository's commit is recorded under; None if it is not on the Hub."""
+    if uri is None or not uri.startswith(SCHEME):
         return None
-    return revision_key("dataset", source.dataset.removeprefix(_SCHEME), source.revision)
+    return f"{kind}:{uri.removeprefix(SCHEME)}@{revision or ''}"
 
 
-def model_key(spec: Spec) -> str | None:
-    """Return the key of the model's commit; None if it is not on the Hub."""
-    if not spec.model.preset.startswith(_SCHEME):
-        return None
-    return revision_key("model", spec.model.preset.removeprefix(_SCHEME), spec.model.revision)
-
-
-def adapter_key(spec: Spec) -> str | None:
-    """Return the key of the initial adapter's commit; None if it is not on the Hub."""
-    adapter = spec.train.init_adapter
-    if adapter is None or not adapter.startswith(_SCHEME):
-        return None
-    return revision_key("model", adapter.removeprefix(_SCHEME), None)
-
-
-def resolve_commit(kind: RepoType, repository: str, revision: str | None) -> str:
-    """Return the commit that a revision names now.
+def commit_of(kind: RepoType, uri: str, revision: str | None, revisions: Revisions) -> str:
+    """Return the known commit of a repository on the Hub, or the one its revision names now.
 
     Raises:
         UsageError, SetupError, StageError: see `job.storage.hub.Repository.errors`.
     """
-    from job.storage.hub import Repository
-
-    return Repository(kind, repository, revision).commit()
+    known = revisions.get(hub_key(kind, uri, revision) or "")
+    return known or Repository(kind, uri.removeprefix(SCHEME), revision).commit()
 
 
 def resolve_all(spec: Spec, known: Revisions) -> dict[str, str]:
     """Return the commits of everything the spec names on the Hub, reusing those already known."""
-    revisions: dict[str, tuple[RepoType, str, str | None]] = {}
-    for source in spec.sources.values():
-        if key := source_key(source):
-            revisions[key] = ("dataset", source.dataset.removeprefix(_SCHEME), source.revision)
-    if key := model_key(spec):
-        revisions[key] = ("model", spec.model.preset.removeprefix(_SCHEME), spec.model.revision)
-    if (key := adapter_key(spec)) and spec.train.init_adapter:
-        revisions[key] = ("model", spec.train.init_adapter.removeprefix(_SCHEME), None)
-    return {key: known.get(key) or resolve_commit(*what) for key, what in revisions.items()}
+    used: list[tuple[RepoType, str | None, str | None]] = [
+        *(("dataset", source.dataset, source.revision) for source in spec.sources.values()),
+        ("model", spec.model.preset, spec.model.revision),
+        ("model", spec.train.init_adapter, None),
+    ]
+    revisions: dict[str, str] = {}
+    for kind, uri, revision in used:
+        if uri and (key := hub_key(kind, uri, revision)):
+            revisions[key] = commit_of(kind, uri, revision, {**known, **revisions})
+    return revisions

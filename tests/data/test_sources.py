@@ -247,10 +247,15 @@ def test_a_folder_is_read_by_its_layout(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none", "there is no file or folder"), ("a.txt", "cannot tell the format")],
+    [
+        ("none", "there is no file or folder"),
+        ("a.txt", "cannot tell the format"),
+        ("a.parquet.gz", "cannot tell the format"),
+    ],
 )
 def test_what_is_no_file_of_rows_is_refused(name: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("text")
+    for file in ("a.txt", "a.parquet.gz"):
+        (tmp_path / file).write_text("text")
     with pytest.raises(UsageError, match=message):
         read(tmp_path / name)
 
