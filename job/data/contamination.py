@@ -6,7 +6,6 @@ punctuation are ignored. Questions of fewer than five words are not searched: th
 anywhere. In scripts without spaces two characters count as a word.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,6 @@ from job.data.words import is_character, split_words
 WORDS = 13
 _MIN_WORDS = 5
 _CHARACTERS_PER_WORD = 2
-_BATCH_SIZE = 256
 _MAX_PAIRS = 100
 
 
@@ -29,8 +27,6 @@ _MAX_PAIRS = 100
 class Match:
     """A passage that a question and a text share."""
 
-    text: int
-    """Index of the text."""
     question: int
     """Index of the question."""
     passage: str
@@ -54,16 +50,15 @@ class Passages:
                 known = self._passages.setdefault(words[at : at + _MIN_WORDS], [])
                 known.append((words[at : at + size], number))
 
-    def search(self, texts: Sequence[str]) -> Iterator[Match]:
-        """Yield the matches in texts, each pair of text and question once."""
-        for text, content in enumerate(texts):
-            words = tuple(split_words(content.casefold()))
-            seen: set[int] = set()
-            for at in range(len(words) - _MIN_WORDS + 1):
-                for passage, question in self._passages.get(words[at : at + _MIN_WORDS], ()):
-                    if question not in seen and words[at : at + len(passage)] == passage:
-                        seen.add(question)
-                        yield Match(text, question, " ".join(passage))
+    def search(self, text: str) -> Iterator[Match]:
+        """Yield the matches in a text, one for each question."""
+        words = tuple(split_words(text.casefold()))
+        seen: set[int] = set()
+        for at in range(len(words) - _MIN_WORDS + 1):
+            for passage, question in self._passages.get(words[at : at + _MIN_WORDS], ()):
+                if question not in seen and words[at : at + len(passage)] == passage:
+                    seen.add(question)
+                    yield Match(question, " ".join(passage))
 
 
 class Pair(BaseModel):
@@ -109,22 +104,17 @@ def find_overlap(
     matched: dict[str, set[str]] = {task: set() for task in questions}
     pairs: list[Pair] = []
     count = 0
-    for batch in itertools.batched(examples, _BATCH_SIZE):
-        count += len(batch)
-        texts = [example.text for example in batch]
+    for example in examples:
+        count += 1
         for task in questions:
-            for match in passages[task].search(texts):
+            for match in passages[task].search(example.text):
                 question = ids[task][match.question]
                 matched[task].add(question)
                 if len(pairs) < _MAX_PAIRS:
-                    pairs.append(
-                        Pair(
-                            eval=task,
-                            question=question,
-                            example=batch[match.text].id,
-                            passage=match.passage,
-                        )
+                    pair = Pair(
+                        eval=task, question=question, example=example.id, passage=match.passage
                     )
+                    pairs.append(pair)
     overlaps = {
         task: Overlap(
             questions=len(ids[task]), too_short=passages[task].too_short, found=len(matched[task])
@@ -163,6 +153,7 @@ def clean_rows(
     clean = np.ones(staged.manifest.rows, bool)
     for first, batch in staged.batches(COLUMNS.names):
         check_stop()
-        texts = [example_from_columns("", **row).text for row in batch.to_pylist()]
-        clean[[first + match.text for match in passages.search(texts)]] = False
+        for number, row in enumerate(batch.to_pylist(), first):
+            text = example_from_columns("", **row).text
+            clean[number] = not any(passages.search(text))
     return clean

@@ -17,7 +17,8 @@ def sentence(length: int, seed: int) -> str:
 
 
 def found(question: str, *texts: str) -> list[int]:
-    return sorted(hit.text for hit in Passages([question]).search(texts))
+    passages = Passages([question])
+    return [number for number, text in enumerate(texts) if any(passages.search(text))]
 
 
 def test_a_passage_of_thirteen_words_matches_anywhere() -> None:
@@ -71,19 +72,16 @@ def test_a_short_question_without_spaces_is_not_searched() -> None:
     assert found("什么是糖尿病？", "请问什么是糖尿病？") == []
 
 
-def test_a_passage_does_not_reach_from_one_text_into_the_next() -> None:
-    words = sentence(WORDS, 2).split()
-    assert found(" ".join(words), " ".join(words[:7]), " ".join(words[7:])) == []
-
-
 @given(st.integers(0, 10_000), st.integers(0, 60), st.integers(0, 60))
 @settings(max_examples=50, deadline=None)
 def test_only_the_planted_question_matches(seed: int, before: int, after: int) -> None:
     questions = [sentence(20, seed * 100 + n) for n in range(5)]
     noise = [sentence(80, seed * 100 + 50 + n) for n in range(4)]
     planted = f"{sentence(before, 7)} {questions[3]} {sentence(after, 8)}"
-    hits = list(Passages(questions).search([*noise, planted]))
-    assert [(hit.text, hit.question) for hit in hits] == [(4, 3)]
+    passages = Passages(questions)
+    assert not any(hit for text in noise for hit in passages.search(text))
+    hits = list(passages.search(planted))
+    assert [hit.question for hit in hits] == [3]
     assert hits[0].passage in " ".join(questions[3].split())
 
 
