@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.data.data_files import choose_files
-from job.data.json_reader import LazyBlock
 from job.data.readers import read_blocks
 from job.data.sources import open_source
 from job.errors import UsageError
@@ -291,89 +290,6 @@ def test_reading_resumes_at_the_end_of_any_block(name: str, tmp_path: Path) -> N
         rest = list(read_blocks(path, name, sum(map(len, blocks[: number + 1]))))
         assert [len(b) for b in rest] == [len(b) for b in blocks[number + 1 :]]
         assert [b.rows() for b in rest[:1]] == [b.rows() for b in blocks[number + 1 :][:1]]
-
-
-ODD_ROWS = [
-    b'{"a":"x","b":"y"}',
-    b'{"b":"only"}',
-    b'{"a":null,"b":""}',
-    b'{"a":5,"b":"y"}',
-    b'{"a":["x"],"b":{"c":"d"}}',
-    b'{"a":"one","a":"two"}',
-    b'{"a":"\\ud800"}',
-    b'{"a":"\\ud83d\\ude00 \\u0000 \\" \\\\ }, {"}',
-    b'{"a":"}, {","b":"[}\\n,\\n{]"}',
-    b'{"c":[{"d":1}, {"d":2}],"a":"x"}',
-    b'{"a":"\xff","b":"y"}',
-    b'{"c":"\xff","a":"x"}',
-    b'{"a":"raw\ttab"}',
-    b'{"a":"raw\x1emark"}',
-    b'{"c":NaN,"a":"2020-01-01"}',
-    b'{"c":1e999,"a":"x"}',
-    b'{"\\u0061":"escaped name"}',
-    b'{"a" : "spaced" , "b" : "y" }',
-    b'{"a":"x",}',
-    b'{"a":"x"} {"a":"y"}',
-    b'{"a":"x"',
-    b"[1]",
-    b"5",
-]
-"""What may stand in a file, for better or worse; lines, so that each fits every format."""
-
-
-def columns_and_rows(path: Path, columns: list[str] | None) -> tuple[Rows, list[Any] | None, str]:
-    """All rows, the values of column `a` where every block has it as text, and the error."""
-    rows: Rows = []
-    values: list[Any] | None = []
-    try:
-        for block in read_blocks(path, path.name, columns=columns):
-            assert len(block) == len(block.rows())
-            rows += block.rows()
-            column = block.column("a")
-            values = None if column is None or values is None else values + column.to_pylist()
-    except UsageError as error:
-        return rows, values, str(error)
-    return rows, values, ""
-
-
-@given(st.lists(st.sampled_from(ODD_ROWS), min_size=1, max_size=4), st.booleans())
-@settings(deadline=None, max_examples=150)
-def test_columns_are_read_as_the_rows_are(
-    tmp_path_factory: pytest.TempPathFactory, odd: list[bytes], in_array: bool
-) -> None:
-    folder = tmp_path_factory.mktemp("rows")
-    lines = [b'{"a":"first","b":"y"}', *odd, b'{"a":"last","b":"y"}']
-    path = folder / ("rows.json" if in_array else "rows.jsonl")
-    path.write_bytes(b"[\n" + b",\n".join(lines) + b"\n]" if in_array else b"\n".join(lines))
-    rows, values, error = columns_and_rows(path, None)
-    found, fast, why = columns_and_rows(path, ["a"])
-    assert why == error
-    assert found[: len(rows)] == rows  # more may be known before an error
-    assert error or (found == rows and values in (None, fast))
-
-
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
-def test_most_rows_are_never_parsed_if_columns_are_enough(name: str, tmp_path: Path) -> None:
-    rows = [
-        {
-            "input": f'{n} [{{" \\ \u00e9\U0001f600\n' + "x" * (n % 7 * 400),
-            "more": {"n": [n]},
-            "output": "",
-        }
-        for n in range(9000)
-    ]
-    (tmp_path / name).write_bytes(WRITERS[name](rows))
-    blocks = list(read_blocks(tmp_path / name, name, columns=["input", "output"]))
-    lazy = [block for block in blocks if isinstance(block, LazyBlock)]
-    assert sum(map(len, lazy)) >= 8999
-    assert [value for b in blocks for value in b.column("input").to_pylist()] == [
-        row["input"] for row in rows
-    ]
-    assert [row for block in blocks for row in block.rows()] == rows
-    for number in (1, 3):
-        skip = sum(map(len, blocks[: number + 1]))
-        rest = list(read_blocks(tmp_path / name, name, skip, ["input", "output"]))
-        assert [len(b) for b in rest] == [len(b) for b in blocks[number + 1 :]]
 
 
 def test_a_row_may_be_longer_than_a_block(tmp_path: Path) -> None:
