@@ -3,7 +3,7 @@
 import codecs
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,18 +38,6 @@ def unicode_encoding(head: bytes) -> str:
     return "utf-16-be" if head[:1] == b"\0" else "utf-8-sig"
 
 
-class Block(Protocol):
-    """Consecutive rows of a file."""
-
-    def __len__(self) -> int: ...
-
-    def rows(self) -> list[Row]:
-        """Return the rows as dictionaries."""
-
-    def column(self, name: str) -> "pa.Array | None":
-        """Return a column as text; None if a value is neither text, an integer nor null."""
-
-
 @dataclass(frozen=True)
 class RowBlock:
     """A block of rows read one by one."""
@@ -60,9 +48,11 @@ class RowBlock:
         return len(self.values)
 
     def rows(self) -> list[Row]:
+        """Return the rows as dictionaries."""
         return self.values
 
     def column(self, name: str) -> "pa.Array | None":
+        """Return a column as text; None if a value is neither text nor null."""
         import pyarrow as pa
 
         texts = [row.get(name) for row in self.values]
@@ -86,11 +76,13 @@ class ArrowBlock:
         return int(self.batch.num_rows)
 
     def rows(self) -> list[Row]:
+        """Return the rows as dictionaries."""
         names = self.batch.schema.names
         columns = [_values(column) for column in self.batch.columns]
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
     def column(self, name: str) -> "pa.Array | None":
+        """Return a column as text; None if a value is neither text, an integer nor null."""
         import pyarrow as pa
 
         if name not in self.batch.schema.names:
@@ -109,6 +101,10 @@ class ArrowBlock:
         except pa.ArrowInvalid:
             return None
         return column
+
+
+Block = RowBlock | ArrowBlock
+"""Consecutive rows of a file."""
 
 
 def _values(column: "pa.Array") -> list[Any]:
