@@ -219,7 +219,7 @@ neutralize = ChatRenderer(built_in("gemma"), Words()).neutralize
 
 
 @given(TEXTS)
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 def test_neutral_text_has_no_special_token_and_only_more_spaces(text: str) -> None:
     once = neutralize(text)
     assert not any(token in once for token in TOKENS)
@@ -236,7 +236,7 @@ def test_text_without_special_tokens_is_unchanged(text: str) -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 @given(TEXTS, TEXTS)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 def test_a_prompt_has_only_the_templates_special_tokens(name: str, text: str, system: str) -> None:
     chat = ChatRenderer(built_in(name), Words())
 

@@ -82,9 +82,15 @@ def model() -> LanguageModel:
     return load_model(Model(preset="tiny", dtype="float32", chat_template="plain"), 0, mesh)
 
 
+@pytest.fixture(scope="module")
+def engine(model: LanguageModel) -> Engine:
+    """One for all tests, so that they share its compiled programs."""
+    return Engine(model, 2, 512)
+
+
 @pytest.fixture
-def local(model: LanguageModel, tmp_path: Path) -> LocalModel:
-    return LocalModel(Engine(model, 2, 512), model.weights, cache_in(tmp_path))
+def local(model: LanguageModel, engine: Engine, tmp_path: Path) -> LocalModel:
+    return LocalModel(engine, model.weights, cache_in(tmp_path))
 
 
 def test_an_answer_cut_in_its_thoughts_is_unparsed_and_counted(local: LocalModel) -> None:

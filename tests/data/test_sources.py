@@ -279,14 +279,14 @@ def shaped(count: int) -> Rows:
 
 @pytest.mark.parametrize("name", [*WRITERS, "rows.jsonl.gz", "rows.json.gz", "rows.csv.gz"])
 def test_reading_resumes_at_the_end_of_any_block(name: str, tmp_path: Path) -> None:
-    rows = shaped(9000)
+    rows = shaped(6000)
     content = WRITERS[name.removesuffix(".gz")](rows)
     path = tmp_path / name
     path.write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
     blocks = list(read_blocks(path, name))
     assert [row for block in blocks for row in block.rows()] == rows
-    assert len(blocks) > 4
-    for number in range(len(blocks)):
+    assert len(blocks) > 2
+    for number in (0, len(blocks) // 2, len(blocks) - 1):
         rest = list(read_blocks(path, name, sum(map(len, blocks[: number + 1]))))
         assert [len(b) for b in rest] == [len(b) for b in blocks[number + 1 :]]
         assert [b.rows() for b in rest[:1]] == [b.rows() for b in blocks[number + 1 :][:1]]

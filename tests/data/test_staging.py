@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ def write(path: Path, content: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "SHARD_ROWS", 1000)
-    monkeypatch.setattr("job.data.json_reader.MAX_ROWS", 250)
+@pytest.fixture(scope="module", autouse=True)
+def small_shards() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "SHARD_ROWS", 1000)
+        patch.setattr("job.data.json_reader.MAX_ROWS", 250)
+        yield
 
 
 def manifest(folder: Path, run_id: str = "r") -> dict[str, Any]:
@@ -198,6 +201,14 @@ def shards(output: Path) -> list[dict[str, Any]]:
     return [shard for path in manifests for shard in json.loads(path.read_bytes())["shards"]]
 
 
+@pytest.fixture(scope="module")
+def whole(several: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run that is not interrupted leaves."""
+    output = tmp_path_factory.mktemp("whole")
+    stage(spec_of(str(output), str(several), data_files=FILES))
+    return output
+
+
 def staged_files(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in left_in(folder).items() if not name.endswith(LEASE_KEY)}
 
@@ -225,10 +236,8 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("moment", range(0, 13, 2))
 def test_interrupted_staging_resumes_after_the_last_shard(
-    moment: int, several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: int, several: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = spec_of(str(tmp_path / "whole"), str(several), data_files=FILES)
-    stage(whole)
     broken = spec_of(str(tmp_path / "broken"), str(several), data_files=FILES)
     calls = 0
 
@@ -258,14 +267,12 @@ def test_interrupted_staging_resumes_after_the_last_shard(
 
     monkeypatch.setattr(staging, "read_blocks", counted)
     stage(broken)
-    skipped = sum(shard["tally"]["raw"] for shard in shards(tmp_path / "whole")[:records])
+    skipped = sum(shard["tally"]["raw"] for shard in shards(whole)[:records])
     assert sum(read) == 5600 - skipped
-    kept, ours = staged_files(tmp_path / "whole"), staged_files(tmp_path / "broken")
+    kept, ours = staged_files(whole), staged_files(tmp_path / "broken")
     del kept["r/data/manifest.json"], ours["r/data/manifest.json"]
     assert ours == kept
-    assert manifest(tmp_path / "broken") | {"staged": ""} == manifest(tmp_path / "whole") | {
-        "staged": ""
-    }
+    assert manifest(tmp_path / "broken") | {"staged": ""} == manifest(whole) | {"staged": ""}
 
 
 def test_shards_before_an_error_are_stored(tmp_path: Path) -> None:

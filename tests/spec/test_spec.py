@@ -326,16 +326,15 @@ def test_contradicting_sections_are_reported_once(
     assert folder.names() == ["spec.yaml"]
 
 
-@pytest.mark.parametrize("name", ["not YAML", "blank column", "key of a list item"])
-def test_the_command_writes_nothing_for_a_wrong_spec(name: str, tmp_path: Path) -> None:
-    (tmp_path / "spec.yaml").write_text(BAD[name].text, encoding="utf-8")
-    run_and_refuse(tmp_path, "run", "spec.yaml", "--output", "runs", message=BAD[name].message)
+def test_the_command_writes_nothing_for_a_wrong_spec(tmp_path: Path) -> None:
+    bad = BAD["key of a list item"]
+    (tmp_path / "spec.yaml").write_text(bad.text, encoding="utf-8")
+    run_and_refuse(tmp_path, "run", "spec.yaml", "--output", "runs", message=bad.message)
 
 
-@pytest.mark.parametrize("override", ["train.epochs=0", "train"])
-def test_the_command_writes_nothing_for_a_wrong_flag(override: str, tmp_path: Path) -> None:
+def test_the_command_writes_nothing_for_a_wrong_flag(tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text(BASE, encoding="utf-8")
-    run_and_refuse(tmp_path, "run", "spec.yaml", "--set", override, message=f"--set {override}:")
+    run_and_refuse(tmp_path, "run", "spec.yaml", "--set", "train", message="--set train:")
 
 
 def run_and_refuse(folder: Path, *arguments: str, message: str) -> None:
@@ -529,7 +528,7 @@ def refuses_or_accepts(text: str, *overrides: str) -> None:
 
 
 @given(st.text(max_size=60))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 def test_no_text_can_crash_the_reader(text: str) -> None:
     refuses_or_accepts(text)
     refuses_or_accepts(BASE + text)
@@ -546,7 +545,7 @@ DOCUMENTS = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from([*SECTIONS, "more"]), DOCUMENTS, max_size=6))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 def test_no_document_can_crash_the_checks(document: dict[str, Any]) -> None:
     refuses_or_accepts(yaml.safe_dump(document))
 
@@ -557,7 +556,7 @@ def test_no_document_can_crash_the_checks(document: dict[str, Any]) -> None:
     ),
     st.text(alphabet=st.characters(codec="ascii", exclude_characters="!&*-"), max_size=12),
 )
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 def test_no_value_of_a_flag_can_crash_the_reader(key: str, value: str) -> None:
     refuses_or_accepts(BASE, f"{key}={value}")
 
