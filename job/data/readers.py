@@ -124,25 +124,23 @@ def _csv(path: Path, name: str, _: Sequence[str] | None) -> Iterator[Block]:
         delimiter = max(counts, key=lambda each: counts[each])
         if (encoding, delimiter) != ("utf-8-sig", ","):
             logs.get().info("CSV dialect", file=name, encoding=encoding, delimiter=delimiter)
-        reader = csv.reader(itertools.chain([first], file), delimiter=delimiter, strict=True)
-        header = next(reader, [])
+        reader = csv.DictReader(itertools.chain([first], file), delimiter=delimiter, strict=True)
+        header = list(reader.fieldnames or [])
         _check_header(header, name)
         rows: list[Row] = []
         size = 0
-        for fields in reader:
-            if not fields:
-                continue
-            if len(fields) > len(header):
+        for row in reader:
+            if None in row:
                 raise UsageError(
                     f"{name}:{reader.line_num}: more fields than the header names; "
                     f"quote fields that hold {delimiter!r}"
                 )
-            if fields == header and len(header) > 1:
+            if len(header) > 1 and all(key == value for key, value in row.items()):
                 raise UsageError(
                     f"{name}:{reader.line_num}: the header is repeated; remove this line"
                 )
-            rows.append(dict(itertools.zip_longest(header, fields)))
-            size += sum(map(len, fields))
+            rows.append(row)
+            size += sum(map(len, filter(None, row.values())))
             if len(rows) == MAX_ROWS or size >= MAX_BYTES:
                 yield RowBlock(rows)
                 rows, size = [], 0
