@@ -15,7 +15,7 @@ from job.data.examples import Example, ExampleMapper, RowDroppedError
 from job.data.sources import open_source
 from job.data.split_files import iter_examples, renderable_rows, write_split_files
 from job.data.staging import StagedDataset, stage_rows
-from job.errors import UsageError
+from job.errors import StageError, UsageError
 from job.spec.schema import Data
 from job.storage.local import LocalStore
 from tests.conversations import turns
@@ -301,6 +301,17 @@ def test_staged_messages_are_read_back_as_they_were(suffix: str, tmp_path: Path)
     dataset = staged(path, tmp_path / "staged")
     assert read_back(dataset, tmp_path / "split.parquet") == [of(each) for each in rows]
     assert sum(dataset.manifest.tally.dropped.values()) == 13
+
+
+def test_dialogues_in_files_of_earlier_versions_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    earlier = {"id": "1", "system": None, "prompt": "a", "response": "b", "messages": None}
+    pq.write_table(pa.Table.from_pylist([earlier | {"history": None}]), path)
+    assert [example.messages for example in iter_examples(path)] == [turns("a", "b")]
+    pairs = [{"prompt": "c", "response": "d"}]
+    pq.write_table(pa.Table.from_pylist([earlier | {"history": pairs}]), path)
+    with pytest.raises(StageError, match=r"train\.parquet is of an earlier version.*--fresh"):
+        list(iter_examples(path))
 
 
 def test_nulls_of_parquet_are_no_keys_of_messages(tmp_path: Path) -> None:
