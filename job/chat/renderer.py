@@ -7,7 +7,10 @@ tokenizer written inside it are broken by a space.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
@@ -27,6 +30,9 @@ from job.errors import UsageError
 
 _TODAY = datetime(2024, 7, 26)
 """What templates get as today's date, so that a run that is resumed renders the same prompts."""
+
+PROBE_SECONDS = 10.0
+"""Time a template may take to render one probe."""
 
 _MARKUP = r"[<\[]\S+[>\]]"
 """The form of tokens that are markup where the template writes them, such as <tool_call>."""
@@ -66,8 +72,9 @@ class ChatRenderer:
     def _probe(self, tokenizer: SpecialTokens) -> str:
         """Find the control tokens, special or not, and return the one that ends a reply."""
         question, reply = Message("user", _PLACE), Message("assistant", _PLACE)
-        prompt = self._apply([question], add_generation_prompt=True)
-        text = self._apply([question, reply])
+        with _time_limit():
+            prompt = self._apply([question], add_generation_prompt=True)
+            text = self._apply([question, reply])
         if _PLACE not in prompt or text.count(_PLACE) < 2:
             raise UnrenderableError("it leaves out what the messages say")
         added = _pattern(token for token in tokenizer.added_ids if token.strip())
@@ -306,3 +313,21 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals["dict"] = lambda *items, **named: dict(*items, **named)
     environment.globals["namespace"] = _Namespace
     return environment
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise UnrenderableError in the block after `PROBE_SECONDS`, whichever thread it is in."""
+    deadline = time.monotonic() + PROBE_SECONDS
+
+    def check(_frame: object, _event: str, _argument: object) -> Any:
+        if time.monotonic() > deadline:
+            raise UnrenderableError(f"it takes longer than {PROBE_SECONDS:.0f} s")
+        return check
+
+    before = sys.gettrace()
+    sys.settrace(check)
+    try:
+        yield
+    finally:
+        sys.settrace(before)

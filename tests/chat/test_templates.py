@@ -187,6 +187,10 @@ def test_templates_have_the_helpers_of_transformers() -> None:
         ("{{ raise_exception('not today') }}", "not today"),
         ("{% for m in messages %}", "Unexpected end of template"),
         ("{{ messages.__class__.__mro__ }}<|im_end|>", "unsafe"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "longer",
+        ),
         ("{{ messages.append(1) }}<|im_end|>", "unsafe"),
         ("{% set n = namespace() %}{% set n.__class__ = 1 %}<|im_end|>", "unsafe"),
         ("{{ 1 / 0 }}", "division by zero"),
@@ -194,7 +198,10 @@ def test_templates_have_the_helpers_of_transformers() -> None:
         ("{% for m in messages %}{{ m.content[0].text }}<|im_end|>{% endfor %}", "leaves out"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_refused(text: str, reason: str) -> None:
+def test_a_template_that_cannot_be_used_is_refused(
+    text: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.chat.renderer.PROBE_SECONDS", 0.3)
     with pytest.raises(
         UsageError, match=r"^model\.chat_template: the template \(a test\)"
     ) as error:
