@@ -35,7 +35,7 @@ from job.evals.tasks import (
 from job.pipeline import layout
 from job.pipeline.data_stage import read_examples
 from job.pipeline.run import Run
-from job.pipeline.train_stage import load_trained, prepare_in_background
+from job.pipeline.train_stage import load_trained
 from job.runtime import logs
 from job.scores import RowCounts
 from job.spec.evals import HELD_OUT, HarnessEval, TextEval
@@ -58,8 +58,6 @@ class EvalOutcome(BaseModel):
 
 def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     """Evaluate one model on every evaluation of the spec, and write the predictions."""
-    if name == "baseline":
-        prepare_in_background(run)
     model = run.model()
     weights = (
         model.weights if name == "baseline" else model.merged_weights(*load_trained(run, model))

@@ -8,11 +8,10 @@ values and writes what they return.
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
 
@@ -75,12 +74,8 @@ class Run:
     """The commit of each Hub repository that the spec names."""
     lease: Lease | None = None
     """The lease of the run, in the process that writes."""
-    pending: frozenset[str] = frozenset()
-    """Stages that this start of the run executes: requested and not up to date."""
     outputs: list[Artifact] = field(default_factory=list)
     """Files that the current stage has written."""
-    prepared_training: "Future[Any] | None" = None
-    """A training whose step is being compiled in the background; see `train_stage`."""
     _model: "LanguageModel | None" = None
 
     def outcome[Outcome: BaseModel](self, stage: str, kind: type[Outcome]) -> Outcome:

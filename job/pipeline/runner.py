@@ -131,7 +131,7 @@ class _Command:
             with tempfile.TemporaryDirectory(prefix="job-") as work:
                 run = Run(
                     self.run_id, spec, store, Path(work), STOP, environment, processes,
-                    records=status.records, pending=frozenset(stage.name for stage in stale),
+                    records=status.records,
                 )  # fmt: skip
                 with (
                     STOP.graceful(),

@@ -3,9 +3,7 @@
 Training itself is in `job.train`; how adapters are stored is in `job.adapters`.
 """
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -49,7 +47,6 @@ from job.results import (
     Training,
 )
 from job.runtime import logs
-from job.runtime.threads import Threads
 from job.storage.base import file_sha256
 from job.storage.hub import CARD_FILE
 from job.train.trainer import TrainData, Trainer, TrainerConfig, TrainResult
@@ -62,15 +59,6 @@ class TrainOutcome(BaseModel):
     training: Training
 
 
-@dataclass(frozen=True)
-class PreparedTraining:
-    """A training that is ready to run."""
-
-    model: LanguageModel
-    tokenized: TokenizedExamples
-    trainer: Trainer
-
-
 def run_stage(run: Run) -> TrainOutcome:
     """Fine-tune the model of the spec; write the adapter and the history.
 
@@ -78,31 +66,23 @@ def run_stage(run: Run) -> TrainOutcome:
         UsageError: no example fits the spec's lengths.
         RunStoppedError, StageError: see `Trainer.run`.
     """
-    prepared: PreparedTraining = (
-        run.prepared_training.result() if run.prepared_training else prepare(run)
-    )
-    model = prepared.model
+    model = run.model()
+    tokenized, trainer = _prepare(run, model)
     matrices = None
     try:
         matrices = target_matrices(model.backbone, model.lora)
     except UsageError as error:
         logs.get().warning("adapter loads in KerasHub only", reason=str(error))
-    result = prepared.trainer.run()
+    result = trainer.run()
     write_adapter(run, model, result.lora, matrices)
     for key, content in result.files.items():
         run.put(key, content)
-    return TrainOutcome(
-        model=_model_info(run, model), training=_training(run, prepared.tokenized, result)
-    )
+    return TrainOutcome(model=_model_info(run, model), training=_training(run, tokenized, result))
 
 
-def prepare(run: Run) -> PreparedTraining:
-    """Tokenize the examples, make rows of them, and build the trainer.
-
-    Raises:
-        UsageError: no example fits the spec's lengths.
-    """
-    model, train = run.model(), run.spec.train
+def _prepare(run: Run, model: LanguageModel) -> tuple[TokenizedExamples, Trainer]:
+    """Tokenize the examples, make rows of them, and build the trainer."""
+    train = run.spec.train
     packed = train.packing and model.can_pack
     if train.packing and not packed:
         logs.get().warning(
@@ -131,38 +111,7 @@ def prepare(run: Run) -> PreparedTraining:
         folder=TRAINING,
     )
     data = TrainData(rows, validation, initial_lora)
-    trainer = Trainer(model, data, config, run.store, run.coordinated_stop)
-    return PreparedTraining(model, tokenized, trainer)
-
-
-def prepare_in_background(run: Run) -> None:
-    """Compile the training step in the background while the baseline is measured.
-
-    Nothing is compiled if this start of the run does not train. On accelerators, compilation can
-    take longer than the training itself. The step is traced before the
-    baseline starts, because two threads must not trace the same layers; then a thread compiles it,
-    and JAX caches the program with the function. A CPU has no cores to spare for this.
-    """
-    if run.environment.platform == "cpu" or "train" not in run.pending:
-        return
-    prepared = prepare(run)
-    compile_step = prepared.trainer.trace_step()
-    run.prepared_training = Threads(1).submit(_compiled, prepared, compile_step)
-
-
-def _compiled(prepared: PreparedTraining, compile_step: Callable[[], object]) -> PreparedTraining:
-    import jax
-
-    begin = time.monotonic()
-    try:
-        compile_step()
-    except jax.errors.JaxRuntimeError as error:
-        # Training meets the same error and halves the micro-batch.
-        logs.get().info("step not compiled ahead of time", error=str(error).partition("\n")[0])
-    else:
-        seconds = round(time.monotonic() - begin, 1)
-        logs.get().info("step compiled ahead of time", seconds=seconds)
-    return prepared
+    return tokenized, Trainer(model, data, config, run.store, run.coordinated_stop)
 
 
 def _rows(

@@ -22,7 +22,6 @@ from job.model.language_model import LanguageModel
 from job.model.lora import Dropout, LoraWeights, Weights
 from job.model.narrowing import gather_positions
 from job.runtime import logs
-from job.runtime.threads import Threads
 from job.train.loss import LossSums
 from job.train.state import TrainState
 from job.train.step import (
@@ -54,19 +53,6 @@ class BlockProgram(NamedTuple):
     arguments: tuple[Any, ...]
     times: int
     """How often a step runs it."""
-
-
-class LoweredPrograms:
-    """Programs that are traced but not compiled yet."""
-
-    def __init__(self, programs: list[Any]) -> None:
-        self._programs = programs
-
-    def compile(self) -> None:
-        """Compile all programs in parallel; JAX caches each with its function."""
-        with Threads(len(self._programs)) as pool:
-            for _ in pool.map(lambda program: program.compile(), self._programs):
-                pass
 
 
 class BlockPrograms:
@@ -231,11 +217,6 @@ class BlockwiseStep:
         gradients = self._blocks.join_lora(self._zero_gradients)
         update = (state, gradients, self._zero_sums, batch)
         yield BlockProgram("update", self._update, update, 1)
-
-    def lower(self, state: TrainState, weights: Weights, batch: Arrays) -> LoweredPrograms:
-        """Trace the programs of a step."""
-        programs = self.block_programs(state, weights, batch)
-        return LoweredPrograms([p.function.lower(*p.arguments) for p in programs])
 
 
 def make_step(

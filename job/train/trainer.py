@@ -7,7 +7,6 @@ exactly from its newest checkpoint. `job.train.step` says how a step works.
 import gc
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -152,13 +151,6 @@ class Trainer:
         # Copied, because a step donates its state's memory and these arrays may be used elsewhere.
         replicated: TrainState = self._model.replicate(jax.tree.map(np.array, state))
         return replicated
-
-    def trace_step(self) -> Callable[[], object]:
-        """Trace the first step and return a function, for any thread, that compiles it."""
-        _, batch = self.batches.load(0)
-        lowered = self.train_step.lower(self._state, self._model.weights, batch)
-        compile_step: Callable[[], object] = lowered.compile
-        return compile_step
 
     def run(self) -> TrainResult:
         """Train to the end, from the newest checkpoint if there is one.

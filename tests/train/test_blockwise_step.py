@@ -186,10 +186,10 @@ def compiled() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_programs_are_compiled_once_and_ahead_of_time(
+def test_steps_and_validations_use_the_planned_programs(
     small: LanguageModel, compiled: list[str], smoothing: float
 ) -> None:
-    """Lowered from shapes alone; the steps and validations that follow use them."""
+    """`job plan` lowers the programs that steps and validations run."""
     rows = make_rows(random_examples(), 14, packing=True)
     lora = perturbed_lora(small)
     optimizer, _ = make_optimizer(Train(), 1, lora)
@@ -198,7 +198,8 @@ def test_programs_are_compiled_once_and_ahead_of_time(
     state = make_state(small, optimizer, lora)
     losses = padded_loss_count(int(rows.batch.count_loss_tokens(1).max()))
     batch = shard_input(small, rows.batch, 1, losses)
-    step.lower(state, small.weights, batch).compile()
+    for program in step.block_programs(state, small.weights, batch):
+        program.function.lower(*program.arguments).compile()
     assert len(compiled) >= 5
     compiled.clear()
     for _ in range(2):
@@ -207,20 +208,6 @@ def test_programs_are_compiled_once_and_ahead_of_time(
     validate(state.lora, small.weights, batch)
     assert [name for name in compiled if "_end" in name] == compiled
     assert len(compiled) == (1 if smoothing else 0)
-
-
-@pytest.mark.parametrize("mode", ["blocks", pytest.param("step", marks=pytest.mark.slow)])
-def test_training_uses_the_step_compiled_ahead_of_time(
-    tmp_path: Path, small: LanguageModel, compiled: list[str], mode: str
-) -> None:
-    trainer, _ = make_trainer(tmp_path, small, epochs=1, batch_size=12, compile=mode)
-    trainer.trace_step()()
-    assert compiled
-    compiled.clear()
-    trainer.run()
-    # In block programs, validation (of 4 rows here) needs none of its own either.
-    programs = ("begin", "forward", "end", "backward", "update", "step")
-    assert [name for name in compiled if any(program in name for program in programs)] == []
 
 
 @pytest.mark.slow
