@@ -53,6 +53,15 @@ class BlockArrays(NamedTuple):
     """Layer indices of its targets, int32 `[targets]`, for dropout."""
 
 
+class BlockContext(NamedTuple):
+    """What every block of a micro-batch gets besides its input."""
+
+    segment_ids: jax.Array
+    """int32 `[batch, length]`, as for `LanguageModel.hidden_states`."""
+    dropout: Dropout | None = None
+    """Dropout of the adapters' inputs."""
+
+
 @dataclass(frozen=True)
 class _Block:
     """A decoder block of the backbone."""
@@ -146,21 +155,9 @@ class BlockwiseModel:
         return outputs
 
     def forward(
-        self,
-        kind: int,
-        arrays: BlockArrays,
-        x: jax.Array,
-        segment_ids: jax.Array,
-        dropout: Dropout | None = None,
+        self, kind: int, arrays: BlockArrays, x: jax.Array, context: BlockContext
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Run one block.
-
-        Args:
-            kind: the block's kind.
-            arrays: the block's own arrays.
-            x: `[batch, length, hidden]`.
-            segment_ids: int32 `[batch, length]`, as for `LanguageModel.hidden_states`.
-            dropout: of the adapters' inputs.
+        """Run one block, with input `x` `[batch, length, hidden]`.
 
         Returns:
             The input of the next block, and the residuals: outputs of kernels that `backward`
@@ -172,7 +169,7 @@ class BlockwiseModel:
             results[index] = result
             return result
 
-        outputs = self._run(kind, arrays, x, segment_ids, dropout, record)
+        outputs = self._run(kind, arrays, x, context, record)
         save = self._config.remat == "matmuls"
         return outputs, tuple(results[n] for n in sorted(results)) if save else ()
 
@@ -181,18 +178,17 @@ class BlockwiseModel:
         kind: int,
         arrays: BlockArrays,
         x: jax.Array,
-        segment_ids: jax.Array,
+        context: BlockContext,
         residuals: Sequence[jax.Array],
+        total: LoraWeights,
         gradient: jax.Array,
-        dropout: Dropout | None = None,
     ) -> tuple[jax.Array, LoraWeights]:
-        """Compute the gradients of a block's input and of its adapter.
+        """Compute the gradient of a block's input, and its adapter's added to `total`.
 
         Args:
-            residuals: from `forward`.
+            residuals: from `forward`, as are the arguments before.
+            total: gradients of the adapter so far.
             gradient: of the block's output, `[batch, length, hidden]`.
-
-        Other arguments as for `forward`.
         """
 
         def run(x: jax.Array, lora: LoraWeights) -> jax.Array:
@@ -201,23 +197,23 @@ class BlockwiseModel:
                 return value
 
             own = arrays._replace(lora=lora)
-            return self._run(kind, own, x, segment_ids, dropout, substitute)
+            return self._run(kind, own, x, context, substitute)
 
         _, pull = jax.vjp(run, x, arrays.lora)
-        gradients: tuple[jax.Array, LoraWeights] = pull(gradient)
-        return gradients
+        x_gradient, lora_gradient = pull(gradient)
+        return x_gradient, jax.tree.map(jnp.add, total, lora_gradient)
 
     def _run(
         self,
         kind: int,
         arrays: BlockArrays,
         x: jax.Array,
-        segment_ids: jax.Array,
-        dropout: Dropout | None,
+        context: BlockContext,
         tap: Callable[[int, jax.Array], jax.Array],
     ) -> jax.Array:
         """Run a block with the output of each of its kernels passed through `tap`."""
         block, config = self._blocks[kind], self._config
+        segment_ids, dropout = context
         if dropout is not None:
             dropout = dropout._replace(layer_ids=arrays.layer_ids)
         kernels = kernel_layers(block.layer)

@@ -162,7 +162,7 @@ def unflatten_lora(arrays: Sequence[Any]) -> LoraWeights:
 class Dropout(NamedTuple):
     """Dropout on adapter inputs."""
 
-    rate: float
+    rate: float | jax.Array
     """Share of the inputs to drop."""
     key: jax.Array
     """JAX random key of the step."""
@@ -193,7 +193,7 @@ def lora_branches(
 
 def _dropper(dropout: Dropout | None, layer_id: int | jax.Array) -> Callable[[Any], Any]:
     """Return inverted dropout (Srivastava et al. 2014) with a key of the layer's own."""
-    if dropout is None or not dropout.rate:
+    if dropout is None:
         return lambda x: x
     key, keep = jax.random.fold_in(dropout.key, layer_id), 1.0 - dropout.rate
 

@@ -28,7 +28,7 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _LIVE_SHARE = 0.4
 """Share of the intermediate results of a block's backward pass that are live at the same time."""
 
-_OPTIMIZER_COPIES = {"sgd": 0.0, "adamw": 2.0, "lion": 1.0, "adafactor": 0.1, "muon": 1.0}
+_OPTIMIZER_COPIES = {"sgd": 0.0, "adamw": 2.0, "lion": 1.0}
 """Float32 values of optimizer state per trained parameter."""
 
 

@@ -113,13 +113,7 @@ class Compiler:
         model, train = self.model, self.spec.train
         logs.get().info("compiling", program="train", micro_batch=micro)
         optimizer, _ = make_optimizer(train, self.work.steps, self._lora)
-        config = StepConfig(
-            self._forward,
-            self.spec.model.lora.dropout,
-            train.label_smoothing,
-            train.lora_plus_ratio,
-            self.spec.seed,
-        )
+        config = StepConfig(self._forward, self.spec.model.lora.dropout, self.spec.seed)
         variables = tuple(variable.value for variable in optimizer.variables)
         state = model.replicate(TrainState(self._lora, variables))
         step, _ = make_step(model, optimizer, config, train.compile)

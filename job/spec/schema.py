@@ -162,16 +162,7 @@ class Train(Section):
     loss_on: Literal["response", "all"] = Field(
         "response", description="Tokens with a loss: the response only, or the prompt too."
     )
-    optimizer: Literal["adamw", "sgd", "lion", "adafactor", "muon"] = Field(
-        "adamw",
-        description="The Keras optimizer; muon uses AdamW for parameters that are not matrices.",
-    )
-    lora_plus_ratio: Annotated[Number, Field(gt=0)] = Field(
-        1.0, description="Learning rate of B divided by that of A (LoRA+)."
-    )
-    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        0.0, description="Label smoothing in training."
-    )
+    optimizer: Literal["adamw", "sgd", "lion"] = Field("adamw", description="The Keras optimizer.")
     learning_rate: Annotated[Number, Field(ge=0)] = Field(2e-4, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Learning rate after warmup; linear and cosine decay to 0."

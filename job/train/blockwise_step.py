@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from job.model.decoder_blocks import BlockArrays, BlockwiseModel, split_into_blocks
+from job.model.decoder_blocks import BlockContext, BlockwiseModel, split_into_blocks
 from job.model.language_model import LanguageModel
-from job.model.lora import Dropout, LoraWeights, Weights
+from job.model.lora import LoraWeights, Weights
 from job.model.narrowing import gather_positions
 from job.runtime import logs
 from job.train.loss import LossSums
@@ -55,101 +55,37 @@ class BlockProgram(NamedTuple):
     """How often a step runs it."""
 
 
-class BlockPrograms:
-    """The programs of the forward and the backward pass."""
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        blocks: BlockwiseModel,
-        config: StepConfig,
-        shared: "BlockPrograms | None" = None,
-    ) -> None:
-        """Prepare the programs; those of `shared`, for another config, are reused if identical."""
-        self._model = model
-        self._blocks = blocks
-        self._config = config
-        replicated, sharded = model.replicated, model.sharded
-        context = {"segment_ids": sharded, "micro_batch": replicated}
-        outputs = (sharded, context, sharded)
-        self.begin: Any = shared.begin if shared else jax.jit(self._begin, out_shardings=outputs)
-        self.end = jax.jit(self._end, out_shardings=(sharded, replicated))
-        self.forward: dict[int, Any] = {}
-        self.backward: dict[int, Any] = {}
-        if shared is not None and shared._config.dropout == config.dropout:
-            self.forward, self.backward = shared.forward, shared.backward
-            return
-        options = _SMALLER_TILES if model.platform == "tpu" else None
-        for kind in set(blocks.kinds):
-            residuals = blocks.residual_shardings(kind)
-            self.forward[kind] = jax.jit(
-                partial(self._forward, kind), out_shardings=(sharded, residuals)
-            )
-            self.backward[kind] = jax.jit(
-                partial(self._backward, kind),
-                out_shardings=(sharded, replicated),
-                donate_argnums=5,  # the gradient of the block's output, to that of its input
-                compiler_options=options,
-            )
-
-    def _begin(self, weights: Weights, batch: Arrays, index: jax.Array) -> Any:
-        """Return a micro-batch's first block input, its context and its loss positions."""
-        rows = {name: array[index] for name, array in batch.items() if name != "stop"}
-        context = {name: rows.pop(name) for name in ("segment_ids", "micro_batch")}
-        x = self._blocks.embed(weights, rows.pop("token_ids"), context["segment_ids"])
-        return x, context, rows
-
-    def _dropout(self, context: Arrays) -> Dropout | None:
-        return dropout_for(self._config, context["micro_batch"])
-
-    def _forward(self, kind: int, arrays: BlockArrays, x: jax.Array, context: Arrays) -> Any:
-        segment_ids, dropout = context["segment_ids"], self._dropout(context)
-        return self._blocks.forward(kind, arrays, x, segment_ids, dropout)
-
-    def _backward(
-        self,
-        kind: int,
-        arrays: BlockArrays,
-        x: jax.Array,
-        context: Arrays,
-        residuals: tuple[jax.Array, ...],
-        total: LoraWeights,
-        gradient: jax.Array,
-    ) -> Any:
-        """Return the gradient of a block's input, and its adapter's added to the total."""
-        segment_ids, dropout = context["segment_ids"], self._dropout(context)
-        x_gradient, lora_gradient = self._blocks.backward(
-            kind, arrays, x, segment_ids, residuals, gradient, dropout
-        )
-        return x_gradient, jax.tree.map(jnp.add, total, lora_gradient)
-
-    def _end(self, weights: Weights, x: jax.Array, losses: Arrays, total: LossSums) -> Any:
-        """Return the gradient of the last block's output, and the loss added to the total."""
-
-        def loss(x: jax.Array) -> tuple[jax.Array, LossSums]:
-            hidden = gather_positions(self._blocks.final_norm(weights, x), losses["positions"])
-            smoothing = self._config.label_smoothing
-            sums = head_loss(self._model, weights, hidden, losses, smoothing)
-            return sums.loss, sums
-
-        (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(x)
-        return gradient, jax.tree.map(jnp.add, total, sums)
-
-
 class BlockwiseStep:
     """A training step of block programs, called like the result of `make_train_step`."""
 
     def __init__(
         self, model: LanguageModel, blocks: BlockwiseModel, optimizer: Any, config: StepConfig
     ) -> None:
+        self._model = model
         self._blocks = blocks
-        self.programs = BlockPrograms(model, blocks, config)
-        self._validation_programs = self.programs
-        if config.dropout or config.label_smoothing:
-            plain = StepConfig(config.forward)
-            self._validation_programs = BlockPrograms(model, blocks, plain, self.programs)
-        self._update = jax.jit(
-            make_update(optimizer, config), donate_argnums=0, out_shardings=model.replicated
+        self._config = config
+        replicated, sharded = model.replicated, model.sharded
+        context: Any = {"segment_ids": sharded, "dropout": replicated}
+        self.begin: Any = jax.jit(
+            self._begin, out_shardings=(sharded, BlockContext(**context), sharded)
+        )
+        self.end: Any = jax.jit(self._end, out_shardings=(sharded, replicated))
+        self.forward: dict[int, Any] = {}
+        self.backward: dict[int, Any] = {}
+        options = _SMALLER_TILES if model.platform == "tpu" else None
+        for kind in set(blocks.kinds):
+            self.forward[kind] = jax.jit(
+                partial(blocks.forward, kind),
+                out_shardings=(sharded, blocks.residual_shardings(kind)),
+            )
+            self.backward[kind] = jax.jit(
+                partial(blocks.backward, kind),
+                out_shardings=(sharded, replicated),
+                donate_argnums=5,  # the gradient of the block's output, to that of its input
+                compiler_options=options,
+            )
+        self._update: Any = jax.jit(
+            make_update(optimizer), donate_argnums=0, out_shardings=replicated
         )
         zero: Any = np.zeros((), np.float32)
         zeros: Any = tuple(
@@ -160,24 +96,52 @@ class BlockwiseStep:
             (LossSums(zero, zero), [block.lora for block in blocks.arrays(model.weights, zeros)])
         )
 
+    def _begin(self, weights: Weights, batch: Arrays, index: jax.Array, rate: jax.Array) -> Any:
+        """Return a micro-batch's first block input, its context and its loss positions.
+
+        Args:
+            weights: of the model.
+            batch: see `shard_input`.
+            index: number of the micro-batch in the batch.
+            rate: of dropout, if the step has any.
+        """
+        rows = {name: array[index] for name, array in batch.items() if name != "stop"}
+        segment_ids, dropout = rows.pop("segment_ids"), None
+        number = rows.pop("micro_batch")
+        if self._config.dropout:
+            dropout = dropout_for(self._config, number)._replace(rate=rate)
+        x = self._blocks.embed(weights, rows.pop("token_ids"), segment_ids)
+        return x, BlockContext(segment_ids, dropout), rows
+
+    def _end(self, weights: Weights, x: jax.Array, losses: Arrays, total: LossSums) -> Any:
+        """Return the gradient of the last block's output, and the loss added to the total."""
+
+        def loss(x: jax.Array) -> tuple[jax.Array, LossSums]:
+            hidden = gather_positions(self._blocks.final_norm(weights, x), losses["positions"])
+            sums = head_loss(self._model, weights, hidden, losses)
+            return sums.loss, sums
+
+        (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(x)
+        return gradient, jax.tree.map(jnp.add, total, sums)
+
     def __call__(
         self, state: TrainState, weights: Weights, batch: Arrays
     ) -> tuple[TrainState, StepMetrics]:
         """Run a step. A step whose loss or gradient is not finite changes nothing."""
-        programs, kinds = self.programs, self._blocks.kinds
+        kinds, rate = self._blocks.kinds, np.float32(self._config.dropout)
         blocks = self._blocks.arrays(weights, state.lora)
         sums, gradients = self._zero_sums, list(self._zero_gradients)
         for index in range(len(batch["micro_batch"])):
-            x, context, losses = programs.begin(weights, batch, np.int32(index))
+            x, context, losses = self.begin(weights, batch, np.int32(index), rate)
             inputs, residuals = [], []
             for kind, arrays in zip(kinds, blocks, strict=True):
                 inputs.append(x)
-                x, activations = programs.forward[kind](arrays, x, context)
+                x, activations = self.forward[kind](arrays, x, context)
                 residuals.append(activations)
-            gradient, sums = programs.end(weights, x, losses, sums)
+            gradient, sums = self.end(weights, x, losses, sums)
             del x, activations  # so that popping the lists frees each block's arrays
             for number in reversed(range(len(blocks))):
-                backward, total = programs.backward[kinds[number]], gradients[number]
+                backward, total = self.backward[kinds[number]], gradients[number]
                 gradient, gradients[number] = backward(
                     blocks[number], inputs.pop(), context, residuals.pop(), total, gradient
                 )
@@ -186,34 +150,32 @@ class BlockwiseStep:
         return result
 
     def validate(self, lora: LoraWeights, weights: Weights, batch: Arrays) -> LossSums:
-        """Compute the loss of one micro-batch `[1, ...]`, without dropout or smoothing."""
-        programs = self._validation_programs
+        """Compute the loss of one micro-batch `[1, ...]`, without dropout."""
         blocks = self._blocks.arrays(weights, lora)
-        x, context, losses = programs.begin(weights, batch, np.int32(0))
+        x, context, losses = self.begin(weights, batch, np.int32(0), np.float32(0))
         for kind, arrays in zip(self._blocks.kinds, blocks, strict=True):
-            x, _ = programs.forward[kind](arrays, x, context)
-        sums: LossSums = programs.end(weights, x, losses, self._zero_sums)[1]
+            x, _ = self.forward[kind](arrays, x, context)
+        sums: LossSums = self.end(weights, x, losses, self._zero_sums)[1]
         return sums
 
     def block_programs(
         self, state: TrainState, weights: Weights, batch: Arrays
     ) -> Iterator[BlockProgram]:
         """Yield the programs of a step in their order; arguments may be shapes."""
-        programs, kinds = self.programs, self._blocks.kinds
-        blocks = self._blocks.arrays(weights, state.lora)
+        kinds, blocks = self._blocks.kinds, self._blocks.arrays(weights, state.lora)
         micro_batches = len(batch["micro_batch"])
-        begin = (weights, batch, np.int32(0))
-        yield BlockProgram("begin", programs.begin, begin, micro_batches)
-        x, context, losses = jax.eval_shape(programs.begin, *begin)
+        begin = (weights, batch, np.int32(0), np.float32(0))
+        yield BlockProgram("begin", self.begin, begin, micro_batches)
+        x, context, losses = jax.eval_shape(self.begin, *begin)
         for kind in sorted(set(kinds)):
             times = micro_batches * kinds.count(kind)
             forward = (blocks[kind], x, context)
-            yield BlockProgram("forward", programs.forward[kind], forward, times)
-            _, residuals = jax.eval_shape(programs.forward[kind], *forward)
+            yield BlockProgram("forward", self.forward[kind], forward, times)
+            _, residuals = jax.eval_shape(self.forward[kind], *forward)
             backward = (blocks[kind], x, context, residuals, self._zero_gradients[kind], x)
-            yield BlockProgram("backward", programs.backward[kind], backward, times)
+            yield BlockProgram("backward", self.backward[kind], backward, times)
         end = (weights, x, losses, self._zero_sums)
-        yield BlockProgram("end", programs.end, end, micro_batches)
+        yield BlockProgram("end", self.end, end, micro_batches)
         gradients = self._blocks.join_lora(self._zero_gradients)
         update = (state, gradients, self._zero_sums, batch)
         yield BlockProgram("update", self._update, update, 1)

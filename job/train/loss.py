@@ -36,8 +36,6 @@ class LossOptions(NamedTuple):
     """Positions per row in one chunk."""
     unroll: bool
     """Emit the chunks one after another instead of as a loop; faster on CPUs."""
-    label_smoothing: float = 0.0
-    """Share of the target spread evenly over the vocabulary (Szegedy et al. 2015)."""
     soft_cap: bool = False
     """Whether the logits end in a soft cap. A TPU's compiler rounds values it fuses, such as a
     maximum, after the cap, and values it stores before it."""
@@ -102,10 +100,6 @@ def _chunk_sums(head: Head, options: LossOptions, head_weights: Any, *chunk: jax
         best = jnp.max(logits, axis=-1, keepdims=True)
         earlier = jnp.sum(((logits >= best) & (columns < target)).astype(logits.dtype), axis=-1)
         correct = (target_logit >= best[..., 0]) & (earlier == 0)
-    if options.label_smoothing:
-        uniform = jnp.mean(logits, axis=-1)
-        share = options.label_smoothing
-        target_logit = (1 - share) * target_logit + share * uniform
     losses = jax.nn.logsumexp(logits, axis=-1) - target_logit
     return jnp.sum(losses * weights), jnp.sum(correct.astype(jnp.float32) * weights)
 

@@ -46,17 +46,13 @@ def make_optimizer(train: Train, steps: int, lora: LoraWeights) -> tuple[Any, Wa
     schedule = WarmupSchedule(
         train.learning_rate, train.schedule, math.ceil(train.warmup_ratio * steps), steps
     )
-    decay = {"weight_decay": train.weight_decay}
-    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
-        "sgd": (keras.optimizers.SGD, {}),
-        "adamw": (keras.optimizers.AdamW, decay),
-        "lion": (keras.optimizers.Lion, decay),
-        # The schedule is the spec's, not Adafactor's own.
-        "adafactor": (keras.optimizers.Adafactor, decay | {"relative_step": False}),
-        "muon": (keras.optimizers.Muon, decay | {"adam_weight_decay": train.weight_decay}),
+    kinds = {
+        "sgd": keras.optimizers.SGD,
+        "adamw": keras.optimizers.AdamW,
+        "lion": keras.optimizers.Lion,
     }
-    kind, settings = kinds[train.optimizer]
-    optimizer = kind(schedule, global_clipnorm=train.clip_norm, **settings)
+    decay = {} if train.optimizer == "sgd" else {"weight_decay": train.weight_decay}
+    optimizer = kinds[train.optimizer](schedule, global_clipnorm=train.clip_norm, **decay)
     # The names appear in the optimizer's variable paths, from which checkpoints name them.
     parameters = [
         keras.Variable(array, dtype="float32", name=f"lora_{number}")

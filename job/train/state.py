@@ -5,7 +5,6 @@ never mistaken for another: `lora/<layer path>/a`, `optimizer/lora/<layer path>/
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -34,15 +33,12 @@ class StateNames:
         self._optimizer = self._optimizer_names(optimizer)
 
     def _optimizer_names(self, optimizer: Any) -> list[str]:
-        names, uses = [], Counter[str]()
+        names = []
         for variable in optimizer.variables:
             match = _OPTIMIZER_PATH.fullmatch(variable.path)
             assert match is not None
             parameter = f"{self._lora[int(match[1])]}/" if match[1] else ""
-            name = f"optimizer/{parameter}{match[2] or 'variable'}"
-            uses[name] += 1
-            # Adafactor has two variables of the same path.
-            names.append(name if uses[name] == 1 else f"{name}_{uses[name]}")
+            names.append(f"optimizer/{parameter}{match[2]}")
         return names
 
     def to_arrays(self, state: TrainState, best: LoraWeights | None = None) -> dict[str, Any]:

@@ -43,8 +43,6 @@ class StepConfig(NamedTuple):
 
     forward: ForwardConfig
     dropout: float = 0.0
-    label_smoothing: float = 0.0
-    lora_plus_ratio: float = 1.0
     seed: int = 0
 
 
@@ -95,25 +93,16 @@ def padded_loss_count(losses: int) -> int:
     return max(8, -(-losses // 8) * 8)
 
 
-def dropout_for(config: StepConfig, micro_batch: jax.Array) -> Dropout | None:
-    """Return the dropout of a micro-batch by its global number; None without dropout."""
-    if not config.dropout:
-        return None
+def dropout_for(config: StepConfig, micro_batch: jax.Array) -> Dropout:
+    """Return the dropout of a micro-batch by its global number."""
     return Dropout(config.dropout, jax.random.fold_in(jax.random.key(config.seed), micro_batch))
 
 
-def head_loss(
-    model: LanguageModel,
-    weights: Weights,
-    hidden: jax.Array,
-    rows: Arrays,
-    label_smoothing: float,
-) -> LossSums:
+def head_loss(model: LanguageModel, weights: Weights, hidden: jax.Array, rows: Arrays) -> LossSums:
     """Compute the loss of a micro-batch from its hidden states `[devices, losses, hidden]`."""
     options = LossOptions(
         chunk_length=chunk_length(1, hidden.shape[1], model.vocabulary, hidden.dtype),
         unroll=model.platform == "cpu",
-        label_smoothing=label_smoothing,
         soft_cap=bool(getattr(model.backbone.token_embedding, "logit_soft_cap", None)),
     )
     return chunked_cross_entropy(
@@ -125,14 +114,14 @@ def loss_sums(
     model: LanguageModel, weights: Weights, lora: LoraWeights, rows: Arrays, config: StepConfig
 ) -> LossSums:
     """Compute the loss of one micro-batch; traceable, differentiable by `lora`."""
-    dropout = dropout_for(config, rows["micro_batch"])
+    dropout = dropout_for(config, rows["micro_batch"]) if config.dropout else None
     hidden = model.hidden_states(weights, rows, config.forward, lora, dropout)
-    return head_loss(model, weights, hidden, rows, config.label_smoothing)
+    return head_loss(model, weights, hidden, rows)
 
 
 def make_train_step(model: LanguageModel, optimizer: Any, config: StepConfig) -> TrainStep:
     """Return the compiled step. A step whose loss or gradient is not finite changes nothing."""
-    unroll, update = model.platform == "cpu", make_update(optimizer, config)
+    unroll, update = model.platform == "cpu", make_update(optimizer)
 
     def loss(lora: LoraWeights, weights: Weights, rows: Arrays) -> tuple[jax.Array, LossSums]:
         sums = loss_sums(model, weights, lora, rows, config)
@@ -153,7 +142,7 @@ def make_train_step(model: LanguageModel, optimizer: Any, config: StepConfig) ->
 
 
 def make_update(
-    optimizer: Any, config: StepConfig
+    optimizer: Any,
 ) -> Callable[[TrainState, LoraWeights, LossSums, Arrays], tuple[TrainState, StepMetrics]]:
     """Return the last part of a step, traceable: from summed gradients to the next state.
 
@@ -170,11 +159,10 @@ def make_update(
         lora, variables = optimizer.stateless_apply(
             list(state.optimizer), flatten_lora(gradients), flatten_lora(state.lora)
         )
-        scaled = _scale_b_update(state.lora, unflatten_lora(lora), config.lora_plus_ratio)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
         new_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            TrainState(scaled, tuple(variables)),
+            TrainState(unflatten_lora(lora), tuple(variables)),
             state,
         )
         stop = jnp.sum(batch["stop"])
@@ -183,16 +171,8 @@ def make_update(
     return update
 
 
-def _scale_b_update(before: LoraWeights, after: LoraWeights, ratio: float) -> LoraWeights:
-    """Multiply the update of B by `ratio` (LoRA+, Hayou et al. 2024)."""
-    if ratio == 1.0:
-        return after
-    pairs = zip(before, after, strict=True)
-    return tuple((a, old + ratio * (b - old)) for (_, old), (a, b) in pairs)
-
-
 def make_validation(model: LanguageModel, forward: ForwardConfig) -> ValidationStep:
-    """Return the compiled loss of one micro-batch `[1, ...]`, without dropout or smoothing."""
+    """Return the compiled loss of one micro-batch `[1, ...]`, without dropout."""
 
     def sums(lora: LoraWeights, weights: Weights, batch: Arrays) -> LossSums:
         rows = {name: array[0] for name, array in batch.items()}

@@ -130,9 +130,7 @@ class Trainer:
         self._names = StateNames(model.lora, optimizer)
         longest = max(rows.longest, data.validation.longest)
         forward = ForwardConfig(config.packed, train.remat, longest)
-        step_config = StepConfig(
-            forward, config.dropout, train.label_smoothing, train.lora_plus_ratio, config.seed
-        )
+        step_config = StepConfig(forward, config.dropout, config.seed)
         self.train_step, self._validation_step = make_step(
             model, optimizer, step_config, train.compile
         )

@@ -151,9 +151,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_examples(
     assert all(np.isfinite(array).all() for array in checkpoint.arrays.values())
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "rate"), [("sgd", 0.3), ("lion", 1e-2), ("adafactor", 1.0), ("muon", 3e-2)]
-)
+@pytest.mark.parametrize(("optimizer", "rate"), [("sgd", 0.3), ("lion", 1e-2)])
 def test_every_optimizer_lowers_the_loss(
     tmp_path: Path, small: LanguageModel, optimizer: str, rate: float
 ) -> None:
