@@ -162,21 +162,20 @@ def accelerators(
     as_json: JsonOption = False,
 ) -> None:
     """List machines with their cloud names, quotas and list prices."""
-    from dataclasses import asdict
-
     from job.machine.accelerators import ACCELERATORS, machine_sizes, machine_spec, parse_machine
 
     machines = [parse_machine(name) for name in names or ()]
     machines = machines or [size for a in ACCELERATORS for size in machine_sizes(a)]
     specs = [machine_spec(machine) for machine in machines]
     if as_json:
-        typer.echo(json.dumps([asdict(spec) for spec in specs], indent=2))
+        typer.echo(json.dumps(specs, indent=2))
         return
     for spec in specs:
-        name = spec.accelerator_type or spec.machine_type or "not in a cloud"
-        price = "no price" if spec.usd_per_hour is None else f"{spec.usd_per_hour:.2f} USD/h"
-        spot = "" if spec.spot_usd_per_hour is None else f", spot {spec.spot_usd_per_hour:.2f}"
-        typer.echo(f"{spec.machine:<10} {spec.hosts:>3} host(s)  {name:<18} {price}{spot}")
+        name = spec["accelerator_type"] or spec["machine_type"] or "not in a cloud"
+        hourly, on_spot = spec["usd_per_hour"], spec["spot_usd_per_hour"]
+        price = "no price" if hourly is None else f"{hourly:.2f} USD/h"
+        spot = "" if on_spot is None else f", spot {on_spot:.2f}"
+        typer.echo(f"{spec['machine']:<10} {spec['hosts']:>3} host(s)  {name:<18} {price}{spot}")
 
 
 @app.command()

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from job.errors import UsageError
 
@@ -321,50 +321,29 @@ def parse_machine(name: str) -> Machine:
     return Machine(kind, chips)
 
 
-def machine_sizes(kind: Accelerator, most: int = 256) -> list[Machine]:
-    """Return every size of an accelerator, up to `most` chips."""
+def machine_sizes(kind: Accelerator) -> list[Machine]:
+    """Return every size of an accelerator, up to 256 chips."""
     sizes = sorted(kind.topologies) or [1 << power for power in range(9)]
-    return [Machine(kind, chips) for chips in sizes if chips <= most]
+    return [Machine(kind, chips) for chips in sizes]
 
 
-@dataclass(frozen=True)
-class MachineSpec:
-    """Cloud names, quotas and USD per hour of a machine, for the scripts that start it."""
-
-    machine: str
-    platform: str
-    chips: int
-    hosts: int
-    accelerator_type: str | None
-    runtime_version: str | None
-    machine_type: str | None
-    image_family: str | None
-    image_project: str | None
-    topology: str | None
-    quota: str | None
-    spot_quota: str | None
-    usd_per_hour: float | None
-    spot_usd_per_hour: float | None
-    prices_of: str | None
-
-
-def machine_spec(machine: Machine) -> MachineSpec:
-    """Return the cloud names, quotas and prices of a machine."""
+def machine_spec(machine: Machine) -> dict[str, Any]:
+    """Return the cloud names, quotas and USD per hour of a machine, for scripts that start it."""
     kind, quota = machine.accelerator, machine.quota
-    return MachineSpec(
-        machine=machine.name,
-        platform=kind.platform,
-        chips=machine.chips,
-        hosts=machine.hosts,
-        accelerator_type=machine.accelerator_type,
-        runtime_version=kind.runtime_version or None,
-        machine_type=machine.machine_type,
-        image_family=kind.image_family or None,
-        image_project=IMAGE_PROJECT if kind.image_family else None,
-        topology=machine.topology,
-        quota=quota.on_demand if quota else None,
-        spot_quota=quota.spot if quota else None,
-        usd_per_hour=machine.cost(3600),
-        spot_usd_per_hour=machine.cost(3600, spot=True),
-        prices_of=kind.price.date if kind.price else None,
-    )
+    return {
+        "machine": machine.name,
+        "platform": kind.platform,
+        "chips": machine.chips,
+        "hosts": machine.hosts,
+        "accelerator_type": machine.accelerator_type,
+        "runtime_version": kind.runtime_version or None,
+        "machine_type": machine.machine_type,
+        "image_family": kind.image_family or None,
+        "image_project": IMAGE_PROJECT if kind.image_family else None,
+        "topology": machine.topology,
+        "quota": quota.on_demand if quota else None,
+        "spot_quota": quota.spot if quota else None,
+        "usd_per_hour": machine.cost(3600),
+        "spot_usd_per_hour": machine.cost(3600, spot=True),
+        "prices_of": kind.price.date if kind.price else None,
+    }

@@ -8,7 +8,7 @@ a test compares the two.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from job.machine.accelerators import Machine, machine_spec
 from job.machine.limits import (
@@ -187,7 +187,7 @@ def estimate(shape: ModelShape, spec: Spec, work: Workload, machine: Machine) ->
                 prices_of=kind.price.date,
             )
     return MachinePlan(
-        **asdict(machine_spec(machine)),
+        **machine_spec(machine),
         mesh={"data": layout.data, "model": layout.model},
         batch_size=work.batch_size,
         steps=work.steps,
