@@ -19,13 +19,11 @@ from job.errors import EXIT_RESUMABLE, EXIT_STAGE, RunStoppedError, SetupError, 
 from job.runtime import logs
 from job.runtime.signals import StopSignal, exit_now
 from job.runtime.watchdog import WATCHDOG
-from job.spec.schema import Distributed, Runtime
+from job.spec.schema import Runtime
 
-_ADDRESS, _COUNT, _INDEX = (
-    "JOB_COORDINATOR_ADDRESS",
-    "JOB_PROCESS_COUNT",
-    "JOB_PROCESS_INDEX",
-)
+_ADDRESS = "JOB_COORDINATOR_ADDRESS"
+_COUNT = "JOB_PROCESS_COUNT"
+_INDEX = "JOB_PROCESS_INDEX"
 
 _RESUME = "run the same command to resume"
 _EXITS, _HEARTBEATS = "job/left/", "job/beat/"
@@ -223,7 +221,7 @@ def join_processes(runtime: Runtime) -> ProcessGroup:
     Call this before anything asks JAX for its devices.
 
     Raises:
-        SetupError: the spec or the environment is incomplete, or not all processes connect in time.
+        SetupError: the environment is incomplete, or not all processes connect in time.
     """
     arguments = _initialize_arguments(runtime)
     if arguments is None:
@@ -247,11 +245,11 @@ def join_processes(runtime: Runtime) -> ProcessGroup:
     except ValueError as error:
         if not arguments:  # the platform reports no other hosts
             return ProcessGroup()
-        raise SetupError(f"runtime.distributed: {error}") from error
+        raise SetupError(f"{_ADDRESS}: {error}") from error
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise SetupError(
-            f"runtime.distributed: not all processes connected within {_JOIN_SECONDS} s: {reason}"
+            f"not all processes of the job connected within {_JOIN_SECONDS} s: {reason}"
         ) from error
     return ProcessGroup(jax.process_index(), jax.process_count(), global_state.client)
 
@@ -261,30 +259,17 @@ def _initialize_arguments(runtime: Runtime) -> dict[str, Any] | None:
 
     {} lets JAX detect them on the platform; None: this is the only process.
     """
-    distributed = runtime.distributed
-    if distributed == "off":
-        return None
-    address, count = os.environ.get(_ADDRESS), os.environ.get(_COUNT)
-    index: str | int | None = os.environ.get(_INDEX)
-    if isinstance(distributed, Distributed):
-        address, count = distributed.address, str(distributed.processes)
-        index = distributed.index if distributed.index is not None else index
-    elif address is None:
+    address = os.environ.get(_ADDRESS)
+    if address is None:
         on_tpu = os.environ.get("JAX_PLATFORMS", "").startswith("tpu")
         return {} if on_tpu or runtime.platform == "tpu" else None
+    count, index = os.environ.get(_COUNT, ""), os.environ.get(_INDEX, "")
     try:
-        arguments = {
-            "coordinator_address": address,
-            "num_processes": int(count or ""),
-            "process_id": int("" if index is None else index),
-        }
+        processes, process = int(count), int(index)
     except ValueError:
         raise SetupError(
-            f"runtime.distributed: {_COUNT} and {_INDEX} must be numbers; "
-            f"they are {count!r} and {index!r}"
+            f"{_COUNT} and {_INDEX} must be numbers; they are {count!r} and {index!r}"
         ) from None
-    if not 0 <= arguments["process_id"] < arguments["num_processes"]:  # type: ignore[operator]
-        raise SetupError(
-            f"runtime.distributed: process {index} is not one of {count}; indices start at 0"
-        )
-    return arguments
+    if not 0 <= process < processes:
+        raise SetupError(f"{_INDEX}: process {index} is not one of {count}; indices start at 0")
+    return {"coordinator_address": address, "num_processes": processes, "process_id": process}

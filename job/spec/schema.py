@@ -32,18 +32,6 @@ class Mesh(Section):
     )
 
 
-class Distributed(Section):
-    """The coordinator and the processes of a multi-host job, where JAX cannot detect them."""
-
-    address: Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$")] = Field(
-        description="host:port of process 0, reachable from all processes."
-    )
-    processes: Positive = Field(description="Number of processes, usually one per machine.")
-    index: Annotated[int, Field(ge=0, strict=True)] | None = Field(
-        None, description="Index of this process, from 0; unset: read from JOB_PROCESS_INDEX."
-    )
-
-
 class Runtime(Section):
     platform: Literal["any", "cpu", "gpu", "tpu"] = Field(
         "any", description="Required platform of JAX; on another the job stops (exit 3)."
@@ -52,11 +40,6 @@ class Runtime(Section):
         None, description="Required number of devices; unset accepts any."
     )
     mesh: Mesh = Field(Mesh(), description="The device mesh.")
-    distributed: Distributed | Literal["auto", "off"] = Field(
-        "auto",
-        description="Several processes as one job. auto: detected on TPU slices, elsewhere from "
-        "JOB_COORDINATOR_ADDRESS, JOB_PROCESS_COUNT and JOB_PROCESS_INDEX.",
-    )
     compilation_cache: str | None = Field(
         "auto",
         description="Folder or gs://bucket/prefix of JAX's persistent compilation cache; auto: "
