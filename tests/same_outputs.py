@@ -121,6 +121,7 @@ def write_multi(work: Path) -> None:
 
 def tokenized(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the training and validation examples as the train stage tokenizes them."""
+    os.environ["KERAS_BACKEND"] = "jax"
     from job.data.packing import tokenize
     from job.data.split_files import iter_examples
     from job.machine import devices
@@ -128,7 +129,6 @@ def tokenized(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
     from job.spec.load import load_spec
     from job.spec.schema import Runtime
 
-    devices.start_on_any_device()
     spec = load_spec(str(run_folder / "spec.yaml")).spec
     tokenizer = load_model(spec.model, spec.seed, devices.make_mesh(Runtime())).tokenizer
     parts = {}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -12,7 +13,6 @@ from typing import Literal, get_args
 from job.adapters.keras_format import CHAT_TEMPLATE, H5, check_model
 from job.commands.trained_run import TrainedRun
 from job.errors import StageError, UsageError
-from job.machine import devices
 from job.runtime import logs
 
 Format = Literal["peft", "merged-keras", "merged-transformers"]
@@ -107,7 +107,7 @@ def _export_peft(source: TrainedRun, target: Path, rank: str) -> None:
 
 
 def _export_merged(source: TrainedRun, target: Path, *, for_keras: bool) -> None:
-    devices.use_cpu()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the model may not fit on an accelerator
     from job.adapters import merge
     from job.adapters.keras_format import load_adapter
     from job.adapters.peft_format import read_peft

@@ -126,7 +126,7 @@ def _input_lines() -> Iterator[str]:
 
 def _load(run: TrainedRun, options: GenerateOptions) -> "tuple[Engine, dict[str, Weights]]":
     """Load an engine, and the weights of the fine-tuned model and, if requested, the base."""
-    devices.start_on_any_device()
+    devices.configure_cache(Runtime())
     import jax
 
     from job.adapters.keras_format import load_adapter

@@ -1,7 +1,6 @@
-"""JAX's backend, platform and devices: set up before Keras is imported, and checked.
+"""JAX's platform and devices: checked against the spec, and made a mesh.
 
-This module sets environment variables and JAX's configuration. An environment that does not match
-the spec ends the job here, before any file is written.
+An environment that does not match the spec ends the job here, before any file is written.
 """
 
 import contextlib
@@ -9,7 +8,6 @@ import importlib.metadata
 import os
 import platform as host
 import subprocess
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,37 +58,6 @@ class CompileClock:
 COMPILE_CLOCK = CompileClock()
 
 
-def set_environment() -> None:
-    """Select the JAX backend of Keras; call this before anything imports Keras.
-
-    Raises:
-        SetupError: Keras is already imported with another backend.
-    """
-    os.environ["KERAS_BACKEND"] = "jax"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # returns freed memory to the OS
-    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    keras = sys.modules.get("keras")
-    if keras is not None:
-        _check_backend(keras.config.backend())
-
-
-def use_cpu() -> None:
-    """Keep this process off the accelerators, for work on files that may not fit on one."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    set_environment()
-
-
-def _check_backend(backend: str) -> None:
-    if backend != "jax":
-        raise SetupError(
-            f"Keras runs on the {backend} backend, and this job needs jax: unset KERAS_BACKEND "
-            "and remove `backend` from ~/.keras/keras.json"
-        )
-
-
 def start(spec: Spec) -> EnvironmentInfo:
     """Start JAX, check the environment against the spec, and describe it.
 
@@ -98,7 +65,6 @@ def start(spec: Spec) -> EnvironmentInfo:
         SetupError: the platform or the number of devices is not the spec's, or the batch cannot be
             divided over these devices.
     """
-    set_environment()
     try:
         import jax
 
@@ -139,12 +105,6 @@ def _tpu_details(platforms: str) -> str:
         f"; TPU chips in /sys/bus/pci/devices: {chips}; files /dev/accel* and /dev/vfio/*: "
         f"{', '.join(files) or 'none'}; {_HINTS['tpu']}, or set JAX_PLATFORMS=cpu"
     )
-
-
-def start_on_any_device() -> None:
-    """Start JAX on whatever devices there are."""
-    set_environment()
-    configure_cache(Runtime())
 
 
 def _platform(name: str) -> str:
@@ -232,7 +192,6 @@ def compiling_for(machine: Machine) -> "Iterator[list[Device]]":
     Raises:
         SetupError: the TPU compiler is not installed.
     """
-    set_environment()
     os.environ["JAX_PLATFORMS"] = "cpu"  # only the compiler needs the TPU's platform
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
@@ -261,14 +220,6 @@ def compiling_for(machine: Machine) -> "Iterator[list[Device]]":
         yield devices
     finally:
         jax.devices = original
-
-
-def import_keras() -> None:
-    """Import Keras and check that it runs on JAX."""
-    set_environment()
-    import keras
-
-    _check_backend(keras.config.backend())
 
 
 def configure_cache(runtime: Runtime) -> None:

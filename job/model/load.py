@@ -13,7 +13,6 @@ from job.chat.templates import PLAIN, choose_template
 from job.chat.text_tokenizer import FastTokenizer, KerasTokenizer, TextTokenizer, read_json
 from job.chat.tokenizer import ChatTokenizer
 from job.errors import StageError, UsageError
-from job.machine import devices
 from job.model.checkpoint_config import load_backbone
 from job.model.language_model import LanguageModel, Preset
 from job.model.sharding import loading_to_shards
@@ -90,7 +89,6 @@ def resolve_preset(model: Model, revisions: Revisions = NONE) -> Preset:
         SetupError: access to it is gated, or its packages are not installed.
         StageError: the Hub could not be reached.
     """
-    devices.import_keras()
     if build := {TINY: tiny_preset, SMOLLM2: smollm2_preset}.get(model.preset):
         return Preset(str(build()), None)
     if model.preset.startswith("hf://"):

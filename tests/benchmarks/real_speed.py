@@ -53,7 +53,6 @@ def main() -> None:
     from job.spec.schema import Lora, Model, Runtime
     from tests.benchmarks.train_speed import ours
 
-    devices.import_keras()
     spec = Model(
         preset="smollm2-135m-instruct",
         dtype="float32",

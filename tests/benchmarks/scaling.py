@@ -57,7 +57,7 @@ def train(output: Path, devices: int, processes: int = 1, model: int = 1) -> lis
 def frozen_bytes(parts: int) -> int:
     """Return the most bytes of frozen weights on any of `parts` devices."""
     program = (
-        "from job.machine import devices; devices.set_environment(); import jax\n"
+        "import os; os.environ['KERAS_BACKEND'] = 'jax'; import jax\n"
         "from job.model.load import load_model; from job.spec.schema import Model\n"
         f"mesh = jax.make_mesh((1, {parts}), ('data', 'model'))\n"
         "model = load_model(Model(preset='tiny', dtype='float32'), 0, mesh)\n"

@@ -74,9 +74,6 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     given = parser.parse_args()
 
-    from job.machine.devices import import_keras
-
-    import_keras()
     import jax
     import numpy as np
     from jax.sharding import Mesh
