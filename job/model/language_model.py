@@ -39,7 +39,6 @@ from job.model.lora import (
 )
 from job.model.narrowing import can_narrow, gather_positions, narrow_last_block
 from job.model.remat import Remat, remat_blocks
-from job.model.rotary import fast_rotary
 from job.model.sharding import DATA_AXIS, check_shardable, device_put, weight_sharding
 from job.spec.schema import Model
 
@@ -221,7 +220,7 @@ class LanguageModel:
     def with_weights(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Iterator[None]:
         """Run the backbone with these weights, and values of other variables."""
         mapping = [*zip(self.backbone.variables, weights, strict=True), *more]
-        with keras.StatelessScope(state_mapping=mapping), fast_rotary(self.backbone):
+        with keras.StatelessScope(state_mapping=mapping):
             yield
 
     def _merge_unbranched(self, weights: Weights, lora: LoraWeights | None) -> Weights:
