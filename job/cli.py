@@ -268,7 +268,7 @@ def export(
         typer.Option(
             metavar="RANK",
             help="For peft. exact: ranks may differ by layer; uniform: one rank, padded with "
-            "zeros; a number: the nearest adapter of that rank, with its error printed.",
+            "zeros.",
         ),
     ] = "exact",
 ) -> None:

@@ -153,21 +153,3 @@ def pad_rank(update: LowRankUpdate, rank: int) -> LowRankUpdate:
     extra = rank - update.rank
     a = np.pad(update.a, ((0, extra), (0, 0)))
     return LowRankUpdate(a, np.pad(update.b, ((0, 0), (0, extra))), update.scale)
-
-
-def truncate_rank(update: LowRankUpdate, rank: int) -> tuple[LowRankUpdate, float, float]:
-    """Find the nearest update of a lower rank (Eckart and Young 1936), at scale 1.
-
-    Returns:
-        The update, the Frobenius norm of the difference, and that of the original update.
-    """
-    outer, r_b = np.linalg.qr(update.b.astype(np.float64) * update.scale)
-    inner, r_a = np.linalg.qr(update.a.T.astype(np.float64))
-    left, singular, right = np.linalg.svd(r_b @ r_a.T)
-    count = min(rank, len(singular))
-    root = np.sqrt(singular[:count])
-    a = (root[:, None] * right[:count]) @ inner.T
-    b = outer @ (left[:, :count] * root)
-    difference, norm = np.linalg.norm(singular[count:]), np.linalg.norm(singular)
-    nearest = LowRankUpdate(a.astype(np.float32), b.astype(np.float32), 1.0)
-    return pad_rank(nearest, rank), float(difference), float(norm)

@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from job.adapters.low_rank import LinearMatrix, LowRankUpdate, pad_rank, truncate_rank
+from job.adapters.low_rank import LinearMatrix, LowRankUpdate, pad_rank
 from job.adapters.safetensors_io import TensorFile
 from job.errors import StageError, UsageError
 from job.runtime import logs
@@ -259,30 +259,3 @@ def uniform_rank(adapter: PeftAdapter) -> PeftAdapter:
     rank = max(update.rank for update in adapter.modules.values())
     modules = {module: pad_rank(update, rank) for module, update in adapter.modules.items()}
     return replace(adapter, modules=modules)
-
-
-@dataclass(frozen=True)
-class CompressionLoss:
-    """The part of an update that compression loses, as a share of its Frobenius norm.
-
-    Attributes:
-        total: over all layers.
-        worst: of the layer that loses the largest share.
-        worst_module: the name of that layer.
-    """
-
-    total: float
-    worst: float
-    worst_module: str
-
-
-def compress(adapter: PeftAdapter, rank: int) -> tuple[PeftAdapter, CompressionLoss]:
-    """Find the nearest adapter with one rank for all layers, and what that loses."""
-    modules, lost, norms = {}, {}, {}
-    for module, update in adapter.modules.items():
-        modules[module], lost[module], norms[module] = truncate_rank(update, rank)
-    shares = {module: lost[module] / norms[module] if norms[module] else 0.0 for module in lost}
-    worst = max(shares, key=lambda module: shares[module])
-    norm = math.hypot(*norms.values())
-    total = math.hypot(*lost.values()) / norm if norm else 0.0
-    return replace(adapter, modules=modules), CompressionLoss(total, shares[worst], worst)

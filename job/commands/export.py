@@ -26,7 +26,7 @@ def export_run(uri: str, to: str, folder: str, rank: str) -> None:
         uri: the run.
         to: one of EXPORT_FORMATS.
         folder: the target folder; missing or empty.
-        rank: for `peft`: `exact`, `uniform` or a number.
+        rank: for `peft`: `exact` or `uniform`.
 
     Raises:
         UsageError: the arguments are wrong, or the model has no such format.
@@ -50,8 +50,8 @@ def export_run(uri: str, to: str, folder: str, rank: str) -> None:
 
 
 def _check_rank(rank: str, to: str) -> None:
-    if rank not in ("exact", "uniform") and not re.fullmatch(r"[1-9]\d{0,3}", rank):
-        raise UsageError(f"--rank {rank}: write exact, uniform or a number")
+    if rank not in ("exact", "uniform"):
+        raise UsageError(f"--rank {rank}: write exact or uniform")
     if rank != "exact" and to != "peft":
         raise UsageError("--rank applies to --to peft only; a merged model has no rank")
 
@@ -79,7 +79,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _export_peft(source: TrainedRun, target: Path, rank: str) -> None:
-    from job.adapters.peft_format import compress, peft_files, read_peft, uniform_rank
+    from job.adapters.peft_format import peft_files, read_peft, uniform_rank
 
     folder = source.peft()
     adapter = read_peft(folder)
@@ -89,19 +89,9 @@ def _export_peft(source: TrainedRun, target: Path, rank: str) -> None:
         ranks = sorted({factors.rank for factors in adapter.modules.values()})
         logs.get().info("exported at exact ranks", ranks=ranks)
         return
-    if rank == "uniform":
-        adapter = uniform_rank(adapter)
-        highest = max(factors.rank for factors in adapter.modules.values())
-        logs.get().info("padded to a uniform rank", rank=highest)
-    else:
-        adapter, loss = compress(adapter, int(rank))
-        logs.get().info(
-            "nearest adapter of one rank",
-            rank=int(rank),
-            relative_error=round(loss.total, 6),
-            worst_layer=loss.worst_module,
-            worst_relative_error=round(loss.worst, 6),
-        )
+    adapter = uniform_rank(adapter)
+    highest = max(factors.rank for factors in adapter.modules.values())
+    logs.get().info("padded to a uniform rank", rank=highest)
     for name, content in peft_files(adapter).items():
         (target / name).write_bytes(content)
 

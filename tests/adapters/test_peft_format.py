@@ -14,13 +14,12 @@ from safetensors.numpy import save_file
 from structlog.testing import capture_logs
 
 from job.adapters.hf_weight_map import target_matrices
-from job.adapters.low_rank import LinearMatrix, LowRankUpdate, pad_rank, truncate_rank
+from job.adapters.low_rank import LinearMatrix, LowRankUpdate, pad_rank
 from job.adapters.peft_format import (
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     PeftAdapter,
     base_name,
-    compress,
     peft_files,
     read_peft,
     uniform_rank,
@@ -141,18 +140,6 @@ def test_unshared_factors_need_a_higher_rank_and_stay_exact() -> None:
     np.testing.assert_allclose(ATTENTION.from_kernel(a @ b), free.delta(), atol=1e-5)
 
 
-def test_compression_is_the_nearest_and_reports_its_loss() -> None:
-    update = ATTENTION.matrix_update(*kernel_factors(ATTENTION, 2), 1.5)
-    nearest, lost, norm = truncate_rank(update, 4)
-    difference = np.linalg.norm(nearest.delta() - update.delta())
-    sizes = np.linalg.svd(update.delta(), compute_uv=False)
-    assert difference == pytest.approx(np.linalg.norm(sizes[4:]), rel=1e-4)
-    assert (lost, norm) == pytest.approx((difference, np.linalg.norm(sizes)), rel=1e-4)
-    same, lost, _ = truncate_rank(update, 6)
-    assert lost < 1e-6
-    np.testing.assert_allclose(same.delta(), update.delta(), atol=1e-5)
-
-
 def test_files_have_ranks_by_layer_and_round_trip(tmp_path: Path) -> None:
     files = peft_files(adapter())
     config = json.loads(files[PEFT_CONFIG])
@@ -180,14 +167,6 @@ def test_one_rank_for_all_is_the_same_update() -> None:
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (6, 9, {})
     for name, factors in uniform_rank(made).modules.items():
         np.testing.assert_array_equal(factors.delta(), made.modules[name].delta())
-
-
-def test_a_compressed_adapter_has_the_requested_rank(tmp_path: Path) -> None:
-    small, loss = compress(adapter(), 3)
-    back = read_peft(write(tmp_path / "a", peft_files(small)))
-    assert {factors.rank for factors in back.modules.values()} == {3}
-    assert 0 < loss.total < loss.worst < 1
-    assert loss.worst_module.endswith("q_proj")
 
 
 def test_half_precision_and_rslora_of_others_are_read(tmp_path: Path) -> None:
