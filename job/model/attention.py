@@ -7,7 +7,7 @@ reset, since rotary embeddings are relative.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -20,37 +20,35 @@ from job.model.patching import Patch, patched
 _MASK_METHODS = ("_compute_attention_mask", "_compute_self_attention_mask")
 
 
-def _mask_methods(backbone: Any) -> Iterator[tuple[Any, str]]:
-    """Yield the layers that build attention masks, each with its method's name."""
-    for layer in backbone._flatten_layers(include_self=False):
-        for name in _MASK_METHODS:
-            if hasattr(type(layer), name):
-                yield layer, name
+def _patched_masks(
+    backbone: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> AbstractContextManager[None]:
+    """Replace each method that builds an attention mask with what `wrap` makes of it."""
+    return patched([
+        Patch(layer, name, wrap(getattr(layer, name)))
+        for layer in backbone._flatten_layers(include_self=False)
+        for name in _MASK_METHODS
+        if hasattr(type(layer), name)
+    ])  # fmt: skip
 
 
 def segment_attention(backbone: Any) -> AbstractContextManager[None]:
     """Make the backbone read its padding mask as segment ids, int32 `[batch, length]`."""
-    return patched([
-        Patch(layer, name, _within_segments(getattr(layer, name)))
-        for layer, name in _mask_methods(backbone)
-    ])  # fmt: skip
+    return _patched_masks(backbone, _within_segments)
 
 
 def _within_segments(make_mask: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(make_mask)
     key = next(name for name in signature.parameters if name.endswith("padding_mask"))
 
-    def with_segments(*args: Any, **kwargs: Any) -> Any:
-        from keras import ops
-
+    def masked(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        segment_ids = ops.cast(bound.arguments[key], "int32")
-        bound.arguments[key] = ops.cast(segment_ids > 0, "int32")
-        mask = make_mask(*bound.args, **bound.kwargs)
-        same = ops.equal(segment_ids[:, :, None], segment_ids[:, None, :])
-        return ops.logical_and(ops.cast(mask, "bool"), same)
+        segment_ids = jnp.asarray(bound.arguments[key], jnp.int32)
+        bound.arguments[key] = jnp.asarray(segment_ids > 0, jnp.int32)
+        mask = jnp.asarray(make_mask(*bound.args, **bound.kwargs), bool)
+        return mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
 
-    return with_segments
+    return masked
 
 
 def left_padded_attention(backbone: Any, starts: jax.Array) -> AbstractContextManager[None]:
@@ -63,10 +61,7 @@ def left_padded_attention(backbone: Any, starts: jax.Array) -> AbstractContextMa
 
         return masked
 
-    return patched([
-        Patch(layer, name, hidden_before_start(getattr(layer, name)))
-        for layer, name in _mask_methods(backbone)
-    ])  # fmt: skip
+    return _patched_masks(backbone, hidden_before_start)
 
 
 class Chunking(NamedTuple):
@@ -103,8 +98,7 @@ def chunked_attention(
     """Make attention skip, chunk by chunk, keys that no query of the chunk can see.
 
     Args:
-        segment_ids: int32 `[batch, length]`; 0 is padding, and tokens attend only to earlier tokens
-            of their own segment.
+        segment_ids: as for `LanguageModel.hidden_states`.
         longest: tokens of the longest segment, or more.
         chunking: how the rows are cut.
     """
