@@ -82,10 +82,9 @@ class LinearMatrix:
         rank, last = b.shape
         heads = self._size(self._head_axes)
         stacked = a.transpose((*self._head_axes, len(self.kernel_shape) - 1, *self.in_axes))
-        blocks = np.zeros((heads, last, heads, rank), np.float32)
-        for head in range(heads):
-            blocks[head, :, head, :] = b.T
-        rows = blocks.reshape(*(self.kernel_shape[axis] for axis in self._head_axes), last, -1)
+        rows = _on_diagonal(b.T, heads).reshape(
+            *(self.kernel_shape[axis] for axis in self._head_axes), last, -1
+        )
         axes = (*self._head_axes, len(self.kernel_shape) - 1)
         order = [axes.index(axis) for axis in self.out_axes]
         matrix_b = rows.transpose(*order, len(order)).reshape(self.shape[0], -1)
@@ -142,10 +141,17 @@ def _shared_block(rows: np.ndarray) -> np.ndarray | None:
         return None
     blocks = rows.reshape(heads, last, heads, total // heads)
     first = blocks[0, :, 0, :]
-    expected = np.zeros_like(blocks)
+    repeated = np.array_equal(blocks, _on_diagonal(first, heads))
+    return np.ascontiguousarray(first.T) if repeated else None
+
+
+def _on_diagonal(block: np.ndarray, heads: int) -> np.ndarray:
+    """Repeat a block `[last, rank]` along the diagonal of `[heads, last, heads, rank]`."""
+    last, rank = block.shape
+    blocks = np.zeros((heads, last, heads, rank), np.float32)
     for head in range(heads):
-        expected[head, :, head, :] = first
-    return np.ascontiguousarray(first.T) if np.array_equal(blocks, expected) else None
+        blocks[head, :, head, :] = block
+    return blocks
 
 
 def pad_rank(update: LowRankUpdate, rank: int) -> LowRankUpdate:

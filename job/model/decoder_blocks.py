@@ -115,12 +115,7 @@ class BlockwiseModel:
         return tuple(pairs[target] for target in range(len(pairs)))
 
     def embed(self, weights: Weights, token_ids: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        """Compute the input of the first block, `[batch, length, hidden]`.
-
-        Args:
-            weights: of the model; those in blocks are not used.
-            token_ids, segment_ids: int32 `[batch, length]`.
-        """
+        """Compute the input of the first block, `[batch, length, hidden]`."""
         captured: list[jax.Array] = []
 
         def capture(x: jax.Array, *_: Any, **__: Any) -> jax.Array:
@@ -263,12 +258,11 @@ class BlockwiseModel:
 def split_into_blocks(model: LanguageModel, config: ForwardConfig) -> BlockwiseModel | None:
     """Split a model into its blocks, or return None if it cannot be split.
 
-    It can if its family is known to pass nothing but hidden states and a mask from block to
-    block, all adapters are branches of kernels in blocks, and the backward pass saves the outputs
-    of kernels or nothing.
+    It can if its family is known, all adapters are branches of kernels in blocks, and the backward
+    pass saves the outputs of kernels or nothing.
     """
     backbone = model.backbone
-    known = family_of(backbone).blockwise and backbone.compute_dtype != "float16"
+    known = family_of(backbone) is not None and backbone.compute_dtype != "float16"
     if not known or config.remat == "none":
         return None
     if any(target.equations is None for target in model.lora.targets):

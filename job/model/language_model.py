@@ -99,7 +99,7 @@ class LanguageModel:
     @property
     def can_pack(self) -> bool:
         """Whether several examples may share a row."""
-        return family_of(self.backbone).packable
+        return family_of(self.backbone) is not None
 
     @property
     def vocabulary(self) -> int:
@@ -212,7 +212,7 @@ class LanguageModel:
         self, segment_ids: jax.Array, longest: int | None
     ) -> AbstractContextManager[None]:
         """Make attention look no further than `longest` tokens, where that pays off."""
-        if longest is None or not family_of(self.backbone).chunked_attention:
+        if longest is None or family_of(self.backbone) is None:
             return nullcontext()
         return chunked_attention(self.backbone, segment_ids, longest, self.chunking)
 

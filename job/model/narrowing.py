@@ -31,7 +31,7 @@ def gather_positions(hidden: jax.Array, positions: jax.Array) -> jax.Array:
 
 def can_narrow(backbone: Any) -> bool:
     """Tell whether the backbone's last block can be narrowed."""
-    return family_of(backbone).feed_forward is not None and backbone.compute_dtype != "float16"
+    return family_of(backbone) is not None and backbone.compute_dtype != "float16"
 
 
 def narrow_last_block(backbone: Any, positions: jax.Array) -> AbstractContextManager[None]:
@@ -40,11 +40,11 @@ def narrow_last_block(backbone: Any, positions: jax.Array) -> AbstractContextMan
     Within the `with` block it returns `[groups, n, hidden]`, equal to `gather_positions` of what
     it returns otherwise.
     """
-    half = family_of(backbone).feed_forward
-    assert half is not None
+    family = family_of(backbone)
+    assert family is not None
     block = backbone.transformer_layers[-1]
-    first = getattr(block, half.first)
-    last = next(layer for name in half.last if (layer := getattr(block, name, None)) is not None)
+    first = getattr(block, family.first)
+    last = next(layer for name in family.last if (layer := getattr(block, name, None)) is not None)
     run_block, run_first, run_last = block.call, first.call, last.call
     saved: dict[str, jax.Array] = {}
 

@@ -1,7 +1,5 @@
 """Small random backbones of the families in `job.model.families`."""
 
-from typing import Any
-
 import keras_hub
 import pytest
 
@@ -30,14 +28,7 @@ def small_backbone(family: str, **arguments: object) -> keras_hub.models.Backbon
     return getattr(keras_hub.models, family)(**defaults | arguments)
 
 
-def by_family(capability: str) -> list[Any]:
-    """List parameters of a test of each family: all but Gemma 3 and Llama are slow tests."""
-    return [
-        pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow)
-        for name in families_with(capability)
-    ]
-
-
-def families_with(capability: str) -> list[str]:
-    """List the families whose entry in `FAMILIES` has a capability."""
-    return [name for name, family in FAMILIES.items() if getattr(family, capability)]
+BY_FAMILY = [
+    pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow) for name in FAMILIES
+]
+"""Parameters of a test of each family: all but Gemma 3 and Llama are slow tests."""

@@ -12,7 +12,7 @@ from job.model.language_model import LanguageModel, Preset
 from job.model.tiny import train_tokenizer
 from job.spec.schema import Lora, Model
 from tests.conversations import chat_tokenizer
-from tests.model.families import by_family, small_backbone
+from tests.model.families import BY_FAMILY, small_backbone
 
 LENGTHS = (3, 12)  # the window of the small models is 5
 NEW = 7
@@ -28,7 +28,7 @@ def small_model(family: str) -> LanguageModel:
     return LanguageModel(task, chat_tokenizer(tokenizer), spec, Preset("test", None), mesh)
 
 
-@pytest.mark.parametrize("family", by_family("packable"))
+@pytest.mark.parametrize("family", BY_FAMILY)
 def test_every_family_decodes_as_kerashub_does(family: str) -> None:
     model = small_model(family)
     generator = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from job.model.language_model import ForwardConfig, LanguageModel
 from job.model.tiny import train_tokenizer
 from tests.conftest import MakeModel
 from tests.conversations import turns
-from tests.model.families import by_family, small_backbone
+from tests.model.families import BY_FAMILY, small_backbone
 from tests.model.forward import full_logits
 
 PROMPTS = [
@@ -117,7 +117,7 @@ def test_long_prompts_are_truncated_at_the_start_and_counted(tiny: LanguageModel
     assert truncated == [full[0], *full[-63:]]
 
 
-@pytest.mark.parametrize("family", by_family("packable"))
+@pytest.mark.parametrize("family", BY_FAMILY)
 def test_packed_and_unpacked_hidden_states_agree(family: str) -> None:
     backbone = small_backbone(family)
     lengths = (9, 4, 7)

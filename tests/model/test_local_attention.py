@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from job.model.attention import Chunking, chunked_attention, segment_attention
-from tests.model.families import by_family, small_backbone
+from tests.model.families import BY_FAMILY, small_backbone
 
 LENGTH, LONGEST = 45, 9
 
@@ -35,7 +35,7 @@ def states(backbone: Any, longest: int = 0, cut: Chunking | None = None) -> np.n
     return np.asarray(jax.jit(forward)(rows()))
 
 
-@pytest.mark.parametrize("family", by_family("chunked_attention"))
+@pytest.mark.parametrize("family", BY_FAMILY)
 def test_chunked_and_full_attention_agree(family: str) -> None:
     backbone, inputs = small_backbone(family), rows()
     real = inputs["padding_mask"] > 0

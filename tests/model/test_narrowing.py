@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from job.model.attention import segment_attention
+from job.model.families import FAMILIES
 from job.model.narrowing import can_narrow, gather_positions, narrow_last_block
-from tests.model.families import families_with, small_backbone
+from tests.model.families import small_backbone
 
 POSITIONS = jnp.array([[3, 14, 0, 23], [5, 5, 12, 22]])
 POST_NORMS = {"use_post_ffw_norm": True, "use_post_attention_norm": True}
@@ -24,7 +25,7 @@ POST_NORMS = {"use_post_ffw_norm": True, "use_post_attention_norm": True}
         pytest.param("GemmaBackbone", POST_NORMS, marks=pytest.mark.slow),
         *(
             pytest.param(family, {}, marks=pytest.mark.slow)
-            for family in families_with("feed_forward")
+            for family in FAMILIES
             if family != "LlamaBackbone"
         ),
     ],

@@ -18,7 +18,7 @@ from job.spec.schema import Train
 from job.train.blockwise_step import BlockwiseStep, make_step
 from job.train.optimizer import make_optimizer
 from job.train.step import StepConfig, padded_loss_count, shard_input
-from tests.model.families import by_family
+from tests.model.families import BY_FAMILY
 from tests.train.small import (
     ALL_LINEAR,
     ATTENTION,
@@ -70,7 +70,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
             pytest.param(
                 *p.values, True, marks=() if p.values == ("LlamaBackbone",) else pytest.mark.slow
             )
-            for p in by_family("blockwise")
+            for p in BY_FAMILY
         ),
     ],
 )
