@@ -9,7 +9,7 @@ Importing this module imports neither JAX nor Keras: commands read descriptions 
 a platform.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -135,21 +135,16 @@ def load_adapter(path: Path, layout: "LoraLayout") -> "tuple[LoraLayout, LoraWei
     """
     import jax.numpy as jnp
 
-    kernels = [(t.layer_index, t.path, t.kernel_shape) for t in layout.targets]
+    kernels = {target.layer_index: target.kernel_shape for target in layout.targets}
     pairs = load_layers(path, layout.rank, kernels).values()
     lora = tuple((jnp.asarray(a), jnp.asarray(b)) for a, b in pairs)
     return replace(layout, alpha=float(layout.rank), rslora=False), lora
 
 
 def load_layers(
-    path: Path, rank: int, kernels: Iterable[tuple[int, str, Sequence[int]]]
+    path: Path, rank: int, kernels: Mapping[int, Sequence[int]]
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Load A and B of some layers by number; B includes the factor.
-
-    Args:
-        path: the h5 file.
-        rank: its rank.
-        kernels: number, path and kernel shape of each layer.
+    """Load A and B of layers with these kernel shapes, by number; B includes the factor.
 
     Raises:
         StageError: the file is not a LoRA file, or has another rank or other layers.
@@ -159,7 +154,7 @@ def load_layers(
         with h5py.File(path, "r") as file:
             if (stored := int(_array(file, "lora/vars/rank", ()))) != rank:
                 raise StageError(f"{path.name} has rank {stored}, but model.lora.rank is {rank}")
-            for index, _, (*front, last) in kernels:
+            for index, (*front, last) in kernels.items():
                 layers[index] = (
                     _array(file, f"lora/{index}/vars/lora_kernel_a", (*front, rank)),
                     _array(file, f"lora/{index}/vars/lora_kernel_b", (rank, last)),

@@ -118,14 +118,7 @@ def base_name(preset: str) -> str:
 def to_peft(
     model: "LanguageModel", spec: "Model", lora: "LoraWeights", matrices: Sequence[LinearMatrix]
 ) -> PeftAdapter:
-    """Convert LoRA weights exactly, with the layer names of the transformers model.
-
-    Args:
-        model: the base model.
-        spec: the model section of the spec.
-        lora: the LoRA weights.
-        matrices: the transformers matrix of each target (`hf_weight_map.target_matrices`).
-    """
+    """Convert LoRA weights exactly; `matrices` are those of `hf_weight_map.target_matrices`."""
     layout = model.lora
     return PeftAdapter(
         base=base_name(spec.preset),

@@ -28,13 +28,7 @@ KernelFactors = Mapping[int, tuple[np.ndarray, np.ndarray, float]]
 def starting_lora(
     spec: Spec, model: LanguageModel, earlier: AdapterFiles | None, work: Path
 ) -> LoraWeights:
-    """Return the adapter that training starts from: fresh weights, or an earlier adapter.
-
-    Args:
-        spec: names the earlier adapter in `train.init_adapter`.
-        model: the model to adapt.
-        earlier: the files of the earlier adapter, if the spec names one.
-        work: a folder for local copies.
+    """Return the adapter that training starts from: fresh weights, or `earlier`, copied to `work`.
 
     Raises:
         UsageError: the earlier adapter does not fit this model, its targets or its ranks.
@@ -67,16 +61,15 @@ def _from_keras(folder: Path, spec: Spec, model: LanguageModel) -> KernelFactors
             adapter=info.revision,
             model=model.preset.revision,
         )
-    adapted = {layer.index: layer for layer in info.layers}
     shapes = {target.layer_index: list(target.kernel_shape) for target in layout.targets}
-    _check_targets([layer.path for index, layer in adapted.items() if index not in shapes], layout)
-    for index, layer in adapted.items():
-        if layer.kernel != shapes[index]:
+    _check_targets([layer.path for layer in info.layers if layer.index not in shapes], layout)
+    for layer in info.layers:
+        if layer.kernel != shapes[layer.index]:
             raise UsageError(
                 f"{_WHERE}: the kernel of {layer.path} has shape {tuple(layer.kernel)} in the "
-                f"adapter and {tuple(shapes[index])} in {spec.model.preset}"
+                f"adapter and {tuple(shapes[layer.index])} in {spec.model.preset}"
             )
-    kernels = [(layer.index, layer.path, layer.kernel) for layer in info.layers]
+    kernels = {layer.index: layer.kernel for layer in info.layers}
     pairs = load_layers(folder / H5, info.rank, kernels)
     return {index: (a, b, 1.0) for index, (a, b) in pairs.items()}
 
@@ -91,11 +84,7 @@ def _check_targets(unknown: Sequence[str], layout: LoraLayout) -> None:
 
 
 def _from_peft(adapter: PeftAdapter, model: LanguageModel) -> KernelFactors:
-    """Return the kernels' factors for an adapter in PEFT's format.
-
-    Raises:
-        UsageError: it adapts other layers, or layers of other shapes.
-    """
+    """Return the kernels' factors for an adapter in PEFT's format."""
     layout = model.lora
     matrices = {
         bare_name(matrix.module): (target.layer_index, matrix)

@@ -76,7 +76,7 @@ def start(spec: Spec) -> EnvironmentInfo:
             f"JAX has no usable device (JAX_PLATFORMS={platforms!r}): {reason}"
             f"{_tpu_details(platforms)}"
         ) from error
-    platform = _platform(devices[0].platform)
+    platform = devices[0].platform
     check_devices(spec.runtime, platform, len(devices), devices[0].device_kind)
     check_batch(spec, data_parallel(spec.runtime, len(devices)))
     configure_cache(spec.runtime)
@@ -107,16 +107,8 @@ def _tpu_details(platforms: str) -> str:
     )
 
 
-def _platform(name: str) -> str:
-    return "gpu" if name in ("cuda", "rocm") else name
-
-
 def check_devices(runtime: Runtime, platform: str, devices: int, kind: str) -> None:
-    """Check the platform and the number of devices against the spec.
-
-    Raises:
-        SetupError: they do not match.
-    """
+    """Raise SetupError if the platform or the number of devices is not the spec's."""
     actual = f"has {devices} {platform} device{'s' if devices != 1 else ''} ({kind})"
     if runtime.platform not in ("any", platform):
         raise SetupError(
@@ -150,11 +142,7 @@ def data_parallel(runtime: Runtime, devices: int) -> int:
 
 
 def check_batch(spec: Spec, devices: int) -> None:
-    """Check that the rows of a step can be divided evenly over the devices.
-
-    Raises:
-        SetupError: they cannot.
-    """
+    """Raise SetupError if the rows of a step cannot be divided evenly over the devices."""
     batch, micro = spec.train.batch_size, spec.train.micro_batch
     unit = devices * (1 if micro == "auto" else micro)
     if batch % unit:

@@ -97,14 +97,7 @@ class BlockwiseStep:
         )
 
     def _begin(self, weights: Weights, batch: Arrays, index: jax.Array, rate: jax.Array) -> Any:
-        """Return a micro-batch's first block input, its context and its loss positions.
-
-        Args:
-            weights: of the model.
-            batch: see `shard_input`.
-            index: number of the micro-batch in the batch.
-            rate: of dropout, if the step has any.
-        """
+        """Return a micro-batch's first block input, its context and its loss positions."""
         rows = {name: array[index] for name, array in batch.items() if name != "stop"}
         segment_ids, dropout = rows.pop("segment_ids"), None
         number = rows.pop("micro_batch")
@@ -190,7 +183,7 @@ def make_step(
         model: the model.
         optimizer: a Keras optimizer built for the model's LoRA weights.
         config: the step's configuration.
-        compile_mode: what is one program (`train.compile`); auto is blocks on TPUs.
+        compile_mode: `train.compile` of the spec.
     """
     if compile_mode == "blocks" or (compile_mode == "auto" and model.platform == "tpu"):
         blocks = split_into_blocks(model, config.forward)

@@ -56,14 +56,7 @@ def activation_bytes(
 ) -> int:
     """Return the bytes of activations that a device saves for one row's backward pass.
 
-    Nothing runs: the loss is traced.
-
-    Args:
-        model: the model.
-        lora: an adapter, of which only shapes matter.
-        config: the step's configuration.
-        length: tokens of the row.
-        losses: positions with a loss.
+    The loss of a row of `length` tokens and `losses` positions with a loss is traced; nothing runs.
     """
     widths = {"token_ids": length, "segment_ids": length, "positions": losses, "targets": losses}
     rows = {name: np.zeros((1, width), np.int32) for name, width in widths.items()}

@@ -64,7 +64,7 @@ def shard_input(
     Args:
         model: the model, which has the mesh.
         batch: the rows of the step.
-        gradient_accumulation_steps: micro-batches that run one after another.
+        gradient_accumulation_steps: number of micro-batches.
         losses: length that each device's list of loss positions is padded to, per micro-batch.
         step: number of the step, which determines the dropout of its micro-batches.
         stop: whether this process has been told to stop; the metrics tell all processes.

@@ -100,15 +100,7 @@ class Trainer:
         store: Store,
         stop: CoordinatedStop,
     ) -> None:
-        """Build the step and set the state to that before the first step; nothing is compiled yet.
-
-        Args:
-            model: the frozen model.
-            data: rows and initial LoRA weights.
-            config: settings.
-            store: where checkpoints and the history are saved.
-            stop: checked at each step.
-        """
+        """Build the step, which is compiled when it first runs; checkpoints go to `store`."""
         self._model = model
         self._data = data
         self._config = config
@@ -338,10 +330,6 @@ class Trainer:
 
     def _mfu(self) -> float | None:
         model, devices = self._model, self._model.mesh.devices
-        return model_flops_utilization(
-            self._progress,
-            model.parameters,
-            model.head_parameters,
-            devices.flat[0].device_kind,
-            devices.size,
-        )
+        sizes = model.parameters, model.head_parameters
+        kind = devices.flat[0].device_kind
+        return model_flops_utilization(self._progress, *sizes, kind, devices.size)

@@ -12,7 +12,7 @@ from job.adapters.safetensors_io import TensorFile
 from job.errors import StageError
 
 RANK = 2
-KERNELS = [(3, "decoder/query", (4, 2, 6))]
+KERNELS = {3: (4, 2, 6)}
 SHAPES = {"lora_kernel_a": (4, 2, RANK), "lora_kernel_b": (RANK, 6)}
 A = "lora/3/vars/lora_kernel_a"
 
@@ -96,7 +96,7 @@ def test_a_claimed_shape_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="has shape"):
         load_layers(path, RANK, KERNELS)
     with pytest.raises(StageError, match="not stored in the file itself"):  # 37 GiB
-        load_layers(path, RANK, [(3, "decoder/query", (100_000, 50_000, 6))])
+        load_layers(path, RANK, {3: (100_000, 50_000, 6)})
 
 
 @pytest.mark.parametrize(
