@@ -10,7 +10,6 @@ from job.model.lora import LoraWeights, flatten_lora
 from job.spec.schema import Train
 
 
-@keras.saving.register_keras_serializable(package="job")
 class WarmupSchedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
     """Linear warm-up to the peak rate, then a constant, linear or cosine schedule.
 
@@ -36,9 +35,6 @@ class WarmupSchedule(keras.optimizers.schedules.LearningRateSchedule):  # type: 
         else:
             decay = ops.ones_like(progress)
         return self.peak * ops.where(step < self.warmup, warm, decay)
-
-    def get_config(self) -> dict[str, Any]:
-        return {"peak": self.peak, "shape": self.shape, "warmup": self.warmup, "steps": self.steps}
 
 
 def make_optimizer(train: Train, steps: int, lora: LoraWeights) -> tuple[Any, WarmupSchedule]:
