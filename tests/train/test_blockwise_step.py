@@ -2,8 +2,9 @@
 
 import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import keras_hub
@@ -17,7 +18,7 @@ from job.model.lora import flatten_lora
 from job.spec.schema import Train
 from job.train.blockwise_step import BlockwiseStep, make_step
 from job.train.optimizer import make_optimizer
-from job.train.step import StepConfig, make_validation, padded_loss_count, shard_input
+from job.train.step import StepConfig, padded_loss_count, shard_input
 from tests.model.families import BY_FAMILY
 from tests.train.small import (
     ALL_LINEAR,
@@ -35,7 +36,7 @@ SGD = Train(optimizer="sgd", learning_rate=1.0, schedule="constant", warmup_rati
 def run_step(
     model: LanguageModel, rows: PackedRows, config: StepConfig, mode: Any, micro_batches: int = 1
 ) -> tuple[list[np.ndarray], Any, Any]:
-    """The LoRA weights after a step, its metrics, and with blocks a validation before it."""
+    """The LoRA weights after a step, its metrics, and a validation before it."""
     lora = perturbed_lora(model)
     optimizer, _ = make_optimizer(SGD, 1, lora)
     step, validate = make_step(model, optimizer, config, mode)
@@ -43,19 +44,17 @@ def run_step(
     state = make_state(model, optimizer, lora)
     batch = rows.batch.take(np.arange(8 * micro_batches) % len(rows.batch))
     losses = padded_loss_count(int(batch.count_loss_tokens(micro_batches * model.devices).max()))
-    sums = None
-    if mode == "blocks":  # as one program, a validation is compiled apart
-        first = rows.batch.take(np.arange(8) % len(rows.batch))
-        sums = validate(state.lora, model.weights, shard_input(model, first, 1, losses))
+    first = rows.batch.take(np.arange(8) % len(rows.batch))
+    sums = validate(state.lora, model.weights, shard_input(model, first, 1, losses))
     inputs = shard_input(model, batch, micro_batches, losses)
     state, metrics = step(state, model.weights, inputs)
     return [np.asarray(a) for a in flatten_lora(state.lora)], metrics, sums
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
-    """Check the weights and the metrics."""
+    """Check the weights, the metrics and the validation."""
     assert any(np.abs(np.asarray(a)).max() > 1e-3 for a in ours[0])
-    for a, b in zip(jax.tree.leaves(ours[:2]), jax.tree.leaves(theirs[:2]), strict=True):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
 
 
@@ -75,15 +74,15 @@ def assert_same(ours: Any, theirs: Any) -> None:
     ],
 )
 def test_block_programs_equal_the_single_program(family: str, packed: bool) -> None:
-    all_linear = family in ("Gemma3Backbone", "LlamaBackbone")
-    model = small_model(family, ALL_LINEAR if all_linear else ATTENTION)
+    # As one program, the feed-forward half of the last block sees, and drops, fewer positions.
+    model = small_model(family, ALL_LINEAR if family == "Gemma3Backbone" else ATTENTION)
     # Longer than the sliding window of 5 tokens, so that local blocks differ from global ones.
     rows = make_rows(random_examples(), 14, packing=packed)
-    config = StepConfig(ForwardConfig(packed, longest=rows.longest))
-    ours, theirs = (run_step(model, rows, config, mode) for mode in ("blocks", "step"))
-    assert_same(ours, theirs)
-    # A validation is the loss of the same rows before the step.
-    np.testing.assert_allclose(ours[2], theirs[1][:2], rtol=1e-5)
+    config = StepConfig(ForwardConfig(packed, longest=rows.longest), dropout=0.5, seed=3)
+    theirs = run_step(model, rows, config, "step", micro_batches=2)
+    if family == "Qwen3Backbone":
+        config = config._replace(forward=config.forward._replace(remat="blocks"))
+    assert_same(run_step(model, rows, config, "blocks", micro_batches=2), theirs)
 
 
 @pytest.mark.parametrize(("longest", "kinds"), [(5, 1), (6, 2), (None, 2)])
@@ -108,25 +107,6 @@ def test_identical_blocks_have_their_own_wavelengths() -> None:
     assert_same(run_step(model, rows, config, "blocks"), run_step(model, rows, config, "step"))
 
 
-FORWARD = ForwardConfig(packed=True, longest=14)
-
-
-def test_block_programs_follow_the_step_config() -> None:
-    # As one program, the feed-forward half of the last block sees, and drops, fewer positions.
-    model = small_model("Qwen3Backbone", ATTENTION)
-    rows = make_rows(random_examples(), 14, packing=True)
-    config = StepConfig(FORWARD, dropout=0.5, seed=3)
-    theirs = run_step(model, rows, config, "step", micro_batches=2)
-    recomputed = config._replace(forward=FORWARD._replace(remat="blocks"))
-    ours = run_step(model, rows, recomputed, "blocks", micro_batches=2)
-    assert_same(ours, theirs)
-    # Validation has no dropout.
-    first = rows.batch.take(np.arange(8) % len(rows.batch))
-    batch = shard_input(model, first, 1, int(first.count_loss_tokens(1).max()))
-    plain = make_validation(model, FORWARD)(perturbed_lora(model), model.weights, batch)
-    np.testing.assert_allclose(ours[2], plain, rtol=1e-5)
-
-
 @pytest.mark.slow
 def test_block_programs_on_a_mesh_equal_those_on_one_device() -> None:
     rows = make_rows(random_examples(), 14, packing=True)
@@ -136,20 +116,6 @@ def test_block_programs_on_a_mesh_equal_those_on_one_device() -> None:
     for mesh in ((8, 1), (2, 4)):
         model = small_model("LlamaBackbone", ATTENTION, mesh=mesh, **shape)
         assert_same(run_step(model, rows, config, "blocks"), one_device)
-
-
-def test_a_step_that_is_not_finite_changes_nothing(small: LanguageModel) -> None:
-    rows = make_rows(random_examples(), 14, packing=True)
-    lora = perturbed_lora(small)
-    broken: Any = ((np.full_like(lora[0][0], np.nan), lora[0][1]), *lora[1:])
-    optimizer, _ = make_optimizer(Train(), 1, lora)
-    step, _ = make_step(small, optimizer, StepConfig(FORWARD), "blocks")
-    state = make_state(small, optimizer, broken)
-    losses = padded_loss_count(int(rows.batch.count_loss_tokens(1).max()))
-    state, metrics = step(state, small.weights, shard_input(small, rows.batch, 1, losses))
-    assert not np.isfinite(metrics.loss)
-    for ours, theirs in zip(flatten_lora(state.lora), flatten_lora(broken), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("reason", ["float16", "remat", "gpt2"])
@@ -171,9 +137,9 @@ def test_a_cpu_has_one_program_by_default(tmp_path: Path, small: LanguageModel) 
     assert isinstance(make_trainer(tmp_path, small)[0].train_step, BlockwiseStep)
 
 
-@pytest.fixture
-def compiled() -> Iterator[list[str]]:
-    """The names of the functions that are compiled from now on."""
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Collect the names of the functions that are compiled in the block."""
     names: list[str] = []
 
     def on_event(event: str, _: float, **about: Any) -> None:
@@ -185,26 +151,51 @@ def compiled() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(on_event)
 
 
-def test_steps_and_validations_use_the_planned_programs(
-    small: LanguageModel, compiled: list[str]
-) -> None:
-    """`job plan` lowers the programs that steps and validations run."""
+class Planned(NamedTuple):
+    """A step whose programs are compiled, and what it takes."""
+
+    step: Any
+    validate: Any
+    optimizer: Any
+    batch: Any
+
+
+@pytest.fixture(scope="module")
+def planned(small: LanguageModel) -> Planned:
+    """A step whose programs are compiled as `job plan` compiles them."""
     rows = make_rows(random_examples(), 14, packing=True)
-    lora = perturbed_lora(small)
-    optimizer, _ = make_optimizer(Train(), 1, lora)
-    config = StepConfig(FORWARD, dropout=0.5)
+    optimizer, _ = make_optimizer(Train(), 1, perturbed_lora(small))
+    config = StepConfig(ForwardConfig(packed=True, longest=14), dropout=0.5)
     step, validate = make_step(small, optimizer, config, "blocks")
-    state = make_state(small, optimizer, lora)
     losses = padded_loss_count(int(rows.batch.count_loss_tokens(1).max()))
     batch = shard_input(small, rows.batch, 1, losses)
-    for program in step.block_programs(state, small.weights, batch):
-        program.function.lower(*program.arguments).compile()
-    assert len(compiled) >= 5
-    compiled.clear()
-    for _ in range(2):
-        state, _ = step(state, small.weights, batch)
-    validate(state.lora, small.weights, batch)
-    assert compiled == []
+    state = make_state(small, optimizer, perturbed_lora(small))
+    with compilations() as names:
+        for program in step.block_programs(state, small.weights, batch):
+            program.function.lower(*program.arguments).compile()
+    assert len(names) >= 5
+    return Planned(step, validate, optimizer, batch)
+
+
+def test_steps_and_validations_use_the_planned_programs(
+    small: LanguageModel, planned: Planned
+) -> None:
+    state = make_state(small, planned.optimizer, perturbed_lora(small))
+    with compilations() as names:
+        for _ in range(2):
+            state, _ = planned.step(state, small.weights, planned.batch)
+        planned.validate(state.lora, small.weights, planned.batch)
+    assert names == []
+
+
+def test_a_step_that_is_not_finite_changes_nothing(small: LanguageModel, planned: Planned) -> None:
+    lora = perturbed_lora(small)
+    broken: Any = ((np.full_like(lora[0][0], np.nan), lora[0][1]), *lora[1:])
+    state = make_state(small, planned.optimizer, broken)
+    state, metrics = planned.step(state, small.weights, planned.batch)
+    assert not np.isfinite(metrics.loss)
+    for ours, theirs in zip(flatten_lora(state.lora), flatten_lora(broken), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.slow
