@@ -257,8 +257,7 @@ def split_into_blocks(model: LanguageModel, config: ForwardConfig) -> BlockwiseM
     pass saves the outputs of kernels or nothing.
     """
     backbone = model.backbone
-    known = family_of(backbone) is not None and backbone.compute_dtype != "float16"
-    if not known or config.remat == "none":
+    if family_of(backbone) is None or config.remat == "none":
         return None
     if any(target.equations is None for target in model.lora.targets):
         return None

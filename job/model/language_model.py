@@ -37,7 +37,7 @@ from job.model.lora import (
     lora_branches,
     make_lora_layout,
 )
-from job.model.narrowing import can_narrow, gather_positions, narrow_last_block
+from job.model.narrowing import gather_positions, narrow_last_block
 from job.model.remat import Remat, remat_blocks
 from job.model.sharding import DATA_AXIS, check_shardable, device_put, weight_sharding
 from job.spec.schema import Model
@@ -179,7 +179,7 @@ class LanguageModel:
             `[groups, n, hidden]` in the compute dtype.
         """
         segment_ids, positions = batch["segment_ids"], batch["positions"]
-        narrow = can_narrow(self.backbone)
+        narrow = family_of(self.backbone) is not None
         with (
             self.with_weights(self._merge_unbranched(weights, lora)),
             segment_attention(self.backbone) if config.packed else nullcontext(),

@@ -29,13 +29,8 @@ def gather_positions(hidden: jax.Array, positions: jax.Array) -> jax.Array:
     return jnp.take_along_axis(grouped, positions[..., None], axis=1)
 
 
-def can_narrow(backbone: Any) -> bool:
-    """Tell whether the backbone's last block can be narrowed."""
-    return family_of(backbone) is not None and backbone.compute_dtype != "float16"
-
-
 def narrow_last_block(backbone: Any, positions: jax.Array) -> AbstractContextManager[None]:
-    """Make the backbone return the hidden states at `positions` only.
+    """Make the backbone of a listed family return the hidden states at `positions` only.
 
     Within the `with` block it returns `[groups, n, hidden]`, equal to `gather_positions` of what
     it returns otherwise.

@@ -24,7 +24,7 @@ from job.spec.schema import Mesh, Spec
 MFU = 0.4
 """Assumed share of peak FLOP/s (model FLOPs utilization)."""
 
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_BYTES = {"bfloat16": 2, "float32": 4}
 _LIVE_SHARE = 0.4
 """Share of the intermediate results of a block's backward pass that are live at the same time."""
 

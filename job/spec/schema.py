@@ -78,7 +78,7 @@ class Model(Section):
         "(random weights), or `smollm2-135m-instruct` (with the `demo` extra).",
     )
     revision: str | None = Field(None, description="Commit, tag or branch of an hf:// preset.")
-    dtype: Literal["bfloat16", "float32", "float16"] = Field(
+    dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Dtype of the frozen weights; LoRA weights are always float32."
     )
     chat_template: Annotated[str, Field(min_length=1)] = Field(
