@@ -37,7 +37,7 @@ class _RecordingLoader:
     preset = None
 
     def __init__(self) -> None:
-        self.loaded: list[tuple[Any, str, Hook | None]] = []
+        self.loaded: list[CheckpointTensor] = []
 
     def get_tensor(self, key: str) -> np.ndarray:
         raise KeyError(key)  # no file is read: converters fall back to their default names
@@ -45,7 +45,7 @@ class _RecordingLoader:
     def port_weight(
         self, keras_variable: Any, hf_weight_key: str, hook_fn: Hook | None = None
     ) -> None:
-        self.loaded.append((keras_variable, hf_weight_key, hook_fn))
+        self.loaded.append(CheckpointTensor(keras_variable, hf_weight_key, hook_fn))
 
 
 def checkpoint_tensors(backbone: Any) -> list[CheckpointTensor]:
@@ -70,9 +70,7 @@ def checkpoint_tensors(backbone: Any) -> list[CheckpointTensor]:
     loader = _RecordingLoader()
     converters[0].convert_weights(backbone, loader, _config(backbone))
     full_name = _multimodal_name if _is_multimodal(backbone) else _text_model_name
-    return [
-        CheckpointTensor(variable, full_name(name), hook) for variable, name, hook in loader.loaded
-    ]
+    return [tensor._replace(name=full_name(tensor.name)) for tensor in loader.loaded]
 
 
 def _is_multimodal(backbone: Any) -> bool:
@@ -81,7 +79,7 @@ def _is_multimodal(backbone: Any) -> bool:
 
 
 def _config(backbone: Any) -> dict[str, Any]:
-    """Return the part of the checkpoint's configuration that converters of weights read."""
+    """Return what converters of weights read of the checkpoint's configuration."""
     family = type(backbone).__name__.removesuffix("Backbone").lower()
     if family == "gemma":
         return {"model_type": "gemma2" if backbone.use_post_ffw_norm else "gemma"}
