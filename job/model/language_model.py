@@ -5,8 +5,8 @@ function serves the base model, training and the tuned model, and nothing is ass
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -216,12 +216,10 @@ class LanguageModel:
             return nullcontext()
         return chunked_attention(self.backbone, segment_ids, longest, self.chunking)
 
-    @contextmanager
-    def with_weights(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Iterator[None]:
+    def with_weights(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Any:
         """Run the backbone with these weights, and values of other variables."""
         mapping = [*zip(self.backbone.variables, weights, strict=True), *more]
-        with keras.StatelessScope(state_mapping=mapping):
-            yield
+        return keras.StatelessScope(state_mapping=mapping)
 
     def _merge_unbranched(self, weights: Weights, lora: LoraWeights | None) -> Weights:
         """Merge the adapters that cannot run as branches."""
