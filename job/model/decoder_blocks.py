@@ -7,7 +7,7 @@ and what distinguishes them is passed in: weights, adapter, wavelengths of rotar
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 from jax.sharding import NamedSharding
-from keras_hub.layers import RotaryEmbedding
 
 from job.model.attention import segment_attention
 from job.model.families import family_of
@@ -31,6 +30,12 @@ from job.model.lora import (
 )
 from job.model.patching import Patch, patched
 from job.model.remat import kernel_layers
+from job.model.rotary import (
+    has_linear_scaling,
+    rotary_constants,
+    rotary_layers,
+    with_rotary_constants,
+)
 from job.model.sharding import DATA_AXIS, MODEL_AXIS, shard_axis
 
 
@@ -215,7 +220,7 @@ class BlockwiseModel:
             keras.StatelessScope(
                 state_mapping=list(zip(block.layer.variables, arrays.weights, strict=True))
             ),
-            _with_rotary_constants(block.layer, arrays.rotary),
+            with_rotary_constants(block.layer, arrays.rotary),
             segment_attention(self._backbone) if config.packed else nullcontext(),
             self._model.chunked_attention(segment_ids, config.longest),
             lora_branches(self._backbone, self._layout(block), arrays.lora, dropout),
@@ -233,7 +238,7 @@ class BlockwiseModel:
         targets = self._layout(block).targets
         constants: tuple[jax.Array, jax.Array] = self._model.replicate(
             (
-                np.asarray(_rotary_constants(block.layer), np.float32).reshape(-1, 2),
+                np.asarray(rotary_constants(block.layer), np.float32).reshape(-1, 2),
                 np.asarray([target.layer_index for target in targets], np.int32),
             )
         )
@@ -292,8 +297,8 @@ def _kinds(layers: Sequence[Any], longest: int | None) -> list[int]:
 def _signature(layer: Any, longest: int | None) -> tuple[Any, ...]:
     """Return what distinguishes the functions of two blocks of one family."""
     shapes = tuple(tuple(variable.shape) for variable in layer.variables)
-    constants = _rotary_constants(layer)
-    if all(_has_linear_scaling(part) for part in _rotary_layers(layer)):
+    constants = rotary_constants(layer)
+    if all(has_linear_scaling(part) for part in rotary_layers(layer)):
         constants = []
     window = layer.sliding_window_size if _has_window(layer) else None
     if window is not None and longest is not None and longest <= window:
@@ -303,33 +308,6 @@ def _signature(layer: Any, longest: int | None) -> tuple[Any, ...]:
 
 def _has_window(layer: Any) -> bool:
     return bool(getattr(layer, "use_sliding_window_attention", False))
-
-
-def _rotary_layers(layer: Any) -> list[Any]:
-    """List the rotary embeddings (Su et al. 2021) inside a layer, in KerasHub's order."""
-    parts = layer._flatten_layers(include_self=False)
-    return [part for part in parts if isinstance(part, RotaryEmbedding)]
-
-
-def _has_linear_scaling(rotary: Any) -> bool:
-    """Tell whether wavelength and scaling factor determine a rotary embedding."""
-    default = type(rotary)._get_inverse_freq is RotaryEmbedding._get_inverse_freq
-    return default and rotary.rope_type == "linear"
-
-
-def _rotary_constants(layer: Any) -> list[tuple[float, float]]:
-    """List (wavelength, scaling factor) of each rotary embedding inside a layer."""
-    return [(part.max_wavelength, part.scaling_factor) for part in _rotary_layers(layer)]
-
-
-def _with_rotary_constants(layer: Any, constants: jax.Array) -> AbstractContextManager[None]:
-    """Give a layer's linear rotary embeddings these constants, float32 `[embeddings, 2]`."""
-    return patched([
-        Patch(part, name, value)
-        for part, values in zip(_rotary_layers(layer), list(constants), strict=True)
-        if _has_linear_scaling(part)
-        for name, value in zip(("max_wavelength", "scaling_factor"), list(values), strict=True)
-    ])  # fmt: skip
 
 
 def _tapped(
