@@ -31,6 +31,7 @@ from job.model.lora import (
 from job.model.patching import Patch, patched
 from job.model.remat import kernel_layers
 from job.model.rotary import (
+    fast_rotary,
     has_linear_scaling,
     rotary_constants,
     rotary_layers,
@@ -220,6 +221,7 @@ class BlockwiseModel:
             keras.StatelessScope(
                 state_mapping=list(zip(block.layer.variables, arrays.weights, strict=True))
             ),
+            fast_rotary(self._backbone),
             with_rotary_constants(block.layer, arrays.rotary),
             segment_attention(self._backbone) if config.packed else nullcontext(),
             self._model.chunked_attention(segment_ids, config.longest),

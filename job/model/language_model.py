@@ -5,8 +5,8 @@ function serves the base model, training and the tuned model, and nothing is ass
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ from job.model.lora import (
 )
 from job.model.narrowing import gather_positions, narrow_last_block
 from job.model.remat import Remat, remat_blocks
+from job.model.rotary import fast_rotary
 from job.model.sharding import DATA_AXIS, check_shardable, device_put, weight_sharding
 from job.spec.schema import Model
 
@@ -216,10 +217,12 @@ class LanguageModel:
             return nullcontext()
         return chunked_attention(self.backbone, segment_ids, longest, self.chunking)
 
-    def with_weights(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Any:
+    @contextmanager
+    def with_weights(self, weights: Weights, *more: tuple[Any, jax.Array]) -> Iterator[None]:
         """Run the backbone with these weights, and values of other variables."""
         mapping = [*zip(self.backbone.variables, weights, strict=True), *more]
-        return keras.StatelessScope(state_mapping=mapping)
+        with keras.StatelessScope(state_mapping=mapping), fast_rotary(self.backbone):
+            yield
 
     def _merge_unbranched(self, weights: Weights, lora: LoraWeights | None) -> Weights:
         """Merge the adapters that cannot run as branches."""
