@@ -1,16 +1,23 @@
 #!/usr/bin/env bash
-# Startup script of each TPU VM. It runs as root at every boot: pull the image, run the job, upload
-# its log, write its exit code to the bucket, and delete the machine if the metadata says so. All
-# inputs come from the VM's metadata.
+# Startup script of each TPU VM, run as root at every boot. It only installs a systemd unit and
+# returns, because Google's runner of startup scripts ends first at a shutdown, and with it the
+# script's output. All inputs come from the VM's metadata.
 #
-# It is safe to run many times. It follows a running container and resumes a stopped one. If the
-# attempt has ended, it only deletes the machine.
+#   job          pulls the image, runs the job, uploads its log, and writes its exit code to the bucket.
+#                It waits for the metadata server, starts a timer for job-delete at the deadline, and
+#                starts job-delete at its end.
+#   job-delete   stops the job and deletes the machine, again and again until it is gone
 #
-# Secrets go from Secret Manager to this shell's memory, and from there to the container's standard
+# Each unit is safe to run many times. `job` follows a running container and resumes a stopped one. If
+# the attempt has ended, it only deletes the machine.
+#
+# Secrets go from Secret Manager to the shell's memory, and from there to the container's standard
 # input. They are in no argument, no file, no `docker inspect` output and no log.
 #
-# Usage: startup.sh [--dry-run]
+# Usage: startup.sh [run | delete | --dry-run]
 #
+#   run         the unit job
+#   delete      the unit job-delete
 #   --dry-run   print what it would do
 
 set -euo pipefail
@@ -23,26 +30,35 @@ TPU=${CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU:-https://tpu.googleapis.com/}
 COMPUTE=${CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE:-https://compute.googleapis.com/compute/v1/}
 FOLDER=${JOB_VM_FOLDER:-/var/lib/job}
 TICK=${JOB_VM_TICK:-15}
+PAUSE=${JOB_VM_PAUSE:-20}
 CONTAINER=${JOB_VM_CONTAINER:-job}
 
-log() { printf '%s startup: %s\n' "$(date -u +%FT%TZ)" "$*"; }
+log() {
+  printf '%s startup: %s\n' "$(date -u +%FT%TZ)" "$*" | tee -a "$FOLDER/log" || true
+}
 
 metadata() { # PATH
-  curl -sf --retry 5 --retry-connrefused -H 'Metadata-Flavor: Google' "$METADATA/$1"
+  curl -sf --retry 3 --retry-connrefused --max-time 30 -H 'Metadata-Flavor: Google' "$METADATA/$1"
+}
+
+# Keep the VM's metadata in a file, and read one attribute from it.
+read_metadata() {
+  metadata 'instance/attributes/?recursive=true' >"$FOLDER/attributes.new" || return
+  mv "$FOLDER/attributes.new" "$FOLDER/attributes"
 }
 
 attribute() { # NAME
-  metadata "instance/attributes/$1" || true
+  python3 -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2], ""))' \
+    "$FOLDER/attributes" "$1"
 }
 
 token() {
-  metadata instance/service-accounts/default/token \
-    | python3 -c 'import json, sys; print(json.load(sys.stdin)["access_token"])'
+  metadata instance/service-accounts/default/token | sed -n 's/.*"access_token": *"\([^"]*\)".*/\1/p'
 }
 
 # Run curl with the service account's token. A pipe passes the header, so no argument holds the token.
 call() { # CURL-ARGUMENT...
-  curl -sf --retry 5 --retry-connrefused --max-time 300 \
+  curl -sf --retry 5 --retry-connrefused --retry-max-time 120 --max-time 120 \
     -H @<(printf 'Authorization: Bearer %s\n' "$(token)") "$@"
 }
 
@@ -61,48 +77,58 @@ put() { # FILE NAME
     "$STORAGE/upload/storage/v1/b/$BUCKET/o?uploadType=media&name=$(quoted "$PREFIX/$2")"
 }
 
-attempt_has_ended() {
-  call "$STORAGE/storage/v1/b/$BUCKET/o?prefix=$(quoted "$PREFIX/marks/exit-$ATTEMPT-$WORKER-")" \
-    | grep -q '"name"'
-}
-
 # End the attempt: upload the log, write the exit mark, delete the machine.
 end() { # CODE REASON
+  trap '' TERM
   log "exit code $1${2:+: $2}"
-  upload_log || true
-  printf '%s\n' "$2" >"$FOLDER/reason"
-  put "$FOLDER/reason" "marks/exit-$ATTEMPT-$WORKER-$1" || log "cannot write the exit mark"
-  delete_machine
+  write_mark "$1" "$2"
+  [[ $WORKER != 0 ]] || systemctl start --no-block job-delete
   exit 0
 }
 
+# Write the exit mark of the attempt, or the first one again.
+write_mark() { # CODE REASON
+  if [[ ! -s $FOLDER/code ]]; then
+    printf '%s\n' "$2" >"$FOLDER/reason"
+    printf '%s' "$1" >"$FOLDER/code"
+  fi
+  upload_log || log "cannot upload the log"
+  put "$FOLDER/reason" "marks/exit-$ATTEMPT-$WORKER-$(<"$FOLDER/code")" || log "cannot write the exit mark"
+}
+
+# Stop the job, and delete the machine. Fail, so that systemd starts the unit again, until it is gone.
+# Every host of a slice does so at the deadline, but only the first host at the end of its job.
 delete_machine() {
   local path url
+  read_metadata || true # what an earlier start of a unit has read will do
+  read_attributes
+  systemctl stop job || true
+  write_mark 124 "reached the maximum run time"
   path=$(attribute job-delete)
-  [[ -n $path && $WORKER == 0 ]] || return 0
-  log "deleting this machine"
   case $path in
     tpu\ *) url=$TPU${path#tpu } ;;
     compute\ *) url=$COMPUTE${path#compute } ;;
-    *) return 0 ;;
+    *) exit 0 ;;
   esac
-  call -o /dev/null -X DELETE "$url" || log "cannot delete this machine; the watcher will"
+  log "deleting this machine"
+  call -o /dev/null -X DELETE "$url" || log "cannot delete this machine yet"
+  exit 1
 }
 
 # Upload the full log to the bucket, and its new lines to Cloud Logging.
-UPLOADED=0
 upload_log() {
-  local size
+  local size uploaded
+  uploaded=$(cat "$FOLDER/uploaded" 2>/dev/null || echo 0)
   size=$(stat -c %s "$FOLDER/log")
-  ((size > UPLOADED)) || return 0
+  ((size > uploaded)) || return 0
   put "$FOLDER/log" "logs/$ATTEMPT-$WORKER.log"
-  tail -c "+$((UPLOADED + 1))" "$FOLDER/log" | head -c "$((size - UPLOADED))" \
+  tail -c "+$((uploaded + 1))" "$FOLDER/log" | head -c "$((size - uploaded))" \
     | python3 -c "$ENTRIES" "$PROJECT" "$RUN" "$WORKER" \
     | while IFS= read -r batch; do
       call -o /dev/null -X POST -H 'Content-Type: application/json' --data-binary @- \
         "${LOGGING}v2/entries:write" <<<"$batch" || log "cannot write to Cloud Logging"
     done
-  UPLOADED=$size
+  echo "$size" >"$FOLDER/uploaded"
 }
 
 # shellcheck disable=SC2016
@@ -132,34 +158,44 @@ for at in range(0, len(entries), 500):
 '
 
 wait_for_docker() {
-  local left=60
+  local left=20
   if ! command -v docker >/dev/null; then
     log "installing Docker"
-    { apt-get update -q && apt-get install -qy docker.io; } \
+    # Another process may hold apt's lock at boot.
+    { apt-get -o DPkg::Lock::Timeout=300 update -q \
+      && apt-get -o DPkg::Lock::Timeout=300 install -qy docker.io; } >>"$FOLDER/log" 2>&1 \
       || end 125 "cannot install Docker"
   fi
   until docker info >/dev/null 2>&1; do
     ((left > 0)) || end 125 "Docker did not start within 5 minutes"
     left=$((left - 1))
-    sleep 5
+    sleep_interruptibly "$TICK"
   done
 }
 
 # Pull the image. The registry's token is only in memory, and only during the pull.
 pull() {
-  local left=5 registry=${IMAGE%%/*}
+  local left=5
   ! docker image inspect "$IMAGE" >/dev/null 2>&1 || return 0
+  log "pulling $IMAGE"
   DOCKER_CONFIG=$(mktemp -d /dev/shm/docker.XXXXXX)
   export DOCKER_CONFIG
-  until token | docker login -u oauth2accesstoken --password-stdin "https://$registry" >/dev/null 2>&1 \
-    && docker pull -q "$IMAGE"; do
+  trap 'rm -rf -- "$DOCKER_CONFIG"' EXIT
+  until pull_once; do
     left=$((left - 1))
-    ((left > 0)) || break
-    sleep_interruptibly "${JOB_VM_PAUSE:-20}"
+    ((left > 0)) || end 125 "cannot pull the image $IMAGE"
+    sleep_interruptibly "$PAUSE"
   done
   rm -rf "$DOCKER_CONFIG"
   unset DOCKER_CONFIG
-  ((left > 0)) || end 125 "cannot pull the image $IMAGE"
+  trap - EXIT
+}
+
+# A signal interrupts `wait`, but no command in the foreground.
+pull_once() {
+  { token | docker login -u oauth2accesstoken --password-stdin "https://${IMAGE%%/*}" >/dev/null \
+    && docker pull -q "$IMAGE"; } >>"$FOLDER/log" 2>&1 &
+  wait $!
 }
 
 # Print the secrets as NAME=value lines. A secret missing from Secret Manager is skipped; the job reports it.
@@ -178,9 +214,14 @@ print(base64.b64decode(json.load(sys.stdin)["payload"]["data"]).decode().strip()
 INSIDE='while IFS= read -r pair && [ -n "$pair" ]; do export "${pair?}"; done; exec "$@" </dev/null'
 
 start() {
+  local device
   local -a flags entrypoint
   read -ra flags <<<"$(attribute job-container-flags)"
   mapfile -t entrypoint < <(docker image inspect -f '{{range .Config.Entrypoint}}{{println .}}{{end}}' "$IMAGE" | sed '/^$/d')
+  # The devices of the TPU, rather than all that --privileged gives.
+  for device in /dev/vfio/* /dev/accel*; do
+    [[ ! -c $device ]] || flags+=(--device "$device")
+  done
   docker rm "$CONTAINER" >/dev/null 2>&1 || true
   mkdir -p "$FOLDER/cache" && chmod 1777 "$FOLDER/cache"
   { secrets; echo; } | docker run -i --name "$CONTAINER" --stop-timeout 25 "${flags[@]}" \
@@ -201,19 +242,20 @@ stop_job() {
   upload_log || true
 }
 
-# Follow the container until it exits. Set CODE to its exit code.
+# Follow the container until it exits. Set CODE to its exit code, or to 75 if Docker was lost, which
+# may stop the container, kill it, or leave it running.
 follow() {
+  local lost=''
   CLIENT=$!
-  while kill -0 "$CLIENT" 2>/dev/null || is_running; do
-    if (($(date +%s) > DEADLINE)); then
-      stop_job
-      end 124 "reached the maximum run time"
-    fi
+  while kill -0 "$CLIENT" 2>/dev/null; do
     sleep_interruptibly "$TICK"
     upload_log || log "cannot upload the log"
   done
-  wait "$CLIENT" 2>/dev/null || true
+  docker info >/dev/null 2>&1 || lost=yes
+  [[ -z $lost ]] || log "Docker has stopped; waiting for it"
+  wait_for_docker
   CODE=$(docker container inspect -f '{{.State.ExitCode}}' "$CONTAINER" 2>/dev/null || echo 125)
+  if is_running || [[ $CODE == 255 || (-n $lost && ! $CODE =~ ^[0234]$) ]]; then CODE=75; fi
 }
 
 # shellcheck disable=SC2329
@@ -224,48 +266,79 @@ shut_down() {
   exit 0
 }
 
-if [[ ${1:-} == --help ]]; then
-  sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"
-  exit 0
-fi
-mkdir -p "$FOLDER"
-exec 9>"$FOLDER/lock"
-flock -n 9 || { log "already running" && exit 0; }
+# Set the variables that the metadata gives. Fail if they are not there yet.
+read_attributes() {
+  PROJECT=$(attribute job-project)
+  RUN=$(attribute job-run)
+  ATTEMPT=$(attribute job-attempt)
+  IMAGE=$(attribute job-image)
+  WORKER=$(attribute agent-worker-number)
+  WORKER=${WORKER:-0}
+  BUCKET=$(attribute job-control)
+  BUCKET=${BUCKET#gs://}
+  PREFIX=${BUCKET#*/} BUCKET=${BUCKET%%/*}
+  [[ -s $FOLDER/deadline ]] || echo $(($(date +%s) + $(attribute job-max-seconds))) >"$FOLDER/deadline"
+  DEADLINE=$(<"$FOLDER/deadline")
+}
 
-PROJECT=$(metadata project/project-id)
-RUN=$(attribute job-run) ATTEMPT=$(attribute job-attempt) IMAGE=$(attribute job-image)
-CONTROL=$(attribute job-control)
-WORKER=$(attribute agent-worker-number)
-WORKER=${WORKER:-0}
-BUCKET=${CONTROL#gs://} PREFIX=${CONTROL#gs://*/}
-BUCKET=${BUCKET%%/*}
-touch "$FOLDER/log"
-[[ -s $FOLDER/deadline ]] || echo $(($(date +%s) + $(attribute job-max-seconds))) >"$FOLDER/deadline"
-DEADLINE=$(<"$FOLDER/deadline")
+# Run a command of this script as a unit.
+start_unit() { # UNIT COMMAND OPTION...
+  local unit=$1 command=$2
+  shift 2
+  systemctl cat "$unit.service" >/dev/null 2>&1 || systemd-run "--unit=$unit" --collect "$@" \
+    --property=Restart=on-failure "--property=RestartSec=$PAUSE" bash "$FOLDER/startup.sh" "$command"
+}
 
-if [[ ${1:-} == --dry-run ]]; then
-  log "run $RUN, attempt $ATTEMPT, worker $WORKER, image $IMAGE, until $(date -u -d "@$DEADLINE" +%T)"
-  exit 0
-fi
-CLIENT=
-trap shut_down TERM INT
-if attempt_has_ended; then
-  log "attempt $ATTEMPT of $RUN has already ended"
-  delete_machine
-  exit 0
-fi
-wait_for_docker
-pull
-if is_running; then
-  log "following the running container"
-  docker logs -f "$CONTAINER" >"$FOLDER/log" 2>&1 &
-else
-  start
-fi
-while follow && ((CODE == 75)); do
-  # Exit code 75: stopped early, or another VM's lease has not expired yet. Run the same command again.
-  log "the job stopped early; resuming in ${JOB_VM_PAUSE:-20} s"
-  sleep_interruptibly "${JOB_VM_PAUSE:-20}"
-  start
-done
-end "$CODE" "the container exited"
+run_job() {
+  local left
+  CLIENT=
+  read_metadata || { log "waiting for the metadata server" && exit 1; }
+  read_attributes
+  left=$((DEADLINE - $(date +%s)))
+  start_unit job-delete delete "--on-active=$((left > 1 ? left : 1))" --timer-property=AccuracySec=1s
+  trap shut_down TERM INT
+  [[ ! -s $FOLDER/code ]] || end "$(<"$FOLDER/code")" "the attempt has ended before"
+  CODE=75
+  while ((CODE == 75)); do
+    wait_for_docker
+    pull
+    if is_running; then
+      log "following the running container"
+      docker logs -f --since "$STARTED" "$CONTAINER" >>"$FOLDER/log" 2>&1 &
+    else
+      start
+    fi
+    follow
+    # Exit code 75: stopped early, or another VM's lease has not expired yet.
+    ((CODE != 75)) || { log "resuming the job in $PAUSE s" && sleep_interruptibly "$PAUSE"; }
+  done
+  end "$CODE" "the container exited"
+}
+
+main() {
+  if [[ ${1:-} == --help ]]; then
+    sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"
+    exit 0
+  fi
+  mkdir -p "$FOLDER"
+  touch "$FOLDER/log"
+  STARTED=$(stat -c %Y "$FOLDER/log")
+  case ${1:-} in
+    run) run_job ;;
+    delete) delete_machine ;;
+    --dry-run)
+      read_metadata
+      read_attributes
+      log "run $RUN, attempt $ATTEMPT, worker $WORKER, image $IMAGE, until $(date -u -d "@$DEADLINE" +%T)"
+      ;;
+    *)
+      cp -- "$0" "$FOLDER/startup.sh"
+      # At a shutdown the job gets SIGTERM before Docker does, and time to save a checkpoint.
+      start_unit job run --property=After=docker.service --property=After=network-online.target \
+        --property=KillMode=mixed --property=TimeoutStopSec=60
+      ;;
+  esac
+}
+
+# Bash reads the full script before main starts, so a boot can replace the file.
+main "$@"; exit

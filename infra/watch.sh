@@ -16,7 +16,8 @@ vm_metadata() { # ZONE
   for secret in ${STATE[secrets]}; do
     secrets+="$secret=projects/$PROJECT/secrets/$(secret_name "$secret") "
   done
-  printf '^;;^job-run=%s;;job-attempt=%s;;job-control=%s' "$RUN" "${STATE[attempt]}" "$(run_folder)"
+  printf '^;;^job-project=%s;;job-run=%s;;job-attempt=%s;;job-control=%s' \
+    "$PROJECT" "$RUN" "${STATE[attempt]}" "$(run_folder)"
   printf ';;job-spec=%s;;job-output=%s;;job-image=%s' \
     "${STATE[spec]}" "${STATE[output]}" "${STATE[image]}"
   printf ';;job-secrets=%s;;job-max-seconds=%s' "${secrets% }" "$(remaining_seconds)"

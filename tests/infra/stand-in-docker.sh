@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
 # A stand-in for `docker` on PATH, for the tests of startup.sh and push_image.sh. It has one image and
 # one container, which runs the script $DOCKER_FOLDER/job. It records each call in
-# $DOCKER_FOLDER/calls, and the standard input and Docker configuration of a login.
+# $DOCKER_FOLDER/calls, and the standard input and Docker configuration of a login. With the files
+# `down`, `unreachable` or `hanging` there, the daemon, the registry or a pull does not respond.
 set -euo pipefail
 folder=$DOCKER_FOLDER
 printf '%s\n' "$*" >>"$folder/calls"
+if [[ -e $folder/down && $1 != login ]]; then
+  echo "Cannot connect to the Docker daemon" >&2
+  exit 1
+fi
 
 case "$1 ${2:-}" in
   "info ") ;;
@@ -19,7 +24,11 @@ case "$1 ${2:-}" in
     ;;
   "build "* | "push -q") ;;
   "pull -q")
-    [[ ! -e $folder/unreachable ]] || exit 1
+    if [[ -e $folder/unreachable ]]; then
+      echo "Error response from daemon: manifest unknown" >&2
+      exit 1
+    fi
+    [[ ! -e $folder/hanging ]] || exec sleep 1000
     touch "$folder/image"
     ;;
   "run -i")
@@ -44,7 +53,10 @@ case "$1 ${2:-}" in
   "stop -t") kill -TERM "$(<"$folder/pid")" ;;
   "logs -f") tail -n +1 "$folder/output" ;;
   "rm -f")
-    [[ ! -e $folder/pid ]] || kill -KILL "$(<"$folder/pid")" || true
+    # The process may have exited, and its number may be another's.
+    if [[ -e $folder/pid ]] && grep -qsz "^DOCKER_FOLDER=$folder$" "/proc/$(<"$folder/pid")/environ"; then
+      kill -KILL "$(<"$folder/pid")" || true
+    fi
     rm -f "$folder/pid" "$folder/code"
     ;;
   "rm "*) rm -f "$folder/pid" "$folder/code" ;;

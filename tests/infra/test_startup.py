@@ -1,15 +1,14 @@
-"""startup.sh with a metadata server, a local cloud and a stand-in for Docker."""
+"""startup.sh with a metadata server, a local cloud, and stand-ins for Docker and systemd."""
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.infra.conftest import INFRA
-from tests.infra.vm import Vm, command_lines
+from tests.infra.vm import Vm
 from tests.services.cloud import BUCKET, TOKEN, Cloud
 
 SECRET = "hf_very_secret_value_for_this_test"
@@ -31,24 +30,26 @@ exit "$code"
 
 
 @pytest.fixture
-def cloud() -> Iterator[Cloud]:
-    with Cloud() as service:
-        service.admin.secrets["job-hf-token"] = [SECRET]
-        yield service
-
-
-@pytest.fixture
 def vm(cloud: Cloud, tmp_path: Path) -> Iterator[Vm]:
-    docker = tmp_path / "docker"
-    (tmp_path / "bin").mkdir()
+    machine = vm_with_stand_in_docker(cloud, tmp_path)
+    yield machine
+    machine.destroy()
+
+
+def vm_with_stand_in_docker(cloud: Cloud, folder: Path, tools: Path | None = None) -> Vm:
+    """Create a VM of attempt 2 of the run r1."""
+    cloud.admin.secrets["job-hf-token"] = [SECRET]
+    docker = folder / "docker"
+    (folder / "bin").mkdir()
     docker.mkdir()
-    (tmp_path / "bin" / "docker").symlink_to(STAND_IN)
+    (folder / "bin" / "docker").symlink_to(STAND_IN)
     (docker / "image").touch()
     (docker / "job").write_text(JOB)
     (docker / "job").chmod(0o755)
     (docker / "codes").write_text("0\n")
     attributes = {
         "startup-script": (INFRA / "startup.sh").read_text(),
+        "job-project": "test-project",
         "job-run": "r1",
         "job-attempt": "2",
         "job-control": f"gs://{BUCKET}/infra/r1",
@@ -58,16 +59,14 @@ def vm(cloud: Cloud, tmp_path: Path) -> Iterator[Vm]:
         "job-secrets": "HF_TOKEN=projects/p/secrets/job-hf-token "
         "OPENROUTER_API_KEY=projects/p/secrets/job-openrouter-api-key",
         "job-max-seconds": "600",
-        "job-container-flags": "--privileged --net=host",
+        "job-container-flags": "--net=host",
         "job-delete": "tpu v2/projects/p/locations/us-west4-a/queuedResources/job-r1?force=true",
     }
     environment = {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "DOCKER_FOLDER": str(docker),
     }
-    machine = Vm(cloud, attributes, tmp_path, "job", environment)
-    yield machine
-    machine.destroy()
+    return Vm(cloud, attributes, folder, "job", environment, tools)
 
 
 def docker(vm: Vm, name: str) -> str:
@@ -79,13 +78,15 @@ def marks(cloud: Cloud) -> list[str]:
 
 
 def wait_for(vm: Vm, name: str) -> None:
-    deadline = time.monotonic() + 60
-    while not (vm.folder / "docker" / name).exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    vm.wait_until((vm.folder / "docker" / name).exists, name)
+
+
+def wait_for_deletion(cloud: Cloud, vm: Vm, times: int = 1) -> None:
+    vm.wait_until(lambda: len(cloud.requested("DELETE /v2/")) >= times, f"DELETE {times} times")
 
 
 def test_job_gets_secrets_and_writes_log_and_exit_code(cloud: Cloud, vm: Vm) -> None:
-    assert vm.boot().wait(120) == 0, vm.serial
+    vm.run()
     assert docker(vm, "arguments") == (
         f"run gs://{BUCKET}/infra/r1/spec.yaml --output gs://{BUCKET}/runs --run-id r1\n"
     )
@@ -93,26 +94,29 @@ def test_job_gets_secrets_and_writes_log_and_exit_code(cloud: Cloud, vm: Vm) -> 
     assert marks(cloud) == [f"{MARKS}0"]
     log = cloud.objects[BUCKET, "infra/r1/logs/2-0.log"].data.decode()
     assert "plain words" in log
-    structured, plain = cloud.admin.log_entries
+    structured, plain = [
+        entry for entry in cloud.admin.log_entries if "startup:" not in entry.get("textPayload", "")
+    ]
     assert structured["severity"] == "INFO"
     assert structured["timestamp"] == "2026-01-01T00:00:00Z"
     assert structured["jsonPayload"] == {"message": "working"}
     assert plain == {"textPayload": "plain words"}
-    assert len(cloud.requested("DELETE /v2/projects/p/locations/us-west4-a/queuedResources")) == 1
+    wait_for_deletion(cloud, vm)
+    assert cloud.requested("DELETE /v2/projects/p/locations/us-west4-a/queuedResources")
 
-    # A boot after the end runs no job and requests the deletion again.
-    assert vm.boot().wait(120) == 0
+    # A boot after the end runs no job.
+    vm.run()
     assert docker(vm, "arguments").count("run ") == 1
-    assert len(cloud.requested("DELETE /v2/")) == 2
+    assert marks(cloud) == [f"{MARKS}0"]
 
 
 def test_secrets_are_in_no_argument_file_request_or_log(cloud: Cloud, vm: Vm) -> None:
     (vm.folder / "docker" / "image").unlink()
     (vm.folder / "docker" / "codes").write_text("wait\n")
-    script = vm.boot()
+    vm.boot()
     wait_for(vm, "secret")
-    arguments = command_lines(script)
-    assert b"startup-script" in arguments
+    arguments = vm.command_lines()
+    assert b"startup.sh" in arguments
     for secret in (SECRET, TOKEN):
         assert secret.encode() not in arguments
         assert secret not in vm.serial + docker(vm, "calls")
@@ -123,34 +127,31 @@ def test_secrets_are_in_no_argument_file_request_or_log(cloud: Cloud, vm: Vm) ->
     assert written
     assert not [path for path in written if SECRET in path.read_text()]
     # The registry's token came through standard input. Its file was in memory and is deleted.
-    assert docker(vm, "login") == TOKEN + "\n"
+    assert docker(vm, "login").strip() == TOKEN
     assert docker(vm, "login-file-system").strip() == "tmpfs"
     assert not Path(docker(vm, "login-config")).exists()
 
 
 def test_a_job_that_stopped_early_resumes_on_the_same_vm(cloud: Cloud, vm: Vm) -> None:
     (vm.folder / "docker" / "codes").write_text("75\n75\n0\n")
-    assert vm.boot().wait(120) == 0
+    vm.run()
     assert docker(vm, "arguments").count("run ") == 3
     assert marks(cloud) == [f"{MARKS}0"]
 
 
 def test_a_script_started_twice_runs_one_job(cloud: Cloud, vm: Vm) -> None:
     (vm.folder / "docker" / "codes").write_text("wait\n")
-    first = vm.boot()
-    wait_for(vm, "arguments")
-    assert vm.boot().wait(120) == 0
-    assert "already running" in vm.serial
-    assert first.poll() is None
+    vm.boot()
+    wait_for(vm, "secret")
+    vm.boot()
     assert docker(vm, "arguments").count("run ") == 1
 
 
 def test_a_vm_shutdown_gives_the_job_time_to_stop(cloud: Cloud, vm: Vm) -> None:
     (vm.folder / "docker" / "codes").write_text("wait\n")
-    process = vm.boot()
+    vm.boot()
     wait_for(vm, "secret")
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(120) == 0
+    vm.shut_down()
     assert docker(vm, "code").strip() == "75"
     assert "stopping" in cloud.objects[BUCKET, "infra/r1/logs/2-0.log"].data.decode()
     assert marks(cloud) == []
@@ -159,22 +160,94 @@ def test_a_vm_shutdown_gives_the_job_time_to_stop(cloud: Cloud, vm: Vm) -> None:
 def test_a_job_past_its_maximum_time_is_stopped(cloud: Cloud, vm: Vm) -> None:
     (vm.folder / "docker" / "codes").write_text("wait\n")
     vm.metadata.attributes["job-max-seconds"] = "1"
-    assert vm.boot().wait(120) == 0
+    vm.boot()
+    wait_for_deletion(cloud, vm)
+    assert docker(vm, "code").strip() == "75"
     assert marks(cloud) == [f"{MARKS}124"]
-    assert cloud.requested("DELETE /v2/")
 
 
 def test_a_failed_pull_is_reported_and_the_vm_deleted(cloud: Cloud, vm: Vm) -> None:
     (vm.folder / "docker" / "image").unlink()
     (vm.folder / "docker" / "unreachable").touch()
-    assert vm.boot().wait(120) == 0
+    vm.run()
     assert marks(cloud) == [f"{MARKS}125"]
     assert b"cannot pull the image" in cloud.objects[BUCKET, f"{MARKS}125"].data
-    assert cloud.requested("DELETE /v2/")
+    log = cloud.objects[BUCKET, "infra/r1/logs/2-0.log"].data.decode()
+    assert log.count("manifest unknown") == 5
+    assert "startup: exit code 125: cannot pull" in log
+    wait_for_deletion(cloud, vm)
 
 
 def test_only_the_first_host_of_a_slice_deletes_it(cloud: Cloud, vm: Vm) -> None:
     vm.metadata.attributes["agent-worker-number"] = "1"
-    assert vm.boot().wait(120) == 0
+    vm.run()
     assert marks(cloud) == ["infra/r1/marks/exit-2-1-0"]
     assert not cloud.requested("DELETE /v2/")
+
+
+def test_every_host_of_a_slice_deletes_it_at_the_deadline(cloud: Cloud, vm: Vm) -> None:
+    (vm.folder / "docker" / "codes").write_text("wait\n")
+    vm.metadata.attributes |= {"agent-worker-number": "1", "job-max-seconds": "1"}
+    vm.boot()
+    wait_for_deletion(cloud, vm)
+
+
+def test_a_boot_waits_for_the_metadata_server(cloud: Cloud, vm: Vm) -> None:
+    vm.metadata.faults.add("GET /computeMetadata", status=503, times=12)
+    vm.run()
+    assert "waiting for the metadata server" in vm.serial
+    assert marks(cloud) == [f"{MARKS}0"]
+
+
+def test_a_refused_deletion_is_repeated_until_it_works(cloud: Cloud, vm: Vm) -> None:
+    cloud.faults.add("DELETE /v2/", status=403, times=9)
+    vm.run()
+    wait_for_deletion(cloud, vm, times=10)
+    assert marks(cloud) == [f"{MARKS}0"]
+
+
+def test_a_hanging_pull_ends_at_the_deadline(cloud: Cloud, vm: Vm) -> None:
+    (vm.folder / "docker" / "image").unlink()
+    (vm.folder / "docker" / "hanging").touch()
+    vm.metadata.attributes["job-max-seconds"] = "3"
+    vm.boot()
+    wait_for_deletion(cloud, vm)
+    assert marks(cloud) == [f"{MARKS}124"]
+    assert "pulling" in cloud.objects[BUCKET, "infra/r1/logs/2-0.log"].data.decode()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_docker_daemon_that_stops_resumes_the_job(
+    cloud: Cloud, vm: Vm, number: signal.Signals
+) -> None:
+    (vm.folder / "docker" / "codes").write_text("wait\n0\n")
+    vm.boot()
+    vm.wait_until(lambda: docker(vm, "codes") == "0\n", "the job")
+    (vm.folder / "docker" / "down").touch()
+    os.kill(int(docker(vm, "pid")), number)
+    vm.wait_until(lambda: "Docker has stopped" in vm.serial, "a log line")
+    assert marks(cloud) == []
+    (vm.folder / "docker" / "down").unlink()
+    vm.wait_until(lambda: not vm.is_active("job"), "the end of the job")
+    assert docker(vm, "arguments").count("run ") == 2
+    assert marks(cloud) == [f"{MARKS}0"]
+
+
+def test_docker_is_installed_with_patience_for_apt(cloud: Cloud, vm: Vm) -> None:
+    folder = vm.folder / "bin"
+    (folder / "docker").rename(folder / "docker-of-apt")
+    (folder / "apt-get").write_text(
+        f"#!/bin/sh\n[ \"$2\" = DPkg::Lock::Timeout=300 ] || exit 100\n"
+        f"[ \"$3\" = update ] || mv {folder}/docker-of-apt {folder}/docker\n"
+    )
+    (folder / "apt-get").chmod(0o755)
+    vm.environment["PATH"] = f"{vm.folder / 'tools'}:{folder}:{vm.folder / 'system'}"
+    (vm.folder / "system").mkdir()
+    for tools in (Path("/usr/bin"), Path("/bin")):
+        for tool in tools.iterdir():
+            link = vm.folder / "system" / tool.name
+            if not tool.name.startswith("docker") and not link.exists():
+                link.symlink_to(tool)
+    vm.run()
+    assert "installing Docker" in vm.serial
+    assert marks(cloud) == [f"{MARKS}0"]

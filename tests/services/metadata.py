@@ -34,6 +34,8 @@ class Metadata(Service):
         path = request.route.removeprefix(_ROOT)
         if path == "project/project-id":
             return Reply(200, self._project.encode(), flavor)
+        if path == "instance/attributes/" and request.query.get("recursive") == "true":
+            return json_reply(self.attributes, headers=flavor)
         if path == "instance/service-accounts/default/token":
             token = {"access_token": self._token, "expires_in": 3600, "token_type": "Bearer"}
             return json_reply(token, headers=flavor)
