@@ -28,6 +28,8 @@ class Price:
     on_demand: float | None
     spot: float | None
     date: str
+    spot_by_region: Mapping[str, float] = field(default_factory=dict)
+    """Spot prices that differ from `spot`, which is the cheapest region's."""
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,15 @@ ACCELERATORS = (
         topologies=_PLANE,
         gcloud="v5litepod",
         runtime_version="v2-alpha-tpuv5-lite",
-        image_family=_TPU_IMAGE,
+        # Compute Engine refuses to create v5e machines, so there is no image family.
         quota=_tpu_quota("V5s|Litepod"),
         serving_quota=_tpu_quota("V5s|LitepodServing"),
-        price=Price(1.20, 0.245, "2026-11"),
+        price=Price(
+            1.20,
+            0.245,
+            "2026-08",
+            {"us-central1": 0.34, "us-west1": 0.34, "us-west4": 0.578},
+        ),
     ),
     Accelerator(
         name="v5p",
@@ -345,5 +352,9 @@ def machine_spec(machine: Machine) -> dict[str, Any]:
         "spot_quota": quota.spot if quota else None,
         "usd_per_hour": machine.cost(3600),
         "spot_usd_per_hour": machine.cost(3600, spot=True),
+        "spot_usd_per_hour_by_region": {
+            region: usd * machine.chips
+            for region, usd in (kind.price.spot_by_region if kind.price else {}).items()
+        },
         "prices_of": kind.price.date if kind.price else None,
     }

@@ -142,13 +142,16 @@ def test_an_order_has_what_scripts_ask_for() -> None:
     expected = {
         "machine": "v5e-8", "platform": "tpu", "chips": 8, "hosts": 1,
         "accelerator_type": "v5litepod-8", "runtime_version": "v2-alpha-tpuv5-lite",
-        "machine_type": "ct5lp-hightpu-8t", "image_project": "ubuntu-os-accelerator-images",
+        "machine_type": "ct5lp-hightpu-8t",
+        "image_family": None,  # Compute Engine does not create v5e machines
         "spot_quota": "TPUV5sPreemptibleLitepodServingPerProjectPerZoneForTPUAPI",
     }  # fmt: skip
     assert found | expected == found
-    assert found["image_family"]
     assert found["usd_per_hour"] == pytest.approx(9.60)
     assert found["spot_usd_per_hour"] == pytest.approx(1.96)
+    assert found["spot_usd_per_hour_by_region"]["us-west4"] == pytest.approx(8 * 0.578)
+    v6e = machine_spec(parse_machine("v6e-8"))
+    assert v6e["image_project"] == "ubuntu-os-accelerator-images"
     assert machine_spec(parse_machine("v4-8"))["image_family"] is None
     assert machine_spec(parse_machine("cpu"))["usd_per_hour"] is None
 
