@@ -35,7 +35,7 @@ check_project() {
   fi
   [[ -n $DRY_RUN ]] || good "logged in; project $PROJECT"
   query "services" services list --enabled --format='value(config.name)' || return 0
-  for service in tpu compute storage artifactregistry secretmanager logging; do
+  for service in tpu compute storage artifactregistry secretmanager logging cloudbuild; do
     [[ $RESULT == *$service.googleapis.com* ]] \
       || { bad "the service $service.googleapis.com is not enabled" "run infra/setup.sh" && return; }
   done
@@ -61,9 +61,27 @@ check_quota() {
     if [[ $limit == -1 ]] || ((${limit:-0} >= chips)); then
       good "quota in $zone: $limit chips, $MACHINE needs $chips"
     else
-      bad "quota in $zone is ${limit:-0} chips, and $MACHINE needs $chips" "request more of ${STATE[quota]}, or remove $zone from ZONES"
+      bad "quota in $zone is ${limit:-0} chips, and $MACHINE needs $chips" "request more of ${STATE[quota]}, remove $zone from ZONES, or set a smaller MACHINE: a new project has 4 chips of v5e (v5e-4)"
     fi
   done
+}
+
+check_network() {
+  local policy=constraints/compute.vmExternalIpAccess
+  if query "network $NETWORK" compute networks describe "$NETWORK" --format='value(name)'; then
+    good "network $NETWORK"
+  elif [[ $ERROR_KIND == missing ]]; then
+    bad "there is no network $NETWORK" "set NETWORK and SUBNETWORK, or run: gcloud compute networks create $NETWORK --subnet-mode=auto"
+  fi
+  [[ $INTERNAL_IPS == no ]] || return 0
+  if ! gcloud_read resource-manager org-policies describe "$policy" --effective "--project=$PROJECT" \
+    --format='value(listPolicy.allValues,listPolicy.allowedValues)'; then
+    [[ -n $DRY_RUN ]] || printf 'note  cannot read the organization policy for external IPs: %s\n' "$ERROR"
+  elif [[ -z ${RESULT//[[:space:]]/} || $RESULT == ALLOW* ]]; then
+    good "machines may have external IPs"
+  else
+    bad "the organization policy $policy forbids external IPs" "set INTERNAL_IPS=yes and SUBNETWORK, with Private Google Access and Cloud NAT"
+  fi
 }
 
 check_zones() {
@@ -107,7 +125,16 @@ check_account() {
     fi
   elif [[ $ERROR_KIND == missing ]]; then
     bad "there is no bucket gs://$BUCKET" "run infra/setup.sh"
+    return
   fi
+  # The job replaces and deletes its own objects, and pays for nobody else's project.
+  query "bucket gs://$BUCKET" storage buckets describe "gs://$BUCKET" --raw \
+    --format='value[separator="|"](retentionPolicy.retentionPeriod,defaultEventBasedHold,billing.requesterPays)' || return 0
+  case ${RESULT,,} in
+    *'|true|'*) bad "gs://$BUCKET holds every new object" "turn its default event-based hold off, or set another BUCKET" ;;
+    *'|true') bad "gs://$BUCKET makes the requester pay" "turn that off, or set another BUCKET" ;;
+    [1-9]*) bad "gs://$BUCKET has a retention policy of ${RESULT%%|*} s" "remove it, or set another BUCKET" ;;
+  esac
 }
 
 check_secrets() {
@@ -146,6 +173,7 @@ main() {
   check_project
   check_quota
   check_zones
+  check_network
   check_image
   check_account
   check_secrets

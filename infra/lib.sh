@@ -6,6 +6,12 @@
 # The scripts in this folder share variables.
 # shellcheck disable=SC2034,SC2154
 
+case $BASH_VERSION in
+  [1-3].* | 4.[0-3].*)
+    echo "error: bash $BASH_VERSION is too old: use Cloud Shell, or install bash 4.4 and GNU coreutils (macOS: brew install bash coreutils gnu-sed)" >&2
+    exit 3
+    ;;
+esac
 set -euo pipefail
 
 INFRA=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -35,7 +41,8 @@ show_help() { # FILE
 # Settings, in order of precedence: flags, environment variables, the settings file, defaults.
 SETTINGS=(PROJECT REGION ZONES MACHINE PROVISIONER SPOT BUCKET OUTPUT REPOSITORY IMAGE
   SERVICE_ACCOUNT SECRETS SELF_DELETE WAIT_SECONDS MAX_RUN_SECONDS MAX_ATTEMPTS BACKOFF_SECONDS
-  POLL_SECONDS LEASE_SECONDS SETTLE_SECONDS NETWORK SUBNETWORK BOOT_DISK_GB CONTAINER_FLAGS)
+  POLL_SECONDS LEASE_SECONDS SETTLE_SECONDS NETWORK SUBNETWORK INTERNAL_IPS BOOT_DISK_GB
+  CONTAINER_FLAGS)
 
 load_settings() {
   local file=${INFRA_CONFIG:-$INFRA/config.env} line key value number=0
@@ -57,17 +64,20 @@ load_settings() {
   : "${PROJECT:=${CLOUDSDK_CORE_PROJECT:-}}"
   [[ -n $PROJECT ]] || fail \
     "no project: copy infra/config.env.example to infra/config.env and set PROJECT there"
-  : "${ZONES:=us-west4-a us-central1-a us-west1-c us-south1-a}"
+  # Only projects of organizations with a domain have a colon, as in example.com:lab.
+  [[ $PROJECT =~ ^([a-z0-9][a-z0-9.-]*:)?[a-z][a-z0-9-]{1,28}[a-z0-9]$ ]] || usage_error \
+    "PROJECT='$PROJECT': write the project's ID, not its name or number; gcloud projects list shows it"
+  : "${ZONES:=us-central1-a us-west1-c us-west4-a us-south1-a}" # the cheapest first
   : "${REGION:=$(first_region "$ZONES")}"
   : "${MACHINE:=v5e-8}" "${PROVISIONER:=queued}" "${SPOT:=yes}" "${SELF_DELETE:=yes}"
-  : "${BUCKET:=$PROJECT-jobs}" "${OUTPUT:=gs://$BUCKET/runs}"
-  : "${REPOSITORY:=job}" "${IMAGE:=$REGION-docker.pkg.dev/$PROJECT/$REPOSITORY/job:tpu}"
-  : "${SERVICE_ACCOUNT:=job-runner@$PROJECT.iam.gserviceaccount.com}"
+  : "${BUCKET:=${PROJECT//[.:]/-}-jobs}" "${OUTPUT:=gs://$BUCKET/runs}"
+  : "${REPOSITORY:=job}" "${IMAGE:=$REGION-docker.pkg.dev/${PROJECT//://}/$REPOSITORY/job:tpu}"
+  : "${SERVICE_ACCOUNT:=$(account_email job-runner)}"
   : "${SECRETS=HF_TOKEN OPENROUTER_API_KEY}"
-  : "${WAIT_SECONDS:=21600}" "${MAX_RUN_SECONDS:=14400}" "${MAX_ATTEMPTS:=10}"
+  : "${WAIT_SECONDS:=900}" "${MAX_RUN_SECONDS:=14400}" "${MAX_ATTEMPTS:=10}"
   : "${BACKOFF_SECONDS:=60}" "${POLL_SECONDS:=30}" "${LEASE_SECONDS:=180}" "${SETTLE_SECONDS:=60}"
-  : "${NETWORK:=default}" "${SUBNETWORK:=}" "${BOOT_DISK_GB:=200}"
-  : "${CONTAINER_FLAGS=--privileged --net=host --user root --shm-size=16g --ulimit memlock=-1}"
+  : "${NETWORK:=default}" "${SUBNETWORK:=}" "${INTERNAL_IPS:=no}" "${BOOT_DISK_GB:=200}"
+  : "${CONTAINER_FLAGS=--net=host --user root --shm-size=16g --ulimit memlock=-1 --cap-add=SYS_RESOURCE}"
   check_settings
   export CLOUDSDK_CORE_PROJECT=$PROJECT CLOUDSDK_CORE_DISABLE_PROMPTS=1
   CONTROL=gs://$BUCKET/infra
@@ -78,6 +88,13 @@ first_region() { # ZONES
   printf '%s' "${zone%-*}"
 }
 
+# Print the address of a service account of the project.
+account_email() { # NAME
+  local project=${PROJECT##*:} domain=''
+  [[ $PROJECT != *:* ]] || domain=.${PROJECT%%:*}
+  printf '%s@%s%s.iam.gserviceaccount.com' "$1" "$project" "$domain"
+}
+
 check_settings() {
   local key
   for key in WAIT_SECONDS MAX_RUN_SECONDS MAX_ATTEMPTS LEASE_SECONDS BOOT_DISK_GB; do
@@ -86,13 +103,19 @@ check_settings() {
   for key in BACKOFF_SECONDS POLL_SECONDS SETTLE_SECONDS; do
     [[ ${!key} =~ ^[0-9]+(\.[0-9]+)?$ ]] || usage_error "$key='${!key}': write a number of seconds"
   done
-  for key in SPOT SELF_DELETE; do
+  for key in SPOT SELF_DELETE INTERNAL_IPS; do
     [[ ${!key} =~ ^(yes|no)$ ]] || usage_error "$key='${!key}': write yes or no"
   done
   for key in $ZONES; do
     [[ $key =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || usage_error \
       "ZONES: '$key' is not a zone; write zones like us-west4-a, separated by spaces"
   done
+  [[ $BUCKET =~ ^[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]$ ]] || usage_error \
+    "BUCKET='$BUCKET' is not a bucket's name: write 3 to 63 of a-z, 0-9, '-', '_' and '.', without gs://"
+  [[ $SERVICE_ACCOUNT =~ ^[a-z0-9-]+@[a-z0-9.-]+\.gserviceaccount\.com$ ]] || usage_error \
+    "SERVICE_ACCOUNT='$SERVICE_ACCOUNT': write an address like $(account_email job-runner)"
+  [[ $IMAGE =~ ^[a-z0-9]+([a-z0-9./_:-]*[a-z0-9])?(:[A-Za-z0-9._-]+)?(@sha256:[a-f0-9]+)?$ ]] || usage_error \
+    "IMAGE='$IMAGE' is not an image's name: write one like $REGION-docker.pkg.dev/project/job/job:tpu"
   [[ -r $INFRA/vm_$PROVISIONER.sh ]] || usage_error \
     "PROVISIONER='$PROVISIONER': write queued (queued resources) or gce (Compute Engine)"
 }
@@ -182,8 +205,7 @@ gcloud_write() {
   gcloud_read "$@"
 }
 
-# Set ERROR and ERROR_KIND from the stderr of gcloud. Kinds: missing, exists, conflict (a failed
-# precondition), quota, capacity, denied, login, invalid, and unclear (the call may have succeeded).
+# Set ERROR and ERROR_KIND from the stderr of gcloud.
 explain() { # STATUS
   local text
   text=$(grep -v '^WARNING' "$WORK/stderr" | tr -s '\n\t ' ' ' \
@@ -193,18 +215,27 @@ explain() { # STATUS
     ERROR_KIND=unclear ERROR="gcloud did not respond within ${GCLOUD_TIMEOUT:-120} s"
     return
   fi
-  case ${text,,} in
-    *"per minute"* | *rate_limit* | *ratelimit* | *"rate limit"*) ERROR_KIND=unclear ;;
+  classify "$ERROR"
+}
+
+# Set ERROR_KIND from a message of Google Cloud. Kinds: missing, exists, conflict (a failed
+# precondition), quota, capacity, denied, login, invalid (no other request can work), busy (too many
+# requests) and unclear (the call may have succeeded).
+classify() { # MESSAGE
+  case ${1,,} in
+    *"per minute"* | *rate_limit* | *ratelimit* | *"rate limit"*) ERROR_KIND=busy ;;
     *quota*) ERROR_KIND=quota ;;
     *resource_exhausted* | *"no more capacity"* | *resource_pool_exhausted* | *stockout* | \
       *"not have enough resources"* | *"currently unavailable"*) ERROR_KIND=capacity ;;
     *already_exists* | *"already exists"* | *"already own it"* | *alreadyexists*) ERROR_KIND=exists ;;
+    *constraint* | *"org policy"* | *"organization policy"*) ERROR_KIND=invalid ;;
     *precondition* | *pre-condition* | *"error 412"*) ERROR_KIND=conflict ;;
     *not_found* | *"not found"* | *"error 404"* | *"matched no objects"* | *"does not exist"*) ERROR_KIND=missing ;;
     *unauthenticated* | *"reauthentication"* | *"error 401"* | *"credential"* | \
       *"active account"* | *"gcloud auth login"*) ERROR_KIND=login ;;
     *permission_denied* | *"does not have permission"* | *"error 403"* | *"permission "*) ERROR_KIND=denied ;;
-    *invalid_argument* | *"error 400"* | *"invalid value"* | *unrecognized*) ERROR_KIND=invalid ;;
+    *invalid_argument* | *"error 400"* | *"invalid value"* | *unrecognized* | *"not allowed to use"* | \
+      *"service account"* | *"runtime version"*) ERROR_KIND=invalid ;;
     *) ERROR_KIND=unclear ;;
   esac
 }

@@ -44,15 +44,18 @@ steps:
     entrypoint: bash
     args: [docker/build.sh, $extra, --tag, $IMAGE]
 images: [$IMAGE]
-options: {machineType: E2_HIGHCPU_8}
+serviceAccount: projects/$PROJECT/serviceAccounts/$(account_email job-builder)
+options: {machineType: E2_HIGHCPU_8, logging: CLOUD_LOGGING_ONLY}
 timeout: 3600s
 EOF
-    GCLOUD_TIMEOUT=3900 gcloud_write builds submit "$ROOT" "--config=$WORK/build.yaml" --format=none \
+    GCLOUD_TIMEOUT=3900 gcloud_write builds submit "$ROOT" "--config=$WORK/build.yaml" \
+      "--gcs-source-staging-dir=gs://$BUCKET/source" --format=none \
       || gcloud_fail "Cloud Build"
   else
     command -v docker >/dev/null || [[ -n $DRY_RUN ]] \
       || fail "docker is not installed; install it, or use Cloud Build: infra/push_image.sh --cloud-build"
-    run bash "$ROOT/docker/build.sh" "$extra" --tag "$IMAGE" || fail "the image build failed"
+    # TPU machines are amd64, whatever the computer here is.
+    run bash "$ROOT/docker/build.sh" "$extra" --platform linux/amd64 --tag "$IMAGE" || fail "the image build failed"
     if [[ -n $DRY_RUN ]]; then
       printf '+ gcloud auth print-access-token | docker login -u oauth2accesstoken --password-stdin https://%s\n' "${IMAGE%%/*}"
     else

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Delete leftover machines of this bucket's runs, in all zones and for both provisioners. Machines
 # are matched by label. A machine is leftover if its run has ended or is unknown, if its run has
-# moved to another zone, or if it is past the maximum run time and has no watcher.
+# moved to another zone, or if it is past the maximum run time and has no watcher. If no watcher has
+# seen the machine start, that time is counted from the end of the time to wait for capacity.
 #
 # Usage: infra/reap.sh [--all] [--dry-run]
 #
@@ -18,6 +19,7 @@ source "$INFRA/watch.sh"
 
 # Print why a machine is leftover, or nothing if it is not.
 leftover_reason() { # ZONE
+  local started
   if [[ -n $all ]]; then
     echo "deleting all machines"
   elif ! read_state; then
@@ -28,8 +30,9 @@ leftover_reason() { # ZONE
     return # it has a watcher
   elif [[ $(current_zone) != "$1" || $(machine_name "$RUN") != "$NAME" ]]; then
     echo "its run is in another zone"
-  elif [[ -n ${STATE[started]} ]] && is_past "$((STATE[started] + STATE[max_run_seconds]))"; then
-    echo "it is past the maximum run time"
+  else
+    started=${STATE[started]:-$((STATE[ordered] + STATE[wait_seconds]))}
+    ! is_past "$((started + STATE[max_run_seconds]))" || echo "it is past the maximum run time"
   fi
 }
 

@@ -29,10 +29,16 @@ ensure() { # WHAT READ-COMMAND... -- CREATE-COMMAND...
   report "$what: created"
 }
 
+# Grant a role to MEMBER. It takes some time until other services know a new account.
 grant() { # WHAT COMMAND...
-  local what=$1
+  local what=$1 left=10
   shift
-  gcloud_write "$@" "--member=$MEMBER" --format=none || gcloud_fail "$what"
+  until gcloud_write "$@" "--member=$MEMBER" --format=none; do
+    [[ ${ERROR,,} =~ "does not exist"|invalid && $left != 0 ]] || gcloud_fail "$what"
+    ((left < 10)) || log "waiting until ${MEMBER#*:} is known: $ERROR"
+    left=$((left - 1))
+    sleep "$POLL_SECONDS"
+  done
   report "$what"
 }
 
@@ -43,6 +49,20 @@ ensure_secret() { # VARIABLE
     secrets create "$name" --replication-policy=automatic
   grant "the job may read $name" secrets add-iam-policy-binding "$name" \
     --role=roles/secretmanager.secretAccessor
+}
+
+# Give Cloud Build an account that may only read the uploaded source, write images, and write logs.
+set_up_builds() {
+  local builder
+  builder=$(account_email job-builder) MEMBER=serviceAccount:$(account_email job-builder)
+  ensure "service account $builder" iam service-accounts describe "$builder" --format='value(email)' -- \
+    iam service-accounts create job-builder --display-name="Builds images in Cloud Build"
+  grant "builds may read gs://$BUCKET" storage buckets add-iam-policy-binding "gs://$BUCKET" \
+    --role=roles/storage.objectViewer
+  grant "builds may write images" artifacts repositories add-iam-policy-binding "$REPOSITORY" \
+    "--location=$REGION" --role=roles/artifactregistry.writer
+  grant "builds may write logs" projects add-iam-policy-binding "$PROJECT" \
+    --role=roles/logging.logWriter --condition=None
 }
 
 main() {
@@ -83,7 +103,7 @@ main() {
   report "project $PROJECT, region $REGION"
   gcloud_write services enable tpu.googleapis.com compute.googleapis.com storage.googleapis.com \
     artifactregistry.googleapis.com secretmanager.googleapis.com logging.googleapis.com \
-    iam.googleapis.com cloudquotas.googleapis.com || gcloud_fail "services"
+    iam.googleapis.com cloudquotas.googleapis.com cloudbuild.googleapis.com || gcloud_fail "services"
   report "services: enabled"
 
   ensure "bucket gs://$BUCKET" storage buckets describe "gs://$BUCKET" --format='value(name)' -- \
@@ -115,18 +135,18 @@ EOF
     "--location=$REGION" --role=roles/artifactregistry.reader
   grant "the job may write logs" projects add-iam-policy-binding "$PROJECT" \
     --role=roles/logging.logWriter --condition=None
-  if [[ $SELF_DELETE == yes && $PROVISIONER == queued ]]; then
+  if [[ $SELF_DELETE == yes ]]; then
+    # The TPU API has no permissions of its own for queued resources; it asks for those on their nodes.
+    role=jobDeleteTpu permissions=tpu.nodes.delete,tpu.nodes.get
+    [[ $PROVISIONER != gce ]] || role=jobDeleteInstance permissions=compute.instances.delete
+    ensure "role $role" iam roles describe "$role" "--project=$PROJECT" --format='value(name)' -- \
+      iam roles create "$role" "--project=$PROJECT" --title="Delete TPU machines" --stage=GA \
+      "--permissions=$permissions"
     grant "a machine may delete itself" projects add-iam-policy-binding "$PROJECT" \
-      --role=roles/tpu.admin --condition=None
-  elif [[ $SELF_DELETE == yes ]]; then
-    ensure "role jobSelfDelete" iam roles describe jobSelfDelete "--project=$PROJECT" \
-      --format='value(name)' -- \
-      iam roles create jobSelfDelete "--project=$PROJECT" --title="Delete TPU machines" --stage=GA \
-      --permissions=compute.instances.delete
-    grant "a machine may delete itself" projects add-iam-policy-binding "$PROJECT" \
-      "--role=projects/$PROJECT/roles/jobSelfDelete" --condition=None
+      "--role=projects/$PROJECT/roles/$role" --condition=None
   fi
   for secret in $SECRETS; do ensure_secret "$secret"; done
+  set_up_builds
   cat <<EOF
 Next:
   infra/setup.sh --secret HF_TOKEN < FILE     store each secret you have ($SECRETS)

@@ -180,7 +180,7 @@ pull() {
   log "pulling $IMAGE"
   DOCKER_CONFIG=$(mktemp -d /dev/shm/docker.XXXXXX)
   export DOCKER_CONFIG
-  trap 'rm -rf -- "$DOCKER_CONFIG"' EXIT
+  trap 'rm -rf -- "${DOCKER_CONFIG:-}"' EXIT
   until pull_once; do
     left=$((left - 1))
     ((left > 0)) || end 125 "cannot pull the image $IMAGE"
@@ -188,7 +188,6 @@ pull() {
   done
   rm -rf "$DOCKER_CONFIG"
   unset DOCKER_CONFIG
-  trap - EXIT
 }
 
 # A signal interrupts `wait`, but no command in the foreground.
@@ -234,12 +233,16 @@ is_running() {
   [[ $(docker container inspect -f '{{.State.Running}}' "$CONTAINER" 2>/dev/null) == true ]]
 }
 
-# Stop the container, with time to save a checkpoint, and upload its last lines.
-stop_job() {
+# Stop the container, with time to save a checkpoint, and upload its last lines. Called at a shutdown
+# of the VM, and by job-delete.
+# shellcheck disable=SC2329
+shut_down() {
+  log "shutting down"
   docker stop -t 25 "$CONTAINER" >/dev/null 2>&1 || true
   # The last lines are in the log once the Docker client has exited.
   [[ -z $CLIENT ]] || timeout 5 tail --pid="$CLIENT" -f /dev/null || true
   upload_log || true
+  exit 0
 }
 
 # Follow the container until it exits. Set CODE to its exit code, or to 75 if Docker was lost, which
@@ -256,14 +259,6 @@ follow() {
   wait_for_docker
   CODE=$(docker container inspect -f '{{.State.ExitCode}}' "$CONTAINER" 2>/dev/null || echo 125)
   if is_running || [[ $CODE == 255 || (-n $lost && ! $CODE =~ ^[0234]$) ]]; then CODE=75; fi
-}
-
-# shellcheck disable=SC2329
-# Handle a VM shutdown: give the job time to save a checkpoint.
-shut_down() {
-  log "shutting down"
-  stop_job
-  exit 0
 }
 
 # Set the variables that the metadata gives. Fail if they are not there yet.

@@ -22,7 +22,7 @@ read_state() {
   for tries in 1 2 3; do
     if ! gcloud_read storage objects describe "$uri" --format='value(generation)'; then
       [[ $ERROR_KIND == missing || -n $DRY_RUN ]] && return 1
-      [[ $ERROR_KIND == unclear && $tries != 3 ]] && continue
+      [[ $ERROR_KIND =~ ^(unclear|busy)$ && $tries != 3 ]] && continue
       gcloud_fail "cannot read $uri"
     fi
     GENERATION=$RESULT
@@ -50,7 +50,7 @@ write_state() {
   if ((status == 0)); then
     GENERATION=$(sed -n 's/^Created: .*#\([0-9]*\)$/\1/p' "$WORK/stderr")
     [[ -z $GENERATION ]] || return 0
-  elif [[ $ERROR_KIND != conflict && $ERROR_KIND != unclear ]]; then
+  elif [[ ! $ERROR_KIND =~ ^(conflict|unclear|busy)$ ]]; then
     gcloud_fail "cannot write $uri"
   fi
   write_took_effect "${STATE[written]}"
@@ -78,7 +78,7 @@ read_machine() {
   for at in "${!keys[@]}"; do MACHINE_INFO[${keys[at]}]=${values[at]:-}; done
   [[ ${MACHINE_INFO[platform]} == tpu ]] || usage_error "MACHINE='$MACHINE' is not a TPU; write one like v5e-8"
   if [[ $PROVISIONER == gce && (${MACHINE_INFO[hosts]} != 1 || -z ${MACHINE_INFO[image_family]}) ]]; then
-    usage_error "MACHINE='$MACHINE' does not work with PROVISIONER=gce, which supports one host of v5e, v5p or v6e; set PROVISIONER=queued"
+    usage_error "MACHINE='$MACHINE' does not work with PROVISIONER=gce: Compute Engine creates only one host of v5p or v6e; set PROVISIONER=queued"
   fi
 }
 
@@ -98,13 +98,15 @@ resolve_image() {
 }
 
 # Set STATE for a new run of the spec SPEC_URI, or for a new submission of a run that has ended.
+STALL_SECONDS=''
 new_submission() { # AGAIN
   local attempt=1 submission=1 generation=$GENERATION
   if [[ -n $1 ]]; then
     attempt=$((STATE[attempt] + 1)) submission=$((STATE[submission] + 1))
   fi
   STATE=([run]=$RUN [phase]=create [submission]=$submission [attempt]=$attempt
-    [first_attempt]=$attempt [failures]=0 [not_before]=0 [was_active]='' [started]='' [ordered]=0
+    [failures]=0 [not_before]=0 [was_active]='' [active_since]='' [started]='' [ordered]=0
+    [lost]=0 [bad_nodes]=0 [unclear]=0 [no_quota]='' [stall_seconds]=$STALL_SECONDS
     [zones]=$ZONES [zone_index]=0 [provisioner]=$PROVISIONER [spot]=$SPOT [machine]=$MACHINE
     [accelerator_type]=${MACHINE_INFO[accelerator_type]} [runtime_version]=${MACHINE_INFO[runtime_version]}
     [machine_type]=${MACHINE_INFO[machine_type]} [image_family]=${MACHINE_INFO[image_family]}
@@ -112,8 +114,9 @@ new_submission() { # AGAIN
     [image]=$IMAGE_DIGEST [spec]=$SPEC_URI [output]=$OUTPUT [run_uri]=$OUTPUT/$RUN
     [service_account]=$SERVICE_ACCOUNT [secrets]=$SECRETS [self_delete]=$SELF_DELETE
     [wait_seconds]=$WAIT_SECONDS [max_run_seconds]=$MAX_RUN_SECONDS [max_attempts]=$MAX_ATTEMPTS
-    [network]=$NETWORK [subnetwork]=$SUBNETWORK [boot_disk_gb]=$BOOT_DISK_GB
+    [network]=$NETWORK [subnetwork]=$SUBNETWORK [internal_ips]=$INTERNAL_IPS [boot_disk_gb]=$BOOT_DISK_GB
     [container_flags]=$CONTAINER_FLAGS)
   [[ $SPOT != yes ]] || STATE[quota]=${MACHINE_INFO[spot_quota]}
+  [[ $PROVISIONER != gce ]] || STATE[quota]="Compute Engine's quota for ${MACHINE_INFO[machine_type]%-*}"
   GENERATION=$generation
 }

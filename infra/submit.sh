@@ -21,6 +21,18 @@ source "$INFRA/state.sh"
 # shellcheck source=watch.sh
 source "$INFRA/watch.sh"
 
+# Print the price of the machine in the region that is tried first.
+print_price() {
+  local price=${MACHINE_INFO[usd_per_hour]} where='' region
+  if [[ $SPOT == yes ]]; then
+    region=$(first_region "$ZONES")
+    price=$(json_values "$WORK/machine.json" "0.spot_usd_per_hour_by_region.$region")
+    where=" spot in $region"
+    [[ -n $price ]] || price=${MACHINE_INFO[spot_usd_per_hour]} where=" or more: spot in the cheapest region"
+  fi
+  log "$MACHINE costs ${price:-an unknown number of} USD per hour$where (list price of ${MACHINE_INFO[prices_of]:-an unknown date}), for at most $MAX_RUN_SECONDS s"
+}
+
 main() {
   spec='' run_id='' wait='' plan=yes sets=()
   common_flags "${BASH_SOURCE[0]}" "$@"
@@ -62,9 +74,11 @@ main() {
     ! grep -q 'DOES NOT FIT' "$WORK/plan" || usage_error \
       "the job does not fit on $MACHINE; change the spec as described above, or skip this check with --no-plan"
   fi
-  price=${MACHINE_INFO[usd_per_hour]}
-  [[ $SPOT != yes ]] || price=${MACHINE_INFO[spot_usd_per_hour]}
-  log "$MACHINE costs ${price:-an unknown number of} USD per hour (list price of ${MACHINE_INFO[prices_of]:-an unknown date}), for at most $MAX_RUN_SECONDS s"
+  print_price
+
+  # The watcher replaces a machine whose log is silent for longer than the job allows.
+  STALL_SECONDS=$(awk '$1 == "stall_minutes:" { print $2 == "null" ? "" : int($2 * 60 + 1); known = 1 }
+    END { if (!known) print 1800 }' "$WORK/spec.yaml")
 
   again=''
   if read_state; then

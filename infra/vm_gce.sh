@@ -12,6 +12,7 @@ vm_create() { # ZONE
   local -a flags=(--provisioning-model=STANDARD)
   [[ ${STATE[spot]} != yes ]] || flags=(--provisioning-model=SPOT)
   [[ -z ${STATE[subnetwork]:-} ]] || flags+=("--subnet=${STATE[subnetwork]}")
+  [[ ${STATE[internal_ips]:-no} == no ]] || flags+=(--no-address)
   gcloud_write compute instances create "$NAME" "--zone=$1" "--machine-type=${STATE[machine_type]}" \
     "--image-family=${STATE[image_family]}" "--image-project=${STATE[image_project]}" \
     "--boot-disk-size=${STATE[boot_disk_gb]}GB" --maintenance-policy=TERMINATE \

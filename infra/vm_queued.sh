@@ -20,6 +20,7 @@ vm_create() { # ZONE
   local -a flags=()
   [[ ${STATE[spot]} != yes ]] || flags+=(--spot)
   [[ -z ${STATE[subnetwork]:-} ]] || flags+=("--subnetwork=${STATE[subnetwork]}")
+  [[ ${STATE[internal_ips]:-no} == no ]] || flags+=(--internal-ips)
   gcloud_write compute tpus queued-resources create "$NAME" "--node-id=$NAME" "--zone=$1" \
     "--accelerator-type=${STATE[accelerator_type]}" "--runtime-version=${STATE[runtime_version]}" \
     "--network=${STATE[network]}" "--service-account=${STATE[service_account]}" \

@@ -140,12 +140,12 @@ retire() { # REASON
   log "$RUN: $1"
   STATE[reason]=$1
   if [[ -n ${STATE[was_active]} ]]; then
-    failures=0
+    failures=0 STATE[lost]=$((${STATE[lost]:-0} + 1))
   else
     failures=$((failures + 1))
   fi
   STATE[failures]=$failures STATE[not_before]=$(($(now) + $(backoff_seconds "$failures")))
-  if ((STATE[attempt] - STATE[first_attempt] + 1 >= STATE[max_attempts])); then
+  if ((${STATE[lost]:-0} >= STATE[max_attempts])); then
     finish failed 4 "gave up after ${STATE[max_attempts]} machines; last reason: $1"
     return
   fi
@@ -197,17 +197,48 @@ step_create() { # ZONE
     set_phase run
     return
   fi
+  refused "$1"
+}
+
+# Go on after a refusal, ERROR and ERROR_KIND: again, in the next zone, or not at all.
+refused() { # ZONE
   case $ERROR_KIND in
-    capacity) retire "no capacity in $1" ;;
+    capacity) retire "no capacity in $1${ERROR:+ ($ERROR)}" ;;
     quota)
-      finish refused 3 "no quota in $1: $ERROR; request more of ${STATE[quota]}, or remove $1 from ZONES"
+      STATE[no_quota]="${STATE[no_quota]:-} $1"
+      if zones_have_quota; then
+        retire "no quota in $1: $ERROR"
+      else
+        finish refused 3 "no quota in $1: $ERROR; request more of ${STATE[quota]}, or set a smaller MACHINE: a new project has 4 chips of v5e (v5e-4)"
+      fi
+      ;;
+    busy)
+      log "$RUN: too many requests: $ERROR"
+      pause "$POLL_SECONDS"
       ;;
     unclear)
-      log "$RUN: no clear response to the request in $1: $ERROR"
-      pause "$POLL_SECONDS"
+      STATE[unclear]=$((${STATE[unclear]:-0} + 1))
+      if ((STATE[unclear] >= 5)); then
+        finish refused 3 "no clear response to 5 requests; the last in $1: $ERROR"
+      elif [[ ${STATE[phase]} == run ]]; then
+        retire "the machine in $1 was not granted: $ERROR"
+      else
+        log "$RUN: no clear response to the request in $1: $ERROR"
+        write_state || return
+        pause "$POLL_SECONDS"
+      fi
       ;;
     *) finish refused 3 "the request in $1 was refused: $ERROR" ;;
   esac
+}
+
+# Return whether a zone is left that has not refused for lack of quota.
+zones_have_quota() {
+  local zone
+  for zone in ${STATE[zones]}; do
+    [[ " ${STATE[no_quota]} " == *" $zone "* ]] || return 0
+  done
+  return 1
 }
 
 # Delete machines of this run in the wrong place, which a killed watcher may leave behind.
@@ -232,20 +263,36 @@ step_run() { # ZONE
   case $CODE in
     cancel) finish cancelled 75 "cancelled" ;;
     0) finish "done" 0 "done; the results are in ${STATE[run_uri]}" ;;
-    2 | 3 | 4) finish failed "$CODE" "the job failed with exit code $CODE$(reason "$CODE"); see infra/logs.sh $RUN" ;;
+    3) replace_bad_node "$1" ;;
+    2 | 4) finish failed "$CODE" "the job failed with exit code $CODE$(reason "$CODE"); see infra/logs.sh $RUN" ;;
     124) # the exit code of `timeout`
       finish timeout 75 "stopped: reached the maximum run time"
       ;;
     '') follow_machine "$1" "$seen" "$problem" ;;
-    *) retire "the machine in $1 failed with exit code $CODE$(reason "$CODE")" ;;
+    *)
+      STATE[was_active]=yes
+      retire "the machine in $1 failed with exit code $CODE$(reason "$CODE")"
+      ;;
   esac
+}
+
+# Exit code 3 may be the machine's fault: its TPU is busy or missing, or another host did not join.
+replace_bad_node() { # ZONE
+  local what
+  what="the job found a wrong environment$(reason 3)"
+  STATE[was_active]=yes STATE[bad_nodes]=$((${STATE[bad_nodes]:-0} + 1))
+  if ((STATE[bad_nodes] > 2)); then
+    finish failed 3 "$what on ${STATE[bad_nodes]} machines, with exit code 3; see infra/logs.sh $RUN"
+  else
+    retire "$what in $1"
+  fi
 }
 
 follow_machine() { # ZONE STATE ERROR
   if [[ $2 == active && -z ${STATE[was_active]} ]]; then
     log "$RUN: the machine in $1 is up"
     : "${STATE[started]:=$(now)}"
-    STATE[was_active]=yes
+    STATE[was_active]=yes STATE[active_since]=$(now) STATE[unclear]=0 STATE[no_quota]=''
     write_state || return
   fi
   if [[ -n ${STATE[started]:-} ]] && is_past "$((STATE[started] + STATE[max_run_seconds]))"; then
@@ -254,10 +301,19 @@ follow_machine() { # ZONE STATE ERROR
   fi
   case $2 in
     dead)
-      if [[ ${3,,} == *quota* ]]; then
-        finish refused 3 "no quota in $1: $3; request more of ${STATE[quota]}, or remove $1 from ZONES"
+      if [[ -n $3 && -z ${STATE[was_active]} ]]; then
+        ERROR=$3
+        classify "$ERROR"
+        refused "$1"
       else
         retire "the machine in $1 was preempted or not granted${3:+ ($3)}"
+      fi
+      ;;
+    active)
+      if log_is_stalled; then
+        retire "the machine in $1 is up, but its log has not grown for ${STATE[stall_seconds]} s"
+      else
+        pause "$POLL_SECONDS"
       fi
       ;;
     none)
@@ -277,6 +333,18 @@ follow_machine() { # ZONE STATE ERROR
       ;;
     *) pause "$POLL_SECONDS" ;;
   esac
+}
+
+# Return whether the machine has been up, without a new line in its log, for longer than the job allows
+# itself to be stalled (runtime.stall_minutes). A job that is well writes a line every half minute.
+log_is_stalled() {
+  local stall=${STATE[stall_seconds]:-}
+  [[ -n $stall ]] && is_past "$((${STATE[active_since]:-$(now)} + stall))" || return 1
+  if gcloud_read storage objects describe "$(run_folder)/logs/${STATE[attempt]}-0.log" --format='value(update_time)'; then
+    is_past "$(($(date -d "$RESULT" +%s) + stall))"
+  else
+    [[ $ERROR_KIND == missing ]]
+  fi
 }
 
 # Return whether a time passed at least SETTLE_SECONDS ago. Changes take a moment to appear.

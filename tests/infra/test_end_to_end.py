@@ -91,7 +91,7 @@ def test_a_preempted_run_finishes_on_another_machine(
     assert records
     for path in records:
         assert not path.is_file() or SECRET.encode() not in path.read_bytes()
-    arguments = command_lines(submission) + command_lines(vms[0].started[0])
+    arguments = command_lines(submission) + vms[0].command_lines()
     container = docker("top", vms[0].container, "-eo", "pid,args")
     assert RUN in container
     arguments += container.encode()

@@ -1,5 +1,7 @@
 """The scripts' errors, output and secrets; setup, doctor, push_image, status and logs."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,14 @@ def test_every_script_prints_help(scripts: Scripts, script: str) -> None:
         (["submit", "smoke"], {"MACHINE": "v5e-7"}, 2, ["'v5e-7'", "v5e-8"]),
         (["submit", "smoke"], {"MACHINE": "h100-1"}, 2, ["'h100-1' is not a TPU"]),
         (["submit", "smoke"], {"PROVISIONER": "aws"}, 2, ["'aws'", "queued", "gce"]),
-        (["submit", "smoke"], {"PROVISIONER": "gce", "MACHINE": "v5e-16"}, 2, ["one host"]),
+        (["submit", "smoke"], {"PROVISIONER": "gce"}, 2, ["one host of v5p or v6e", "queued"]),
+        (["submit", "smoke"], {"PROVISIONER": "gce", "MACHINE": "v6e-16"}, 2, ["one host"]),
+        (["submit", "smoke"], {"PROJECT": "My Project"}, 2, ["PROJECT='My Project'", "ID"]),
+        (["submit", "smoke"], {"PROJECT": "123456789"}, 2, ["not its name or number"]),
+        (["submit", "smoke"], {"BUCKET": "gs://jobs"}, 2, ["BUCKET='gs://jobs'", "without gs://"]),
+        (["submit", "smoke"], {"SERVICE_ACCOUNT": "me"}, 2, ["SERVICE_ACCOUNT='me'", "like job-"]),
+        (["submit", "smoke"], {"IMAGE": "Job Image"}, 2, ["IMAGE='Job Image'"]),
+        (["submit", "smoke"], {"INTERNAL_IPS": "1"}, 2, ["INTERNAL_IPS='1'", "yes or no"]),
         (["submit", "smoke"], {"MAX_RUN_SECONDS": "1h"}, 2, ["MAX_RUN_SECONDS='1h'"]),
         (["submit", "smoke"], {"INFRA_CONFIG": "/none"}, 2, ["INFRA_CONFIG=/none"]),
         (["submit", "smokes"], {}, 2, ["no spec 'smokes'", "did you mean 'smoke'"]),
@@ -97,6 +106,77 @@ def test_submit_dry_run_prints_commands_only(cloud: Cloud, scripts: Scripts) -> 
     assert cloud.requests == []
 
 
+def test_defaults_suit_a_project_with_a_domain(cloud: Cloud, scripts: Scripts) -> None:
+    settings = {"PROJECT": "example.com:lab", "BUCKET": "", "ZONES": "", "INTERNAL_IPS": "yes"}
+    done = scripts.run("submit", "smoke", "--no-plan", "--dry-run", **settings)
+    assert done.code == 0, done.err
+    command = done.out.splitlines()[-1]
+    for words in (
+        "--zone=us-central1-a",
+        "gs://example-com-lab-jobs/infra/",
+        "us-central1-docker.pkg.dev/example.com/lab/job/job@sha256",
+        "--service-account=job-runner@lab.example.com.iam.gserviceaccount.com",
+        "projects/example.com:lab/secrets/",
+        "--internal-ips",
+    ):
+        assert words in command
+    assert "USD per hour spot in us-central1 (list price of 2026-08)" in done.err
+    assert cloud.requests == []
+
+
+def test_an_old_bash_is_told_what_is_needed(scripts: Scripts, tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("BASH_VERSION='3.2.57(1)-release'\n")
+    for script in ALL:
+        if script != "startup":  # it runs on the machine
+            done = scripts.run(script, "--help", BASH_ENV=str(tmp_path / "old"))
+            assert done.code == 3
+            assert "brew install bash" in error(done.err)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ('There is no more capacity in the zone "us-west4-a"', "capacity"),
+        ("The zone 'projects/p/zones/z' does not have enough resources available", "capacity"),
+        ("Quota 'TPUS_PER_TPU_FAMILY' exceeded.  Limit: 0.0 in region us-east5.", "quota"),
+        ("Quota exceeded for quota metric 'Mutate' and limit 'Mutate per minute'", "busy"),
+        ("Constraint constraints/compute.vmExternalIpAccess violated for project 1", "invalid"),
+        ('Operation denied by org policy: ["constraints/gcp.resourceLocations"]', "invalid"),
+        ("The resource 'projects/p/global/networks/default' was not found", "missing"),
+        ("The user does not have access to service account 'a@b'.  User: 'c'", "invalid"),
+        ("The resource 'projects/i/global/images/family/ubuntu' was not found", "missing"),
+        ("Runtime version v2-alpha is unknown", "invalid"),
+        ("This user agent is not allowed to use the machine type ct5lp-hightpu-8t.", "invalid"),
+        ("Permission 'tpu.nodes.create' denied on 'projects/p/locations/z'", "denied"),
+        ("Internal error. Please try again", "unclear"),
+    ],
+)
+def test_messages_of_google_cloud_are_classified(message: str, kind: str) -> None:
+    code = f'source {INFRA}/lib.sh; classify "$1"; echo "$ERROR_KIND"'
+    done = subprocess.run(
+        ["bash", "-c", code, "bash", message], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == kind
+
+
+@pytest.mark.parametrize("script", ["infra/test.sh", "docker/test.sh"])
+def test_a_missing_docker_daemon_fails_only_in_ci(script: str, tmp_path: Path) -> None:
+    for tool in ("docker", "dockerd"):
+        (tmp_path / tool).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / tool).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    codes = [
+        subprocess.run(
+            ["bash", str(INFRA.parent / script)],
+            env={**os.environ, "PATH": path, "CI": ci},
+            capture_output=True,
+            check=False,
+        ).returncode
+        for ci in ("", "true")
+    ]
+    assert codes == [77, 1]
+
+
 @pytest.mark.slow
 def test_a_missing_image_and_a_missing_run_are_errors(cloud: Cloud, scripts: Scripts) -> None:
     cloud.admin.tags.clear()
@@ -114,10 +194,12 @@ def test_a_missing_image_and_a_missing_run_are_errors(cloud: Cloud, scripts: Scr
 def test_setup_is_idempotent_and_hides_secrets(cloud: Cloud, scripts: Scripts) -> None:
     bucket = "new-bucket"
     cloud.admin.repositories.clear()
+    cloud.admin.unknown_members = 2
     for _ in range(2):
         done = scripts.run("setup", BUCKET=bucket)
         assert done.code == 0, done.err
-    assert done.err.count("already exists") == 5
+    assert done.err.count("already exists") == 7
+    assert "cloudbuild.googleapis.com" in cloud.admin.services
     created = cloud.created_buckets[bucket]
     assert created["iamConfiguration"] == {
         "publicAccessPrevention": "enforced",
@@ -128,9 +210,16 @@ def test_setup_is_idempotent_and_hides_secrets(cloud: Cloud, scripts: Scripts) -
         (bucket, "roles/storage.objectUser"),
         ("job", "roles/artifactregistry.reader"),
         ("test-project", "roles/logging.logWriter"),
-        ("test-project", "roles/tpu.admin"),
+        ("test-project", "projects/test-project/roles/jobDeleteTpu"),
         ("job-hf-token", "roles/secretmanager.secretAccessor"),
         ("job-openrouter-api-key", "roles/secretmanager.secretAccessor"),
+    }
+    permissions = cloud.admin.roles["jobDeleteTpu"]["includedPermissions"]
+    assert permissions == ["tpu.nodes.delete", "tpu.nodes.get"]
+    assert cloud.admin.grants(MEMBER.replace("job-runner", "job-builder")) == {
+        (bucket, "roles/storage.objectViewer"),
+        ("job", "roles/artifactregistry.writer"),
+        ("test-project", "roles/logging.logWriter"),
     }
 
     done = scripts.run("setup", "--secret", "HF_TOKEN", stdin=SECRET, BUCKET=bucket)
@@ -161,6 +250,9 @@ def test_push_image_builds_pushes_and_prints_the_digest(
     assert done.out == f"{image}@{DIGEST}\n"
     calls = (tmp_path / "calls").read_text()
     assert "EXTRA=tpu" in calls
+    assert "--platform linux/amd64" in calls
+    planned = scripts.run("push_image", "--cloud-build", "--dry-run")
+    assert f"--gcs-source-staging-dir=gs://{BUCKET}/source" in planned.out
     assert f"--tag {image}:tpu" in calls
     assert f"push -q {image}:tpu\n" in calls
     # The token goes through standard input, and no Docker file has it.
@@ -173,12 +265,20 @@ def test_doctor_reports_each_problem_and_its_fix(cloud: Cloud, scripts: Scripts)
     cloud.admin.quotas[SERVING_QUOTA] = {"us-west4-a": 8, "": 0}
     cloud.machines.offered = {"us-central1-a": set()}
     cloud.admin.tags.clear()
+    cloud.machines.networks.clear()
+    policy = {"listPolicy": {"allValues": "DENY"}}
+    cloud.admin.org_policies["constraints/compute.vmExternalIpAccess"] = policy
+    cloud.created_buckets[BUCKET] = {"retentionPolicy": {"retentionPeriod": "86400"}}
     done = scripts.run("doctor", "smoke")
     assert done.code == 3
     for words in (
         "ok    quota in us-west4-a: 8 chips",
         "FAIL  quota in us-central1-a is 0 chips, and v5e-8 needs 8",
         "FAIL  us-central1-a has no v5e-8; remove it from ZONES",
+        "a new project has 4 chips of v5e (v5e-4)",
+        "FAIL  there is no network default; set NETWORK",
+        "vmExternalIpAccess forbids external IPs; set INTERNAL_IPS=yes",
+        f"gs://{BUCKET} has a retention policy of 86400 s; remove it",
         "is not enabled; run infra/setup.sh",
         "there is no image",
         "there is no service account",

@@ -237,8 +237,8 @@ def test_docker_is_installed_with_patience_for_apt(cloud: Cloud, vm: Vm) -> None
     folder = vm.folder / "bin"
     (folder / "docker").rename(folder / "docker-of-apt")
     (folder / "apt-get").write_text(
-        f"#!/bin/sh\n[ \"$2\" = DPkg::Lock::Timeout=300 ] || exit 100\n"
-        f"[ \"$3\" = update ] || mv {folder}/docker-of-apt {folder}/docker\n"
+        f'#!/bin/sh\n[ "$2" = DPkg::Lock::Timeout=300 ] || exit 100\n'
+        f'[ "$3" = update ] || mv {folder}/docker-of-apt {folder}/docker\n'
     )
     (folder / "apt-get").chmod(0o755)
     vm.environment["PATH"] = f"{vm.folder / 'tools'}:{folder}:{vm.folder / 'system'}"

@@ -1,4 +1,4 @@
-"""startup.sh under a real systemd, in namespaces of its own: its units as a VM starts and stops them."""
+"""startup.sh under a real systemd in its own namespaces: units as a VM starts and stops them."""
 
 import os
 import subprocess

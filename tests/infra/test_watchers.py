@@ -81,12 +81,17 @@ def test_reap_deletes_leftover_machines_only(cloud: Cloud, scripts: Scripts) -> 
     machine("done", "us-west4-a")
     machine("work", "us-west4-a")
     machine("late", "us-west4-a")
+    # Nobody saw these start.
+    submitted(cloud, "lost", phase="run", ordered=str(int(time.time()) - 900 - 14400 - 60))
+    submitted(cloud, "fresh", phase="run", ordered=str(int(time.time()) - 900))
+    machine("lost", "us-west4-a")
+    machine("fresh", "us-west4-a")
     machine("unknown", "us-central1-a")
     machine("of-others", "us-west4-a", "their-bucket")
     planned = scripts.run("reap", "--dry-run")
     assert planned.code == 0, planned.err
-    assert planned.out.count("queued-resources delete") == 3
-    assert len(cloud.machines.alive) == 5
+    assert planned.out.count("queued-resources delete") == 4
+    assert len(cloud.machines.alive) == 7
     done = scripts.run("reap")
     assert done.code == 0, done.err
     for why in (
@@ -98,8 +103,9 @@ def test_reap_deletes_leftover_machines_only(cloud: Cloud, scripts: Scripts) -> 
     ):
         assert why in done.err
     deleted = [str(request) for request in cloud.requested("DELETE /v2/")]
-    assert len(deleted) == 3
-    assert not [line for line in deleted if "job-work" in line or "of-others" in line]
+    assert len(deleted) == 4
+    kept = ("job-work", "job-fresh", "of-others")
+    assert not [line for line in deleted if any(name in line for name in kept)]
 
 
 def test_compute_engine_machines_are_watched_too(cloud: Cloud, scripts: Scripts) -> None:
@@ -108,12 +114,15 @@ def test_compute_engine_machines_are_watched_too(cloud: Cloud, scripts: Scripts)
         ("STAGING", "RUNNING", "gone"),
         ("STAGING", "RUNNING", "exit 0"),
     ]
-    done = scripts.run("submit", "smoke", "--no-plan", "--run-id", RUN, "--wait", PROVISIONER="gce")
+    settings = {"PROVISIONER": "gce", "MACHINE": "v6e-8", "INTERNAL_IPS": "yes"}
+    done = scripts.run("submit", "smoke", "--no-plan", "--run-id", RUN, "--wait", **settings)
     assert done.code == 0, done.err
     check_clean(cloud)
     assert [m.zone for m in cloud.machines.history] == ["us-central1-a", "us-west4-a"]
     machine = cloud.machines.history[0]
-    assert machine.order["machineType"].endswith("/machineTypes/ct5lp-hightpu-8t")
+    assert machine.order["machineType"].endswith("/machineTypes/ct6e-standard-8t")
+    [interface] = machine.order["networkInterfaces"]
+    assert "accessConfigs" not in interface  # no external IP
     assert machine.order["scheduling"] == {
         "automaticRestart": False,
         "instanceTerminationAction": "DELETE",

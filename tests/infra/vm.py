@@ -33,7 +33,7 @@ def command_lines(process: subprocess.Popen[Any]) -> bytes:
 class Vm:
     """A VM that runs the startup script from its metadata.
 
-    Systemd is a stand-in, unless `tools` is a folder with other commands `systemd-run` and `systemctl`.
+    Systemd is a stand-in, unless `tools` is a folder with other `systemd-run` and `systemctl`.
     """
 
     def __init__(

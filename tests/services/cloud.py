@@ -81,6 +81,8 @@ class Cloud(Bucket):
         match = _BUCKET.fullmatch(request.route)
         if request.method == "POST" and request.route == "/storage/v1/b":
             self.created_buckets[document["name"]] = document
+        if match and request.method == "GET" and match["bucket"] in self.created_buckets:
+            return json_reply({"name": match["bucket"]} | self.created_buckets[match["bucket"]])
         if match and request.method == "PATCH":
             self._store.require_bucket(unquote(match["bucket"]))
             bucket = self.created_buckets.setdefault(match["bucket"], {})

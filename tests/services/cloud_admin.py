@@ -16,6 +16,7 @@ from tests.services.cloud_machines import ApiError
 
 _PROJECT = re.compile(r"/v1/projects/(?P<project>[^/:]+)")
 _POLICY = re.compile(r"(?P<resource>/.+?)(?::(?P<verb>getIamPolicy|setIamPolicy)|/iam)")
+_ORG_POLICY = re.compile(r"/v1/projects/[^/:]+:getEffectiveOrgPolicy")
 _SERVICES = re.compile(r"/v1/projects/[^/]+/services(?P<verb>:batchEnable|/[^/]+:enable)?")
 _ACCOUNTS = re.compile(r"/v1/projects/[^/]+/serviceAccounts(?:/(?P<name>[^/]+))?")
 _ROLES = re.compile(r"/v1/projects/[^/]+/roles(?:/(?P<name>[^/]+))?")
@@ -50,12 +51,17 @@ class Admin:
         """Image digests by tag."""
         self.quotas: dict[str, dict[str, int]] = {}
         """Chips by zone for each quota; the zone "" holds the default."""
+        self.org_policies: dict[str, Any] = {}
+        """The rule of each organization policy, as the API's JSON."""
+        self.unknown_members = 0
+        """How many changes of a policy fail because the new account is not known yet."""
         self.log_entries: list[dict[str, Any]] = []
 
     def respond(self, request: Request, body: Any) -> Reply | None:
         """Return the reply, or None if the call is not about these resources."""
         handlers: list[tuple[re.Pattern[str], Callable[[Request, Any, dict[str, str]], Any]]] = [
             (_POLICY, self._policy),
+            (_ORG_POLICY, self._org_policy),
             (_SERVICES, self._services),
             (_ACCOUNTS, self._accounts),
             (_ROLES, self._roles),
@@ -84,8 +90,18 @@ class Admin:
     def _policy(self, request: Request, body: Any, part: dict[str, str]) -> Any:
         policy = self.policies.setdefault(part["resource"], {"etag": "BwE="})
         if part["verb"] == "setIamPolicy" or request.method == "PUT":
+            if self.unknown_members > 0:
+                self.unknown_members -= 1
+                account = f"job-runner@{self.project}.iam.gserviceaccount.com"
+                raise ApiError(
+                    400, "INVALID_ARGUMENT", f"Service account {account} does not exist."
+                )
             policy["bindings"] = body.get("policy", body).get("bindings", [])
         return policy
+
+    def _org_policy(self, request: Request, body: Any, part: dict[str, str]) -> Any:
+        name = body["constraint"]
+        return {"constraint": name} | self.org_policies.get(name, {})
 
     def grants(self, member: str) -> set[tuple[str, str]]:
         """Return (last part of the resource name, role) for each role of a member."""

@@ -28,6 +28,7 @@ _NODES = re.compile(_TPU_ZONE + r"/nodes")
 _TYPES = re.compile(_TPU_ZONE + r"/acceleratorTypes")
 _GCE = re.compile(_GCE_ZONE + r"/instances(?:/(?P<name>[^/]+))?")
 _GCE_ALL = re.compile(r"/compute/v1/projects/[^/]+/aggregated/instances")
+_NETWORK = re.compile(r"/compute/v1/projects/[^/]+/global/networks/(?P<name>[^/]+)")
 _MACHINE_TYPE = re.compile(_GCE_ZONE + r"/machineTypes/(?P<name>[^/]+)")
 _ZONE = re.compile(_GCE_ZONE)
 _OPERATION = re.compile(_GCE_ZONE + r"/operations/(?P<name>[^/]+)(?:/wait)?")
@@ -47,6 +48,14 @@ _ERRORS = {
         "Quota exceeded for quota metric 'Mutate requests' and limit 'Mutate requests per minute'",
     ),
     "invalid": (400, "INVALID_ARGUMENT", "Runtime version is not valid for the zone {zone}"),
+    "policy": (
+        400,
+        "FAILED_PRECONDITION",
+        "Constraint constraints/compute.vmExternalIpAccess violated for project 1. Add instance "
+        "projects/test-project/zones/{zone}/instances/t1v-n-1-w-0 to the constraint to use "
+        "external IP with it.",
+    ),
+    "unknown": (409, "ABORTED", "The operation was aborted in {zone}."),
 }
 
 
@@ -122,6 +131,7 @@ class Machines:
         """Errors for the next create requests in a zone: capacity, quota, denied, ..."""
         self.offered: dict[str, set[str]] = {}
         """Accelerator and machine types by zone; an unlisted zone offers all."""
+        self.networks = {"default"}
         self.delete_looks = 0
         self.on_boot: Callable[[Machine], None] = lambda machine: None
         self.on_exit: Callable[[Machine, int], None] = lambda machine, code: None
@@ -148,6 +158,10 @@ class Machines:
             if match["name"] not in self._offered(match["zone"]):
                 raise ApiError(404, "NOT_FOUND", f"The resource '{route}' was not found")
             return json_reply({"name": match["name"], "zone": match["zone"]})
+        if match := _NETWORK.fullmatch(route):
+            if match["name"] not in self.networks:
+                raise ApiError(404, "NOT_FOUND", f"The resource '{route}' was not found")
+            return json_reply({"name": match["name"]})
         if match := _OPERATION.fullmatch(route):
             return json_reply(self._operation(route, match["name"]))
         if match := _ZONE.fullmatch(route):
@@ -155,7 +169,7 @@ class Machines:
         return None
 
     def _offered(self, zone: str) -> set[str]:
-        return self.offered.get(zone, {"v5litepod-8", "v5litepod-16", "ct5lp-hightpu-8t"})
+        return self.offered.get(zone, {"v5litepod-8", "v5litepod-16", "ct6e-standard-8t"})
 
     def _calls(self, kind: str, request: Request, body: Any, zone: str, name: str | None) -> Reply:
         match (request.method, name):
@@ -194,6 +208,10 @@ class Machines:
             if kind == "gce" and refusal == "capacity":
                 return json_reply(self._failed_operation(zone, f"create-{name}"))
             raise ApiError(code, status, message.format(zone=zone))
+        if "/machineTypes/ct5lp" in order.get("machineType", ""):
+            machine_type = order["machineType"].rpartition("/")[2]
+            message = f"This user agent is not allowed to use the machine type {machine_type}."
+            raise ApiError(403, "FORBIDDEN", message)
         self.order(kind, zone, name, order)
         return json_reply(self._start_operation(kind, zone, f"create-{name}"))
 
