@@ -103,7 +103,7 @@ delete_machine() {
   read_metadata || true # what an earlier start of a unit has read will do
   read_attributes
   systemctl stop job || true
-  write_mark 124 "reached the maximum run time"
+  write_mark 124 "reached the maximum run time" || true # a full disk must not keep the machine
   path=$(attribute job-delete)
   case $path in
     tpu\ *) url=$TPU${path#tpu } ;;

@@ -117,7 +117,7 @@ def test_a_bad_node_is_replaced_twice_at_most(cloud: Cloud, scripts: Scripts) ->
 @pytest.mark.slow
 def test_a_machine_with_a_silent_log_is_replaced(cloud: Cloud, scripts: Scripts) -> None:
     submitted(cloud, stall_seconds="1")
-    cloud.machines.lives = [UP, DONE]
+    cloud.machines.lives = [UP, ("ACCEPTED", "exit 0")]  # the second is never seen as silent
     done = scripts.run("supervise", RUN)
     assert done.code == 0, done.err
     assert "is up, but its log has not grown for 1 s" in done.err
