@@ -1,6 +1,7 @@
 """The `data` section of the spec, and `Source`, which evaluation questions use too."""
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,6 +21,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
+    removed: ClassVar[Mapping[str, object]] = {}
+    """Keys of earlier versions, and the value at which they had no effect: such a key is ignored."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_removed(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {k: v for k, v in values.items() if k not in cls.removed or cls.removed[k] != v}
 
 
 class Source(Section):

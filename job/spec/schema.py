@@ -5,7 +5,8 @@ description, which `job schema` passes to editors.
 """
 
 import re
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -33,6 +34,8 @@ class Mesh(Section):
 
 
 class Runtime(Section):
+    removed: ClassVar[Mapping[str, object]] = {"distributed": "auto"}
+
     platform: Literal["any", "cpu", "gpu", "tpu"] = Field(
         "any", description="Required platform of JAX; on another the job stops (exit 3)."
     )
@@ -102,6 +105,8 @@ class Model(Section):
 
 
 class Train(Section):
+    removed: ClassVar[Mapping[str, object]] = {"lora_plus_ratio": 1.0, "label_smoothing": 0.0}
+
     init_adapter: Annotated[str, Field(min_length=1)] | None = Field(
         None,
         description="Adapter to start from, in this job's or PEFT's format: a run or a folder "

@@ -9,7 +9,7 @@ import pytest
 from tests.command import COMMAND
 
 SCRIPT = """
-mount -t tmpfs -o size=100k none "$DISK" || exit 77
+mount -t tmpfs -o size="$SIZE" none "$DISK" || exit 77
 "$@" --output "$JOB_OUTPUT"
 first=$?
 mount -o remount,size=100m "$DISK"
@@ -18,15 +18,15 @@ mount -o remount,size=100m "$DISK"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["TMPDIR", "output"])
-def test_a_full_disk_is_named_and_the_run_goes_on(setting: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("setting", "size"), [("TMPDIR", "16k"), ("output", "100k")])
+def test_a_full_disk_is_named_and_the_run_goes_on(setting: str, size: str, tmp_path: Path) -> None:
     disk, other = tmp_path / "disk", tmp_path / "other"
     disk.mkdir()
     output = disk if setting == "output" else other
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", SCRIPT, "sh", *COMMAND, "run", "smoke", "--until", "data"],
         env=os.environ
-        | {"DISK": str(disk), "JOB_OUTPUT": str(output)}
+        | {"DISK": str(disk), "JOB_OUTPUT": str(output), "SIZE": size}
         | ({"TMPDIR": str(disk)} if setting == "TMPDIR" else {}),
         capture_output=True,
         text=True,
