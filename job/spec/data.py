@@ -22,7 +22,7 @@ class Section(BaseModel):
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
     removed: ClassVar[Mapping[str, object]] = {}
-    """Keys of earlier versions, and the value at which they had no effect: such a key is ignored."""
+    """Keys of earlier versions, ignored at the value at which they had no effect."""
 
     @model_validator(mode="before")
     @classmethod
