@@ -18,19 +18,18 @@ from typing import Any, BinaryIO
 
 import google_crc32c
 from google.api_core.exceptions import GoogleAPICallError, NotFound, PreconditionFailed
-from google.auth.exceptions import GoogleAuthError, TransportError
+from google.auth.exceptions import GoogleAuthError
 from google.cloud import storage
-from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from requests.adapters import HTTPAdapter
 
 from job.errors import SetupError, StageError, UsageError
 from job.storage.base import Stat, check_key
 from job.storage.download import Content, download
+from job.storage.gcs_errors import is_lost, is_of_bucket, transient_failures, way_out
 from job.storage.retry import (
     Attempts,
     TransientError,
     first_line,
-    raise_if_transient,
     read_reply,
     retrying,
     timeouts,
@@ -131,7 +130,7 @@ class GcsStore:
                     file, size=size, if_generation_match=expected, **_options(retry), checksum=None
                 )
             except GoogleAPICallError as error:
-                if _is_lost(error):
+                if is_lost(error):
                     raise TransientError("the upload session was lost") from error
                 if error.code == 404:
                     raise self._no_bucket() from error
@@ -149,7 +148,7 @@ class GcsStore:
         def get(scratch: Path) -> Path:
             attempts = Attempts(what)
             local = scratch / path.name
-            with _transient_failures(), local.open("wb") as file:
+            with transient_failures(), local.open("wb") as file:
                 self._blob(key, blob.generation).download_to_file(
                     _ReportingFile(file, attempts.progress),
                     raw_download=True,
@@ -208,7 +207,7 @@ class GcsStore:
         """
 
         def once() -> Result:
-            with _transient_failures():
+            with transient_failures():
                 return work()
 
         with contextlib.suppress(NotFound), self._refusals(action, key):
@@ -227,15 +226,14 @@ class GcsStore:
         try:
             yield
         except GoogleAPICallError as error:
-            if _is_of_bucket(error):
+            if is_of_bucket(error):
                 raise self._no_bucket() from error
             if isinstance(error, NotFound | PreconditionFailed):
                 raise
             reason = first_line(error.response.text) or error.response.reason
-            way_out = _way_out(error)
-            if way_out:
+            if remedy := way_out(error):
                 raise SetupError(
-                    f"not allowed to {action} {self._key_uri(key)}: {way_out} "
+                    f"not allowed to {action} {self._key_uri(key)}: {remedy} "
                     f"({error.code}: {reason})"
                 ) from error
             raise StageError(
@@ -259,7 +257,7 @@ def _retry(attempts: Attempts) -> _Retry:
 
     def policy(request: Callable[[], Any]) -> Callable[[], Any]:
         def once() -> Any:
-            with _transient_failures():
+            with transient_failures():
                 reply = request()
             attempts.progress()
             return reply
@@ -320,95 +318,6 @@ def client(emulator: str) -> storage.Client:
 def _options(retry: _Retry | None = None) -> dict[str, Any]:
     """Return the client's options for timeouts and retries: by default it makes no retries."""
     return {"retry": retry, "timeout": timeouts()}
-
-
-@contextlib.contextmanager
-def _transient_failures() -> Iterator[None]:
-    """Turn the client's failures that may pass into `TransientError`.
-
-    Raises:
-        StageError: an address is wrong.
-    """
-    import requests
-    import urllib3
-
-    wrong = requests.exceptions
-    try:
-        yield
-    except (GoogleAPICallError, InvalidResponse) as error:
-        response = error.response
-        if response.status_code == 416:
-            raise TransientError("the service has less of the object than it stated") from error
-        raise_if_transient(
-            response.status_code, response.reason, response.headers.get("Retry-After")
-        )
-        raise
-    except (wrong.InvalidURL, wrong.MissingSchema, wrong.InvalidSchema) as error:
-        raise StageError(f"STORAGE_EMULATOR_HOST is not an address: {error}") from error
-    except GoogleAuthError as error:
-        causes = (error, *error.args)
-        if error.retryable or any(isinstance(cause, TransportError) for cause in causes):
-            raise TransientError(str(error)) from error
-        raise
-    except (wrong.RequestException, urllib3.exceptions.HTTPError, ConnectionError) as error:
-        raise TransientError(_reason(error)) from error
-    except (DataCorruption, ValueError) as error:  # ValueError: invalid JSON, or a partial chunk
-        raise TransientError(f"the reply is damaged: {error}") from error
-
-
-def _reason(error: Exception) -> str:
-    """Return the innermost reason, without the addresses of objects that HTTP libraries print."""
-    kind = type(error).__name__
-    if "timeout" in kind.lower() or "timed out" in str(error):
-        return "no reply in time"
-    inner = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
-    text = str(getattr(inner, "reason", None) or inner).rpartition(">: ")[2]
-    return f"{kind}: {text}"
-
-
-_WAYS_OUT = {
-    "retention policy": "the bucket has a retention policy, but a run replaces and deletes its "
-    "files: use another bucket",
-    " hold": "the bucket holds its objects, but a run replaces and deletes its files: use another "
-    "bucket, or release the hold",
-    "requester pays": "the bucket's requester pays: set JOB_USER_PROJECT to the project to bill",
-    "serviceusage.services.use": "the account in use needs "
-    "roles/serviceusage.serviceUsageConsumer on the project JOB_USER_PROJECT",
-    "vpcservicecontrols": "the organization's service perimeter (VPC Service Controls) keeps this "
-    "machine from the bucket: run inside of it, or ask its administrators",
-    "billing": "billing is disabled for the project of the bucket",
-}
-"""What to do by a part of a refusal's text: https://cloud.google.com/storage/docs/troubleshooting.
-
-A missing role is the reason of all others.
-"""
-
-
-def _way_out(error: GoogleAPICallError) -> str | None:
-    """Return why a request was refused and what to do; None if it is no refusal."""
-    text = error.response.text.lower()
-    for part, way_out in _WAYS_OUT.items():
-        if part in text and error.code in (400, 403):
-            return way_out
-    if error.code in (401, 403):
-        return "the account in use needs roles/storage.objectUser on the bucket"
-    return None
-
-
-def _is_of_bucket(error: GoogleAPICallError) -> bool:
-    """Return whether it is the bucket that does not exist, not an object."""
-    return error.code == 404 and "bucket does not exist" in error.response.text.lower()
-
-
-def _is_lost(error: GoogleAPICallError) -> bool:
-    """Return whether an upload may succeed if it starts over.
-
-    Its session is gone, nothing of a chunk was stored, or the content was damaged on the way.
-    """
-    if error.code == 400:
-        return "crc32c" in error.response.text.lower()
-    is_session = error.response.request.method == "PUT"
-    return is_session and error.code in (308, 404, 410) and not _is_of_bucket(error)
 
 
 def _checksum_of(file: BinaryIO) -> str:
