@@ -55,7 +55,7 @@ def fetched(run: Path, work: Path) -> object:
 
 def compared(run: Path, work: Path) -> object:
     run_read = read_finished(str(run))
-    return run_read.choices, run_read.dialogues, run_read.scored
+    return run_read.lines
 
 
 def used(run: Path, work: Path) -> object:
