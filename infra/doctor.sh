@@ -110,7 +110,7 @@ check_image() {
 }
 
 check_account() {
-  local member=serviceAccount:$SERVICE_ACCOUNT
+  local member=serviceAccount:$SERVICE_ACCOUNT retention hold pays location
   if query "service account" iam service-accounts describe "$SERVICE_ACCOUNT" --format='value(email)'; then
     good "service account $SERVICE_ACCOUNT"
   elif [[ $ERROR_KIND == missing ]]; then
@@ -129,12 +129,24 @@ check_account() {
   fi
   # The job replaces and deletes its own objects, and pays for nobody else's project.
   query "bucket gs://$BUCKET" storage buckets describe "gs://$BUCKET" --raw \
-    --format='value[separator="|"](retentionPolicy.retentionPeriod,defaultEventBasedHold,billing.requesterPays)' || return 0
-  case ${RESULT,,} in
-    *'|true|'*) bad "gs://$BUCKET holds every new object" "turn its default event-based hold off, or set another BUCKET" ;;
-    *'|true') bad "gs://$BUCKET makes the requester pay" "turn that off, or set another BUCKET" ;;
-    [1-9]*) bad "gs://$BUCKET has a retention policy of ${RESULT%%|*} s" "remove it, or set another BUCKET" ;;
-  esac
+    --format='value[separator="|"](retentionPolicy.retentionPeriod,defaultEventBasedHold,billing.requesterPays,location)' || return 0
+  IFS='|' read -r retention hold pays location <<<"$RESULT"
+  [[ -z $retention ]] || bad "gs://$BUCKET has a retention policy of $retention s" "remove it, or set another BUCKET"
+  [[ $hold != True ]] || bad "gs://$BUCKET holds every new object" "turn its default event-based hold off, or set another BUCKET"
+  [[ $pays != True ]] || bad "gs://$BUCKET makes the requester pay" "turn that off, or set another BUCKET"
+  check_location "${location,,}"
+}
+
+# A location is a region, or US, EU, ASIA or a pair of regions, which have several.
+check_location() { # LOCATION
+  local zone
+  local -A others=()
+  [[ $1 == *-* ]] || return 0
+  for zone in $ZONES; do
+    [[ ${zone%-*} == "$1" ]] || others[${zone%-*}]=1
+  done
+  ((${#others[@]} == 0)) || printf 'note  gs://%s is in %s: Google bills what machines in other regions (%s) read from it, 0.02 to 0.14 USD per GB by distance\n' \
+    "$BUCKET" "$1" "${!others[*]}"
 }
 
 check_secrets() {

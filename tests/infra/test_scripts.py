@@ -268,7 +268,12 @@ def test_doctor_reports_each_problem_and_its_fix(cloud: Cloud, scripts: Scripts)
     cloud.machines.networks.clear()
     policy = {"listPolicy": {"allValues": "DENY"}}
     cloud.admin.org_policies["constraints/compute.vmExternalIpAccess"] = policy
-    cloud.created_buckets[BUCKET] = {"retentionPolicy": {"retentionPeriod": "86400"}}
+    cloud.created_buckets[BUCKET] = {
+        "retentionPolicy": {"retentionPeriod": "86400"},
+        "defaultEventBasedHold": True,
+        "billing": {"requesterPays": True},
+        "location": "US-WEST4",
+    }
     done = scripts.run("doctor", "smoke")
     assert done.code == 3
     for words in (
@@ -279,6 +284,9 @@ def test_doctor_reports_each_problem_and_its_fix(cloud: Cloud, scripts: Scripts)
         "FAIL  there is no network default; set NETWORK",
         "vmExternalIpAccess forbids external IPs; set INTERNAL_IPS=yes",
         f"gs://{BUCKET} has a retention policy of 86400 s; remove it",
+        f"gs://{BUCKET} holds every new object; turn its default event-based hold off",
+        f"gs://{BUCKET} makes the requester pay; turn that off",
+        f"gs://{BUCKET} is in us-west4: Google bills what machines in other regions (us-central1)",
         "is not enabled; run infra/setup.sh",
         "there is no image",
         "there is no service account",
