@@ -15,7 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from job.errors import EXIT_RESUMABLE, EXIT_STAGE, RunStoppedError, SetupError, StageError
+from job.errors import (
+    EXIT_ENVIRONMENT,
+    EXIT_RESUMABLE,
+    EXIT_STAGE,
+    RunStoppedError,
+    SetupError,
+    StageError,
+)
 from job.runtime import logs
 from job.runtime.signals import StopSignal, exit_now
 from job.runtime.watchdog import WATCHDOG
@@ -27,7 +34,9 @@ _INDEX = "JOB_PROCESS_INDEX"
 
 _RESUME = "run the same command to resume"
 _EXITS, _HEARTBEATS = "job/left/", "job/beat/"
-_JOIN_SECONDS = 300
+JOIN_SECONDS = 300
+"""Seconds to wait for all processes."""
+
 _POLL_SECONDS = 0.5
 _HEARTBEAT_TIMEOUT = 30.0
 """Seconds without a heartbeat after which a process counts as dead."""
@@ -221,7 +230,8 @@ def join_processes(runtime: Runtime) -> ProcessGroup:
     Call this before anything asks JAX for its devices.
 
     Raises:
-        SetupError: the environment is incomplete, or not all processes connect in time.
+        SetupError: the environment is incomplete, or its address is wrong. If not all processes
+            connect in time, this process ends with the same exit code.
     """
     arguments = _initialize_arguments(runtime)
     if arguments is None:
@@ -229,6 +239,13 @@ def join_processes(runtime: Runtime) -> ProcessGroup:
     import jax
     from jax._src.distributed import global_state
 
+    # At its own timeout JAX aborts the process.
+    message = f"not all processes of the job connected within {JOIN_SECONDS} s"
+    if arguments:
+        message = f"process {os.environ[_INDEX]} of {os.environ[_COUNT]}: {message}"
+    deadline = threading.Timer(JOIN_SECONDS, ProcessGroup().leave, (EXIT_ENVIRONMENT, message))
+    deadline.daemon = True
+    deadline.start()
     try:
         for name, value in (
             ("jax_cpu_collectives_implementation", "gloo"),
@@ -237,7 +254,7 @@ def join_processes(runtime: Runtime) -> ProcessGroup:
             jax.config.update(name, value)  # type: ignore[no-untyped-call]
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=_JOIN_SECONDS,
+            initialization_timeout=2 * JOIN_SECONDS,
             # Longer than ours, because JAX's own watcher ends the process without a message.
             heartbeat_timeout_seconds=int(4 * _HEARTBEAT_TIMEOUT),
             shutdown_timeout_seconds=10,
@@ -248,9 +265,9 @@ def join_processes(runtime: Runtime) -> ProcessGroup:
         raise SetupError(f"{_ADDRESS}: {error}") from error
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise SetupError(
-            f"not all processes of the job connected within {_JOIN_SECONDS} s: {reason}"
-        ) from error
+        raise SetupError(f"cannot connect to the other processes of the job: {reason}") from error
+    finally:
+        deadline.cancel()
     return ProcessGroup(jax.process_index(), jax.process_count(), global_state.client)
 
 

@@ -238,6 +238,28 @@ def test_incomplete_addresses_are_refused(
         join_processes(Runtime())
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_processes_that_do_not_all_join_are_named(index: int) -> None:
+    program = (
+        "from job.machine import distributed\n"
+        "from job.spec.schema import Runtime\n"
+        "distributed.JOIN_SECONDS = 2\n"
+        "distributed.join_processes(Runtime())"
+    )
+    variables = {
+        "JOB_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JOB_PROCESS_COUNT": "2",
+        "JOB_PROCESS_INDEX": str(index),
+    }
+    command = [sys.executable, "-c", program]
+    alone = subprocess.run(
+        command, env=os.environ | variables, capture_output=True, text=True, timeout=60
+    )
+    assert alone.returncode == 3
+    last = alone.stderr.splitlines()[-1]
+    assert last.startswith(f"error: process {index} of 2: not all processes of the job connected")
+
+
 def test_a_process_without_an_address_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JOB_COORDINATOR_ADDRESS", raising=False)
     assert join_processes(Runtime()).count == 1
