@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from job.adapters.keras_format import H5, check_model
 from job.chat.conversation import Message
 from job.commands.trained_run import TrainedRun
-from job.data.split_files import iter_examples
 from job.errors import UsageError
 from job.machine import devices
 from job.pipeline.layout import VALIDATION_EXAMPLES
@@ -153,7 +152,9 @@ def _training_system_prompt(run: TrainedRun, work: Path) -> str | None:
     path = work / "validation.parquet"
     if not run.store.download(VALIDATION_EXAMPLES, path):
         return None
-    prompts = {example.system for example in iter_examples(path)}
+    import pyarrow.parquet as pq
+
+    prompts = set(pq.read_table(path, columns=["system"])["system"].to_pylist())
     if len(prompts) > 1:
         logs.get().warning("examples have different system prompts; set one with --system")
         return None

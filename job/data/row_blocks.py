@@ -113,12 +113,31 @@ def _values(column: "pa.Array") -> list[Any]:
 
     try:
         values: list[Any] = column.to_pylist()
-        return _without_nulls(values) if pa.types.is_nested(column.type) else values
     except UnicodeDecodeError:
-        if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
-            raise
-        raw = column.cast(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
-        return [b if b is None else b.decode("utf-8", "surrogateescape") for b in raw.to_pylist()]
+        values = _decoded(column.cast(_with_bytes(column.type)).to_pylist())
+    return _without_nulls(values) if pa.types.is_nested(column.type) else values
+
+
+def _with_bytes(kind: "pa.DataType") -> "pa.DataType":
+    """Return a type with bytes where it has text."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.StructType):
+        return pa.struct([field.with_type(_with_bytes(field.type)) for field in kind])
+    if isinstance(kind, pa.ListType | pa.LargeListType):
+        make = pa.list_ if isinstance(kind, pa.ListType) else pa.large_list
+        return make(_with_bytes(kind.value_type))
+    if pa.types.is_string(kind):
+        return pa.binary()
+    return pa.large_binary() if pa.types.is_large_string(kind) else kind
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, dict):
+        return {key: _decoded(item) for key, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def _without_nulls(value: Any) -> Any:

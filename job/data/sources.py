@@ -35,6 +35,8 @@ class SourceFile:
     """A string that changes whenever the content does."""
     fetch: Callable[[], Path]
     """Download the file if it is remote, resuming a partial download, and return its path."""
+    cached: Path | None = None
+    """Where the downloaded file is."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def _bucket_file(store: Store, key: str) -> SourceFile:
             )
         return path
 
-    return SourceFile(f"{store.uri}/{key}", stat.bytes, stat.version, fetch)
+    return SourceFile(f"{store.uri}/{key}", stat.bytes, stat.version, fetch, path)
 
 
 def _hub_source(source: Source, revisions: Revisions) -> RowSource:
@@ -152,6 +154,7 @@ def _hub_source(source: Source, revisions: Revisions) -> RowSource:
             return folder / file.path
 
         path = f"{source.dataset}/{file.path}"
-        return SourceFile(path, file.size, file.sha256 or file.sha1, fetch)
+        identity = file.sha256 or file.sha1
+        return SourceFile(path, file.size, identity, fetch, folder / file.path)
 
     return RowSource(commit, [hub_file(by_path[path]) for path in chosen])

@@ -77,6 +77,7 @@ def write_split_files(
         low, high = np.searchsorted(chosen, [first, first + batch.num_rows])
         batches.append(batch.take(pa.array(chosen[low:high] - first)))
     table = pa.Table.from_batches(batches)
+    batches.clear()
     raw = table["hash"].to_numpy().tobytes().hex()
     ids = [raw[at : at + 16] for at in range(0, len(raw), 16)]
     texts = (table[name].cast(pa.large_string()) for name in COLUMNS.names)

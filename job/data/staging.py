@@ -282,8 +282,8 @@ class _Stager:
                 if flag not in tally.shown:
                     tally.show(flag, excerpt(stats, int(mask.argmax()), flag))
         tally.text_bytes += int(stats.text_bytes[result.keep].sum())
-        messages = examples.batch["messages"].is_valid()
-        tally.with_messages += int(np.count_nonzero(messages))
+        messages = np.asarray(examples.batch["messages"].is_valid())
+        tally.with_messages += int((messages & result.keep).sum())
         if not self._columns and (rows := block.rows()):
             self._columns = sorted(rows[0])
 
@@ -329,8 +329,12 @@ class _Stager:
             row=shard.row,
         )
         self._staged.store.take(path, record.path)
+        first = self._manifest.shards[-1].file if self._manifest.shards else 0
         self._manifest.shards.append(record)
         self._write_manifest()
+        for file in self._rows.files[first : record.file]:
+            if file.cached:
+                file.cached.unlink(missing_ok=True)
         logs.get().info("shard staged", shard=record.path, rows=record.rows, bytes=record.bytes)
 
     def _write_manifest(self) -> None:

@@ -77,7 +77,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     def _next_name(self) -> str:
         """Return a name for the cached batches; a task makes its requests in the same order."""
         self._requests += 1
-        return f"{self._name}-{self._requests}"
+        return f"{self._name}/{self._requests}"  # no evaluation has a "/" in its name
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: object

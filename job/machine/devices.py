@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PACKAGES = ("job", "jax", "jaxlib", "keras", "keras-hub", "pyarrow", "numpy", "libtpu")
 
 _HINTS = {
-    "tpu": "on a TPU VM install the `tpu` extra and run the container with --privileged --net=host",
+    "tpu": "on a TPU VM install the `tpu` extra; docker/README.md has the flags of the container",
     "gpu": "install the `cuda` extra and a driver that matches it",
     "cpu": "set JAX_PLATFORMS=cpu",
 }

@@ -45,16 +45,7 @@ def configure(
         return cleaned
 
     terminal = (stream or sys.stdout).isatty()
-    for noisy in (
-        "absl",
-        "jax",
-        "matplotlib",
-        "datasets",
-        "huggingface_hub",
-        "urllib3",
-        "filelock",
-        "fsspec",
-    ):
+    for noisy in _NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
     def tee(_logger: object, _method: str, event: Event) -> Event:

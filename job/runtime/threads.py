@@ -39,7 +39,8 @@ def prefetch_map[A, B](
         for item in items:
             waiting.append(pool.submit(call, item))
             if len(waiting) == most:
-                yield waiting.popleft().result()
+                yield waiting[0].result()
+                waiting.popleft()
     except Exception:
         yield from (call.result() for call in waiting)
         raise

@@ -86,9 +86,9 @@ def check_writable(store: Store) -> None:
         SetupError: the store does not allow it.
     """
     probe = f".probe-{uuid.uuid4().hex}"
-    version = store.write_if_version(probe, b"written", None)
-    version = store.write_if_version(probe, b"replaced", version)
-    store.write_if_version(probe, None, version)
+    store.write(probe, b"written")
+    store.write(probe, b"replaced")
+    store.delete(probe)
 
 
 def file_sha256(path: Path) -> str:

@@ -84,10 +84,14 @@ class Lease:
             LeaseHeldError: it was.
         """
         probe = f"{LEASE_KEY}.{self._owner}"
-        self._store.write(probe, b"")
-        now, lease = self._store.stat(probe), self._store.stat(LEASE_KEY)
-        self._store.delete(probe)
-        age = now.modified - lease.modified if now and lease else 0.0
+        try:
+            self._store.write(probe, b"")
+            now, lease = self._store.stat(probe), self._store.stat(LEASE_KEY)
+        finally:
+            self._store.delete(probe)
+        if now is None or lease is None:
+            raise LeaseHeldError(f"{self._what} was just released; run the same command again")
+        age = now.modified - lease.modified
         if age <= held.seconds:
             raise LeaseHeldError(
                 f"{self._what} is in use by another process ({held.host}), which renewed its "

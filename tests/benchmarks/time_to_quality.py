@@ -83,12 +83,12 @@ def main() -> None:
     from job.model.load import load_model
     from job.model.lora import LoraWeights, flatten_lora
     from job.spec.load import load_spec
-    from job.train.blockwise_step import make_step
     from job.train.optimizer import make_optimizer
     from job.train.schedule import BatchSchedule
     from job.train.state import TrainState
     from job.train.step import (
         StepConfig,
+        make_train_step,
         make_validation,
         padded_loss_count,
         shard_input,
@@ -125,7 +125,7 @@ def main() -> None:
     state = TrainState(*jax.tree.map(lambda a: jax.numpy.array(a, copy=True), (start, variables)))
     batches = [rows.batch.take(plan.batch_indices(step)) for step in range(plan.steps)]
     width = padded_loss_count(max(int(batch.count_loss_tokens(1).max()) for batch in batches))
-    step, _ = make_step(model, optimizer, StepConfig(forward))
+    step = make_train_step(model, optimizer, StepConfig(forward))
     step.lower(state, model.weights, shard_input(model, batches[0], 1, width)).compile()
 
     seconds, reached, curve, seen = 0.0, None, [], 0

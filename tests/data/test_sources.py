@@ -160,6 +160,17 @@ def test_bytes_that_are_not_utf8_become_lone_surrogates(tmp_path: Path) -> None:
             first["a"].encode()
 
 
+def test_nested_bytes_that_are_not_utf8_become_lone_surrogates(tmp_path: Path) -> None:
+    turns = [[{"content": b"\xff"}], [{"content": b"b"}], None]
+    raw = pa.array(turns, pa.list_(pa.struct([("content", pa.binary())])))
+    text = pa.StringArray.from_buffers(2, *raw.values.field("content").buffers()[1:])
+    nested = pa.ListArray.from_arrays([0, 1, 2], pa.StructArray.from_arrays([text], ["content"]))
+    pq.write_table(pa.table({"messages": nested, "id": ["1", "2"]}), tmp_path / "rows.parquet")
+    first, second = read(tmp_path / "rows.parquet")
+    assert second == {"messages": [{"content": "b"}], "id": "2"}
+    assert first == {"messages": [{"content": "\udcff"}], "id": "1"}
+
+
 LATIN = [{"input": "Déjà vu; «ça»", "output": "5 € – “café”"}, {"input": "a\tb", "output": "ö"}]
 """Rows that Windows-1252 can write."""
 

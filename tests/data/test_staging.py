@@ -17,6 +17,7 @@ from job.errors import StageError, UsageError
 from job.storage.lease import LEASE_KEY
 from job.storage.local import LocalStore
 from tests.data.staged import left_in, spec_of, stage
+from tests.services.bucket import Bucket
 
 WORDS = [f"word{n}" for n in range(500)]
 
@@ -281,6 +282,27 @@ def test_shards_before_an_error_are_stored(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="rows.jsonl"):
         stage(spec_of(str(tmp_path / "out"), str(path)))
     assert [shard["tally"]["raw"] for shard in shards(tmp_path / "out")] == [1000]
+
+
+def test_downloaded_files_are_deleted_once_they_are_staged(
+    several: Path, whole: Path, tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOB_CACHE", str(tmp_path / "cache"))
+    for name in FILES:
+        bucket.put("runs", f"set/{name}", (several / name).read_bytes())
+    counts: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        counts.append(len(list((tmp_path / "cache").rglob("*.json*"))))
+        yield from read_blocks(*arguments)
+
+    monkeypatch.setattr(staging, "read_blocks", counted)
+    stage(spec_of(str(tmp_path / "out"), "gs://runs/set", data_files=FILES))
+    assert counts[0] == 1
+    assert not list((tmp_path / "cache").rglob("*.json*"))
+    assert [each["sha256"] for each in shards(tmp_path / "out")] == [
+        each["sha256"] for each in shards(whole)
+    ]
 
 
 def test_a_damaged_shard_is_detected_and_staged_again(several: Path, tmp_path: Path) -> None:
