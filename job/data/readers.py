@@ -119,12 +119,13 @@ def _csv(path: Path, name: str, _: Sequence[str] | None) -> Iterator[Block]:
     encoding = _csv_encoding(path, name)
     file = io.TextIOWrapper(open_bytes(path, name), encoding, "surrogateescape", newline="")
     try:
-        first = file.readline()
+        lines = _lines(file, name)
+        first = next(lines, "")
         counts = {d: len(next(csv.reader([first], delimiter=d), [])) for d in _DELIMITERS}
         delimiter = max(counts, key=lambda each: counts[each])
         if (encoding, delimiter) != ("utf-8-sig", ","):
             logs.get().info("CSV dialect", file=name, encoding=encoding, delimiter=delimiter)
-        reader = csv.DictReader(itertools.chain([first], file), delimiter=delimiter, strict=True)
+        reader = csv.DictReader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
         header = list(reader.fieldnames or [])
         _check_header(header, name)
         rows: list[Row] = []
@@ -148,6 +149,17 @@ def _csv(path: Path, name: str, _: Sequence[str] | None) -> Iterator[Block]:
             yield RowBlock(rows)
     except csv.Error as error:
         raise UsageError(f"{name}: not a readable CSV file: {error}") from None
+
+
+def _lines(file: io.TextIOWrapper, name: str) -> Iterator[str]:
+    """Yield the lines of a file, which may have one without an end."""
+    for number in itertools.count(1):
+        line = file.readline(MAX_ROW_BYTES)
+        if len(line) == MAX_ROW_BYTES:
+            raise UsageError(f"{name}:{number}: the line is longer than 128 MB")
+        if not line:
+            return
+        yield line
 
 
 def _check_header(header: list[str], name: str) -> None:

@@ -17,6 +17,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from job.data import readers
 from job.data.data_files import choose_files
 from job.data.readers import read_blocks
 from job.data.sources import open_source
@@ -147,6 +148,15 @@ def test_a_bad_file_says_what_is_wrong_and_where(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=message):
         read(tmp_path / name)
+
+
+def test_a_line_of_csv_is_not_read_without_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1000)
+    (tmp_path / "rows.csv").write_text(f"a,b\n1,2\n{'x,' * 2000}\n")
+    with pytest.raises(UsageError, match=r"rows\.csv:3: the line is longer than 128 MB"):
+        read(tmp_path / "rows.csv")
 
 
 def test_bytes_that_are_not_utf8_become_lone_surrogates(tmp_path: Path) -> None:
