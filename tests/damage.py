@@ -14,7 +14,9 @@ def damage(content: bytes, chance: random.Random) -> tuple[str, bytes | None]:
         "flipped": lambda: _flip(content, chance),
         "zeros": lambda: content[:at] + bytes(len(content[at : at + 64])) + content[at + 64 :],
         "doubled": lambda: content + content,
-        "other": lambda: chance.choice([b"null", b"[]", b"{}", b'{"a": 1}', b"\xff\xfe", b"a: &b"]),
+        "other": lambda: chance.choice(
+            [b"null", b"[]", b"{}", b'{"a": 1}', b"\xff\xfe", b"a: &b", b"[" * 99999]
+        ),
     }
     name = chance.choice(list(kinds))
     return name, kinds[name]()

@@ -211,7 +211,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         document = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"model.preset: {path} is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise UsageError(f"model.preset: {path} is not a JSON object")

@@ -131,17 +131,22 @@ def load_keras_tokenizer(preset: Preset) -> Any:
     import keras_hub
 
     with _preset_errors(preset.handle):
-        return keras_hub.tokenizers.Tokenizer.from_preset(preset.handle)
+        try:
+            return keras_hub.tokenizers.Tokenizer.from_preset(preset.handle)
+        except RuntimeError as error:  # of sentencepiece
+            raise ValueError(error) from error
 
 
 @contextmanager
 def _preset_errors(name: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
+    wrong = AttributeError, ImportError, KeyError, RecursionError, TypeError, ValueError
     try:
         yield
-    except (AttributeError, ImportError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (*wrong, SafetensorError) as error:
         reason = f"its config.json has no {error}" if isinstance(error, KeyError) else str(error)
+        reason = reason.strip().partition("\n")[0]
         message = f"KerasHub cannot load {name!r} as a causal language model: {reason}"
         raise UsageError(f"model.preset: {message.partition(' A preset must')[0]}") from error
     except OSError as error:
