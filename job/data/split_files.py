@@ -83,5 +83,7 @@ def write_split_files(
     texts = (table[name].cast(pa.large_string()) for name in COLUMNS.names)
     table = pa.table([pa.array(ids, pa.large_string()), *texts], _SCHEMA).combine_chunks()
     for path, indices in splits.items():
-        ordered = table.take(pa.array(np.searchsorted(chosen, indices)))
-        pq.write_table(ordered, path, compression="zstd", row_group_size=GROUP_ROWS)
+        order = np.searchsorted(chosen, indices)
+        with pq.ParquetWriter(path, table.schema, compression="zstd") as writer:
+            for at in range(0, len(order), GROUP_ROWS):
+                writer.write_table(table.take(pa.array(order[at : at + GROUP_ROWS])))
