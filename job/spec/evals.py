@@ -33,12 +33,18 @@ class FewShot(Section):
     """Files of the solved questions; unset: the questions' files."""
 
 
-Role = Literal["target", "retention"]
+class TaskEval(Section):
+    """A task with one score, which is compared before and after training."""
 
-
-class MultipleChoiceEval(Source):
     name: Name
     """Name of the task in results.json and evals/<model>/<name>/."""
+    role: Literal["target", "retention"] = "target"
+    """target asks whether tuning helped, retention whether it broke anything."""
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Drop of the score, as a share, that retention accepts."""
+
+
+class MultipleChoiceEval(Source, TaskEval):
     scoring: Literal["letters", "generate"] = "letters"
     """letters: compare the logits of the letters after one forward pass; generate: greedy decoding
     and a parser, which knows English best."""
@@ -66,10 +72,6 @@ class MultipleChoiceEval(Source):
     """Solved questions before each question; unset: none (zero-shot)."""
     limit: Positive | None = None
     """Use the first N questions; unset: all."""
-    role: Role = "target"
-    """target asks whether tuning helped, retention whether it broke anything."""
-    margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    """Drop of the score, as a share, that retention accepts."""
     max_new_tokens: Positive = 16
     """Maximum tokens of a generated answer."""
 
@@ -111,9 +113,7 @@ class DialogueEval(Section):
         return self.examples or 200
 
 
-class HarnessEval(Section):
-    name: Name
-    """Name of the task in results.json and evals/<model>/<name>/."""
+class HarnessEval(TaskEval):
     task: str = Field(min_length=1)
     """A task or group of lm-evaluation-harness."""
     include: str | None = None
@@ -126,23 +126,19 @@ class HarnessEval(Section):
     """Use the first N samples; unset: all."""
     chat_template: bool = False
     """Whether its prompts are rendered by the model's chat template."""
-    role: Role = "retention"
+    role: Literal["target", "retention"] = "retention"
     """target asks whether tuning helped, retention whether it broke anything."""
-    margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    """Drop of the score, as a share, that retention accepts."""
 
 
 HELD_OUT = "held-out"
 METRICS = ("exact_match", "f1", "regex", "number", "json", "label", "rouge", "chrf")
 
 
-class TextEval(ExampleSource):
+class TextEval(ExampleSource, TaskEval):
     """A task with free answers, each compared with the expected one."""
 
     model_config = ConfigDict(json_schema_extra={"required": ["name", "metric"]})
 
-    name: Name
-    """Name of the task in results.json and evals/<model>/<name>/."""
     dataset: Dataset = HELD_OUT
     """Where the prompts and the expected responses are: as `data.dataset`, with `prompt` and
     `response` or `messages`; held-out: the held-out examples."""
@@ -159,10 +155,6 @@ class TextEval(ExampleSource):
     """Maximum tokens of an answer."""
     limit: Positive | None = None
     """Use the first N examples; unset: all."""
-    role: Role = "target"
-    """target asks whether tuning helped, retention whether it broke anything."""
-    margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    """Drop of the score, as a share, that retention accepts."""
 
     @model_validator(mode="before")
     @classmethod
@@ -247,9 +239,7 @@ class Evals(Section):
 
     @model_validator(mode="after")
     def _unique_names(self) -> Self:
-        names = [entry.name for entry in self.multiple_choice]
-        names += [entry.name for entry in self.harness]
-        names += [entry.name for entry in self.tasks]
+        names = [entry.name for entry in (*self.multiple_choice, *self.harness, *self.tasks)]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two evaluations are named '{name}'; rename one")
