@@ -133,24 +133,26 @@ def plan(
     ] = False,
     examples: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Training examples, if the spec does not limit them."),
+        typer.Option(min=1, metavar="N", help="Training examples, if the spec sets no limit."),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Mean tokens per example.")
+        int | None, typer.Option(min=1, metavar="N", help="Mean tokens per example.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate the memory, time and cost of a run without starting it."""
-    from job.commands.plan import PlanOptions, plan_job
+    from job.commands.plan import plan_job
     from job.plan.text import render, render_table
     from job.spec.load import load_spec
 
-    chosen = PlanOptions(tuple(on or ()), table, compile_, examples, tokens)
-    planned = plan_job(load_spec(spec, overrides or []), chosen)
+    loaded = load_spec(spec, overrides or [])
+    planned = plan_job(
+        loaded, on or (), sizes=table, compiled=compile_, examples=examples, tokens=tokens
+    )
     if as_json:
         typer.echo(planned.model_dump_json(indent=2))
     else:
-        typer.echo(legible(render_table(planned) if table else render(planned)))
+        typer.echo(legible("\n".join(render_table(planned) if table else render(planned))))
 
 
 @app.command()
