@@ -11,11 +11,7 @@ import math
 from dataclasses import dataclass
 
 from job.machine.accelerators import Machine, machine_spec
-from job.machine.limits import (
-    ATTENTION_CHUNK,
-    LOGITS_SLICE_BYTES,
-    largest_divisor,
-)
+from job.machine.limits import ATTENTION_CHUNK, LOGITS_SLICE_BYTES, largest_divisor
 from job.plan.model_shape import Layer, ModelShape
 from job.plan.plan import MachineCost, MachinePlan, MemoryPlan
 from job.plan.workload import EvalWorkload, Workload
