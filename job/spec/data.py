@@ -11,10 +11,7 @@ from job.spec.fields import SAMPLES, Dataset, OptionalTemplate, Positive, Templa
 
 
 class Section(BaseModel):
-    """Base of the sections of the spec: immutable, without unknown keys.
-
-    The sentence under a field is its description in `job schema`.
-    """
+    """Base of the sections of the spec: immutable, without unknown keys."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False,

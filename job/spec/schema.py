@@ -1,7 +1,7 @@
 """The schema of a job spec: one pydantic model per section, and checks across fields.
 
-Reading YAML is `load`'s, and messages with line numbers are `problems`'. Every field has a
-description, which `job schema` passes to editors.
+Reading YAML is `load`'s, and messages with line numbers are `problems`'. The sentence under a field
+is its description, which `job schema` passes to editors.
 """
 
 import re
@@ -12,16 +12,12 @@ from pydantic import Field, JsonValue, model_validator
 
 from job.spec.data import Checks as Checks
 from job.spec.data import Data as Data
-from job.spec.data import Section as Section
+from job.spec.data import Section
 from job.spec.data import Source as Source
-from job.spec.evals import HELD_OUT
-from job.spec.evals import DialogueEval as DialogueEval
-from job.spec.evals import Evals as Evals
+from job.spec.evals import HELD_OUT, Evals, TextEval
 from job.spec.evals import MultipleChoiceEval as MultipleChoiceEval
-from job.spec.evals import TextEval as TextEval
 from job.spec.fields import HUB, Name, Number, Output, Positive
-from job.spec.remote import JudgeEval as JudgeEval
-from job.spec.remote import Reference as Reference
+from job.spec.remote import Reference
 
 
 class Mesh(Section):
