@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import jax
 import keras_hub
@@ -127,7 +128,7 @@ def test_a_uniform_rank_is_exact(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", ["merged-keras", "merged-transformers"])
 def test_merged_folders_load_as_the_tuned_model(
-    run: Path, tmp_path: Path, tuned: np.ndarray, to: str
+    run: Path, tmp_path: Path, tuned: np.ndarray, to: Literal["merged-keras", "merged-transformers"]
 ) -> None:
     export_run(str(run), to, str(tmp_path / "out"), "exact")
     task = keras_hub.models.CausalLM.from_preset(
