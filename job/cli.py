@@ -7,7 +7,7 @@ Heavy imports (keras, jax, datasets) are inside the command that needs them, so 
 import json
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -133,24 +133,26 @@ def plan(
     ] = False,
     examples: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Training examples, if the spec does not limit them."),
+        typer.Option(min=1, metavar="N", help="Training examples, if the spec sets no limit."),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Mean tokens per example.")
+        int | None, typer.Option(min=1, metavar="N", help="Mean tokens per example.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate the memory, time and cost of a run without starting it."""
-    from job.commands.plan import PlanOptions, plan_job
+    from job.commands.plan import plan_job
     from job.plan.text import render, render_table
     from job.spec.load import load_spec
 
-    chosen = PlanOptions(tuple(on or ()), table, compile_, examples, tokens)
-    planned = plan_job(load_spec(spec, overrides or []), chosen)
+    loaded = load_spec(spec, overrides or [])
+    planned = plan_job(
+        loaded, on or (), sizes=table, compiled=compile_, examples=examples, tokens=tokens
+    )
     if as_json:
         typer.echo(planned.model_dump_json(indent=2))
     else:
-        typer.echo(legible(render_table(planned) if table else render(planned)))
+        typer.echo(legible("\n".join(render_table(planned) if table else render(planned))))
 
 
 @app.command()
@@ -234,12 +236,14 @@ def generate(
         str | None, typer.Option(metavar="TEXT", help="System prompt; default: as in training.")
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Maximum tokens per answer.")
+        int, typer.Option(min=1, metavar="N", help="Maximum tokens per answer.")
     ] = 256,
     temperature: Annotated[
         float | None, typer.Option(metavar="T", help="Sampling temperature; default: greedy.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="S", help="Sampling seed.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**31 - 1, metavar="S", help="Sampling seed.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, one line per answer.")
     ] = False,
@@ -256,20 +260,15 @@ def export(
     run_uri: RunArgument,
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A new folder.")],
     to: Annotated[
-        str,
+        Literal["peft", "merged-keras", "merged-transformers"],
         typer.Option(
-            metavar="FORMAT",
             help="peft: the adapter for PEFT, transformers and vLLM; merged-transformers, "
             "merged-keras: the full model with the adapter merged in.",
         ),
     ],
     rank: Annotated[
-        str,
-        typer.Option(
-            metavar="RANK",
-            help="For peft. exact: ranks may differ by layer; uniform: one rank, padded with "
-            "zeros.",
-        ),
+        Literal["exact", "uniform"],
+        typer.Option(help="For peft: ranks that may differ by layer, or one, padded with zeros."),
     ] = "exact",
 ) -> None:
     """Export a run's adapter, or the model with the adapter merged in."""

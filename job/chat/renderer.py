@@ -24,7 +24,7 @@ from jinja2.utils import Namespace
 
 from job.chat.conversation import Conversation, MarkedText, Message
 from job.chat.templates import ChatTemplate
-from job.chat.text_tokenizer import SpecialTokens
+from job.chat.text_tokenizer import TextTokenizer
 from job.chat.thoughts import marks_thoughts
 from job.errors import UsageError
 
@@ -51,7 +51,7 @@ class UnrenderableError(Exception):
 class ChatRenderer:
     """A chat template with the special tokens of a tokenizer."""
 
-    def __init__(self, template: ChatTemplate, tokenizer: SpecialTokens) -> None:
+    def __init__(self, template: ChatTemplate, tokenizer: TextTokenizer) -> None:
         """Compile a template and find out what it can do.
 
         Raises:
@@ -69,7 +69,7 @@ class ChatRenderer:
                 f"conversation: {error}"
             ) from error
 
-    def _probe(self, tokenizer: SpecialTokens) -> str:
+    def _probe(self, tokenizer: TextTokenizer) -> str:
         """Find the control tokens, special or not, and return the one that ends a reply."""
         question, reply = Message("user", _PLACE), Message("assistant", _PLACE)
         with _time_limit():

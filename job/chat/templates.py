@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from job.chat.text_tokenizer import SpecialTokens, read_json
+from job.chat.text_tokenizer import TextTokenizer, read_json
 from job.errors import UsageError
 from job.spec.fields import TINY, is_template_file
 
@@ -84,7 +84,7 @@ def own_templates(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def choose_template(
-    name: str, preset: str, folder: Path | None, tokenizer: SpecialTokens, family: str = ""
+    name: str, preset: str, folder: Path | None, tokenizer: TextTokenizer, family: str = ""
 ) -> ChatTemplate:
     """Return the chat template that the spec names.
 
@@ -148,7 +148,7 @@ def _is_instruct(preset: str) -> bool:
     return preset == TINY or bool(_INSTRUCT.search(preset.rstrip("/").rpartition("/")[2]))
 
 
-def _auto(preset: str, tokenizer: SpecialTokens, family: str) -> ChatTemplate:
+def _auto(preset: str, tokenizer: TextTokenizer, family: str) -> ChatTemplate:
     """Return the template of a model that carries none."""
     fitting = [n for n, tokens in _TURN_TOKENS.items() if tokenizer.special_ids.keys() >= {*tokens}]
     starts = tokenizer.start_id is not None

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from job.chat.conversation import MarkedText, TokenizedConversation
 from job.errors import UsageError
@@ -41,33 +41,6 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-
-class SpecialTokens(Protocol):
-    """The special tokens of a tokenizer, which chat templates write."""
-
-    special_ids: Mapping[str, int]
-    """The id of every special token."""
-    added_ids: Mapping[str, int]
-    """The id of every token that is recognized inside text, special or not."""
-    named: Mapping[str, str]
-    """The special tokens with a role, such as `bos_token`, by its name in chat templates."""
-    start_id: int | None
-    """The token put before a text, if the tokenizer does that by itself."""
-
-
-class TextTokenizer(SpecialTokens, Protocol):
-    """What `ChatTokenizer` needs of a tokenizer."""
-
-    stop_ids: tuple[int, ...]
-    """The tokens that end a text, as the checkpoint's files name them."""
-    pad_id: int
-
-    def encode(self, texts: Sequence[MarkedText]) -> list[TokenizedConversation]:
-        """Tokenize texts, special tokens included; the tokens of replies have a loss."""
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of tokens, special tokens included."""
 
 
 class FastTokenizer:
@@ -189,6 +162,16 @@ class KerasTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, special tokens included."""
         return str(self._tokenizer.detokenize(list(token_ids))) if token_ids else ""
+
+
+TextTokenizer = FastTokenizer | KerasTokenizer
+"""A tokenizer without a chat template.
+
+`special_ids` has the id of every special token, and `added_ids` of every token that is recognized
+inside text, special or not. `named` has the special tokens with a role, such as `bos_token`, by its
+name in chat templates. `start_id` is put before a text, if the tokenizer does that by itself, and
+`stop_ids` end a text, as the checkpoint's files name them.
+"""
 
 
 def _split_before_merging(tokenizer: Any, pattern: str) -> None:

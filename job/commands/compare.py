@@ -62,4 +62,4 @@ def read_finished(uri: str) -> FinishedRun:
         content = read_artifact(store, results, layout.predictions("finetuned", name))
         lines[name] = parse_predictions(content or b"", _LINES[type(result)])
     place = store.uri if uri.startswith("gs://") else os.path.realpath(uri)
-    return FinishedRun(place, results, lines)
+    return FinishedRun(results.run.id, place, results, lines)

@@ -8,35 +8,34 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from job.adapters.keras_format import CHAT_TEMPLATE, H5, check_model
 from job.commands.trained_run import TrainedRun
 from job.errors import StageError, UsageError
 from job.runtime import logs
 
-Format = Literal["peft", "merged-keras", "merged-transformers"]
-EXPORT_FORMATS: tuple[str, ...] = get_args(Format)
 
-
-def export_run(uri: str, to: str, folder: str, rank: str) -> None:
+def export_run(
+    uri: str,
+    to: Literal["peft", "merged-keras", "merged-transformers"],
+    folder: str,
+    rank: Literal["exact", "uniform"] = "exact",
+) -> None:
     """Write a run's adapter or merged model to a new folder.
 
     Args:
         uri: the run.
-        to: one of EXPORT_FORMATS.
+        to: the format.
         folder: the target folder; missing or empty.
-        rank: for `peft`: `exact` or `uniform`.
+        rank: for `peft`: whether its ranks may differ by layer.
 
     Raises:
         UsageError: the arguments are wrong, or the model has no such format.
         StageError: files of the run or the model are missing or damaged.
     """
-    if to not in EXPORT_FORMATS:
-        raise UsageError(
-            f"--to {to}: there is no such format; write one of {', '.join(EXPORT_FORMATS)}"
-        )
-    _check_rank(rank, to)
+    if rank != "exact" and to != "peft":
+        raise UsageError("--rank applies to --to peft only; a merged model has no rank")
     logs.configure()
     with _new_folder(Path(folder)) as target, tempfile.TemporaryDirectory(prefix="job-") as work:
         source = TrainedRun(uri, Path(work), "job export")
@@ -47,13 +46,6 @@ def export_run(uri: str, to: str, folder: str, rank: str) -> None:
             if CHAT_TEMPLATE in source.info.files:  # the one that training used
                 shutil.copyfile(source.file(CHAT_TEMPLATE), target / CHAT_TEMPLATE)
     logs.get().info("exported", format=to, folder=str(Path(folder).absolute()))
-
-
-def _check_rank(rank: str, to: str) -> None:
-    if rank not in ("exact", "uniform"):
-        raise UsageError(f"--rank {rank}: write exact or uniform")
-    if rank != "exact" and to != "peft":
-        raise UsageError("--rank applies to --to peft only; a merged model has no rank")
 
 
 @contextlib.contextmanager

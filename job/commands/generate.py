@@ -47,22 +47,6 @@ class GenerateOptions:
     seed: int | None = None
     as_json: bool = False
 
-    def check(self) -> None:
-        """Check the values.
-
-        Raises:
-            UsageError: one is out of range.
-        """
-        if self.max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: write 1 or more")
-        if self.temperature is not None and not 0 < self.temperature < 1e3:
-            raise UsageError(
-                f"--temperature {self.temperature}: write a number above 0, or leave it out for "
-                "greedy decoding"
-            )
-        if self.seed is not None and not 0 <= self.seed < 2**31:
-            raise UsageError(f"--seed {self.seed}: write a number from 0 to 2147483647")
-
     def sampling(self, turn: int) -> "Sampling | None":
         """Return the sampling of a turn's answer; None for greedy decoding."""
         from job.model.generation import Sampling
@@ -80,7 +64,11 @@ def generate_answers(uri: str, options: GenerateOptions, prompts: Sequence[str] 
         UsageError: the arguments are wrong, or the run has no adapter.
         StageError: files of the run or of the model are missing or damaged.
     """
-    options.check()
+    if options.temperature is not None and not 0 < options.temperature < 1e3:
+        raise UsageError(
+            f"--temperature {options.temperature}: write a number above 0, or leave it out for "
+            "greedy decoding"
+        )
     if not all(prompt.strip() for prompt in prompts):
         raise UsageError("the prompt is empty; write one")
     logs.configure(None, sys.stderr, least=logging.WARNING)
@@ -189,31 +177,23 @@ class _Conversation:
     def answer(self, text: str) -> None:
         """Generate and print the answer of every model to a prompt."""
         prompt = Message("user", self.format_prompt(text))
+        system = [Message("system", self.system)] if self.system else []
         answers = {}
-        for name in self.weights:
+        for name, weights in self.weights.items():
             turns = self.turns.setdefault(name, [])
             turns.append(prompt)
-            answers[name] = self._generate(name, turns)
-            turns.append(Message("assistant", answers[name].answer or ""))
+            tokens, truncated = self.engine.encode([[*system, *turns]])
+            if truncated:
+                logs.get().warning(
+                    "conversation exceeds evals.max_prompt_tokens: its beginning is dropped; "
+                    f"{_NEW} starts a new one"
+                )
+            sampling, most = self.options.sampling(self.count), self.options.max_new_tokens
+            (answer,) = self.engine.generate(weights, tokens, most, name, sampling=sampling)
+            turns.append(Message("assistant", answer.answer or ""))
+            answers[name] = answer
         self.count += 1
         self._print(text, answers)
-
-    def _generate(self, name: str, turns: list[Message]) -> "Reply":
-        system = [Message("system", self.system)] if self.system else []
-        tokens, truncated = self.engine.encode([[*system, *turns]])
-        if truncated:
-            logs.get().warning(
-                "conversation exceeds evals.max_prompt_tokens: its beginning is dropped; "
-                f"{_NEW} starts a new one"
-            )
-        (answer,) = self.engine.generate(
-            self.weights[name],
-            tokens,
-            self.options.max_new_tokens,
-            name,
-            sampling=self.options.sampling(self.count),
-        )
-        return answer
 
     def _print(self, prompt: str, answers: "dict[str, Reply]") -> None:
         if self.options.as_json:

@@ -3,7 +3,6 @@
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pydantic import ValidationError
 
@@ -14,14 +13,7 @@ from job.pipeline.stages import STAGES, stage_digests
 from job.pipeline.status import earlier_preflight, read_stage_records, stale_stages
 from job.plan.estimate import plan_machine
 from job.plan.model_shape import Config, find_config, model_shape
-from job.plan.plan import (
-    MachinePlan,
-    ModelPlan,
-    Plan,
-    Program,
-    StagePlan,
-    default_machine,
-)
+from job.plan.plan import MachinePlan, ModelPlan, Plan, Program, StagePlan, default_machine
 from job.plan.workload import Workload, workload
 from job.results import DataInfo
 from job.runtime import logs
@@ -31,41 +23,41 @@ from job.storage.base import Store
 from job.storage.locations import child_uri, open_store
 
 
-@dataclass(frozen=True)
-class PlanOptions:
-    """The options of the command."""
-
-    on: Sequence[str] = ()
-    sizes: bool = False
-    """Plan for every size of each machine, instead of one."""
-    compile: bool = False
-    """Compile the programs for the TPU."""
-    examples: int | None = None
-    tokens: int | None = None
-
-
-def plan_job(loaded: LoadedSpec, options: PlanOptions) -> Plan:
+def plan_job(
+    loaded: LoadedSpec,
+    on: Sequence[str] = (),
+    *,
+    sizes: bool = False,
+    compiled: bool = False,
+    examples: int | None = None,
+    tokens: int | None = None,
+) -> Plan:
     """Return the plan of a spec, from its preset's configuration and the records of its run.
+
+    Args:
+        on: names of machines; by default the one the spec is written for.
+        sizes: plan for every size of each machine.
+        compiled: compile the programs for the TPU.
+        examples, tokens: see `workload`.
 
     Raises:
         UsageError: there is no such machine, or the model's shape is not known.
     """
-    _check(options)
     spec = loaded.spec
-    machines = [parse_machine(name) for name in options.on] or [default_machine(spec)]
-    if options.sizes:
+    machines = [parse_machine(name) for name in on] or [default_machine(spec)]
+    if sizes:
         kinds = {machine.accelerator.name: machine.accelerator for machine in machines}
         machines = [size for kind in kinds.values() for size in machine_sizes(kind)]
     config = find_config(spec.model)
-    if options.compile:
-        _prepare_to_compile(machines, options)
+    if compiled:
+        _prepare_to_compile(machines, sizes)
     store = open_store(child_uri(spec.output, run_id(spec)))
     stale, data, unread = _progress(spec, store)
-    work = workload(spec, data, options.examples, options.tokens)
+    work = workload(spec, data, examples, tokens)
     work.assumptions += unread
     shape = model_shape(config, spec.model.preset)
     plans = [plan for machine in machines for plan in plan_machine(shape, spec, work, machine)]
-    if options.compile:
+    if compiled:
         for plan in plans:
             plan.programs = _compile(spec, config, plan, work)
     return Plan(
@@ -103,14 +95,8 @@ def _progress(spec: Spec, store: Store) -> tuple[list[str], DataInfo | None, tup
     return stale, data, ()
 
 
-def _check(options: PlanOptions) -> None:
-    for option, number in (("--examples", options.examples), ("--tokens", options.tokens)):
-        if number is not None and number < 1:
-            raise UsageError(f"{option} {number}: write a number above 0")
-
-
-def _prepare_to_compile(machines: Sequence[Machine], options: PlanOptions) -> None:
-    if options.sizes:
+def _prepare_to_compile(machines: Sequence[Machine], sizes: bool) -> None:
+    if sizes:
         raise UsageError("--compile shows programs and --table sizes; leave one of them out")
     for machine in machines:
         if machine.topology_name is None:

@@ -9,7 +9,7 @@ from job.errors import StageError, UsageError
 from job.pipeline.layout import ADAPTER, PEFT_ADAPTER, SPEC
 from job.spec.load import parse_spec
 from job.spec.pinning import Revisions, hub_key
-from job.spec.schema import Model, Spec
+from job.spec.schema import Model
 from job.storage.base import Store, file_sha256
 from job.storage.locations import child_uri, open_store
 
@@ -29,15 +29,12 @@ class TrainedRun:
             raise UsageError(f"{uri} is not a run; a run is <output>/<run-id>")
         self.store: Store = open_store(uri)
         self._work = work
-        self.spec = self._read_spec(uri)
-        self.store.download(ADAPTER + DESCRIPTION, work / DESCRIPTION)
-        self.info = read_info(work / DESCRIPTION, child_uri(uri, ADAPTER + DESCRIPTION))
-
-    def _read_spec(self, uri: str) -> Spec:
         text = self.store.read(SPEC)
         if text is None:
             raise UsageError(f"{uri} has no {SPEC}: it is not a run")
-        return parse_spec(text.decode("utf-8", "replace"), child_uri(uri, SPEC))
+        self.spec = parse_spec(text.decode("utf-8", "replace"), child_uri(uri, SPEC))
+        self.store.download(ADAPTER + DESCRIPTION, work / DESCRIPTION)
+        self.info = read_info(work / DESCRIPTION, child_uri(uri, ADAPTER + DESCRIPTION))
 
     @property
     def revisions(self) -> Revisions:

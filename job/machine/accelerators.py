@@ -48,13 +48,13 @@ class Accelerator:
     platform: Literal["tpu", "gpu", "cpu"]
     device_kinds: tuple[str, ...]
     """JAX's names for a chip (`device.device_kind`)."""
-    hbm_bytes: int | None
+    hbm_bytes: int | None = None
     """Memory of a chip that a program may use."""
-    peak_flops: float | None
+    peak_flops: float | None = None
     """Dense bfloat16 FLOP/s of a chip."""
-    hbm_bandwidth: float | None
+    hbm_bandwidth: float | None = None
     """Bytes per second between a chip and its memory."""
-    interconnect_bandwidth: float | None
+    interconnect_bandwidth: float | None = None
     """Bytes per second a chip can send to its neighbors, over all its links together."""
     machines: Mapping[int, str] = field(default_factory=dict)
     """Compute Engine machine types by chips per host; larger slices use hosts of 4 chips."""
@@ -141,33 +141,17 @@ IMAGE_PROJECT = "ubuntu-os-accelerator-images"
 _TPU_IMAGE = "ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e"
 
 _PLANE = {
-    1: "1x1",
-    4: "2x2",
-    8: "2x4",
-    16: "4x4",
-    32: "4x8",
-    64: "8x8",
-    128: "8x16",
-    256: "16x16",
-}
-
+    1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
+}  # fmt: skip
 _CUBE = {
-    4: "2x2x1",
-    8: "2x2x2",
-    16: "2x2x4",
-    32: "2x4x4",
-    64: "4x4x4",
-    128: "4x4x8",
-    256: "4x8x8",
-}
+    4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
+}  # fmt: skip
+_V5E_SPOT = {"us-central1": 0.34, "us-west1": 0.34, "us-west4": 0.578}
 
 
-def _tpu_quota(middle: str) -> Quota:
-    before, after = middle.split("|")
-    return Quota(
-        f"TPU{before}{after}PerProjectPerZoneForTPUAPI",
-        f"TPU{before}Preemptible{after}PerProjectPerZoneForTPUAPI",
-    )
+def _tpu_quota(kind: str, slices: str = "") -> Quota:
+    end = f"{slices}PerProjectPerZoneForTPUAPI"
+    return Quota(f"TPU{kind}{end}", f"TPU{kind}Preemptible{end}")
 
 
 def _gpu_quota(name: str) -> Quota:
@@ -188,14 +172,9 @@ ACCELERATORS = (
         gcloud="v5litepod",
         runtime_version="v2-alpha-tpuv5-lite",
         # Compute Engine refuses to create v5e machines, so there is no image family.
-        quota=_tpu_quota("V5s|Litepod"),
-        serving_quota=_tpu_quota("V5s|LitepodServing"),
-        price=Price(
-            1.20,
-            0.245,
-            "2026-08",
-            {"us-central1": 0.34, "us-west1": 0.34, "us-west4": 0.578},
-        ),
+        quota=_tpu_quota("V5s", "Litepod"),
+        serving_quota=_tpu_quota("V5s", "LitepodServing"),
+        price=Price(1.20, 0.245, "2026-08", _V5E_SPOT),
     ),
     Accelerator(
         name="v5p",
@@ -211,7 +190,7 @@ ACCELERATORS = (
         gcloud="v5p",
         runtime_version="v2-alpha-tpuv5",
         image_family=_TPU_IMAGE,
-        quota=_tpu_quota("V5P|"),
+        quota=_tpu_quota("V5P"),
         price=Price(4.20, 0.836, "2026-11"),
     ),
     Accelerator(
@@ -227,7 +206,7 @@ ACCELERATORS = (
         gcloud="v6e",
         runtime_version="v2-alpha-tpuv6e",
         image_family=_TPU_IMAGE,
-        quota=_tpu_quota("V6E|"),
+        quota=_tpu_quota("V6E"),
         price=Price(2.70, 0.544, "2026-11"),
     ),
     Accelerator(
@@ -279,15 +258,7 @@ ACCELERATORS = (
         machines={n: f"a2-ultragpu-{n}g" for n in (1, 2, 4, 8)},
         quota=_gpu_quota("A100_80GB"),
     ),
-    Accelerator(
-        name="cpu",
-        platform="cpu",
-        device_kinds=("cpu",),
-        hbm_bytes=None,
-        peak_flops=None,
-        hbm_bandwidth=None,
-        interconnect_bandwidth=None,
-    ),
+    Accelerator(name="cpu", platform="cpu", device_kinds=("cpu",)),
 )
 
 

@@ -11,11 +11,7 @@ import math
 from dataclasses import dataclass
 
 from job.machine.accelerators import Machine, machine_spec
-from job.machine.limits import (
-    ATTENTION_CHUNK,
-    LOGITS_SLICE_BYTES,
-    largest_divisor,
-)
+from job.machine.limits import ATTENTION_CHUNK, LOGITS_SLICE_BYTES, largest_divisor
 from job.plan.model_shape import Layer, ModelShape
 from job.plan.plan import MachineCost, MachinePlan, MemoryPlan
 from job.plan.workload import EvalWorkload, Workload
@@ -45,12 +41,8 @@ class Layout:
 
 
 def _matmul_outputs(layer: Layer, hidden: int, model: int) -> float:
-    """Return the values per token and device of a block's kernels, LoRA updates included.
-
-    Args:
-        model: parts that they are sharded into; those of the model's width are summed over the
-            devices, and then replicated.
-    """
+    """Return the values per token and device of a block's kernels, LoRA updates included."""
+    # Those of the model's width are summed over the devices, and then replicated.
     return layer.expert_outputs / model + sum(
         linear.output / (1 if linear.output == hidden else model)
         for linear in layer.linears.values()

@@ -4,7 +4,7 @@ No weights are needed. The configurations of common presets are listed here; tha
 read, and that of another Hub repository is downloaded, one small file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,7 +73,7 @@ class ModelShape:
     hidden: int
     vocabulary: int
     tied: bool
-    layers: tuple[Layer, ...]
+    layers: Sequence[Layer]
 
     @property
     def head(self) -> int:
@@ -117,46 +117,27 @@ def _gemma3(
     layers: int, hidden: int, feed: int, heads: int, keys: int, window: int, **more: Any
 ) -> Config:
     return {
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": feed,
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": window,
-        "vocab_size": 262_144,
-        **more,
-    }
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
+        "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": feed,
+        "num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": 256,
+        "query_pre_attn_scalar": 256, "sliding_window": window, "vocab_size": 262_144, **more,
+    }  # fmt: skip
 
 
 _GEMMA4_26B: Config = {
-    "architectures": ["Gemma4ForCausalLM"],
-    "model_type": "gemma4_text",
-    "num_hidden_layers": 30,
-    "hidden_size": 2816,
-    "intermediate_size": 2112,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "num_global_key_value_heads": 2,
-    "head_dim": 256,
-    "global_head_dim": 512,
-    "attention_k_eq_v": True,
-    "enable_moe_block": True,
-    "num_experts": 128,
-    "top_k_experts": 8,
-    "moe_intermediate_size": 704,
-    "vocab_size": 262_144,
-    "sliding_window": 1024,
+    "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text",
+    "num_hidden_layers": 30, "hidden_size": 2816, "intermediate_size": 2112,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2,
+    "head_dim": 256, "global_head_dim": 512, "attention_k_eq_v": True,
+    "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8,
+    "moe_intermediate_size": 704, "vocab_size": 262_144, "sliding_window": 1024,
     "final_logit_softcapping": 30.0,
     "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5,
     "rope_parameters": {
         "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
         "sliding_attention": {"rope_theta": 10_000.0},
     },
-}
+}  # fmt: skip
 
 _KNOWN: dict[str, tuple[Config, tuple[str, ...]]] = {
     "270m": (_gemma3(18, 640, 2048, 4, 1, 512), ("google/gemma-3-270m", "gemma3_270m")),
@@ -221,31 +202,13 @@ def _known(preset: str) -> Config | None:
     return next((config for config, names in _KNOWN.values() if name in names), None)
 
 
-class _Sizes:
-    """Sizes under KerasHub's names, from KerasHub's or transformers' configuration."""
-
-    _NAMES: Mapping[str, str] = {
-        "num_layers": "num_hidden_layers",
-        "num_query_heads": "num_attention_heads",
-        "hidden_dim": "hidden_size",
-        "intermediate_dim": "intermediate_size",
-        "vocabulary_size": "vocab_size",
-        "sliding_window_size": "sliding_window",
-        "expert_intermediate_dim": "moe_intermediate_size",
-    }
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-
-    def get(self, name: str, default: Any = None) -> Any:
-        value = self._config.get(name, self._config.get(self._NAMES.get(name, name)))
-        return default if value is None else value
-
-    def __getitem__(self, name: str) -> int:
-        value = self.get(name)
-        if value is None:
-            raise KeyError(self._NAMES.get(name, name))
-        return int(value)
+_NAMES = {
+    "num_layers": "num_hidden_layers", "num_query_heads": "num_attention_heads",
+    "hidden_dim": "hidden_size", "intermediate_dim": "intermediate_size",
+    "vocabulary_size": "vocab_size", "sliding_window_size": "sliding_window",
+    "expert_intermediate_dim": "moe_intermediate_size",
+}  # fmt: skip
+"""transformers' names of sizes, by KerasHub's where they differ."""
 
 
 class _Family(NamedTuple):
@@ -294,22 +257,22 @@ def model_shape(config: Config, preset: str) -> ModelShape:
             f"model.preset: the shape of {preset!r} ({name}) cannot be derived from its "
             f"configuration; known families are {', '.join(sorted(_FAMILIES))}"
         )
-    sizes = _Sizes(config.get("text_config") or config.get("config") or config)
+    given = config.get("text_config") or config.get("config") or config
+    sizes = {_NAMES.get(key, key): value for key, value in given.items() if value is not None}
     try:
-        layers = tuple(_layer(sizes, family, number) for number in range(sizes["num_layers"]))
-        tied = bool(sizes.get("tie_word_embeddings", family.tied))
-        return ModelShape(name, sizes["hidden_dim"], sizes["vocabulary_size"], tied, layers)
+        layers = [_layer(sizes, family, number) for number in range(sizes["num_hidden_layers"])]
+        tied = sizes.get("tie_word_embeddings", family.tied)
+        return ModelShape(name, sizes["hidden_size"], sizes["vocab_size"], tied, layers)
     except KeyError as error:
         raise UsageError(f"model.preset: the configuration of {preset!r} has no {error}") from None
 
 
-def _layer(sizes: _Sizes, family: _Family, number: int) -> Layer:
-    hidden, heads, feed = (
-        sizes["hidden_dim"], sizes["num_query_heads"], sizes["intermediate_dim"]
-    )  # fmt: skip
+def _layer(sizes: Config, family: _Family, number: int) -> Layer:
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    feed = sizes["intermediate_size"]
     keys = sizes.get("num_key_value_heads", heads)
     head_dim = sizes.get("head_dim", family.head_dim or hidden // heads)
-    window = sizes.get("sliding_window_size")
+    window = sizes.get("sliding_window")
     shares_keys = False
     if family.period and number % family.period == family.period - 1:
         window, head_dim = None, sizes.get("global_head_dim", head_dim)
@@ -330,7 +293,7 @@ def _layer(sizes: _Sizes, family: _Family, number: int) -> Layer:
     others = family.norms * hidden + family.head_norms * head_dim
     if not sizes.get("enable_moe_block", False):
         return Layer(linears, heads, keys, head_dim, window, others)
-    count, feed = sizes["num_experts"], sizes["expert_intermediate_dim"]
+    count, feed = sizes["num_experts"], sizes["moe_intermediate_size"]
     experts = count * (3 * hidden * feed + hidden + 1)
     sums = count * hidden
     return Layer(linears, heads, keys, head_dim, window, others, experts, 2 * count * feed, sums)

@@ -124,9 +124,5 @@ class Plan(BaseModel):
 
 def default_machine(spec: Spec) -> Machine:
     """Return the machine a spec is written for; a v5e-8 if it does not say."""
-    runtime = spec.runtime
-    if runtime.platform == "cpu":
-        return parse_machine(f"cpu-{runtime.devices or 1}")
-    if runtime.platform == "gpu":
-        return parse_machine(f"h100-{runtime.devices or 1}")
-    return parse_machine(f"v5e-{runtime.devices or 8}")
+    kind, count = {"cpu": ("cpu", 1), "gpu": ("h100", 1)}.get(spec.runtime.platform, ("v5e", 8))
+    return parse_machine(f"{kind}-{spec.runtime.devices or count}")

@@ -3,17 +3,13 @@
 from collections.abc import Iterator, Sequence
 
 from job.plan.estimate import MFU
-from job.plan.plan import MachinePlan, MemoryPlan, Plan, Program
+from job.plan.plan import MachinePlan, Plan, Program
 
 _GB = 1e9
 
 
-def render(plan: Plan) -> str:
-    """Return the complete plan as lines of text."""
-    return "\n".join(_lines(plan))
-
-
-def _lines(plan: Plan) -> Iterator[str]:
+def render(plan: Plan) -> Iterator[str]:
+    """Yield the lines of the complete plan."""
     model, work = plan.model, plan.work
     yield f"{plan.spec}: run {plan.run}"
     remaining = [stage.name for stage in plan.stages if not stage.skipped]
@@ -44,8 +40,8 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 
 def _machine(machine: MachinePlan) -> Iterator[str]:
-    parts = (machine.accelerator_type, machine.runtime_version, machine.machine_type)
-    order = " ".join(part for part in parts if part)
+    names = (machine.accelerator_type, machine.runtime_version, machine.machine_type)
+    order = " ".join(name for name in names if name)
     hosts = f"{machine.hosts} host{'s' if machine.hosts > 1 else ''}"
     yield (
         f"{machine.machine}: {machine.chips} chip{'s' if machine.chips > 1 else ''} on {hosts}"
@@ -59,7 +55,12 @@ def _machine(machine: MachinePlan) -> Iterator[str]:
         f"  mesh        {mesh}; per-device batch size {machine.micro_batch}, "
         f"gradient accumulation steps {accumulation}"
     )
-    yield from _memory(machine.memory)
+    memory = machine.memory
+    parts = ("weights", "adapter", "optimizer", "activations", "logits")
+    split = ", ".join(f"{part} {getattr(memory, part) / _GB:.2f}" for part in parts)
+    limit = "" if memory.limit is None else f" of {memory.limit / _GB:.1f}"
+    verdict = {True: "fits", False: "DOES NOT FIT", None: "unknown limit"}[memory.fits]
+    yield f"  memory      {memory.total / _GB:.2f}{limit} GB per device, {verdict}: {split}"
     for setting in machine.advice:
         yield f"  change      {setting}"
     yield f"  FLOPs       {machine.flops_a_step:.3g} per step over all devices"
@@ -80,14 +81,6 @@ def _machine(machine: MachinePlan) -> Iterator[str]:
         )
     if machine.programs:
         yield from _programs(machine.programs)
-
-
-def _memory(memory: MemoryPlan) -> Iterator[str]:
-    parts = ("weights", "adapter", "optimizer", "activations", "logits")
-    split = ", ".join(f"{part} {getattr(memory, part) / _GB:.2f}" for part in parts)
-    limit = "" if memory.limit is None else f" of {memory.limit / _GB:.1f}"
-    verdict = {True: "fits", False: "DOES NOT FIT", None: "unknown limit"}[memory.fits]
-    yield f"  memory      {memory.total / _GB:.2f}{limit} GB per device, {verdict}: {split}"
 
 
 def _programs(programs: Sequence[Program]) -> Iterator[str]:
@@ -111,11 +104,11 @@ def _programs(programs: Sequence[Program]) -> Iterator[str]:
         )
         for program in programs
     ]
-    yield from table(columns, rows, indent=4)
+    yield from _table(columns, rows, indent=4)
 
 
-def render_table(plan: Plan) -> str:
-    """Return the machines of a plan as one table."""
+def render_table(plan: Plan) -> Iterator[str]:
+    """Yield the lines of a table of the machines."""
     columns = (
         "machine", "chips", "data x model", "rows", "micro-batch", "GB", "fits", "step ms", "time",
         "on demand", "spot", "change",
@@ -137,10 +130,10 @@ def render_table(plan: Plan) -> str:
         )
         for machine in plan.machines
     ]
-    return "\n".join(table(columns, rows))
+    yield from _table(columns, rows)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], indent: int = 0) -> Iterator[str]:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], indent: int = 0) -> Iterator[str]:
     """Yield the lines of a table with aligned columns."""
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     for row in [columns, *rows]:

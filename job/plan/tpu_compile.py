@@ -6,10 +6,9 @@ other iterations of the head's chunks, of gradient accumulation and of decoding 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -30,12 +29,7 @@ from job.plan.plan import Program
 from job.plan.workload import EvalWorkload, Workload
 from job.runtime import logs
 from job.spec.schema import Spec
-from job.train.blockwise_step import (
-    VALIDATION_PROGRAMS,
-    BlockProgram,
-    BlockwiseStep,
-    make_step,
-)
+from job.train.blockwise_step import VALIDATION_PROGRAMS, BlockProgram, BlockwiseStep, make_step
 from job.train.loss import LossOptions, chunk_length, chunked_cross_entropy
 from job.train.memory import bytes_per_device
 from job.train.optimizer import make_optimizer
@@ -44,8 +38,6 @@ from job.train.step import StepConfig, make_validation, padded_loss_count, shard
 
 _PEAK_LOSSES = 1.1
 """Assumed number of losses of the micro-batch with the most, divided by the mean."""
-
-_NO_RATES: Mapping[str, int] = MappingProxyType({})
 
 
 class Compiler:
@@ -71,14 +63,14 @@ class Compiler:
         step, micro = self.fitting_step(estimate)
         rate = {"tokens_per_s": self.work.slots_a_step}
         yield self._report("train", step, rate, micro_batch=micro)
-        yield self._report("validate", self.validation(micro))
+        yield self._report("validate", self.validation(micro), {})
         for work in self._largest("letters"):
             rate = {"questions_per_s": self.prompts}
             yield self._report(f"letters: {work.name}", self.letters(work), rate)
         for work in self._largest("generate"):
             prefill, decode, generation = self.generation(work)
             rate = {"tokens_per_s": self.prompts}
-            yield self._report(f"prefill: {work.name}", prefill)
+            yield self._report(f"prefill: {work.name}", prefill, {})
             yield self._report(f"decode: {work.name}", decode, rate)
             rate = {"tokens_per_s": self.prompts * work.new_tokens}
             yield self._report(f"generate: {work.name}", generation, rate)
@@ -265,11 +257,7 @@ class Compiler:
         ).costs
 
     def _report(
-        self,
-        name: str,
-        program: CompiledProgram,
-        rates: Mapping[str, int] = _NO_RATES,
-        **detail: float,
+        self, name: str, program: CompiledProgram, rates: dict[str, int], **detail: float
     ) -> Program:
         """Return a program as the plan shows it, with the counts of `rates` per second."""
         bounds = program.costs.bounds(self._chip)

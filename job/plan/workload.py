@@ -13,9 +13,9 @@ from typing import Literal
 from pydantic import BaseModel, computed_field
 
 from job.results import DataInfo
-from job.spec.evals import HELD_OUT, HarnessEval, TextEval
+from job.spec.evals import HELD_OUT
 from job.spec.fields import SAMPLES
-from job.spec.schema import MultipleChoiceEval, Source, Spec
+from job.spec.schema import Source, Spec
 
 TOKENS = 210
 """Assumed tokens of an example, the mean of the shipped dialogues of a patient and a doctor."""
@@ -202,10 +202,7 @@ def _evaluations(spec: Spec, assumptions: list[str]) -> list[EvalWorkload]:
 def _evidence(spec: Spec, prompts: Mapping[str, int]) -> Iterator[str]:
     """Yield what each retention task can show with its number of questions."""
     evals = spec.evals
-    entries: list[MultipleChoiceEval | HarnessEval | TextEval] = [
-        *evals.multiple_choice, *evals.harness, *evals.tasks,
-    ]  # fmt: skip
-    for entry in entries:
+    for entry in (*evals.multiple_choice, *evals.harness, *evals.tasks):
         if entry.role == "retention":
             from job.evals.statistics import power_of_retention, questions_for_retention
 

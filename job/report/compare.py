@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from job.errors import UsageError
@@ -31,6 +31,8 @@ type Evaluated = MultipleChoiceResult | HarnessResult | TextTaskResult | Dialogu
 class FinishedRun:
     """A finished run: its results and the predictions of its fine-tuned model."""
 
+    label: str
+    """The run's id; in a comparison with another run of this id, the URI."""
     uri: str
     results: Results
     lines: dict[str, list[ScoredLine]]
@@ -103,8 +105,9 @@ def compare_runs(runs: Sequence[FinishedRun]) -> RunComparison:
     Raises:
         UsageError: a run shares no question and no dialogue with the first.
     """
-    labels = labels_of(runs)
-    first, *others = zip(labels, runs, strict=True)
+    ids = Counter(run.label for run in runs)
+    runs = [run if ids[run.label] == 1 else replace(run, label=run.uri) for run in runs]
+    first, *others = runs
     tests: list[PairTest] = []
     notes: list[str] = []
     for other in others:
@@ -112,7 +115,7 @@ def compare_runs(runs: Sequence[FinishedRun]) -> RunComparison:
         if not found:
             why = f" ({'; '.join(unmatched)})" if unmatched else ""
             raise UsageError(
-                f"{other[1].uri} shares no question and no dialogue with {first[1].uri}, so "
+                f"{other.uri} shares no question and no dialogue with {first.uri}, so "
                 f"there is nothing to compare them on{why}"
             )
         tests += found
@@ -121,13 +124,13 @@ def compare_runs(runs: Sequence[FinishedRun]) -> RunComparison:
         RunComparison(
             runs=[
                 RunSummary(
-                    label=label,
+                    label=run.label,
                     uri=run.uri,
                     id=run.results.run.id,
                     finished=run.results.run.finished,
                     verdict=run.results.verdict.sentence,
                 )
-                for label, run in zip(labels, runs, strict=True)
+                for run in runs
             ],
             figures=[
                 figure
@@ -141,12 +144,6 @@ def compare_runs(runs: Sequence[FinishedRun]) -> RunComparison:
             notes=notes,
         )
     )
-
-
-def labels_of(runs: Sequence[FinishedRun]) -> list[str]:
-    """Return a label for each run: its id if it is unique, otherwise its URI."""
-    counts = Counter(run.results.run.id for run in runs)
-    return [r.results.run.id if counts[r.results.run.id] == 1 else r.uri for r in runs]
 
 
 def evaluations(results: Results) -> dict[str, Evaluated]:
@@ -170,39 +167,34 @@ def _way_of_scoring(result: Evaluated) -> str:
     return f"ROUGE-L of up to {result.max_new_tokens} new tokens"
 
 
-def _compare_pair(
-    a: tuple[str, FinishedRun], b: tuple[str, FinishedRun]
-) -> tuple[list[PairTest], list[str]]:
-    """Test two runs, with labels, on what both answered; say which evaluations are not tested."""
-    (first_label, first), (second_label, second) = a, b
+def _compare_pair(a: FinishedRun, b: FinishedRun) -> tuple[list[PairTest], list[str]]:
+    """Test two runs on what both answered; say which evaluations are not tested."""
     tests, notes = [], []
-    others = evaluations(second.results)
-    for name, result in evaluations(first.results).items():
+    others = evaluations(b.results)
+    for name, result in evaluations(a.results).items():
         way = _way_of_scoring(result)
         if name not in others:
-            notes.append(f"{name} is not an evaluation of {second_label}")
+            notes.append(f"{name} is not an evaluation of {b.label}")
         elif (other_way := _way_of_scoring(others[name])) != way:
             notes.append(f"{name} was scored by {way} and by {other_way}")
         elif test := _test(name, result, a, b):
             tests.append(test)
         else:
             notes.append(f"{name} has nothing that both answered")
-    return tests, [f"{first_label} and {second_label}: {note}" for note in notes]
+    return tests, [f"{a.label} and {b.label}: {note}" for note in notes]
 
 
-def _test(
-    name: str, result: Evaluated, a: tuple[str, FinishedRun], b: tuple[str, FinishedRun]
-) -> PairTest | None:
+def _test(name: str, result: Evaluated, a: FinishedRun, b: FinishedRun) -> PairTest | None:
     """Test one evaluation of two runs; None if they share no answered example."""
-    lines = [run.lines.get(name, []) for _, run in (a, b)]
+    lines = [run.lines.get(name, []) for run in (a, b)]
     both = set.intersection(*({_asked(line) for line in each} for each in lines))
     before, after = ([line for line in each if _asked(line) in both] for each in lines)
-    spec = a[1].results.run.spec
+    spec = a.results.run.spec
     samples = int((spec.get("evals") or {}).get("bootstrap_samples", 2000))
     bootstrap = Bootstrap(samples, seed=int(spec.get("seed", 0)))
     metric = result.metric if isinstance(result, HarnessResult) else None
     metric = "rouge" if isinstance(result, Dialogue) else metric
-    test = compare_scores((a[0], b[0]), before, after, bootstrap, metric=metric)
+    test = compare_scores((a.label, b.label), before, after, bootstrap, metric=metric)
     if test is None:
         return None
     fields = {

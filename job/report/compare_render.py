@@ -1,8 +1,9 @@
 """A comparison of runs as text on a terminal and as an HTML page."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -66,22 +67,19 @@ _FINDINGS = {
 def show(comparison: RunComparison, console: Console) -> None:
     """Print the comparison as tables."""
     labels = [run.label for run in comparison.runs]
-    figures = _table("", *labels)
-    for figure in comparison.figures:
-        figures.add_row(*_cells(figure.name, *(value or "-" for value in figure.values)))
-    parts = [figures]
+    figures = [(f.name, *(value or "-" for value in f.values)) for f in comparison.figures]
+    console.print(_table(["", *labels], figures))
     if comparison.settings:
-        settings = _table("Settings that differ", *labels)
-        for path, values in list(comparison.settings.items())[:_MOST_SETTINGS]:
-            settings.add_row(*_cells(path, *(_setting(value) for value in values)))
-        if len(comparison.settings) > _MOST_SETTINGS:
-            settings.add_row(*_cells(f"and {len(comparison.settings) - _MOST_SETTINGS} more"))
-        parts.append(settings)
-    tests = _table("Fine-tuned models", "Evaluation", "Matched", "Difference, 95%", "p", "Holm", "")
-    for row in rows_of(comparison):
-        tests.add_row(*_cells(*row))
-    parts.append(tests)
-    console.print(Group(*parts))
+        settings = [
+            (path, *("-" if value is None else str(value) for value in values))
+            for path, values in comparison.settings.items()
+        ]
+        shown, more = settings[:_MOST_SETTINGS], len(settings) - _MOST_SETTINGS
+        if more > 0:
+            shown.append((f"and {more} more",))
+        console.print(_table(["Settings that differ", *labels], shown))
+    headings = ["Fine-tuned models", "Evaluation", "Matched", "Difference, 95%", "p", "Holm", ""]
+    console.print(_table(headings, rows_of(comparison)))
     for note in comparison.notes:
         console.print(Text(f"Not compared: {legible(note)}"))
     console.print(
@@ -90,20 +88,14 @@ def show(comparison: RunComparison, console: Console) -> None:
     )
 
 
-def _setting(value: object) -> str:
-    return "-" if value is None else str(value)
-
-
-def _table(*headings: str) -> Table:
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    # As Text, so that brackets are not parsed as markup.
     table = Table(header_style="bold")
     for heading in headings:
         table.add_column(Text(legible(heading)), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(legible(text)) for text in row))
     return table
-
-
-def _cells(*texts: str) -> list[Text]:
-    # As Text, so that brackets are not parsed as markup.
-    return [Text(legible(text)) for text in texts]
 
 
 def render_page(comparison: RunComparison) -> str:

@@ -5,20 +5,16 @@ license is that of the base model, from its own card or as far as its name tells
 """
 
 import contextlib
-import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from markupsafe import Markup
 
 from job.report.caveats import caveats, trivial_baselines, warnings
-from job.report.render import code_block, template_environment
+from job.report.render import template_environment
 from job.results import Results
-from job.runtime.logs import legible
-from job.spec.fields import BUILT_PRESETS, TINY
+from job.spec.fields import BUILT_PRESETS
 
 PEFT_CONFIG = "adapter/peft/adapter_config.json"
 _HUB = "hf://"
@@ -28,7 +24,6 @@ _GEMMA_LICENSES = {1: "gemma", 2: "gemma", 3: "gemma", 4: "apache-2.0"}
 def render_card(results: Results) -> str:
     """Render the card: YAML front matter for the hub, then Markdown."""
     has_peft = any(item.path == PEFT_CONFIG for item in results.artifacts)
-    preset = results.model.preset
     front = yaml.safe_dump(_front(results, has_peft), sort_keys=False, width=10_000)
     body = (
         template_environment(html=False)
@@ -36,11 +31,11 @@ def render_card(results: Results) -> str:
         .render(
             results=results,
             spec=results.run.model_dump(mode="json")["spec"],
-            license=results.model.license or license_of(preset),
+            license=results.model.license or license_of(results.model.preset),
             caveats=[*warnings(results), *caveats(results)],
             trivial_baselines=trivial_baselines,
-            peft_code=_python(_peft(results)) if has_peft and preset != TINY else None,
-            keras_code=None if preset in BUILT_PRESETS else _python(_keras(results)),
+            has_peft=has_peft,
+            built_presets=BUILT_PRESETS,
         )
     )
     return f"---\n{front}---\n\n{body}"
@@ -78,33 +73,3 @@ def _front(results: Results, has_peft: bool) -> dict[str, Any]:
     if dataset.startswith(_HUB):
         front["datasets"] = [dataset.removeprefix(_HUB)]
     return front
-
-
-def _peft(results: Results) -> Iterator[str]:
-    """Yield the lines of Python that load the adapter with transformers and PEFT."""
-    preset, revision = results.model.preset, results.model.revision
-    on_hub = preset.startswith(_HUB)
-    pinned = f", revision={json.dumps(revision)}" if on_hub and revision else ""
-    yield "from peft import PeftModel"
-    yield "from transformers import AutoModelForCausalLM"
-    yield ""
-    if not on_hub:
-        yield f"# {json.dumps(preset)} in transformers' format"
-    base = json.dumps(preset.removeprefix(_HUB) if on_hub else "the/base-model")
-    yield f"model = AutoModelForCausalLM.from_pretrained({base}{pinned})"
-    yield 'model = PeftModel.from_pretrained(model, "adapter/peft")'
-
-
-def _keras(results: Results) -> Iterator[str]:
-    """Yield the lines of Python that load the adapter with KerasHub."""
-    model = results.model
-    yield "import keras_hub"
-    yield ""
-    yield f"model = keras_hub.models.CausalLM.from_preset({json.dumps(model.preset)})"
-    yield f"targets = {json.dumps(model.lora_targets)}"
-    yield f"model.backbone.enable_lora({model.lora_rank}, target_layer_names=targets)"
-    yield 'model.backbone.load_lora_weights("adapter/adapter.lora.h5")'
-
-
-def _python(lines: Iterator[str]) -> Markup:
-    return code_block(legible("\n".join(lines)), "python")

@@ -5,6 +5,7 @@ the layout and the wording. Text from data, models and errors is untrusted: `fin
 template environment escapes every string, so no template can forget to.
 """
 
+import json
 import math
 import re
 import textwrap
@@ -176,13 +177,15 @@ def _fence(text: str) -> Markup:
     """Return text as a fenced Markdown block, wrapped at 100 columns."""
     wrap = textwrap.TextWrapper(100, break_on_hyphens=False)
     lines = [wrap.wrap(line) or [""] for line in legible(text).split("\n")]
-    return code_block("\n".join(part for line in lines for part in line), "text")
-
-
-def code_block(text: str, language: str) -> Markup:
-    """Return legible text as a fenced Markdown block that the text itself cannot end."""
+    wrapped = "\n".join(part for line in lines for part in line)
+    # The text itself cannot end the block.
     marks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return Markup(f"{marks}{language}\n{text}\n{marks}")
+    return Markup(f"{marks}text\n{wrapped}\n{marks}")
+
+
+def _literal(value: object) -> Markup:
+    """Return a value as a literal of Python, on one line."""
+    return Markup(legible(json.dumps(value)))
 
 
 def _signed(value: float, decimals: int = 3) -> str:
@@ -243,7 +246,7 @@ def _frequency(pair: Comparison) -> str:
 
 _FILTERS = {
     "percent": percent, "signed": _signed, "span": _span, "p": _p, "nats": _nats, "mfu": _mfu,
-    "duration": _duration, "amount": _amount, "fence": _fence,
+    "duration": _duration, "amount": _amount, "fence": _fence, "literal": _literal,
     "trivial_baselines": trivial_baselines, "detectable": detectable, "left_out": left_out,
     "perplexity": _perplexity, "frequency": _frequency,
     "judge_clause": judge_clause, "finding": _finding, "label": model_label, "ordered": ordered,

@@ -61,8 +61,7 @@ def decide(evaluation: Evaluation) -> Verdict:
     That the loss on held-out responses fell is said apart: it shows that the model learned the
     data, not that its answers are better. It decides where nothing else was measured.
     """
-    choices = list(_tasks(evaluation))
-    measured = [*choices, *map(task_measure, (*evaluation.harness, *evaluation.tasks))]
+    measured = [*_tasks(evaluation), *map(task_measure, (*evaluation.harness, *evaluation.tasks))]
     tasks = [measure for measure in measured if measure.test.family == "primary"]
     kept = [measure for measure in measured if measure.test.family == "retention"]
     likeness = [] if evaluation.dialogue is None else [_likeness(evaluation.dialogue)]
@@ -85,12 +84,13 @@ def decide(evaluation: Evaluation) -> Verdict:
     if evaluation.judge is not None and evaluation.judge.examples:
         clauses.append(judge_clause(evaluation.judge))
     clauses += _retention(kept)
-    largest = max(choices, key=_questions, default=None)
+    tests = [test for task in evaluation.multiple_choice if (test := before_after(task))]
+    largest = max(tests, key=lambda test: test.questions, default=None)
     return Verdict(
         answer=answer,
         sentence=f"{_HEADLINES[answer]}: {'; '.join(clauses) or 'nothing was measured'}.",
         next_step=_next_step(answer, measures, loss),
-        benchmark=None if largest is None else largest.test.finding,
+        benchmark=None if largest is None else largest.finding,
         style=likeness[0].test.finding if likeness else None,
         loss=loss,
     )
@@ -227,10 +227,6 @@ def _needed(test: PairedTest) -> str:
         return ""
     needed = questions_for_retention((test.gained + test.lost) / test.questions, test.margin)
     return f"; about {needed:,} would do" if needed > test.questions else ""
-
-
-def _questions(measure: Measure) -> int:
-    return measure.test.questions if isinstance(measure.test, Comparison) else 0
 
 
 def _likeness(dialogue: Dialogue) -> Measure:

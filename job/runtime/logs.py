@@ -57,24 +57,10 @@ def configure(
     processors.append(_for_people if terminal else _as_json)
     structlog.configure(
         processors=processors,
-        logger_factory=lambda *_: _Printer(stream),
+        logger_factory=lambda *_: structlog.WriteLogger(stream),
         wrapper_class=structlog.make_filtering_bound_logger(least),
         cache_logger_on_first_use=False,
     )
-
-
-class _Printer:
-    """A logger that prints finished lines to a stream, or to the current stdout."""
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream
-
-    def msg(self, line: str) -> None:
-        stream = self._stream or sys.stdout
-        stream.write(line + "\n")
-        stream.flush()
-
-    debug = info = warning = error = critical = msg
 
 
 def _stamp(_logger: object, method: str, event: Event) -> Event:

@@ -15,7 +15,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 from job.errors import EXIT_STAGE
 from job.runtime import logs
@@ -54,7 +53,7 @@ class Watchdog:
             self._label, self._total, self._done, self._logged, self._figures = outer
             self.beat()
 
-    def advance(self, done: int, figures: dict[str, float | str]) -> None:
+    def advance(self, done: int = 1, **figures: float | str) -> None:
         """Add finished units of the work, with figures for the log lines."""
         self._done += done
         self._figures = figures
@@ -139,24 +138,34 @@ WATCHDOG = Watchdog()
 """The watchdog of this process, which has one main thread and one stage at a time."""
 
 
-class Advance(Protocol):
-    """A function to call with the finished units, and figures to show next to them."""
-
-    def __call__(self, done: int = 1, **figures: float | str) -> None: ...
+Advance = Callable[..., None]
+"""A function to call with the finished units, and figures to show next to them."""
 
 
 @contextlib.contextmanager
 def progress(label: str, total: int | None, start: int = 0) -> Iterator[Advance]:
     """Show the progress of work of `total` units (None: unknown), of which `start` are done."""
-    with WATCHDOG.task(label, total, start), contextlib.ExitStack() as stack:
-        bar = stack.enter_context(_bar(label, total, start)) if sys.stdout.isatty() else None
+    with WATCHDOG.task(label, total, start):
+        if not sys.stdout.isatty():
+            yield WATCHDOG.advance
+            return
+        from rich import progress as rich
 
-        def advance(done: int = 1, **figures: float | str) -> None:
-            WATCHDOG.advance(done, figures)
-            if bar:
-                bar(done, **figures)
+        columns = (
+            rich.TextColumn("         {task.description:<10}"),
+            rich.BarColumn(bar_width=30),
+            rich.MofNCompleteColumn(),
+            rich.TimeRemainingColumn(),
+            rich.TextColumn("{task.fields[figures]}"),
+        )
+        with rich.Progress(*columns, transient=True) as bar:
+            task = bar.add_task(label, total=total, completed=start, figures="")
 
-        yield advance
+            def advance(done: int = 1, **figures: float | str) -> None:
+                WATCHDOG.advance(done, **figures)
+                bar.update(task, advance=done, figures=_format(figures))
+
+            yield advance
 
 
 def _format(figures: dict[str, float | str]) -> str:
@@ -164,29 +173,3 @@ def _format(figures: dict[str, float | str]) -> str:
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in figures.items()
     )
-
-
-@contextlib.contextmanager
-def _bar(label: str, total: int | None, start: int) -> Iterator[Advance]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("         {task.description:<10}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task(label, total=total, completed=start, figures="")
-
-        def advance(done: int = 1, **figures: float | str) -> None:
-            bar.update(task, advance=done, figures=_format(figures))
-
-        yield advance

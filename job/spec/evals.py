@@ -25,61 +25,55 @@ QUESTION_PROMPT = "{question}\n\n{options}\n\nAnswer with the letter of the righ
 class FewShot(Section):
     """Solved questions before each question, from the same dataset."""
 
-    examples: Annotated[int, Field(ge=1, le=64, strict=True)] = Field(
-        description="Number of solved questions, the first valid ones; never the question itself."
-    )
-    split: str | None = Field(
-        None, description="Split of the solved questions; unset: the questions' split."
-    )
-    data_files: list[str] | None = Field(
-        None, description="Files of the solved questions; unset: the questions' files."
-    )
+    examples: Annotated[int, Field(ge=1, le=64, strict=True)]
+    """Number of solved questions, the first valid ones; never the question itself."""
+    split: str | None = None
+    """Split of the solved questions; unset: the questions' split."""
+    data_files: list[str] | None = None
+    """Files of the solved questions; unset: the questions' files."""
 
 
-Role = Literal["target", "retention"]
-_ROLE = "target asks whether tuning helped, retention whether it broke anything."
-_MARGIN = "Drop of the score, as a share, that retention accepts."
+class TaskEval(Section):
+    """A task with one score, which is compared before and after training."""
+
+    name: Name
+    """Name of the task in results.json and evals/<model>/<name>/."""
+    role: Literal["target", "retention"] = "target"
+    """target asks whether tuning helped, retention whether it broke anything."""
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Drop of the score, as a share, that retention accepts."""
 
 
-class MultipleChoiceEval(Source):
-    name: Name = Field(description="Name of the task in results.json and evals/<model>/<name>/.")
-    scoring: Literal["letters", "generate"] = Field(
-        "letters",
-        description="letters: compare the logits of the letters after one forward pass; generate: "
-        "greedy decoding and a parser, which knows English best.",
-    )
-    question: Template = Field("{question}", description="Text of the question.")
-    options: Annotated[list[str], Field(min_length=2, max_length=26)] | str = Field(
-        description="Columns of the options in order, or one column with a list of them, with or "
-        "without labels: [{key, value}], {text: [...], label: [...]} or {A: ..., B: ...}."
-    )
-    answer: str = Field(description="Column of the correct option.")
-    answer_is: Literal["auto", "index", "number", "letter", "text"] = Field(
-        "auto",
-        description="Form of `answer`: 0-based index, 1-based number, letter or the option's "
-        "text; auto: the only form, or label, that reads the complete column.",
-    )
-    shuffle_options: bool = Field(
-        False,
-        description="Whether to shuffle the options, always in the same order for the same "
-        "question; for datasets whose right option has a fixed place.",
-    )
-    id: str | None = Field(None, description="Column of the id; unset: the row number.")
-    group: str | None = Field(
-        None, description="Column to report accuracy by, such as the subject."
-    )
-    prompt: QuestionPrompt = Field(
-        QUESTION_PROMPT,
-        description="Text of the user's turn, with {question} and {options}. lm-eval: prompt and "
-        "scoring of lm-evaluation-harness's MedMCQA, without a chat turn.",
-    )
-    few_shot: FewShot | None = Field(
-        None, description="Solved questions before each question; unset: none (zero-shot)."
-    )
-    limit: Positive | None = Field(None, description="Use the first N questions; unset: all.")
-    role: Role = Field("target", description=_ROLE)
-    margin: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description=_MARGIN)
-    max_new_tokens: Positive = Field(16, description="Maximum tokens of a generated answer.")
+class MultipleChoiceEval(Source, TaskEval):
+    scoring: Literal["letters", "generate"] = "letters"
+    """letters: compare the logits of the letters after one forward pass; generate: greedy decoding
+    and a parser, which knows English best."""
+    question: Template = "{question}"
+    """Text of the question."""
+    options: Annotated[list[str], Field(min_length=2, max_length=26)] | str
+    """Columns of the options in order, or one column with a list of them, with or without labels:
+    [{key, value}], {text: [...], label: [...]} or {A: ..., B: ...}."""
+    answer: str
+    """Column of the correct option."""
+    answer_is: Literal["auto", "index", "number", "letter", "text"] = "auto"
+    """Form of `answer`: 0-based index, 1-based number, letter or the option's text; auto: the only
+    form, or label, that reads the complete column."""
+    shuffle_options: bool = False
+    """Whether to shuffle the options, always in the same order for the same question; for datasets
+    whose right option has a fixed place."""
+    id: str | None = None
+    """Column of the id; unset: the row number."""
+    group: str | None = None
+    """Column to report accuracy by, such as the subject."""
+    prompt: QuestionPrompt = QUESTION_PROMPT
+    """Text of the user's turn, with {question} and {options}. lm-eval: prompt and scoring of
+    lm-evaluation-harness's MedMCQA, without a chat turn."""
+    few_shot: FewShot | None = None
+    """Solved questions before each question; unset: none (zero-shot)."""
+    limit: Positive | None = None
+    """Use the first N questions; unset: all."""
+    max_new_tokens: Positive = 16
+    """Maximum tokens of a generated answer."""
 
     @model_validator(mode="after")
     def _prompt_fields(self) -> Self:
@@ -105,18 +99,13 @@ MARKERS: dict[str, list[str]] = {
 
 
 class DialogueEval(Section):
-    examples: Annotated[int, Field(ge=2, strict=True)] | None = Field(
-        None,
-        description="Held-out examples to answer; unset: all, up to 200.",
-    )
-    max_new_tokens: Positive = Field(
-        128, description="Maximum tokens of an answer; ROUGE depends on it."
-    )
-    markers: dict[str, Annotated[list[Phrase], Field(min_length=1)]] = Field(
-        MARKERS,
-        description="Style traits to count: lists of phrases by name, any of which counts. Phrases "
-        "match complete words, ignoring case; # matches a number; {} counts none.",
-    )
+    examples: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """Held-out examples to answer; unset: all, up to 200."""
+    max_new_tokens: Positive = 128
+    """Maximum tokens of an answer; ROUGE depends on it."""
+    markers: dict[str, Annotated[list[Phrase], Field(min_length=1)]] = MARKERS
+    """Style traits to count: lists of phrases by name, any of which counts. Phrases match complete
+    words, ignoring case; # matches a number; {} counts none."""
 
     @property
     def max_examples(self) -> int:
@@ -124,54 +113,48 @@ class DialogueEval(Section):
         return self.examples or 200
 
 
-class HarnessEval(Section):
-    name: Name = Field(description="Name of the task in results.json and evals/<model>/<name>/.")
-    task: str = Field(min_length=1, description="A task or group of lm-evaluation-harness.")
-    include: str | None = Field(None, description="Folder with task files of your own.")
-    metric: str | None = Field(None, description="Metric of the task; unset: its first.")
-    few_shot: Annotated[int, Field(ge=0, strict=True)] | None = Field(
-        None, description="Number of solved examples; unset: as the task says."
-    )
-    limit: Positive | None = Field(None, description="Use the first N samples; unset: all.")
-    chat_template: bool = Field(
-        False, description="Whether its prompts are rendered by the model's chat template."
-    )
-    role: Role = Field("retention", description=_ROLE)
-    margin: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description=_MARGIN)
+class HarnessEval(TaskEval):
+    task: str = Field(min_length=1)
+    """A task or group of lm-evaluation-harness."""
+    include: str | None = None
+    """Folder with task files of your own."""
+    metric: str | None = None
+    """Metric of the task; unset: its first."""
+    few_shot: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """Number of solved examples; unset: as the task says."""
+    limit: Positive | None = None
+    """Use the first N samples; unset: all."""
+    chat_template: bool = False
+    """Whether its prompts are rendered by the model's chat template."""
+    role: Literal["target", "retention"] = "retention"
+    """target asks whether tuning helped, retention whether it broke anything."""
 
 
 HELD_OUT = "held-out"
 METRICS = ("exact_match", "f1", "regex", "number", "json", "label", "rouge", "chrf")
 
 
-class TextEval(ExampleSource):
+class TextEval(ExampleSource, TaskEval):
     """A task with free answers, each compared with the expected one."""
 
     model_config = ConfigDict(json_schema_extra={"required": ["name", "metric"]})
 
-    name: Name = Field(description="Name of the task in results.json and evals/<model>/<name>/.")
-    dataset: Dataset = Field(
-        HELD_OUT,
-        description="Where the prompts and the expected responses are: as `data.dataset`, with "
-        "`prompt` and `response` or `messages`; held-out: the held-out examples.",
-    )
-    metric: str = Field(
-        description="How an answer is compared with the expected one: exact_match; f1 of words; "
-        "regex; number: the last one; json: share of the fields that are equal; label: a class "
-        "that it names; rouge; chrf; or path/to/file.py:function, a function of your own.",
-    )
-    pattern: str | None = Field(
-        None,
-        description="Of regex: what to look for; a group in its last match must equal the expected "
-        "response, without a group any match is right.",
-    )
-    labels: Annotated[list[Phrase], Field(min_length=2)] | None = Field(
-        None, description="Of label: the classes; unset: all expected responses."
-    )
-    max_new_tokens: Positive = Field(128, description="Maximum tokens of an answer.")
-    limit: Positive | None = Field(None, description="Use the first N examples; unset: all.")
-    role: Role = Field("target", description=_ROLE)
-    margin: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description=_MARGIN)
+    dataset: Dataset = HELD_OUT
+    """Where the prompts and the expected responses are: as `data.dataset`, with `prompt` and
+    `response` or `messages`; held-out: the held-out examples."""
+    metric: str
+    """How an answer is compared with the expected one: exact_match; f1 of words; regex; number: the
+    last one; json: share of the fields that are equal; label: a class that it names; rouge; chrf;
+    or path/to/file.py:function, a function of your own."""
+    pattern: str | None = None
+    """Of regex: what to look for; a group in its last match must equal the expected response,
+    without a group any match is right."""
+    labels: Annotated[list[Phrase], Field(min_length=2)] | None = None
+    """Of label: the classes; unset: all expected responses."""
+    max_new_tokens: Positive = 128
+    """Maximum tokens of an answer."""
+    limit: Positive | None = None
+    """Use the first N examples; unset: all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -182,14 +165,9 @@ class TextEval(ExampleSource):
             return {"prompt": None, "response": None} | given
         return given
 
-    def check_mapping(self) -> None:
-        """Check that a row becomes a conversation in one way; held-out examples already are one.
-
-        Raises:
-            ValueError: in none, or in two.
-        """
+    def _check_mapping(self) -> None:
         if self.dataset != HELD_OUT:
-            super().check_mapping()
+            super()._check_mapping()
         elif self.prompt or self.response or self.messages or self.system:
             raise ValueError(
                 "the held-out examples have their prompts and responses; remove the templates, or "
@@ -224,12 +202,12 @@ class TextEval(ExampleSource):
 
 
 class SideBySideEval(Section):
-    examples: Annotated[int, Field(ge=0, strict=True)] | None = Field(
-        None,
-        description="Held-out prompts to show with every model's answer; unset: up to 4.",
-    )
-    prompts: list[str] = Field([], description="Additional prompts.")
-    max_new_tokens: Positive = Field(128, description="Maximum tokens of an answer.")
+    examples: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """Held-out prompts to show with every model's answer; unset: up to 4."""
+    prompts: list[str] = []
+    """Additional prompts."""
+    max_new_tokens: Positive = 128
+    """Maximum tokens of an answer."""
 
     @property
     def max_examples(self) -> int:
@@ -238,40 +216,30 @@ class SideBySideEval(Section):
 
 
 class Evals(Section):
-    batch_size: Positive = Field(16, description="Per-device batch size of prompts.")
-    max_prompt_tokens: Positive = Field(
-        1024, description="Longer prompts lose their beginning; they are counted as truncated."
-    )
-    max_truncated_share: Annotated[Number, Field(ge=0, le=1)] = Field(
-        0.05,
-        description="Share of an evaluation's prompts that may be truncated; with more, the run "
-        "stops.",
-    )
-    bootstrap_samples: Annotated[int, Field(ge=100, strict=True)] = Field(
-        2000, description="Random resamples per interval."
-    )
-    multiple_choice: list[MultipleChoiceEval] = Field([], description="Multiple-choice tasks.")
-    harness: list[HarnessEval] = Field(
-        [], description="Tasks of lm-evaluation-harness (extra `harness`)."
-    )
-    tasks: list[TextEval] = Field(
-        [], description="Tasks with free answers, scored by a metric that fits them."
-    )
-    dialogue: DialogueEval | None = Field(
-        DialogueEval(), description="ROUGE on held-out examples; null: none."
-    )
-    judge: JudgeEval | None = Field(
-        None, description="A remote model's choice between the answers of both models; null: none."
-    )
-    side_by_side: SideBySideEval = Field(
-        SideBySideEval(), description="Answers of all models side by side, to read."
-    )
+    batch_size: Positive = 16
+    """Per-device batch size of prompts."""
+    max_prompt_tokens: Positive = 1024
+    """Longer prompts lose their beginning; they are counted as truncated."""
+    max_truncated_share: Annotated[Number, Field(ge=0, le=1)] = 0.05
+    """Share of an evaluation's prompts that may be truncated; with more, the run stops."""
+    bootstrap_samples: Annotated[int, Field(ge=100, strict=True)] = 2000
+    """Random resamples per interval."""
+    multiple_choice: list[MultipleChoiceEval] = []
+    """Multiple-choice tasks."""
+    harness: list[HarnessEval] = []
+    """Tasks of lm-evaluation-harness (extra `harness`)."""
+    tasks: list[TextEval] = []
+    """Tasks with free answers, scored by a metric that fits them."""
+    dialogue: DialogueEval | None = DialogueEval()
+    """ROUGE on held-out examples; null: none."""
+    judge: JudgeEval | None = None
+    """A remote model's choice between the answers of both models; null: none."""
+    side_by_side: SideBySideEval = SideBySideEval()
+    """Answers of all models side by side, to read."""
 
     @model_validator(mode="after")
     def _unique_names(self) -> Self:
-        names = [entry.name for entry in self.multiple_choice]
-        names += [entry.name for entry in self.harness]
-        names += [entry.name for entry in self.tasks]
+        names = [entry.name for entry in (*self.multiple_choice, *self.harness, *self.tasks)]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two evaluations are named '{name}'; rename one")

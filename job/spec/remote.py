@@ -17,38 +17,27 @@ class Endpoint(Section):
     path: ClassVar[str]
     """Path of the section in the spec, for messages."""
 
-    model: str = Field(min_length=1, description="Model name at the endpoint.")
-    base_url: str = Field(
-        "https://openrouter.ai/api/v1",
-        description="URL of an OpenAI-compatible API, including its version.",
-    )
-    api: Literal["auto", "openrouter", "openai"] = Field(
-        "auto",
-        description="API extensions to use; auto: OpenRouter's at openrouter.ai, otherwise none. "
-        "OpenRouter requests require providers that support every parameter sent.",
-    )
-    max_tokens: Positive = Field(
-        1024, description="Maximum tokens of an answer, reasoning included."
-    )
-    reasoning: Effort | None = Field(
-        "none",
-        description="Reasoning effort. null: the model's default, for models without this "
-        "parameter; `none` is sent to OpenRouter only.",
-    )
-    max_usd: Annotated[Number, Field(gt=0)] | None = Field(
-        None,
-        description="Budget of the run in USD; requests stop before it is exceeded. Needs an API "
-        "that reports the cost of a request, like OpenRouter. null: no limit.",
-    )
-    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(
-        120, description="Timeout of a request in seconds."
-    )
-    attempts: Positive = Field(
-        5, description="Attempts per request before its answer counts as missing."
-    )
-    concurrency: Annotated[int, Field(ge=1, le=64, strict=True)] = Field(
-        4, description="Concurrent requests."
-    )
+    model: str = Field(min_length=1)
+    """Model name at the endpoint."""
+    base_url: str = "https://openrouter.ai/api/v1"
+    """URL of an OpenAI-compatible API, including its version."""
+    api: Literal["auto", "openrouter", "openai"] = "auto"
+    """API extensions to use; auto: OpenRouter's at openrouter.ai, otherwise none. OpenRouter
+    requests require providers that support every parameter sent."""
+    max_tokens: Positive = 1024
+    """Maximum tokens of an answer, reasoning included."""
+    reasoning: Effort | None = "none"
+    """Reasoning effort. null: the model's default, for models without this parameter; `none` is
+    sent to OpenRouter only."""
+    max_usd: Annotated[Number, Field(gt=0)] | None = None
+    """Budget of the run in USD; requests stop before it is exceeded. Needs an API that reports the
+    cost of a request, like OpenRouter. null: no limit."""
+    timeout_seconds: Annotated[Number, Field(gt=0)] = 120
+    """Timeout of a request in seconds."""
+    attempts: Positive = 5
+    """Attempts per request before its answer counts as missing."""
+    concurrency: Annotated[int, Field(ge=1, le=64, strict=True)] = 4
+    """Concurrent requests."""
 
     @model_validator(mode="after")
     def _http(self) -> Self:
@@ -77,19 +66,16 @@ RUBRIC = (
 class JudgeEval(Endpoint):
     path: ClassVar[str] = "evals.judge"
 
-    rubric: Phrase = Field(RUBRIC, description="What makes an answer better.")
-    examples: Annotated[int, Field(ge=2, strict=True)] | None = Field(
-        None, description="Dialogues to judge, each in both orders; unset: all of evals.dialogue."
-    )
+    rubric: Phrase = RUBRIC
+    """What makes an answer better."""
+    examples: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """Dialogues to judge, each in both orders; unset: all of evals.dialogue."""
 
 
 class Reference(Endpoint):
     path: ClassVar[str] = "reference"
 
-    evals: list[str] | None = Field(
-        None,
-        description="Names of the tasks to answer; unset: those with generated answers.",
-    )
-    dialogue: bool = Field(
-        False, description="Also answer the held-out dialogues of evals.dialogue."
-    )
+    evals: list[str] | None = None
+    """Names of the tasks to answer; unset: those with generated answers."""
+    dialogue: bool = False
+    """Also answer the held-out dialogues of evals.dialogue."""

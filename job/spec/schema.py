@@ -1,7 +1,7 @@
 """The schema of a job spec: one pydantic model per section, and checks across fields.
 
-Reading YAML is `load`'s, and messages with line numbers are `problems`'. Every field has a
-description, which `job schema` passes to editors.
+Reading YAML is `load`'s, and messages with line numbers are `problems`'. The sentence under a field
+is its description, which `job schema` passes to editors.
 """
 
 import re
@@ -12,88 +12,67 @@ from pydantic import Field, JsonValue, model_validator
 
 from job.spec.data import Checks as Checks
 from job.spec.data import Data as Data
-from job.spec.data import Section as Section
+from job.spec.data import Section
 from job.spec.data import Source as Source
-from job.spec.evals import HELD_OUT
-from job.spec.evals import DialogueEval as DialogueEval
-from job.spec.evals import Evals as Evals
+from job.spec.evals import HELD_OUT, Evals, TextEval
 from job.spec.evals import MultipleChoiceEval as MultipleChoiceEval
-from job.spec.evals import TextEval as TextEval
 from job.spec.fields import HUB, Name, Number, Output, Positive
-from job.spec.remote import JudgeEval as JudgeEval
-from job.spec.remote import Reference as Reference
+from job.spec.remote import Reference
 
 
 class Mesh(Section):
-    data: Positive | Literal["auto"] = Field(
-        "auto", description="Data-parallel size; auto: the number of devices divided by `model`."
-    )
-    model: Positive = Field(
-        1, description="Devices the frozen weights are sharded over; 1: replicated on each."
-    )
+    data: Positive | Literal["auto"] = "auto"
+    """Data-parallel size; auto: the number of devices divided by `model`."""
+    model: Positive = 1
+    """Devices the frozen weights are sharded over; 1: replicated on each."""
 
 
 class Runtime(Section):
     removed: ClassVar[Mapping[str, object]] = {"distributed": "auto"}
 
-    platform: Literal["any", "cpu", "gpu", "tpu"] = Field(
-        "any", description="Required platform of JAX; on another the job stops (exit 3)."
-    )
-    devices: Positive | None = Field(
-        None, description="Required number of devices; unset accepts any."
-    )
-    mesh: Mesh = Field(Mesh(), description="The device mesh.")
-    compilation_cache: str | None = Field(
-        "auto",
-        description="Folder or gs://bucket/prefix of JAX's persistent compilation cache; auto: "
-        "the user's cache folder, null: no cache.",
-    )
-    stall_minutes: Annotated[Number, Field(gt=0)] | None = Field(
-        30,
-        description="Minutes without a finished step, batch or transfer chunk after which the job "
-        "counts as stalled and stops (exit 4); null: never.",
-    )
+    platform: Literal["any", "cpu", "gpu", "tpu"] = "any"
+    """Required platform of JAX; on another the job stops (exit 3)."""
+    devices: Positive | None = None
+    """Required number of devices; unset accepts any."""
+    mesh: Mesh = Mesh()
+    """The device mesh."""
+    compilation_cache: str | None = "auto"
+    """Folder or gs://bucket/prefix of JAX's persistent compilation cache; auto: the user's cache
+    folder, null: no cache."""
+    stall_minutes: Annotated[Number, Field(gt=0)] | None = 30
+    """Minutes without a finished step, batch or transfer chunk after which the job counts as
+    stalled and stops (exit 4); null: never."""
 
 
 class Lora(Section):
-    rank: Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(
-        16, description="Rank of the LoRA matrices A and B."
-    )
-    alpha: Annotated[Number, Field(gt=0)] | None = Field(
-        None, description="The update is scaled by alpha / rank; unset: alpha = rank."
-    )
-    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
-        ["query", "value"],
-        description="Names of the Keras layers that get LoRA weights, or all-linear.",
-    )
-    rslora: bool = Field(
-        False, description="Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."
-    )
-    dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        0.0, description="Dropout rate of LoRA inputs in training."
-    )
+    rank: Annotated[int, Field(ge=1, le=1024, strict=True)] = 16
+    """Rank of the LoRA matrices A and B."""
+    alpha: Annotated[Number, Field(gt=0)] | None = None
+    """The update is scaled by alpha / rank; unset: alpha = rank."""
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = ["query", "value"]
+    """Names of the Keras layers that get LoRA weights, or all-linear."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Dropout rate of LoRA inputs in training."""
 
 
 class Model(Section):
-    preset: str = Field(
-        min_length=1,
-        description="hf://owner/name, kaggle://..., a KerasHub preset name, a local folder, `tiny` "
-        "(random weights), or `smollm2-135m-instruct` (with the `demo` extra).",
-    )
-    revision: str | None = Field(None, description="Commit, tag or branch of an hf:// preset.")
-    dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Dtype of the frozen weights; LoRA weights are always float32."
-    )
-    chat_template: Annotated[str, Field(min_length=1)] = Field(
-        "auto",
-        description="Chat template: auto (the model's own, else the built-in one of its turn "
-        "tokens, plain for a pretrained model), gemma, gemma4, llama3, chatml, mistral, plain, "
-        "the name of one of several that the model has, or the path of a Jinja file.",
-    )
-    chat_template_kwargs: dict[str, JsonValue] = Field(
-        {}, description="Variables for the chat template, such as enable_thinking."
-    )
-    lora: Lora = Field(Lora(), description="The LoRA adapter to train.")
+    preset: str = Field(min_length=1)
+    """hf://owner/name, kaggle://..., a KerasHub preset name, a local folder, `tiny` (random
+    weights), or `smollm2-135m-instruct` (with the `demo` extra)."""
+    revision: str | None = None
+    """Commit, tag or branch of an hf:// preset."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the frozen weights; LoRA weights are always float32."""
+    chat_template: Annotated[str, Field(min_length=1)] = "auto"
+    """Chat template: auto (the model's own, else the built-in one of its turn tokens, plain for a
+    pretrained model), gemma, gemma4, llama3, chatml, mistral, plain, the name of one of several
+    that the model has, or the path of a Jinja file."""
+    chat_template_kwargs: dict[str, JsonValue] = {}
+    """Variables for the chat template, such as enable_thinking."""
+    lora: Lora = Lora()
+    """The LoRA adapter to train."""
 
     @model_validator(mode="after")
     def _revision_needs_hub(self) -> Self:
@@ -107,76 +86,57 @@ class Model(Section):
 class Train(Section):
     removed: ClassVar[Mapping[str, object]] = {"lora_plus_ratio": 1.0, "label_smoothing": 0.0}
 
-    init_adapter: Annotated[str, Field(min_length=1)] | None = Field(
-        None,
-        description="Adapter to start from, in this job's or PEFT's format: a run or a folder "
-        "(local or gs://), or hf://owner/name.",
-    )
-    epochs: Positive = Field(1, description="Passes over the training examples.")
-    batch_size: Positive = Field(
-        8,
-        description="Rows per optimizer step, over all devices; a row holds one example, or "
-        "several when packed.",
-    )
-    micro_batch: Positive | Literal["auto"] = Field(
-        "auto",
-        description="Per-device batch size; larger steps accumulate gradients. auto: as many rows "
-        "as are estimated to fit, halved whenever memory runs out.",
-    )
-    remat: Literal["none", "matmuls", "blocks"] = Field(
-        "matmuls",
-        description="What a block saves for the backward pass: everything (none), the outputs of "
-        "matrix products (matmuls), or its input only (blocks: least memory, a quarter more "
-        "compute).",
-    )
-    compile: Literal["auto", "blocks", "step"] = Field(
-        "auto",
-        description="Unit of compilation: one program per kind of block (blocks: regional "
-        "compilation, a third of the compile time for Gemma 3 1B), or the full step (step). auto: "
-        "blocks on TPU if the model supports it, otherwise step.",
-    )
-    max_length: Annotated[int, Field(ge=8, strict=True)] = Field(
-        512, description="Maximum tokens of an example, prompt and response; the rest is truncated."
-    )
-    packing: bool = Field(True, description="Pack several examples into one row.")
-    buckets: Annotated[int, Field(ge=1, le=16, strict=True)] = Field(
-        4,
-        description="Number of row lengths without packing: every row is padded to the next "
-        "bucket, and each bucket is compiled once.",
-    )
-    pack_length: Annotated[int, Field(ge=8, strict=True)] | None = Field(
-        None, description="Tokens of a packed row; unset: 1,024, or max_length if that is more."
-    )
-    loss_on: Literal["response", "all"] = Field(
-        "response", description="Tokens with a loss: the response only, or the prompt too."
-    )
-    optimizer: Literal["adamw", "sgd", "lion"] = Field("adamw", description="The Keras optimizer.")
-    learning_rate: Annotated[Number, Field(ge=0)] = Field(2e-4, description="Peak learning rate.")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="Learning rate after warmup; linear and cosine decay to 0."
-    )
-    warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        0.03, description="Fraction of the steps over which the learning rate rises from 0."
-    )
-    weight_decay: Annotated[Number, Field(ge=0)] = Field(
-        0.0, description="Decoupled weight decay; not for sgd."
-    )
-    clip_norm: Annotated[Number, Field(gt=0)] | None = Field(
-        1.0, description="Maximum global gradient norm; null turns clipping off."
-    )
-    log_every: Positive = Field(10, description="Steps between lines of history.jsonl.")
-    checkpoint_every: Positive = Field(
-        100, description="Steps between checkpoints; more if storage is slower than that."
-    )
-    validate_every: Positive | None = Field(
-        None, description="Steps between validations; unset: only before and after training."
-    )
-    keep: Literal["last", "best"] = Field(
-        "last", description="The adapter to save: the last, or the best by validation loss."
-    )
-    patience: Positive | None = Field(
-        None, description="Stop early after so many validations without a better loss."
-    )
+    init_adapter: Annotated[str, Field(min_length=1)] | None = None
+    """Adapter to start from, in this job's or PEFT's format: a run or a folder (local or gs://), or
+    hf://owner/name."""
+    epochs: Positive = 1
+    """Passes over the training examples."""
+    batch_size: Positive = 8
+    """Rows per optimizer step, over all devices; a row holds one example, or several when
+    packed."""
+    micro_batch: Positive | Literal["auto"] = "auto"
+    """Per-device batch size; larger steps accumulate gradients. auto: as many rows as are estimated
+    to fit, halved whenever memory runs out."""
+    remat: Literal["none", "matmuls", "blocks"] = "matmuls"
+    """What a block saves for the backward pass: everything (none), the outputs of matrix products
+    (matmuls), or its input only (blocks: least memory, a quarter more compute)."""
+    compile: Literal["auto", "blocks", "step"] = "auto"
+    """Unit of compilation: one program per kind of block (blocks: regional compilation, a third of
+    the compile time for Gemma 3 1B), or the full step (step). auto: blocks on TPU if the model
+    supports it, otherwise step."""
+    max_length: Annotated[int, Field(ge=8, strict=True)] = 512
+    """Maximum tokens of an example, prompt and response; the rest is truncated."""
+    packing: bool = True
+    """Pack several examples into one row."""
+    buckets: Annotated[int, Field(ge=1, le=16, strict=True)] = 4
+    """Number of row lengths without packing: every row is padded to the next bucket, and each
+    bucket is compiled once."""
+    pack_length: Annotated[int, Field(ge=8, strict=True)] | None = None
+    """Tokens of a packed row; unset: 1,024, or max_length if that is more."""
+    loss_on: Literal["response", "all"] = "response"
+    """Tokens with a loss: the response only, or the prompt too."""
+    optimizer: Literal["adamw", "sgd", "lion"] = "adamw"
+    """The Keras optimizer."""
+    learning_rate: Annotated[Number, Field(ge=0)] = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after warmup; linear and cosine decay to 0."""
+    warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] = 0.03
+    """Fraction of the steps over which the learning rate rises from 0."""
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    """Decoupled weight decay; not for sgd."""
+    clip_norm: Annotated[Number, Field(gt=0)] | None = 1.0
+    """Maximum global gradient norm; null turns clipping off."""
+    log_every: Positive = 10
+    """Steps between lines of history.jsonl."""
+    checkpoint_every: Positive = 100
+    """Steps between checkpoints; more if storage is slower than that."""
+    validate_every: Positive | None = None
+    """Steps between validations; unset: only before and after training."""
+    keep: Literal["last", "best"] = "last"
+    """The adapter to save: the last, or the best by validation loss."""
+    patience: Positive | None = None
+    """Stop early after so many validations without a better loss."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -215,23 +175,24 @@ class Train(Section):
 class Spec(Section):
     """The spec of one job."""
 
-    name: Name = Field(
-        description="Prefix of the run id: lowercase letters, digits, '.', '_', '-'."
-    )
-    output: Output = Field(
-        "./runs", min_length=1, description="Folder or gs://bucket/prefix for runs."
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = Field(
-        0, description="Seed of sampling, row order, LoRA initialization and the bootstrap."
-    )
-    runtime: Runtime = Field(Runtime(), description="Devices and processes.")
-    model: Model = Field(description="The model to fine-tune.")
-    data: Data = Field(description="The examples to fine-tune on.")
-    train: Train = Field(Train(), description="Hyperparameters of training.")
-    evals: Evals = Field(Evals(), description="Evaluations before and after training.")
-    reference: Reference | None = Field(
-        None, description="A larger remote model to compare with; null: none."
-    )
+    name: Name
+    """Prefix of the run id: lowercase letters, digits, '.', '_', '-'."""
+    output: Output = Field("./runs", min_length=1)
+    """Folder or gs://bucket/prefix for runs."""
+    seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0
+    """Seed of sampling, row order, LoRA initialization and the bootstrap."""
+    runtime: Runtime = Runtime()
+    """Devices and processes."""
+    model: Model
+    """The model to fine-tune."""
+    data: Data
+    """The examples to fine-tune on."""
+    train: Train = Train()
+    """Hyperparameters of training."""
+    evals: Evals = Evals()
+    """Evaluations before and after training."""
+    reference: Reference | None = None
+    """A larger remote model to compare with; null: none."""
 
     @model_validator(mode="after")
     def _across_sections(self) -> Self:

@@ -168,8 +168,6 @@ def test_the_instruction_is_that_of_the_training_examples(
         (["--prompt", " "], 2, "the prompt is empty"),
         (["--prompt", "a", "--prompt", ""], 2, "the prompt is empty"),
         (["--prompt", "a", "--temperature", "0"], 2, "--temperature 0.0: write a number above 0"),
-        (["--prompt", "a", "--seed", "-1"], 2, "--seed -1: write a number from 0"),
-        (["--prompt", "a", "--max-new-tokens", "0"], 2, "--max-new-tokens 0: write 1 or more"),
         (["--prompt", "a"], 2, "has no adapter"),
     ],
 )
@@ -187,6 +185,18 @@ def test_wrong_arguments_end_in_one_line(
     out, err = capsys.readouterr()
     assert (ended, out, err.count("\n")) == (code, "", 1)
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--seed", "-1"), ("--seed", str(2**31)), ("--max-new-tokens", "0")]
+)
+def test_a_number_out_of_range_is_refused(
+    option: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["job", "generate", "none", option, value])
+    assert cli.main() == 2
+    out, err = capsys.readouterr()
+    assert (out, f"Error: Invalid value for '{option}'" in err) == ("", True)
 
 
 def test_a_damaged_adapter_is_refused(

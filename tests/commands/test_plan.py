@@ -88,7 +88,6 @@ def test_an_unreadable_bucket_counts_as_empty() -> None:
         (("smoke", "--on", "tpu"), "is not a known accelerator"),
         (("smoke", "--on", "h100-1", "--compile"), "h100-1 is not a TPU"),
         (("smoke", "--table", "--compile"), "leave one of them out"),
-        (("smoke", "--tokens", "0"), "--tokens 0: write a number above 0"),
         (("smoke", "--set", "model.preset=nothing"), "the shape of 'nothing' is not known"),
     ],
 )
@@ -98,3 +97,10 @@ def test_an_impossible_plan_exits_2_in_one_line(arguments: tuple[str, ...], mess
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--examples", "--tokens"])
+def test_a_number_below_one_is_refused(option: str) -> None:
+    done = job("plan", "smoke", option, "0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"Error: Invalid value for '{option}'" in done.stderr

@@ -43,7 +43,7 @@ def test_lines_have_the_stage_and_the_throughput(stream: io.StringIO) -> None:
     structlog.contextvars.bind_contextvars(run_id="doctor-1")
     with monitor.watching(None, left), monitor.task("training", 90, 40):
         while not stream.getvalue():
-            monitor.advance(2, {"loss": 1.5})
+            monitor.advance(2, loss=1.5)
             time.sleep(0.05)
     line, *_ = lines(stream)
     done = line.pop("done")
@@ -84,7 +84,7 @@ def test_slow_progress_is_not_a_stall(stream: io.StringIO) -> None:
         with monitor.task("slow", None, 0):
             for _ in range(40):
                 time.sleep(0.05)
-                monitor.advance(1, {})
+                monitor.advance()
         assert stalls == []
         while not stalls:  # without progress it is one
             time.sleep(0.05)
