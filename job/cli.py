@@ -40,6 +40,13 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the spec; repeatable."),
 ]
+OutputOption = Annotated[
+    str | None, typer.Option(metavar="URI", help="Folder or gs:// prefix for runs.")
+]
+RunIdOption = Annotated[
+    str | None,
+    typer.Option("--run-id", metavar="ID", help="Name of the run; default: from the spec."),
+]
 RunArgument = Annotated[str, typer.Argument(help="A run: a folder, or gs://bucket/prefix/run-id.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -65,12 +72,8 @@ def options(
 def run(
     spec: SpecArgument,
     overrides: SetOption = None,
-    output: Annotated[
-        str | None, typer.Option(metavar="URI", help="Folder or gs:// prefix for runs.")
-    ] = None,
-    run_id: Annotated[
-        str | None, typer.Option(metavar="ID", help="Name of the run; default: from the spec.")
-    ] = None,
+    output: OutputOption = None,
+    run_id: RunIdOption = None,
     until: Annotated[
         str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")
     ] = None,
@@ -82,10 +85,15 @@ def run(
     from job.pipeline.runner import run_job
     from job.spec.load import load_spec
 
+    loaded = load_spec(spec, _with_output(overrides, output))
+    run_job(loaded, run_id=run_id, until=until, fresh=fresh)
+
+
+def _with_output(overrides: list[str] | None, output: str | None) -> list[str]:
     changes = list(overrides or [])
     if output is not None:
         changes.append(f"output={json.dumps(output, ensure_ascii=False)}")
-    run_job(load_spec(spec, changes), run_id=run_id, until=until, fresh=fresh)
+    return changes
 
 
 @app.command()
@@ -153,6 +161,46 @@ def plan(
         typer.echo(planned.model_dump_json(indent=2))
     else:
         typer.echo(legible("\n".join(render_table(planned) if table else render(planned))))
+
+
+@app.command()
+def manifest(
+    spec: SpecArgument,
+    on: Annotated[str, typer.Option(metavar="MACHINE", help="A machine, like v5e-8 or cpu.")],
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    run_id: RunIdOption = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="The image, best with its digest.")
+    ] = None,
+    queue: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A LocalQueue of Kueue.")
+    ] = None,
+    namespace: Annotated[str, typer.Option(metavar="NS", help="The namespace.")] = "default",
+    service_account: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Kubernetes service account that may use the bucket."),
+    ] = None,
+    spot: Annotated[bool, typer.Option("--spot", help="Run on Spot nodes.")] = False,
+    max_seconds: Annotated[
+        int, typer.Option(min=60, metavar="S", help="Maximum run time.")
+    ] = 14_400,
+) -> None:
+    """Print a Kubernetes Job, or a JobSet for a slice, that runs a spec on GKE."""
+    from job.commands.manifest import Cluster, kubernetes_manifest
+    from job.machine.accelerators import parse_machine
+    from job.spec.load import load_spec
+
+    text = kubernetes_manifest(
+        load_spec(spec, _with_output(overrides, output)),
+        parse_machine(on),
+        Cluster(namespace, queue, service_account),
+        image=image,
+        run_id=run_id,
+        spot=spot,
+        max_seconds=max_seconds,
+    )
+    typer.echo(text)
 
 
 @app.command()

@@ -68,6 +68,8 @@ class Accelerator:
     """TPU software version of a TPU VM."""
     image_family: str = ""
     """Compute Engine image family in `IMAGE_PROJECT`; empty: no Compute Engine VM."""
+    gke: str = ""
+    """GKE's name of the accelerator, which labels its nodes."""
     quota: Quota | None = None
     serving_quota: Quota | None = None
     """Quota of slices on one host, if they count separately."""
@@ -171,6 +173,7 @@ ACCELERATORS = (
         topologies=_PLANE,
         gcloud="v5litepod",
         runtime_version="v2-alpha-tpuv5-lite",
+        gke="tpu-v5-lite-podslice",
         # Compute Engine refuses to create v5e machines, so there is no image family.
         quota=_tpu_quota("V5s", "Litepod"),
         serving_quota=_tpu_quota("V5s", "LitepodServing"),
@@ -189,6 +192,7 @@ ACCELERATORS = (
         cores=2,
         gcloud="v5p",
         runtime_version="v2-alpha-tpuv5",
+        gke="tpu-v5p-slice",
         image_family=_TPU_IMAGE,
         quota=_tpu_quota("V5P"),
         price=Price(4.20, 0.836, "2026-11"),
@@ -205,6 +209,7 @@ ACCELERATORS = (
         topologies=_PLANE,
         gcloud="v6e",
         runtime_version="v2-alpha-tpuv6e",
+        gke="tpu-v6e-slice",
         image_family=_TPU_IMAGE,
         quota=_tpu_quota("V6E"),
         price=Price(2.70, 0.544, "2026-11"),
@@ -222,6 +227,7 @@ ACCELERATORS = (
         cores=2,
         gcloud="v4",
         runtime_version="tpu-ubuntu2204-base",
+        gke="tpu-v4-podslice",
         price=Price(3.22, None, "2026-11"),
     ),
     Accelerator(
@@ -233,6 +239,7 @@ ACCELERATORS = (
         hbm_bandwidth=3350e9,
         interconnect_bandwidth=450e9,
         machines={n: f"a3-highgpu-{n}g" for n in (1, 2, 4, 8)},
+        gke="nvidia-h100-80gb",
         quota=_gpu_quota("H100"),
         price=Price(10.98, 3.35, "2026-11"),
     ),
@@ -245,6 +252,7 @@ ACCELERATORS = (
         hbm_bandwidth=4800e9,
         interconnect_bandwidth=450e9,
         machines={8: "a3-ultragpu-8g"},
+        gke="nvidia-h200-141gb",
         quota=_gpu_quota("H200"),
     ),
     Accelerator(
@@ -256,6 +264,7 @@ ACCELERATORS = (
         hbm_bandwidth=2039e9,
         interconnect_bandwidth=300e9,
         machines={n: f"a2-ultragpu-{n}g" for n in (1, 2, 4, 8)},
+        gke="nvidia-a100-80gb",
         quota=_gpu_quota("A100_80GB"),
     ),
     Accelerator(name="cpu", platform="cpu", device_kinds=("cpu",)),
