@@ -31,7 +31,6 @@ from job.storage.retry import (
     TransientError,
     first_line,
     read_reply,
-    retrying,
     timeouts,
 )
 
@@ -200,28 +199,21 @@ class GcsStore:
         return f"{self.uri}/{key}".rstrip("/")
 
     def _call[Result](self, action: str, key: str, work: Callable[[], Result]) -> Result | None:
-        """Return the result of `work`, retried; None where there is no such object.
-
-        Raises:
-            PreconditionFailed, SetupError, StageError: see `_refusals`, `retrying`.
-        """
+        """Return the result of `work`, retried; None where there is no such object."""
 
         def once() -> Result:
             with transient_failures():
                 return work()
 
         with contextlib.suppress(NotFound), self._refusals(action, key):
-            return retrying(f"{action} {self._key_uri(key)}", once)
+            return Attempts(f"{action} {self._key_uri(key)}").run(once)
         return None
 
     @contextlib.contextmanager
     def _refusals(self, action: str, key: str) -> Iterator[None]:
         """Turn the service's refusals within this block into errors with the way out.
 
-        Raises:
-            NotFound, PreconditionFailed: there is no such object, or another than expected.
-            SetupError: there is no such bucket, or no permission or credentials for it.
-            StageError: anything else.
+        NotFound and PreconditionFailed pass: there is no such object, or another than expected.
         """
         try:
             yield

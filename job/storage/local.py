@@ -122,13 +122,9 @@ class LocalStore:
         return True
 
     def list(self, prefix: str = "") -> list[str]:
-        return sorted(key for key in self._keys() if key.startswith(prefix))
-
-    def _keys(self) -> Iterator[str]:
-        for path in self.root.rglob("*"):
-            key = path.relative_to(self.root)
-            if path.is_file() and not any(part.startswith(PARTIAL) for part in key.parts):
-                yield key.as_posix()
+        paths = [path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file()]
+        complete = (p for p in paths if not any(part.startswith(PARTIAL) for part in p.parts))
+        return sorted(key for path in complete if (key := path.as_posix()).startswith(prefix))
 
     def delete(self, key: str) -> None:
         try:
