@@ -229,7 +229,7 @@ def read_peft(folder: Path) -> PeftAdapter:
                 f"{folder / PEFT_WEIGHTS}: {name} is not A or B of a linear layer, and cannot be "
                 "loaded"
             )
-        pairs.setdefault(match[1], {})[match[2]] = file.floats(name)
+        pairs.setdefault(match[1], {})[match[2]] = file.read(name).astype(np.float32)
     modules = {}
     for module, pair in pairs.items():
         a, b = pair.get("A"), pair.get("B")
