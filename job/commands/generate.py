@@ -213,7 +213,7 @@ class _Conversation:
             name,
             sampling=self.options.sampling(self.count),
         )
-        return answer
+        return self.engine.reply(answer, tokens[0])
 
     def _print(self, prompt: str, answers: "dict[str, Reply]") -> None:
         if self.options.as_json:
