@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from job.data.json_reader import read_json
 from job.data.row_blocks import (
@@ -78,16 +77,14 @@ def _parquet(path: Path, name: str, columns: Sequence[str] | None) -> Iterator[B
         # With a buffer size, Arrow reads page after page instead of complete row groups.
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             needed = _needed(file.schema_arrow.names, columns)
-            for batch in file.iter_batches(_block_rows(file.metadata), columns=needed):
+            metadata = file.metadata
+            groups = range(metadata.num_row_groups)
+            size = max(1, sum(metadata.row_group(n).total_byte_size for n in groups))
+            rows = max(1, MAX_BYTES * max(1, metadata.num_rows) // size)  # of a block of about 2 MB
+            for batch in file.iter_batches(min(MAX_ROWS, rows), columns=needed):
                 yield ArrowBlock(batch)
     except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{name}: not a readable Parquet file: {error}") from None
-
-
-def _block_rows(metadata: Any) -> int:
-    """Return the number of rows in a block of about 2 MB."""
-    total = sum(metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups))
-    return int(min(MAX_ROWS, max(1, MAX_BYTES * max(1, metadata.num_rows) // max(1, total))))
 
 
 def _arrow(path: Path, name: str, columns: Sequence[str] | None) -> Iterator[Block]:

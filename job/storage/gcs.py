@@ -90,7 +90,7 @@ class GcsStore:
         expected = int(version or 0)
         try:
             if content is None:
-                self._delete(key, expected)
+                self.delete(key, expected)
                 return ""
             return self._write(key, io.BytesIO(content), len(content), expected)
         except PreconditionFailed:
@@ -117,12 +117,15 @@ class GcsStore:
         The checksum goes with the metadata, so that the service refuses a damaged upload.
         The client's own check would delete the object, whoever wrote it, after a damaged reply.
         """
-        checksum = _checksum_of(file)
+        file.seek(0)
+        checksum: Any = google_crc32c.Checksum()  # type: ignore[no-untyped-call]
+        for _ in checksum.consume(file, _PIECE):
+            pass
 
         def work() -> str:
             file.seek(0)
             blob = self._blob(key)
-            blob.chunk_size, blob.crc32c = _CHUNK, checksum
+            blob.chunk_size, blob.crc32c = _CHUNK, base64.b64encode(checksum.digest()).decode()
             retry = _retry(Attempts(f"write {self._key_uri(key)}")) if size > _CHUNK else None
             try:
                 blob.upload_from_file(
@@ -177,10 +180,7 @@ class GcsStore:
             raise self._no_bucket()
         return names
 
-    def delete(self, key: str) -> None:
-        self._delete(key)
-
-    def _delete(self, key: str, expected: int | None = None) -> None:
+    def delete(self, key: str, expected: int | None = None) -> None:
         def work() -> None:
             self._blob(key).delete(if_generation_match=expected, **_options())
 
@@ -310,12 +310,3 @@ def client(emulator: str) -> storage.Client:
 def _options(retry: _Retry | None = None) -> dict[str, Any]:
     """Return the client's options for timeouts and retries: by default it makes no retries."""
     return {"retry": retry, "timeout": timeouts()}
-
-
-def _checksum_of(file: BinaryIO) -> str:
-    """Return the CRC32C of an open file from its start, as the API writes it."""
-    file.seek(0)
-    value = 0
-    while piece := file.read(_PIECE):
-        value = google_crc32c.extend(value, piece)
-    return base64.b64encode(value.to_bytes(4, "big")).decode()

@@ -129,7 +129,7 @@ class Repository:
         Raises:
             UsageError, SetupError, StageError: see `errors`.
         """
-        check_paths(files)
+        _check_paths(files)
         fetch_file = self._fetch_file
         run_all([functools.partial(fetch_file, commit, file, folder) for file in files], _THREADS)
 
@@ -214,12 +214,8 @@ class Repository:
         return StageError(f"cannot read {self} from the Hub: {reason}")
 
 
-def check_paths(files: Sequence[HubFile]) -> None:
-    """Check that the paths of a listing stay inside the folder they are downloaded into.
-
-    Raises:
-        StageError: one of them leaves it.
-    """
+def _check_paths(files: Sequence[HubFile]) -> None:
+    """Check that the paths of a listing stay inside the folder they are downloaded into."""
     for file in files:
         parts = file.path.split("/")
         if {"", ".", ".."} & set(parts) or parts[-1].startswith(PARTIAL):

@@ -36,11 +36,7 @@ class LocalStore:
             raise StageError(f"cannot read {self._path(key)}: {error.strerror}") from error
 
     def write(self, key: str, content: bytes) -> None:
-        def fill(target: Path) -> None:
-            with target.open("wb") as file:
-                file.write(content)
-
-        self._replace(key, fill)
+        self._replace(key, lambda target: target.write_bytes(content))
 
     def upload(self, path: Path, key: str) -> None:
         self._replace(key, lambda target: shutil.copyfile(path, target))
