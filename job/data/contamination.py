@@ -82,20 +82,30 @@ class Contamination(BaseModel):
 
 
 def find_overlap(
-    questions: Mapping[str, Mapping[str, str]], examples: Iterable[Example]
+    questions: Mapping[str, Mapping[str, str]],
+    prompts: Mapping[str, Sequence[str]],
+    examples: Iterable[Example],
 ) -> Contamination:
-    """Search the examples for the questions of every task.
+    """Search the examples for the questions and the prompts of every task.
 
     Args:
         questions: for each task, the texts of its questions by id.
+        prompts: for each task with free answers, its prompts; one that is trained on is the same
+            but for case and punctuation.
         examples: the training examples.
     """
     passages = {task: Passages(texts) for task, texts in questions.items()}
     matched: dict[str, set[str]] = {task: set() for task in questions}
     pairs: list[Pair] = []
+    forms = {task: [normal_form(text.encode()) for text in each] for task, each in prompts.items()}
+    searched = set().union(*forms.values())
+    trained: set[bytes] = set()
     count = 0
     for example in examples:
         count += 1
+        if searched:
+            users = (message.content for message in example.turns if message.role == "user")
+            trained |= searched & {normal_form(text.encode()) for text in users}
         for task in questions:
             for question, passage in passages[task].search(example.text):
                 matched[task].add(question)
@@ -109,22 +119,13 @@ def find_overlap(
         )
         for task, texts in questions.items()
     }
-    return Contamination(words=WORDS, examples=count, slices=overlaps, pairs=pairs)
-
-
-def count_trained_prompts(
-    prompts: Mapping[str, Sequence[str]], examples: Iterable[Example]
-) -> dict[str, int]:
-    """Return how many prompts of each task occur in the examples, but for case and punctuation."""
-    forms = {task: [normal_form(text.encode()) for text in each] for task, each in prompts.items()}
-    wanted = set().union(*forms.values())
-    trained = {
-        form
-        for example in examples
-        for message in example.turns
-        if message.role == "user" and (form := normal_form(message.content.encode())) in wanted
-    }
-    return {task: sum(form in trained for form in each) for task, each in forms.items()}
+    return Contamination(
+        words=WORDS,
+        examples=count,
+        slices=overlaps,
+        pairs=pairs,
+        trained_prompts={task: sum(f in trained for f in each) for task, each in forms.items()},
+    )
 
 
 def clean_rows(

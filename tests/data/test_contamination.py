@@ -92,7 +92,7 @@ def test_the_overlap_names_the_pairs() -> None:
         conversation("e1", "hello", f"so: {questions['q1']}."),
         conversation("e2", questions["q2"], "c", "a", "b"),
     ]
-    overlap = find_overlap({"exam": questions}, examples)
+    overlap = find_overlap({"exam": questions}, {}, examples)
     assert overlap.slices["exam"].found == 2
     assert [(pair.question, pair.example) for pair in overlap.pairs] == [("q1", "e1"), ("q2", "e2")]
     assert overlap.examples == 3
