@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from job.chat.conversation import Message
 from job.chat.templates import choose_template
 from job.chat.text_tokenizer import KerasTokenizer
 from job.chat.tokenizer import ChatTokenizer
 from job.data.examples import Example
-from job.data.packing import TokenExample
+from job.data.packing import Batch, TokenExample
 
 
 def chat_tokenizer(tokenizer: Any, template: str = "gemma") -> ChatTokenizer:
@@ -33,3 +35,8 @@ def token_example(identity: str, token_ids: Sequence[int], loss_from: int) -> To
     """An example with a loss on the tokens from `loss_from` on."""
     mask = [place >= loss_from for place in range(len(token_ids))]
     return TokenExample(identity, list(token_ids), mask)
+
+
+def most_losses(batch: Batch, groups: int) -> int:
+    """The most tokens with a loss in one of `groups` equal parts of the rows."""
+    return int(np.count_nonzero(batch.loss_mask.reshape(groups, -1), axis=1).max())

@@ -69,8 +69,8 @@ def checkpoint_tensors(backbone: Any) -> list[CheckpointTensor]:
         )
     loader = _RecordingLoader()
     converters[0].convert_weights(backbone, loader, _config(backbone))
-    full_name = _multimodal_name if _is_multimodal(backbone) else _text_model_name
-    return [tensor._replace(name=full_name(tensor.name)) for tensor in loader.loaded]
+    multimodal = _is_multimodal(backbone)
+    return [t._replace(name=_full_name(t.name, multimodal=multimodal)) for t in loader.loaded]
 
 
 def _is_multimodal(backbone: Any) -> bool:
@@ -87,15 +87,12 @@ def _config(backbone: Any) -> dict[str, Any]:
     return {"model_type": f"{family}_text" if text_only else family}
 
 
-def _text_model_name(name: str) -> str:
+def _full_name(name: str, *, multimodal: bool) -> str:
     """Return the name in the causal LM; some converters leave the prefix to the loader."""
     bare = bare_name(name)
+    if multimodal:  # its checkpoints have older names
+        return f"model.language_model.{bare}" if "language_model." in name else name
     return bare if bare.startswith("lm_head.") else f"model.{bare}"
-
-
-def _multimodal_name(name: str) -> str:
-    """Return the name in a multimodal model, whose checkpoints have older names."""
-    return f"model.language_model.{bare_name(name)}" if "language_model." in name else name
 
 
 def bare_name(name: str) -> str:

@@ -168,10 +168,6 @@ def _array(file: h5py.File, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Read an array of numbers that the file itself holds.
 
     HDF5 files may refer to other files and claim arrays that they do not hold.
-
-    Raises:
-        KeyError: there is no such array.
-        StageError: it has another shape, or is not in the file.
     """
     item = file
     for part in name.split("/"):

@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple
 from job.adapters.keras_format import DESCRIPTION, H5
 from job.adapters.peft_format import PEFT_CONFIG, PEFT_WEIGHTS
 from job.errors import StageError, UsageError
-from job.spec.pinning import NONE, Revisions, commit_of
+from job.spec.pinning import NONE, Revisions, pinned
 from job.storage.base import Store
-from job.storage.hub import SCHEME, Repository
-from job.storage.locations import cache_folder, open_store
+from job.storage.hub import SCHEME
+from job.storage.locations import open_store
 
 AdapterFormat = Literal["keras", "peft"]
 _FILES: dict[AdapterFormat, tuple[str, str]] = {
@@ -62,7 +62,14 @@ def find_adapter(
     Raises:
         UsageError, SetupError, StageError: there is no adapter, or it cannot be read.
     """
-    store = open_store(_cached_snapshot(uri, revisions) if uri.startswith(SCHEME) else uri)
+    place = uri
+    if uri.startswith(SCHEME):
+        repository, commit, cached = pinned("model", uri, None, revisions, "adapters")
+        known = [name for names in _FILES.values() for name in names]
+        listed = [file for file in repository.files(commit) if file.path in known]
+        repository.fetch(commit, listed, cached)
+        place = str(cached)
+    store = open_store(place)
     for folder in (subfolder, ""):
         for kind, names in _FILES.items():
             if store.stat(folder + names[0]) is not None:
@@ -71,14 +78,3 @@ def find_adapter(
         f"{where}: {uri} has no adapter: it has neither {subfolder}{DESCRIPTION} nor {DESCRIPTION} "
         f"nor PEFT's {PEFT_CONFIG}"
     )
-
-
-def _cached_snapshot(uri: str, revisions: Revisions) -> str:
-    name = uri.removeprefix(SCHEME)
-    commit = commit_of("model", uri, None, revisions)
-    repository = Repository("model", name, None)
-    names = [name for names in _FILES.values() for name in names]
-    files = [file for file in repository.files(commit) if file.path in names]
-    cached = cache_folder("adapters", name.replace("/", "--"), commit)
-    repository.fetch(commit, files, cached)
-    return str(cached)

@@ -43,19 +43,15 @@ class LowRankUpdate(NamedTuple):
 
 @dataclass(frozen=True)
 class LinearMatrix:
-    """The matrix `[out, in]` of a linear layer in transformers, which is a Keras kernel.
-
-    Attributes:
-        module: name of the layer in the transformers model, like `model.layers.0.self_attn.q_proj`.
-        kernel_shape: shape of the Keras kernel.
-        out_axes: axes of the kernel that make up the matrix's rows, in order.
-        in_axes: axes of the kernel that make up its columns, in order.
-    """
+    """The matrix `[out, in]` of a linear layer in transformers, which is a Keras kernel."""
 
     module: str
+    """Name of the layer in the transformers model, like `model.layers.0.self_attn.q_proj`."""
     kernel_shape: tuple[int, ...]
     out_axes: tuple[int, ...]
+    """Axes of the kernel that make up the matrix's rows, in order."""
     in_axes: tuple[int, ...]
+    """Axes of the kernel that make up its columns, in order."""
 
     @property
     def shape(self) -> tuple[int, int]:

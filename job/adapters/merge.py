@@ -7,7 +7,7 @@ from a KerasHub preset is loaded; its kernels are changed in place before it is 
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -41,36 +41,31 @@ def is_checkpoint(folder: Path) -> bool:
     return is_config and any((folder / name).is_file() for name in (_INDEX, _SINGLE))
 
 
-def _shards(folder: Path) -> list[str]:
-    if not (folder / _INDEX).is_file():
-        return [_SINGLE]
-    index = json.loads((folder / _INDEX).read_bytes())
-    return sorted(set(index["weight_map"].values()))
-
-
 def merge_checkpoint(source: Path, adapter: PeftAdapter, target: Path) -> None:
     """Copy a transformers checkpoint with an adapter merged in.
 
     Raises:
         StageError: the checkpoint is damaged, or lacks a matrix that the adapter adapts.
     """
-    shards = {name: TensorFile(source / name) for name in _shards(source)}
-    changes = _changes(shards, adapter)
+    files = [_SINGLE]
+    if (source / _INDEX).is_file():
+        index = json.loads((source / _INDEX).read_bytes())
+        files = sorted(set(index["weight_map"].values()))
+    shards = {name: TensorFile(source / name) for name in files}
+    updates = _updates(shards, adapter)
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(".") and path.suffix not in _WEIGHT_FILES:
             shutil.copyfile(path, target / path.name)
     for number, (name, shard) in enumerate(shards.items(), 1):
-        shard.rewrite(target / name, changes)
+        shard.rewrite(target / name, updates)
         logs.get().info("shard written", file=name, number=number, of=len(shards))
 
 
-def _changes(
-    shards: Mapping[str, TensorFile], adapter: PeftAdapter
-) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Return the function that changes each adapted tensor, by the tensor's name."""
-    names = {bare_name(name): name for shard in shards.values() for name in shard.shapes}
+def _updates(shards: Mapping[str, TensorFile], adapter: PeftAdapter) -> dict[str, LowRankUpdate]:
+    """Return the adapter's update of each adapted tensor, by the tensor's name."""
     shapes = {name: shape for shard in shards.values() for name, shape in shard.shapes.items()}
-    changes = {}
+    names = {bare_name(name): name for name in shapes}
+    updates = {}
     for module, update in adapter.modules.items():
         name = names.get(f"{bare_name(module)}.weight")
         if name is None or shapes[name] != update.shape:
@@ -78,12 +73,8 @@ def _changes(
             raise StageError(
                 f"the adapter adapts {module} of shape {update.shape}, but the model has {actual}"
             )
-        changes[name] = _adder(update)
-    return changes
-
-
-def _adder(update: LowRankUpdate) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda matrix: matrix + update.delta()
+        updates[name] = update
+    return updates
 
 
 def merge_in_place(backbone: Any, layout: LoraLayout, lora: LoraWeights) -> None:

@@ -36,21 +36,18 @@ _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """An adapter by the names of the transformers model's layers.
-
-    Attributes:
-        base: name or path of the base model.
-        revision: the base model's commit.
-        rank: the rank it was trained at.
-        dropout: the dropout it was trained with.
-        modules: the update of each layer's matrix, by the layer's name.
-    """
+    """An adapter by the names of the transformers model's layers."""
 
     base: str
+    """Name or path of the base model."""
     revision: str | None
+    """The base model's commit."""
     rank: int
+    """The rank it was trained at."""
     dropout: float
+    """The dropout it was trained with."""
     modules: Mapping[str, LowRankUpdate]
+    """The update of each layer's matrix, by the layer's name."""
 
 
 class _Config(BaseModel):
@@ -76,7 +73,10 @@ class _Config(BaseModel):
 
     def scale(self, module: str, rank: int) -> float:
         """Return the factor of `B @ A` of a layer."""
-        alpha = _by_pattern(self.alpha_pattern or {}, module, self.lora_alpha)
+        # PEFT's rule: a key matches the end of a layer's name, and the first match counts.
+        patterns = (self.alpha_pattern or {}).items()
+        matches = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module))
+        alpha = next(matches, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def unsupported(self) -> str | None:
@@ -90,14 +90,6 @@ class _Config(BaseModel):
             "fan_in_fan_out": self.fan_in_fan_out,
         }
         return next((name for name, present in extras.items() if present), None)
-
-
-def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """Apply PEFT's rule: a key matches the end of a layer's name, and the first match counts."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
 
 
 def base_name(preset: str) -> str:
@@ -229,7 +221,7 @@ def read_peft(folder: Path) -> PeftAdapter:
                 f"{folder / PEFT_WEIGHTS}: {name} is not A or B of a linear layer, and cannot be "
                 "loaded"
             )
-        pairs.setdefault(match[1], {})[match[2]] = file.floats(name)
+        pairs.setdefault(match[1], {})[match[2]] = file.read(name).astype(np.float32)
     modules = {}
     for module, pair in pairs.items():
         a, b = pair.get("A"), pair.get("B")

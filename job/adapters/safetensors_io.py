@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy, for safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from job.adapters.low_rank import LowRankUpdate
 from job.errors import StageError
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -36,37 +37,31 @@ class TensorFile:
         names: list[str] = self._file.keys()
         return {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
 
-    def _read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> np.ndarray:
+        """Read a tensor.
+
+        Raises:
+            StageError: its dtype is not a floating-point type.
+        """
         tensor: np.ndarray = self._file.get_tensor(name)
         if tensor.dtype.name not in _FLOATS:
             raise StageError(f"{self.path}: {name} has dtype {tensor.dtype}, not a float")
         return tensor
 
-    def floats(self, name: str) -> np.ndarray:
-        """Read a tensor as float32.
-
-        Raises:
-            StageError: its dtype is not a floating-point type.
-        """
-        return self._read(name).astype(np.float32)
-
-    def rewrite(
-        self, target: Path, changes: Mapping[str, Callable[[np.ndarray], np.ndarray]]
-    ) -> None:
-        """Copy the file with some tensors changed.
+    def rewrite(self, target: Path, updates: Mapping[str, LowRankUpdate]) -> None:
+        """Copy the file with updates added to some tensors; shapes and dtypes stay.
 
         Args:
             target: the file to write.
-            changes: functions of float32 tensors by name; names that are not in this file are
-                ignored, shapes and dtypes stay.
+            updates: by the names of tensors; those that are not in this file are ignored.
         """
         shutil.copyfile(self.path, target)
         with target.open("r+b") as file:
             # The format: the header's length (8 bytes, little-endian), a JSON header, the tensors.
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-            for name in changes.keys() & self.shapes.keys():
-                before = self._read(name)
-                after = changes[name](before.astype(np.float32)).astype(before.dtype)
+            for name in updates.keys() & self.shapes.keys():
+                before = self.read(name)
+                after = (before.astype(np.float32) + updates[name].delta()).astype(before.dtype)
                 file.seek(8 + length + header[name]["data_offsets"][0])
                 file.write(np.ascontiguousarray(after).tobytes())

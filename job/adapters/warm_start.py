@@ -106,11 +106,7 @@ def _from_peft(adapter: PeftAdapter, model: LanguageModel) -> KernelFactors:
 
 
 def _fit(layout: LoraLayout, start: LoraWeights, factors: KernelFactors) -> LoraWeights:
-    """Bring factors to the layout's rank and alpha; layers without factors keep fresh weights.
-
-    Raises:
-        UsageError: the adapter needs a higher rank.
-    """
+    """Bring factors to the layout's rank and alpha; layers without factors keep fresh weights."""
     needed = max(a.shape[-1] for a, _, _ in factors.values())
     if needed > layout.rank:
         raise UsageError(

@@ -5,6 +5,7 @@ Also `open_finished_run` and `read_artifact`, with which other commands read fin
 
 import contextlib
 import hashlib
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -13,7 +14,7 @@ from job.errors import StageError, UsageError
 from job.pipeline.layout import LOGS, OWNED, RESULTS, STAGES
 from job.results import Artifact, Results
 from job.runtime import logs
-from job.runtime.threads import Threads
+from job.runtime.threads import run_all
 from job.storage.base import PARTIAL, Store, check_key, file_sha256
 from job.storage.local import LocalStore
 from job.storage.locations import open_store
@@ -93,13 +94,8 @@ def fetch_run(uri: str, folder: str) -> None:
     _check_target(target, results.run.id)
     if target.read(RESULTS) != content:
         target.delete(RESULTS)
-    with Threads(_DOWNLOADS) as pool:
-        jobs = [pool.submit(_fetch_one, source, target, item) for item in checked.values()]
-        try:
-            unchanged = sum(job.result() for job in jobs)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    downloads = [partial(_fetch_one, source, target, item) for item in checked.values()]
+    unchanged = sum(run_all(downloads, _DOWNLOADS))
     for key in source.list():
         is_hidden = any(part.startswith(".") for part in Path(key).parts)
         if key not in checked and key.startswith((LOGS, STAGES)) and not is_hidden:

@@ -190,8 +190,8 @@ class _Conversation:
                 )
             sampling, most = self.options.sampling(self.count), self.options.max_new_tokens
             (answer,) = self.engine.generate(weights, tokens, most, name, sampling=sampling)
-            turns.append(Message("assistant", answer.answer or ""))
-            answers[name] = answer
+            reply = answers[name] = self.engine.reply(answer, tokens[0])
+            turns.append(Message("assistant", reply.answer or ""))
         self.count += 1
         self._print(text, answers)
 

@@ -7,7 +7,6 @@ anywhere. In scripts without spaces two characters count as a word.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from pydantic import BaseModel
@@ -23,23 +22,15 @@ _CHARACTERS_PER_WORD = 2
 _MAX_PAIRS = 100
 
 
-@dataclass(frozen=True)
-class Match:
-    """A passage that a question and a text share."""
-
-    question: int
-    """Index of the question."""
-    passage: str
-
-
 class Passages:
     """The passages of questions, for searching texts."""
 
-    def __init__(self, questions: Iterable[str]) -> None:
-        self._passages: dict[tuple[str, ...], list[tuple[tuple[str, ...], int]]] = {}
-        """Passages with the index of their question, by their first words."""
+    def __init__(self, questions: Mapping[str, str]) -> None:
+        """Index the texts of questions, by id."""
+        self._passages: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {}
+        """Passages with the id of their question, by their first words."""
         self.too_short = 0
-        for number, question in enumerate(questions):
+        for identity, question in questions.items():
             words = tuple(split_words(question.casefold()))
             scale = _CHARACTERS_PER_WORD if 2 * sum(map(is_character, words)) > len(words) else 1
             if len(words) < scale * _MIN_WORDS:
@@ -48,17 +39,17 @@ class Passages:
             size = min(scale * WORDS, len(words))
             for at in range(len(words) - size + 1):
                 known = self._passages.setdefault(words[at : at + _MIN_WORDS], [])
-                known.append((words[at : at + size], number))
+                known.append((words[at : at + size], identity))
 
-    def search(self, text: str) -> Iterator[Match]:
-        """Yield the matches in a text, one for each question."""
+    def search(self, text: str) -> Iterator[tuple[str, str]]:
+        """Yield the id of each question that shares a passage with a text, and the passage."""
         words = tuple(split_words(text.casefold()))
-        seen: set[int] = set()
+        seen: set[str] = set()
         for at in range(len(words) - _MIN_WORDS + 1):
             for passage, question in self._passages.get(words[at : at + _MIN_WORDS], ()):
                 if question not in seen and words[at : at + len(passage)] == passage:
                     seen.add(question)
-                    yield Match(question, " ".join(passage))
+                    yield question, " ".join(passage)
 
 
 class Pair(BaseModel):
@@ -91,52 +82,50 @@ class Contamination(BaseModel):
 
 
 def find_overlap(
-    questions: Mapping[str, Mapping[str, str]], examples: Iterable[Example]
+    questions: Mapping[str, Mapping[str, str]],
+    prompts: Mapping[str, Sequence[str]],
+    examples: Iterable[Example],
 ) -> Contamination:
-    """Search the examples for the questions of every task.
+    """Search the examples for the questions and the prompts of every task.
 
     Args:
         questions: for each task, the texts of its questions by id.
+        prompts: for each task with free answers, its prompts; one that is trained on is the same
+            but for case and punctuation.
         examples: the training examples.
     """
-    passages = {task: Passages(texts.values()) for task, texts in questions.items()}
-    ids = {task: list(texts) for task, texts in questions.items()}
+    passages = {task: Passages(texts) for task, texts in questions.items()}
     matched: dict[str, set[str]] = {task: set() for task in questions}
     pairs: list[Pair] = []
+    forms = {task: [normal_form(text.encode()) for text in each] for task, each in prompts.items()}
+    searched = set().union(*forms.values())
+    trained: set[bytes] = set()
     count = 0
     for example in examples:
         count += 1
+        if searched:
+            users = (message.content for message in example.turns if message.role == "user")
+            trained |= searched & {normal_form(text.encode()) for text in users}
         for task in questions:
-            for match in passages[task].search(example.text):
-                question = ids[task][match.question]
+            for question, passage in passages[task].search(example.text):
                 matched[task].add(question)
                 if len(pairs) < _MAX_PAIRS:
-                    pair = Pair(
-                        eval=task, question=question, example=example.id, passage=match.passage
+                    pairs.append(
+                        Pair(eval=task, question=question, example=example.id, passage=passage)
                     )
-                    pairs.append(pair)
     overlaps = {
         task: Overlap(
-            questions=len(ids[task]), too_short=passages[task].too_short, found=len(matched[task])
+            questions=len(texts), too_short=passages[task].too_short, found=len(matched[task])
         )
-        for task in questions
+        for task, texts in questions.items()
     }
-    return Contamination(words=WORDS, examples=count, slices=overlaps, pairs=pairs)
-
-
-def count_trained_prompts(
-    prompts: Mapping[str, Sequence[str]], examples: Iterable[Example]
-) -> dict[str, int]:
-    """Return how many prompts of each task occur in the examples, but for case and punctuation."""
-    forms = {task: [normal_form(text.encode()) for text in each] for task, each in prompts.items()}
-    wanted = set().union(*forms.values())
-    trained = {
-        form
-        for example in examples
-        for message in example.turns
-        if message.role == "user" and (form := normal_form(message.content.encode())) in wanted
-    }
-    return {task: sum(form in trained for form in each) for task, each in forms.items()}
+    return Contamination(
+        words=WORDS,
+        examples=count,
+        slices=overlaps,
+        pairs=pairs,
+        trained_prompts={task: sum(f in trained for f in each) for task, each in forms.items()},
+    )
 
 
 def clean_rows(
@@ -149,7 +138,7 @@ def clean_rows(
         staged: the examples.
         check_stop: called before each batch; it may raise.
     """
-    passages = Passages(questions)
+    passages = Passages({text: text for text in questions})
     clean = np.ones(staged.manifest.rows, bool)
     for first, batch in staged.batches(COLUMNS.names):
         check_stop()

@@ -26,6 +26,7 @@ from huggingface_hub import DatasetCard
 
 from job.errors import UsageError
 from job.spec.fields import file_format
+from job.spec.schema import Source
 from job.storage.hub import CARD_FILE
 
 _ROOT = "reference://"
@@ -64,37 +65,27 @@ class _Files:
         return sorted(path.removeprefix(_ROOT) for path in matches)
 
 
-def choose_files(
-    paths: Sequence[str],
-    *,
-    where: str,
-    split: str,
-    config: str | None = None,
-    data_files: Sequence[str] | None = None,
-    readme: bytes | None = None,
-) -> list[str]:
+def choose_files(source: Source, paths: Sequence[str], readme: bytes | None = None) -> list[str]:
     """Return the paths of a split's files, in order.
 
     Args:
+        source: the section of the spec; `data_files` make the split `train`.
         paths: all files of the repository or folder.
-        where: its name, for messages.
-        split: the split.
-        config: the configuration, if the spec names one.
-        data_files: paths or patterns, if the spec names them; they make the split `train`.
         readme: the content of the README, if there is one.
 
     Raises:
         UsageError: there is no such configuration, split or file.
     """
+    where, config = source.dataset, source.config
     readable = sorted(path for path in paths if file_format(path))
-    if data_files is not None:
+    if source.data_files is not None:
         if config is not None:
             raise UsageError(
                 f"data_files and config cannot both be set for {where}; remove one of them"
             )
-        return _split_files(_Files(readable), {"train": list(data_files)}, "", split, where)
+        return _split_files(_Files(readable), {"train": source.data_files}, "", source)
     if saved := _saved_splits(paths):
-        return _split_files(_Files(readable), saved, "", split, where)
+        return _split_files(_Files(readable), saved, "", source)
     configs = _configs(readme, where)
     if configs:
         chosen = configs[_config(configs, config, where)]
@@ -102,18 +93,24 @@ def choose_files(
         raise UsageError(f"{where} has no config {config!r}; it has only `default`")
     else:
         chosen = {}
-    _refuse_script(paths, where, has_configs=bool(configs))
+    script = f"{PurePosixPath(where).name}.py"
+    if script in paths and not configs:  # a program, named as its repository
+        raise UsageError(
+            f"{where}: its rows come from a loading script ({script}), which is not run here; set "
+            "revision: refs/convert/parquet, where the Hub may have them as Parquet, or write the "
+            "files to read in data_files"
+        )
     folder = str(chosen.get("data_dir") or "").removeprefix("./").strip("/")
     if listed := chosen.get("data_files"):
         with _as_usage_error(where, f"`configs` of the {CARD_FILE}"):
             patterns = sanitize_patterns(listed)
-        return _split_files(_Files(readable), patterns, folder, split, where)
+        return _split_files(_Files(readable), patterns, folder, source)
     files = _Files(_most_common_format(_Files(readable).matching("**", folder)))
     with _as_usage_error(where, "names of the files"):
         patterns = files.patterns(folder)
     if not patterns:
         raise UsageError(f"{where} has no file in a format that can be read")
-    return _split_files(files, patterns, folder, split, where, strict=False)
+    return _split_files(files, patterns, folder, source, strict=False)
 
 
 def _saved_splits(paths: Sequence[str]) -> dict[str, list[str]]:
@@ -124,17 +121,6 @@ def _saved_splits(paths: Sequence[str]) -> dict[str, list[str]]:
         for folder in folders
         if len(folder.parts) < 2
     }
-
-
-def _refuse_script(paths: Sequence[str], where: str, *, has_configs: bool) -> None:
-    """Raise a UsageError if a program, named as its repository, is what gives the rows."""
-    script = f"{PurePosixPath(where).name}.py"
-    if script in paths and not has_configs:
-        raise UsageError(
-            f"{where}: its rows come from a loading script ({script}), which is not run here; set "
-            "revision: refs/convert/parquet, where the Hub may have them as Parquet, or write the "
-            "files to read in data_files"
-        )
 
 
 def _configs(readme: bytes | None, where: str) -> MetadataConfigs:
@@ -183,12 +169,12 @@ def _split_files(
     files: _Files,
     patterns: Mapping[str, Sequence[str]],
     folder: str,
-    split: str,
-    where: str,
+    source: Source,
     *,
     strict: bool = True,
 ) -> list[str]:
     """Return the files of a split; if `strict`, each of its patterns must match a file."""
+    where, split = source.dataset, source.split
     if split not in patterns:
         raise UsageError(f"{where} has no split {split!r}; it has {', '.join(sorted(patterns))}")
     chosen: list[str] = []
@@ -196,10 +182,8 @@ def _split_files(
         matches = files.matching(pattern, folder)
         if strict and not matches:
             path = f"{folder}/{pattern}" if folder else pattern
-            raise UsageError(f"{where} has no readable file {path!r}; it has {_some(files.paths)}")
+            some = ", ".join(files.paths[:5]) or "none"
+            more = ", ..." if len(files.paths) > 5 else ""
+            raise UsageError(f"{where} has no readable file {path!r}; it has {some}{more}")
         chosen += matches
     return list(dict.fromkeys(chosen))
-
-
-def _some(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "") if paths else "none"

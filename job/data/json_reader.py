@@ -6,19 +6,10 @@ The text is streamed, never held in memory.
 import codecs
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from job.data.row_blocks import (
-    MAX_BYTES,
-    MAX_ROW_BYTES,
-    MAX_ROWS,
-    Block,
-    Row,
-    RowBlock,
-    open_bytes,
-    unicode_encoding,
-)
+from job.data.row_blocks import MAX_BYTES, MAX_ROW_BYTES, Row, open_bytes, unicode_encoding
 from job.errors import UsageError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -69,29 +60,15 @@ class _Text:
         return f"{self._name}:{self._lines_before + self.text.count('\n', 0, self.at) + 1}"
 
 
-def read_json(path: Path, name: str, _: Sequence[str] | None) -> Iterator[Block]:
-    """Read an array of objects, or objects that follow each other."""
+def read_json(path: Path, name: str) -> Iterator[tuple[Row, int]]:
+    """Yield the objects of an array, or objects that follow each other, with their lengths."""
     text = _Text(path, name)
     in_array = text.skip_space() == "["
     text.at += in_array
     first = True
-    rows: list[Row] = []
-    size = 0
-    try:
-        while _next_row(text, in_array=in_array, first=first):
-            first = False
-            row, length = _row(text)
-            rows.append(row)
-            size += length
-            if len(rows) == MAX_ROWS or size >= MAX_BYTES:
-                yield RowBlock(rows)
-                rows, size = [], 0
-    except UsageError:
-        if rows:  # a caller that stops after these never sees the error
-            yield RowBlock(rows)
-        raise
-    if rows:
-        yield RowBlock(rows)
+    while _next_row(text, in_array=in_array, first=first):
+        first = False
+        yield _row(text)
 
 
 def _next_row(text: _Text, *, in_array: bool, first: bool) -> bool:

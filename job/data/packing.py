@@ -70,10 +70,6 @@ class Batch:
         """The number of tokens that are not padding."""
         return int(np.count_nonzero(self.segment_ids))
 
-    def count_loss_tokens(self, groups: int) -> np.ndarray:
-        """Count the tokens with a loss in each of `groups` equal parts: int `[groups]`."""
-        return np.asarray(np.count_nonzero(self.loss_mask.reshape(groups, -1), axis=1))
-
     def group_loss_positions(self, groups: int, width: int) -> dict[str, np.ndarray]:
         """List each part's positions with a loss together, padded to `width`.
 

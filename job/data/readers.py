@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from job.data.json_reader import read_json
 from job.data.row_blocks import (
@@ -78,16 +77,14 @@ def _parquet(path: Path, name: str, columns: Sequence[str] | None) -> Iterator[B
         # With a buffer size, Arrow reads page after page instead of complete row groups.
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             needed = _needed(file.schema_arrow.names, columns)
-            for batch in file.iter_batches(_block_rows(file.metadata), columns=needed):
+            metadata = file.metadata
+            groups = range(metadata.num_row_groups)
+            size = max(1, sum(metadata.row_group(n).total_byte_size for n in groups))
+            rows = max(1, MAX_BYTES * max(1, metadata.num_rows) // size)  # of a block of about 2 MB
+            for batch in file.iter_batches(min(MAX_ROWS, rows), columns=needed):
                 yield ArrowBlock(batch)
     except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{name}: not a readable Parquet file: {error}") from None
-
-
-def _block_rows(metadata: Any) -> int:
-    """Return the number of rows in a block of about 2 MB."""
-    total = sum(metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups))
-    return int(min(MAX_ROWS, max(1, MAX_BYTES * max(1, metadata.num_rows) // max(1, total))))
 
 
 def _arrow(path: Path, name: str, columns: Sequence[str] | None) -> Iterator[Block]:
@@ -110,8 +107,8 @@ def _needed(names: list[str], columns: Sequence[str] | None) -> list[str]:
     return [column for column in columns or () if column in names] or names
 
 
-def _csv(path: Path, name: str, _: Sequence[str] | None) -> Iterator[Block]:
-    """Read rows under a header, separated by commas, semicolons or tabs.
+def _csv(path: Path, name: str) -> Iterator[tuple[Row, int]]:
+    """Yield rows under a header, separated by commas, semicolons or tabs, with their lengths.
 
     A row that ends early has nulls.
     """
@@ -127,9 +124,12 @@ def _csv(path: Path, name: str, _: Sequence[str] | None) -> Iterator[Block]:
             logs.get().info("CSV dialect", file=name, encoding=encoding, delimiter=delimiter)
         reader = csv.DictReader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
         header = list(reader.fieldnames or [])
-        _check_header(header, name)
-        rows: list[Row] = []
-        size = 0
+        repeated = [column for column, count in Counter(header).items() if column and count > 1]
+        if repeated:
+            raise UsageError(
+                f"{name}: the header names {repeated[0]!r} more than once; give each column its "
+                "own name"
+            )
         for row in reader:
             if None in row:
                 raise UsageError(
@@ -140,13 +140,7 @@ def _csv(path: Path, name: str, _: Sequence[str] | None) -> Iterator[Block]:
                 raise UsageError(
                     f"{name}:{reader.line_num}: the header is repeated; remove this line"
                 )
-            rows.append(row)
-            size += sum(map(len, filter(None, row.values())))
-            if len(rows) == MAX_ROWS or size >= MAX_BYTES:
-                yield RowBlock(rows)
-                rows, size = [], 0
-        if rows:
-            yield RowBlock(rows)
+            yield row, sum(map(len, filter(None, row.values())))
     except csv.Error as error:
         raise UsageError(f"{name}: not a readable CSV file: {error}") from None
 
@@ -162,21 +156,8 @@ def _lines(file: io.TextIOWrapper, name: str) -> Iterator[str]:
         yield line
 
 
-def _check_header(header: list[str], name: str) -> None:
-    repeated = [column for column, count in Counter(header).items() if column and count > 1]
-    if repeated:
-        raise UsageError(
-            f"{name}: the header names {repeated[0]!r} more than once; give each column its own "
-            "name"
-        )
-
-
 def _csv_encoding(path: Path, name: str) -> str:
-    """Return the encoding of a CSV file: UTF-8, UTF-16, or Windows-1252 (of Excel, for example).
-
-    Raises:
-        UsageError: it is in another one.
-    """
+    """Return the encoding of a CSV file: UTF-8, UTF-16, or Windows-1252 (of Excel, for example)."""
     file = open_bytes(path, name)
     piece = bytes(file.read(MAX_BYTES))
     if (encoding := unicode_encoding(piece)) != "utf-8-sig":
@@ -199,9 +180,33 @@ def _csv_encoding(path: Path, name: str) -> str:
     return "cp1252"
 
 
+def _in_blocks(rows: Iterator[tuple[Row, int]]) -> Iterator[Block]:
+    """Yield rows, which come with their numbers of characters, in blocks.
+
+    Those before an error come first: a caller that stops after them never sees the error.
+    """
+    block: list[Row] = []
+    size = 0
+    try:
+        for row, length in rows:
+            block.append(row)
+            size += length
+            if len(block) == MAX_ROWS or size >= MAX_BYTES:
+                yield RowBlock(block)
+                block, size = [], 0
+    except UsageError:
+        if block:
+            yield RowBlock(block)
+        raise
+    if block:
+        yield RowBlock(block)
+
+
 _READERS: dict[str, Callable[[Path, str, Sequence[str] | None], Iterator[Block]]] = {
-    **dict.fromkeys((".json", ".jsonl", ".ndjson"), read_json),
-    **dict.fromkeys((".csv", ".tsv"), _csv),
     ".parquet": _parquet,
     ".arrow": _arrow,
+    **dict.fromkeys(
+        (".json", ".jsonl", ".ndjson"), lambda path, name, _: _in_blocks(read_json(path, name))
+    ),
+    **dict.fromkeys((".csv", ".tsv"), lambda path, name, _: _in_blocks(_csv(path, name))),
 }

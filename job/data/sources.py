@@ -15,10 +15,10 @@ from job.data.readers import read_blocks
 from job.data.row_blocks import Row
 from job.errors import UsageError
 from job.spec.fields import FILE_EXTENSIONS, SAMPLES, file_format
-from job.spec.pinning import NONE, Revisions, commit_of
+from job.spec.pinning import NONE, Revisions, pinned
 from job.spec.schema import Source
 from job.storage.base import Store, file_sha256
-from job.storage.hub import CARD_FILE, SCHEME, HubFile, Repository
+from job.storage.hub import CARD_FILE, SCHEME, HubFile
 from job.storage.locations import cache_folder, open_store
 
 Samples = Literal["dialogues", "questions"]
@@ -99,14 +99,7 @@ def _local_files(source: Source) -> list[SourceFile]:
 def _choose(source: Source, paths: list[str], readme: bytes | None = None) -> list[str]:
     from job.data.data_files import choose_files  # imports `datasets`, which takes a second
 
-    return choose_files(
-        paths,
-        where=source.dataset,
-        split=source.split,
-        config=source.config,
-        data_files=source.data_files,
-        readme=readme,
-    )
+    return choose_files(source, paths, readme)
 
 
 def _bucket_files(source: Source) -> list[SourceFile]:
@@ -137,11 +130,10 @@ def _bucket_file(store: Store, key: str) -> SourceFile:
 
 
 def _hub_source(source: Source, revisions: Revisions) -> RowSource:
-    name = source.dataset.removeprefix(SCHEME)
-    commit = commit_of("dataset", source.dataset, source.revision, revisions)
-    repository = Repository("dataset", name, source.revision)
+    repository, commit, folder = pinned(
+        "dataset", source.dataset, source.revision, revisions, "datasets"
+    )
     by_path = {file.path: file for file in repository.files(commit)}
-    folder = cache_folder("datasets", name.replace("/", "--"), commit)
     readme = None
     if CARD_FILE in by_path:
         repository.fetch(commit, [by_path[CARD_FILE]], folder)

@@ -51,7 +51,7 @@ from job.runtime.watchdog import WATCHDOG, Advance, progress
 from job.spec.load import digest
 from job.spec.schema import Data
 from job.storage.base import Store, file_sha256
-from job.storage.lease import Lease, LeaseHeldError, hold_lease
+from job.storage.lease import Lease, LeaseHeldError
 
 STAGING_VERSION = 6
 """Part of every key; increment it when the same rows are staged differently."""
@@ -129,7 +129,7 @@ def _dataset_lease(store: Store, check_stop: CheckStop) -> Iterator[Lease]:
     with contextlib.ExitStack() as stack:
         while True:
             try:
-                lease = stack.enter_context(hold_lease(store, "this dataset", lambda why: None))
+                lease = stack.enter_context(Lease(store, "this dataset", lambda why: None))
                 break
             except LeaseHeldError as held:
                 if not logged:
@@ -170,44 +170,41 @@ class _CheckedBlock(NamedTuple):
     """`filters.content_hashes`, uint64 `[4, examples]`."""
 
 
+@dataclass
 class _Stager:
     """One pass over the source."""
 
-    def __init__(
-        self,
-        data: Data,
-        rows: RowSource,
-        staged: StagedDataset,
-        check_stop: CheckStop,
-        lease: Lease,
-    ) -> None:
-        self._data = data
-        self._rows = rows
-        self._staged = staged
-        self._manifest = staged.manifest
-        self._check_stop = check_stop
-        self._lease = lease
-        self._mapper = ExampleMapper(data)
-        self._filter = RowFilter(data.checks, drop_duplicates=data.drop_duplicates)
-        self._columns: list[str] = []
-        self._storing: Future[None] | None = None
+    data: Data
+    rows: RowSource
+    staged: StagedDataset
+    check_stop: CheckStop
+    lease: Lease
+    columns: list[str] = field(default_factory=list)
+    """Those of the first row, for messages."""
+    storing: Future[None] | None = None
+    """The last shard, written in the background."""
+
+    def __post_init__(self) -> None:
+        self.manifest = self.staged.manifest
+        self.mapper = ExampleMapper(self.data)
+        self.filter = RowFilter(self.data.checks, drop_duplicates=self.data.drop_duplicates)
 
     def run(self) -> int:
         """Stage the remaining rows and complete the manifest; return the number of rows read."""
-        shards = self._manifest.shards
+        shards = self.manifest.shards
         if shards:
             logs.get().info("resumed staging", shards=len(shards))
-            self._filter.remember(*self._staged.hashes()[:2])
-        before = self._manifest.tally.raw
+            self.filter.remember(*self.staged.hashes()[:2])
+        before = self.manifest.tally.raw
         with Threads(1) as read, Threads(_CHECKERS) as check, Threads(1) as store:
             with progress("rows", None, before) as advance:
                 self._stage(prefetch(self._blocks(), read), check, store, advance)
-            if self._storing:
-                self._storing.result()
-        tally = self._manifest.tally
+            if self.storing:
+                self.storing.result()
+        tally = self.manifest.tally
         if not tally.kept:
             raise UsageError(self._no_example_message(tally))
-        self._manifest.complete = True
+        self.manifest.complete = True
         self._write_manifest()
         return tally.raw - before
 
@@ -219,9 +216,9 @@ class _Stager:
         advance: Advance,
     ) -> None:
         shard = _OpenShard()
-        row = self._manifest.shards[-1].row if self._manifest.shards else 0
+        row = self.manifest.shards[-1].row if self.manifest.shards else 0
         for file, checked in prefetch_map(self._checked, blocks, check, _CHECKED_AHEAD):
-            self._check_stop()
+            self.check_stop()
             if checked is None:  # the end of a file
                 row = 0
                 shard.file, shard.row = file + 1, row
@@ -229,7 +226,7 @@ class _Stager:
             if shard.is_full:
                 self._store(shard, store)
                 shard = _OpenShard()
-            result = self._filter.apply(checked.stats, checked.flags, *checked.hashes[:2])
+            result = self.filter.apply(checked.stats, checked.flags, *checked.hashes[:2])
             self._count(shard.tally, checked, result)
             kept = checked.examples.take(result.keep).batch.columns
             hashes = checked.hashes[:, result.keep]
@@ -244,11 +241,11 @@ class _Stager:
 
     def _blocks(self) -> Iterator[tuple[int, Block | None]]:
         """Yield the blocks that are not staged yet, and None at the end of each file."""
-        shards = self._manifest.shards
+        shards = self.manifest.shards
         first, skip = (shards[-1].file, shards[-1].row) if shards else (0, 0)
-        for number in range(first, len(self._rows.files)):
-            file = self._rows.files[number]
-            for block in read_blocks(file.fetch(), file.name, skip, self._mapper.fields):
+        for number in range(first, len(self.rows.files)):
+            file = self.rows.files[number]
+            for block in read_blocks(file.fetch(), file.name, skip, self.mapper.fields):
                 yield number, block
             yield number, None
             skip = 0
@@ -258,8 +255,8 @@ class _Stager:
         number, block = numbered
         if block is None:
             return number, None
-        examples = to_columns(block, self._mapper)
-        stats = text_stats(examples, self._data.checks)
+        examples = to_columns(block, self.mapper)
+        stats = text_stats(examples, self.data.checks)
         hashes = content_hashes(examples, stats)
         return number, _CheckedBlock(block, examples, stats, find_flags(stats), hashes)
 
@@ -284,33 +281,33 @@ class _Stager:
         tally.text_bytes += int(stats.text_bytes[result.keep].sum())
         messages = np.asarray(examples.batch["messages"].is_valid())
         tally.with_messages += int((messages & result.keep).sum())
-        if not self._columns and (rows := block.rows()):
-            self._columns = sorted(rows[0])
+        if not self.columns and (rows := block.rows()):
+            self.columns = sorted(rows[0])
 
     def _require_examples(self, shard: _OpenShard, after: int) -> None:
         """Raise a UsageError if none of the first rows, at least `after`, gives an example."""
-        is_first = not self._storing and not self._manifest.shards
+        is_first = not self.storing and not self.manifest.shards
         if is_first and not shard.tally.kept and shard.tally.raw >= after:
             raise UsageError(self._no_example_message(shard.tally))
 
     def _no_example_message(self, tally: RowTally) -> str:
         if not tally.raw:
-            return f"data.dataset: {self._data.dataset} has no rows"
+            return f"data.dataset: {self.data.dataset} has no rows"
         reasons = ", ".join(f"{reason} ({n})" for reason, n in tally.dropped.most_common(3))
-        change = "data.messages" if self._data.messages else "data.prompt and data.response"
+        change = "data.messages" if self.data.messages else "data.prompt and data.response"
         return (
-            f"data: none of the first {tally.raw} rows of {self._data.dataset} can be used: "
-            f"{reasons}; the columns are {', '.join(self._columns)}; change {change}"
+            f"data: none of the first {tally.raw} rows of {self.data.dataset} can be used: "
+            f"{reasons}; the columns are {', '.join(self.columns)}; change {change}"
         )
 
     def _store(self, shard: _OpenShard, thread: Threads) -> None:
         """Write a shard and its record in the background, after the one before."""
-        if self._storing:
-            self._storing.result()
-        self._storing = thread.submit(self._store_now, shard)
+        if self.storing:
+            self.storing.result()
+        self.storing = thread.submit(self._store_now, shard)
 
     def _store_now(self, shard: _OpenShard) -> None:
-        path = self._staged.work / f"shard-{len(self._manifest.shards):05d}.parquet"
+        path = self.staged.work / f"shard-{len(self.manifest.shards):05d}.parquet"
         pq.write_table(
             pa.Table.from_batches(shard.batches),
             path,
@@ -328,15 +325,15 @@ class _Stager:
             file=shard.file,
             row=shard.row,
         )
-        self._staged.store.take(path, record.path)
-        first = self._manifest.shards[-1].file if self._manifest.shards else 0
-        self._manifest.shards.append(record)
+        self.staged.store.take(path, record.path)
+        first = self.manifest.shards[-1].file if self.manifest.shards else 0
+        self.manifest.shards.append(record)
         self._write_manifest()
-        for file in self._rows.files[first : record.file]:
+        for file in self.rows.files[first : record.file]:
             if file.cached:
                 file.cached.unlink(missing_ok=True)
         logs.get().info("shard staged", shard=record.path, rows=record.rows, bytes=record.bytes)
 
     def _write_manifest(self) -> None:
-        self._lease.check()
-        self._staged.store.write(MANIFEST, self._manifest.model_dump_json(indent=1).encode())
+        self.lease.check()
+        self.staged.store.write(MANIFEST, self.manifest.model_dump_json(indent=1).encode())

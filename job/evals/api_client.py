@@ -190,11 +190,7 @@ class ReplyTooLargeError(requests.RequestException):
 
 
 def _read(response: requests.Response, deadline: float) -> bytes:
-    """Return the body of a reply.
-
-    Raises:
-        requests.RequestException: it is too large, or not complete by the deadline.
-    """
+    """Return the body of a reply, unless it is too large or not complete by the deadline."""
     content = bytearray()
     try:
         while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=True):
@@ -277,15 +273,14 @@ def _parse_completion(document: Any) -> _Attempt:
         reply = Reply(error=f"an error with status 200: {document}"[:200])
         return _Attempt(reply, can_retry=True)
     usage = _dict(document.get("usage"))
-    cost = _number(usage["cost"]) if _is_number(usage.get("cost")) else None
+    details = _dict(usage.get("completion_tokens_details"))
+    cost = _number(usage.get("cost"))
     reply = Reply(
         provider=_text(document.get("provider")),
         model=_text(document.get("model")),
-        prompt_tokens=int(_number(usage.get("prompt_tokens"))),
-        completion_tokens=int(_number(usage.get("completion_tokens"))),
-        reasoning_tokens=int(
-            _number(_dict(usage.get("completion_tokens_details")).get("reasoning_tokens"))
-        ),
+        prompt_tokens=int(_number(usage.get("prompt_tokens")) or 0),
+        completion_tokens=int(_number(usage.get("completion_tokens")) or 0),
+        reasoning_tokens=int(_number(details.get("reasoning_tokens")) or 0),
         cost_usd=cost or 0.0,
     )
 
@@ -334,12 +329,9 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
-
-
-def _number(value: Any) -> float:
-    return float(value) if _is_number(value) else 0.0
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value < 1e12 else None
 
 
 def missing_key(endpoint: Endpoint) -> str | None:

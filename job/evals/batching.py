@@ -63,17 +63,11 @@ def padded_lengths(longest: Sequence[int], rows: int, compile_tokens: int) -> li
 
 
 @dataclass(frozen=True)
-class PromptBatch:
-    """The common part of all batches."""
+class PaddedPrompts:
+    """A batch with one prompt per row; extra rows repeat the last prompt."""
 
     indices: list[int]
     """Index of each prompt of the batch among all prompts, in the order of its results."""
-
-
-@dataclass(frozen=True)
-class PaddedPrompts(PromptBatch):
-    """One prompt per row; extra rows repeat the last prompt."""
-
     tokens: np.ndarray
     """int32 `[rows, length]`, padded on the right."""
     lengths: np.ndarray
@@ -81,9 +75,11 @@ class PaddedPrompts(PromptBatch):
 
 
 @dataclass(frozen=True)
-class PackedPrompts(PromptBatch):
-    """One or more prompts per row."""
+class PackedPrompts:
+    """A batch with one or more prompts per row."""
 
+    indices: list[int]
+    """As in `PaddedPrompts`."""
     tokens: np.ndarray
     """int32 `[rows, length]`."""
     segment_ids: np.ndarray

@@ -21,7 +21,6 @@ from job.evals.batching import (
     CPU_COMPILE_TOKENS,
     PackedPrompts,
     PaddedPrompts,
-    PromptBatch,
     batch_by_length,
     batch_packed,
     round_length,
@@ -84,7 +83,7 @@ class Engine:
             truncated.append([*first, *ids[len(first) - limit :]])
         return truncated, sum(len(ids) > limit for ids in encoded)
 
-    def _run_batches[B: PromptBatch](
+    def _run_batches[B: (PaddedPrompts, PackedPrompts)](
         self,
         count: int,
         batches: Iterable[B],
@@ -294,23 +293,10 @@ class Engine:
         name: str,
         cache: PredictionCache | None = None,
         sampling: Sampling | None = None,
-    ) -> list[Reply]:
-        """Generate an answer to each prompt, as `generate_tokens` does."""
-        rows = self.generate_tokens(weights, prompts, max_new_tokens, name, cache, sampling)
-        return [self._decode(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
-
-    def generate_tokens(
-        self,
-        weights: Weights,
-        prompts: Sequence[list[int]],
-        max_new_tokens: int,
-        name: str,
-        cache: PredictionCache | None = None,
-        sampling: Sampling | None = None,
     ) -> list[list[int]]:
         """Generate after each prompt, up to and with a stop token, or `max_new_tokens`.
 
-        Decoding is greedy without `sampling`.
+        Decoding is greedy without `sampling`. `reply` gives the text.
         """
         model = self._model
         stop_ids = model.tokenizer.stop_ids
@@ -330,8 +316,8 @@ class Engine:
         )
         return self._run_batches(len(prompts), batches, run_batch, name, cache)
 
-    def _decode(self, tokens: list[int], prompt: list[int]) -> Reply:
-        """Decode an answer that may end in a stop token."""
+    def reply(self, tokens: list[int], prompt: list[int]) -> Reply:
+        """Return the answer in generated tokens, which may end in a stop token."""
         tokenizer = self.tokenizer
         is_complete = bool(tokens) and tokens[-1] in tokenizer.stop_ids
         new = tokens[:-1] if is_complete else tokens

@@ -133,7 +133,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             self.prompts += len(prompts)
             self.truncated += sum(len(prompt) > longest for prompt in prompts)
             local, prompts = self._local, [prompt[-longest:] for prompt in prompts]
-            rows = local.engine.generate_tokens(
+            rows = local.engine.generate(
                 local.weights, prompts, limit, self._next_name(), local.cache
             )
             for (number, _, stop), row in zip(group, rows, strict=True):

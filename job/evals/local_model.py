@@ -65,8 +65,8 @@ class LocalModel:
     ) -> tuple[list[Reply], int]:
         """Answer the prompts of an evaluation; return the number of truncated ones too."""
         encoded, truncated = self._encode(name, prompts)
-        replies = self.engine.generate(self.weights, encoded, max_new_tokens, name, self.cache)
-        return replies, truncated
+        rows = self.engine.generate(self.weights, encoded, max_new_tokens, name, self.cache)
+        return list(map(self.engine.reply, rows, encoded)), truncated
 
     def answer_questions(self, task: Task) -> tuple[list[ChoiceLine], int]:
         """Return predictions for a task, and the number of truncated prompts."""

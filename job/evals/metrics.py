@@ -28,16 +28,13 @@ from job.evals.statistics import (
     wilson,
 )
 from job.scores import (
-    Comparison,
     DialogueScore,
     GroupScore,
     HeldOutLoss,
     LossComparison,
     LossScore,
-    MeanComparison,
     ModelScore,
     MultipleChoiceResult,
-    Share,
     StyleTrait,
     TrivialBaselines,
 )
@@ -84,33 +81,19 @@ def cut_in_thoughts(lines: Iterable[ChoiceLine | DialogueLine | TextLine]) -> in
     return sum(bool(n.thoughts) and not n.answer and n.finish == "length" for n in lines)
 
 
-def compare_choices(
-    models: tuple[str, str],
-    before: Sequence[ChoiceLine],
-    after: Sequence[ChoiceLine],
-    entry: MultipleChoiceEval | None = None,
-) -> Comparison | None:
-    """Compare two models on the questions both answered; see `paired.compare_proportions`."""
-    test = family_and_margin(models, entry)
-    return compare_proportions(models, scores_by_id(before), scores_by_id(after), *test)
-
-
 def group_scores(models: Mapping[str, Sequence[ChoiceLine]]) -> list[GroupScore]:
     """Return each model's accuracy by group of questions, the largest group first."""
     sizes = Counter(line.group for line in models["baseline"] if line.group is not None)
-    return [
-        GroupScore(
-            name=name,
-            questions=count,
-            models={model: _group_accuracy(name, lines) for model, lines in models.items()},
-        )
-        for name, count in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
-    ]
-
-
-def _group_accuracy(group: str, lines: Sequence[ChoiceLine]) -> Share:
-    correct = [line.correct for line in answered(lines).values() if line.group == group]
-    return proportion(sum(correct), len(correct))
+    answers = {model: answered(lines).values() for model, lines in models.items()}
+    scores = []
+    for name, count in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        right = {
+            model: [line.correct for line in lines if line.group == name]
+            for model, lines in answers.items()
+        }
+        shares = {model: proportion(sum(each), len(each)) for model, each in right.items()}
+        scores.append(GroupScore(name=name, questions=count, models=shares))
+    return scores
 
 
 def summarize_choices(
@@ -125,8 +108,9 @@ def summarize_choices(
     """
     questions = models["baseline"]
     majority, count = Counter(line.gold for line in questions).most_common(1)[0]
+    scores = {name: scores_by_id(lines) for name, lines in models.items()}
     comparisons = [
-        compare_choices((a, b), models[a], models[b], entry)
+        compare_proportions((a, b), scores[a], scores[b], *family_and_margin((a, b), entry))
         for a, b in COMPARED_MODELS
         if a in models and b in models
     ]
@@ -173,18 +157,6 @@ def score_dialogues(lines: Sequence[DialogueLine], bootstrap: Bootstrap) -> Dial
         cut_in_thoughts=cut_in_thoughts(answers),
         missing=len(lines) - len(answers),
     )
-
-
-def compare_dialogues(
-    models: tuple[str, str],
-    before: Sequence[DialogueLine],
-    after: Sequence[DialogueLine],
-    bootstrap: Bootstrap,
-) -> MeanComparison | None:
-    """Compare ROUGE-L on the prompts both models answered; see `paired.compare_means`."""
-    family, _ = family_and_margin(models)
-    first, second = scores_by_id(before), scores_by_id(after)
-    return compare_means(MeanComparison, models, first, second, bootstrap, family)
 
 
 def trivial_baselines(
@@ -250,14 +222,13 @@ _NUMBER = r"\\d+(?:[.,]\\d+)*"
 
 def phrase_pattern(phrases: Sequence[str]) -> re.Pattern[str]:
     """Return a pattern for any of the phrases: as words, in any case, `#` for a number."""
-    return re.compile("|".join(_phrase_regex(phrase) for phrase in phrases), re.IGNORECASE)
-
-
-def _phrase_regex(phrase: str) -> str:
-    words = r"\s+".join(re.escape(word) for word in phrase.split())
-    before = r"(?<!\w)" if re.match(r"\w", phrase) else ""
-    after = r"(?!\w)" if re.search(r"\w$", phrase) else ""
-    return before + re.sub(r"\\#", _NUMBER, words) + after
+    patterns = []
+    for phrase in phrases:
+        words = r"\s+".join(re.escape(word) for word in phrase.split())
+        before = r"(?<!\w)" if re.match(r"\w", phrase) else ""
+        after = r"(?!\w)" if re.search(r"\w$", phrase) else ""
+        patterns.append(before + re.sub(r"\\#", _NUMBER, words) + after)
+    return re.compile("|".join(patterns), re.IGNORECASE)
 
 
 def summarize_style(

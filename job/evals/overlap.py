@@ -11,10 +11,14 @@ ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
 
 
 @cache
-def _rouge_scorer() -> Any:
-    """Return a scorer of words in any script; those of English are stemmed, as ROUGE does."""
+def _scorers() -> tuple[Any, Any]:
+    """Return the scorers of ROUGE and of chrF.
+
+    That of ROUGE takes words in any script; those of English are stemmed, as ROUGE does.
+    """
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
+    from sacrebleu.metrics.chrf import CHRF
 
     english = DefaultTokenizer(use_stemmer=True)
 
@@ -25,14 +29,7 @@ def _rouge_scorer() -> Any:
             for part in (english.tokenize(word) if word.isascii() else [word])
         ]
 
-    return RougeScorer(ROUGE_METRICS, tokenizer=SimpleNamespace(tokenize=tokenize))
-
-
-@cache
-def _chrf_scorer() -> Any:
-    from sacrebleu.metrics.chrf import CHRF
-
-    return CHRF()
+    return RougeScorer(ROUGE_METRICS, tokenizer=SimpleNamespace(tokenize=tokenize)), CHRF()
 
 
 def overlap_scores(expected: str, answer: str) -> dict[str, float]:
@@ -41,7 +38,8 @@ def overlap_scores(expected: str, answer: str) -> dict[str, float]:
     They are ROUGE of words (Lin 2004), and `chrf` of characters (Popović 2015).
     """
     expected = split_thoughts(expected)[1] or expected
-    rouge = _rouge_scorer().score(expected, answer)
+    rouge_scorer, chrf_scorer = _scorers()
+    rouge = rouge_scorer.score(expected, answer)
     scores = {name: float(rouge[name].fmeasure) for name in ROUGE_METRICS}
-    scores["chrf"] = _chrf_scorer().sentence_score(answer, [expected]).score / 100
+    scores["chrf"] = chrf_scorer.sentence_score(answer, [expected]).score / 100
     return {name: round(score, 6) for name, score in scores.items()}

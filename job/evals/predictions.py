@@ -177,18 +177,18 @@ def parse_predictions[L: Line](content: bytes, kind: type[L]) -> list[L]:
     return [kind.model_validate_json(line) for line in content.decode().split("\n") if line]
 
 
-def choice_line(question: Question, choice: str | None, **rest: object) -> ChoiceLine:
+def choice_line(question: Question, choice: str | None, **rest: Any) -> ChoiceLine:
     """Return the line of an answer to a question; `rest` are further fields of it."""
-    fields: dict[str, object] = {
-        "id": question.id,
-        "question": question.text,
-        "options": list(question.options),
-        "gold": question.gold,
-        "choice": choice,
-        "correct": choice == question.gold,
-        "group": question.group,
-    }
-    return ChoiceLine.model_validate(fields | rest)
+    return ChoiceLine(
+        id=question.id,
+        question=question.text,
+        options=list(question.options),
+        gold=question.gold,
+        choice=choice,
+        correct=choice == question.gold,
+        group=question.group,
+        **rest,
+    )
 
 
 def answered[L: Line](lines: Sequence[L]) -> dict[str, L]:

@@ -8,8 +8,8 @@ column, never value by value. A row that cannot be read is dropped and counted w
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -90,13 +90,12 @@ def answer_forms(entry: MultipleChoiceEval, rows: Iterable[Row]) -> AnswerForms:
             continue
         if readings := tuple(question.readings().items()):
             examples[question.is_number].setdefault(readings, question)
-    return {is_number: _common_form(entry, known) for is_number, known in examples.items() if known}
+    kinds = {is_number: list(known.values()) for is_number, known in examples.items() if known}
+    return {is_number: _common_form(entry, questions) for is_number, questions in kinds.items()}
 
 
-def _common_form(
-    entry: MultipleChoiceEval, examples: Mapping[tuple[tuple[str, int], ...], _Unanswered]
-) -> str:
-    readings = [dict(pairs) for pairs in examples]
+def _common_form(entry: MultipleChoiceEval, questions: Sequence[_Unanswered]) -> str:
+    readings = [question.readings() for question in questions]
     uses = Counter(form for each in readings for form in each)
     common = [form for form, count in uses.items() if count == len(readings)]
     if "label" in common:
@@ -109,19 +108,19 @@ def _common_form(
 
     pairs = list(combinations(common or [form for form, _ in uses.most_common()], 2))
     a, b = next((p for p in pairs if any(differ(each, *p) for each in readings)), pairs[0])
-    shown = sorted(examples.values(), key=lambda question: not differ(question.readings(), a, b))
+    shown = sorted(questions, key=lambda question: not differ(question.readings(), a, b))
+
+    def meaning(form: str) -> str:
+        question = next(question for question in shown if form in question.readings())
+        at = question.readings()[form]
+        return (
+            f"as {form}, {question.answer!r} means {LETTERS[at]} ({question.options[at][:40]!r}) "
+            f"for {question.text[:80]!r}"
+        )
+
     raise UsageError(
         f"evals.multiple_choice '{entry.name}': the answers in '{entry.answer}' can be read in two "
-        f"ways: {_meaning(a, shown)}, but {_meaning(b, shown)}; set answer_is to the right one"
-    )
-
-
-def _meaning(form: str, questions: Iterable[_Unanswered]) -> str:
-    question = next(question for question in questions if form in question.readings())
-    at = question.readings()[form]
-    return (
-        f"as {form}, {question.answer!r} means {LETTERS[at]} ({question.options[at][:40]!r}) for "
-        f"{question.text[:80]!r}"
+        f"ways: {meaning(a)}, but {meaning(b)}; set answer_is to the right one"
     )
 
 
@@ -166,18 +165,13 @@ def question_reader(entry: MultipleChoiceEval, forms: AnswerForms) -> RowReader[
         seen.add(identity)
         group = None if entry.group is None else _group(row.get(entry.group))
         text, options = unanswered.text, unanswered.options
-        question = Question(identity, text, options, LETTERS[right], group)
-        return _shuffled(question) if entry.shuffle_options else question
+        order = list(range(len(options)))
+        if entry.shuffle_options:  # in an order that only the question's own text decides
+            random.Random("\n".join((text, *options))).shuffle(order)
+        options = tuple(options[at] for at in order)
+        return Question(identity, text, options, LETTERS[order.index(right)], group)
 
     return RowReader(read)
-
-
-def _shuffled(question: Question) -> Question:
-    """Return a question with its options in an order that only its own text decides."""
-    order = list(range(len(question.options)))
-    random.Random("\n".join((question.text, *question.options))).shuffle(order)
-    gold = LETTERS[order.index(LETTERS.index(question.gold))]
-    return replace(question, options=tuple(question.options[at] for at in order), gold=gold)
 
 
 def _unanswered(entry: MultipleChoiceEval, row: Row) -> _Unanswered:

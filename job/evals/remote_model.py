@@ -37,8 +37,7 @@ class RemoteModel:
 
         `max_tokens` limits an answer instead of the client's own limit.
         """
-        replies: dict[str, Reply] = {}
-        replies |= self._log.settled(name)
+        replies: dict[str, Reply] = {**self._log.settled(name)}
         missing = [identity for identity in prompts if identity not in replies]
         saved = len(prompts) - len(missing)
         if saved:

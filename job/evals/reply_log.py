@@ -29,11 +29,6 @@ class LoggedReply(Reply):
     eval: str
     id: str
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether the question need not be sent again."""
-        return self.answer is not None or self.final
-
 
 _LINE = TypeAdapter(LoggedReply)
 
@@ -65,10 +60,9 @@ class ReplyLog:
         return sum(reply.cost_usd for reply in self.replies)
 
     def settled(self, name: str) -> dict[str, LoggedReply]:
-        """Return an evaluation's settled replies by question id."""
-        return {
-            reply.id: reply for reply in self.replies if reply.eval == name and reply.is_settled
-        }
+        """Return an evaluation's replies by question id, but for those to be requested again."""
+        replies = [reply for reply in self.replies if reply.eval == name]
+        return {reply.id: reply for reply in replies if reply.answer is not None or reply.final}
 
     def add(self, name: str, question_id: str, reply: Reply) -> LoggedReply:
         """Add a reply; the next `write` saves it."""

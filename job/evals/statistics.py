@@ -79,7 +79,14 @@ def bootstrap_mean(
         statistic: what to compute from the means, [..., values of a row], instead of them.
     """
     array = np.asarray(values, dtype=np.float64)
-    low, high = np.percentile(statistic(_resampled_means(array, bootstrap)), (2.5, 97.5))
+    generator = np.random.default_rng(bootstrap.seed)
+    chunk = max(1, _MAX_RANDOM_NUMBERS // array.size)
+    means = []
+    for start in range(0, bootstrap.samples, chunk):
+        count = min(chunk, bootstrap.samples - start)
+        indices = generator.integers(0, len(array), size=(count, len(array)))
+        means.append(array[indices].mean(axis=1))
+    low, high = np.percentile(statistic(np.concatenate(means)), (2.5, 97.5))
     mean = float(statistic(array.mean(axis=0)))
     return Estimate(mean=mean, ci95=(float(low), float(high)))
 
@@ -146,18 +153,6 @@ def paired_score(gained: int, lost: int, questions: int, center: float) -> float
     if variance <= 0:
         return math.copysign(math.inf, excess) if excess else 0.0
     return excess / math.sqrt(variance)
-
-
-def _resampled_means(array: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
-    """Return the means of random resamples, [resamples, ...]."""
-    generator = np.random.default_rng(bootstrap.seed)
-    means = []
-    chunk = max(1, _MAX_RANDOM_NUMBERS // array.size)
-    for start in range(0, bootstrap.samples, chunk):
-        count = min(chunk, bootstrap.samples - start)
-        indices = generator.integers(0, len(array), size=(count, len(array)))
-        means.append(array[indices].mean(axis=1))
-    return np.concatenate(means)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -181,11 +181,7 @@ def _same_fields(expected: str, answer: str) -> float:
 
 
 def _label_metric(labels: Sequence[str]) -> Metric:
-    """Return the metric of classes: the one label that an answer is, or names as words.
-
-    Raises:
-        UsageError: labels cannot be told apart.
-    """
+    """Return the metric of classes: the one label that an answer is, or names as words."""
     by_form: dict[str, str] = {}
     for label in labels:
         form = normalize(label)

@@ -7,7 +7,7 @@ what any other `LanguageModel` traces, for the platform of its mesh.
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,10 +69,8 @@ def _without_values() -> AbstractContextManager[None]:
             original(variable, initializer)
             return
         variable._value = None
-        variable._initializer = _zeros
+        variable._initializer = lambda shape, dtype: np.broadcast_to(
+            np.zeros((), jnp.dtype(dtype)), tuple(shape)
+        )
 
     return patched([Patch(JaxVariable, "_initialize_with_initializer", initialize)])
-
-
-def _zeros(shape: Sequence[int], dtype: Any = None) -> np.ndarray:
-    return np.broadcast_to(np.zeros((), jnp.dtype(dtype)), tuple(shape))

@@ -155,12 +155,9 @@ def _by_chunk(
 
 
 def _chunk_mask(queries: Any, keys: Any, window: int | None) -> Any:
-    """Return which keys each query sees, bool `[chunks, queries, keys]`.
+    """Return which keys each query sees, bool `[chunks, queries, keys]`, by their segment ids.
 
-    Args:
-        queries, keys: segment ids, int32 `[chunks, queries]` and `[chunks, keys]`; the queries are
-            the last of the keys.
-        window: tokens of a sliding window, if the layer has one.
+    The queries, `[chunks, queries]`, are the last of the keys, `[chunks, keys]`.
     """
     distance = (
         jnp.arange(queries.shape[1])[:, None]

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ from job.model.lora import (
     lora_branches,
     weighted_layers,
 )
-from job.model.patching import Patch, patched
+from job.model.patching import Patch, output_patch, patched
 from job.model.remat import kernel_layers
 from job.model.rotary import (
     fast_rotary,
@@ -71,6 +72,10 @@ class _Block:
     """Indices of its variables among the backbone's."""
     targets: tuple[int, ...]
     """Indices of its targets in the LoRA layout."""
+    layout: LoraLayout
+    """The layout of these targets."""
+    constants: tuple[jax.Array, jax.Array]
+    """Its `rotary` and `layer_ids`, on the devices."""
     kind: int
     """Index of the block whose functions it shares."""
 
@@ -88,7 +93,6 @@ class BlockwiseModel:
         self._backbone = model.backbone
         self._config = config
         self._blocks = tuple(blocks)
-        self._constants = [self._block_constants(block) for block in blocks]
 
     @property
     def kinds(self) -> tuple[int, ...]:
@@ -101,9 +105,9 @@ class BlockwiseModel:
             BlockArrays(
                 tuple(weights[index] for index in block.variables),
                 tuple(lora[target] for target in block.targets),
-                *constants,
+                *block.constants,
             )
-            for block, constants in zip(self._blocks, self._constants, strict=True)
+            for block in self._blocks
         ]
 
     def join_lora(self, parts: Sequence[LoraWeights]) -> LoraWeights:
@@ -225,26 +229,11 @@ class BlockwiseModel:
             with_rotary_constants(block.layer, arrays.rotary),
             segment_attention(self._backbone) if config.packed else nullcontext(),
             self._model.chunked_attention(segment_ids, config.longest),
-            lora_branches(self._backbone, self._layout(block), arrays.lora, dropout),
-            patched([Patch(k, "call", _tapped(k.call, n, tap)) for n, k in enumerate(kernels)]),
+            lora_branches(self._backbone, block.layout, arrays.lora, dropout),
+            patched([output_patch(k, partial(tap, n)) for n, k in enumerate(kernels)]),
         ):
             outputs: jax.Array = block.layer.call(x, **{mask: segment_ids})
         return outputs
-
-    def _layout(self, block: _Block) -> LoraLayout:
-        layout = self._model.lora
-        return replace(layout, targets=tuple(layout.targets[target] for target in block.targets))
-
-    def _block_constants(self, block: _Block) -> tuple[jax.Array, jax.Array]:
-        """Return the `rotary` and `layer_ids` of a block, on the devices."""
-        targets = self._layout(block).targets
-        constants: tuple[jax.Array, jax.Array] = self._model.replicate(
-            (
-                np.asarray(rotary_constants(block.layer), np.float32).reshape(-1, 2),
-                np.asarray([target.layer_index for target in targets], np.int32),
-            )
-        )
-        return constants
 
     def residual_shardings(self, kind: int) -> tuple[NamedSharding, ...]:
         """Return the shardings of the residuals of `forward`: split as the kernels are."""
@@ -273,17 +262,15 @@ def split_into_blocks(model: LanguageModel, config: ForwardConfig) -> BlockwiseM
     layers = list(backbone.transformer_layers)
     owner = {id(part): n for n, layer in enumerate(layers) for part in layer._flatten_layers()}
     owners = [owner[id(numbered[target.layer_index])] for target in model.lora.targets]
-    blocks = [
-        _Block(
-            layer,
-            tuple(variable_index[id(variable)] for variable in layer.variables),
-            tuple(target for target, block in enumerate(owners) if block == index),
-            kind,
-        )
-        for index, (layer, kind) in enumerate(
-            zip(layers, _kinds(layers, config.longest), strict=True)
-        )
-    ]
+    blocks = []
+    for index, (layer, kind) in enumerate(zip(layers, _kinds(layers, config.longest), strict=True)):
+        targets = tuple(target for target, block in enumerate(owners) if block == index)
+        layout = replace(model.lora, targets=tuple(model.lora.targets[n] for n in targets))
+        rotary = np.asarray(rotary_constants(layer), np.float32).reshape(-1, 2)
+        layer_ids = np.asarray([target.layer_index for target in layout.targets], np.int32)
+        variables = tuple(variable_index[id(variable)] for variable in layer.variables)
+        constants = model.replicate((rotary, layer_ids))
+        blocks.append(_Block(layer, variables, targets, layout, constants, kind))
     return BlockwiseModel(model, config, blocks)
 
 
@@ -310,15 +297,6 @@ def _signature(layer: Any, longest: int | None) -> tuple[Any, ...]:
 
 def _has_window(layer: Any) -> bool:
     return bool(getattr(layer, "use_sliding_window_attention", False))
-
-
-def _tapped(
-    original: Callable[..., Any], index: int, tap: Callable[[int, jax.Array], jax.Array]
-) -> Callable[..., Any]:
-    def call(x: Any, *args: Any, **kwargs: Any) -> Any:
-        return tap(index, original(x, *args, **kwargs))
-
-    return call
 
 
 @jax.custom_vjp

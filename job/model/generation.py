@@ -92,15 +92,12 @@ def decode(
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings.
-
-    Attributes:
-        temperature: above 0; logits are divided by it.
-        seed: the same seed gives the same text for the same prompt, on the same machine.
-    """
+    """Sampling settings."""
 
     temperature: float = 1.0
+    """Above 0; logits are divided by it."""
     seed: int = 0
+    """The same seed gives the same text for the same prompt, on the same machine."""
 
     def sampler(self) -> Any:
         """Make KerasHub's sampler; call outside of traced functions."""

@@ -1,6 +1,6 @@
 """Loading a model: from a pinned Hub snapshot, a folder, a preset of KerasHub or of this job."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +20,12 @@ from job.model.smollm2 import smollm2_preset
 from job.model.tiny import tiny_preset
 from job.runtime import logs
 from job.spec.fields import SMOLLM2, TINY
-from job.spec.pinning import NONE, Revisions, commit_of
+from job.spec.pinning import NONE, Revisions, pinned
 from job.spec.schema import Model
 from job.storage.base import PARTIAL
-from job.storage.hub import SCHEME, HubFile, Repository
-from job.storage.locations import cache_folder
+
+_UNREADABLE = (".gguf", ".bin", ".pth", ".pt", ".onnx", ".msgpack", ".ot", ".tflite")
+"""Suffixes of weights in formats that KerasHub does not read."""
 
 
 def load_model(model: Model, seed: int, mesh: Mesh, revisions: Revisions = NONE) -> LanguageModel:
@@ -100,30 +101,20 @@ def resolve_preset(model: Model, revisions: Revisions = NONE) -> Preset:
 
 def _snapshot(model: Model, revisions: Revisions) -> Preset:
     """Download the files of a commit into the cache and verify sizes and checksums."""
-    name, revision = model.preset.removeprefix(SCHEME), model.revision
-    commit = commit_of("model", model.preset, revision, revisions)
-    repository = Repository("model", name, revision)
-    files = [file for file in repository.files(commit) if _is_needed(file.path)]
-    folder = cache_folder("models", name.replace("/", "--"), commit)
+    repository, commit, folder = pinned("model", model.preset, model.revision, revisions, "models")
+    files = [
+        file
+        for file in repository.files(commit)
+        if not file.path.startswith(("original/", ".")) and not file.path.endswith(_UNREADABLE)
+    ]
     repository.fetch(commit, files, folder)
-    _delete_others(folder, files)
-    return Preset(str(folder), commit)
-
-
-def _delete_others(folder: Path, files: Sequence[HubFile]) -> None:
-    """Delete what the commit does not list; another process may be downloading what it lists."""
     listed = {file.path for file in files}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
+        # Another process may be downloading what the commit lists.
         if not path.is_dir() and name not in listed and PARTIAL not in name:
             path.unlink(missing_ok=True)
-
-
-def _is_needed(path: str) -> bool:
-    """Tell whether KerasHub may read a file; weights in other formats are skipped."""
-    return not path.startswith(("original/", ".")) and not path.endswith(
-        (".gguf", ".bin", ".pth", ".pt", ".onnx", ".msgpack", ".ot", ".tflite")
-    )
+    return Preset(str(folder), commit)
 
 
 def load_keras_tokenizer(preset: Preset) -> Any:

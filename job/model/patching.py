@@ -6,7 +6,7 @@ every layer is as it was.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 _MISSING = object()
@@ -37,6 +37,12 @@ def patched(patches: Sequence[Patch]) -> Iterator[None]:
     finally:
         for target, name, original in reversed(originals):
             _set(target, name, original)
+
+
+def output_patch(layer: Any, change: Callable[[Any], Any]) -> Patch:
+    """Return a patch that passes the output of a layer's call through `change`."""
+    original = layer.call
+    return Patch(layer, "call", lambda x, *args, **kwargs: change(original(x, *args, **kwargs)))
 
 
 def _set(target: Any, name: str, value: Any) -> None:

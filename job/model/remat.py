@@ -8,7 +8,7 @@ import jax
 import keras
 from jax.ad_checkpoint import checkpoint_name
 
-from job.model.patching import Patch, patched
+from job.model.patching import Patch, output_patch, patched
 
 Remat = Literal["none", "matmuls", "blocks"]
 _RESULT = "result"
@@ -40,7 +40,7 @@ def remat_blocks(backbone: Any, remat: Remat) -> AbstractContextManager[None]:
         # Mixtures of experts use custom layers for their kernels.
         policy = policies.dots_with_no_batch_dims_saveable
     return patched([
-        *(Patch(layer, "call", _named(layer.call)) for layer in named),
+        *(output_patch(layer, _name_result) for layer in named),
         *(Patch(block, "call", _checkpointed(block.call, policy)) for block in blocks),
     ])  # fmt: skip
 
@@ -50,11 +50,8 @@ def _all_in_kernel_layers(block: Any) -> bool:
     return all(len(v.shape) < 2 or id(v) in known for v in block.variables)
 
 
-def _named(original: Callable[..., Any]) -> Callable[..., Any]:
-    def call(x: Any, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint_name(original(x, *args, **kwargs), _RESULT)  # type: ignore[no-untyped-call]
-
-    return call
+def _name_result(result: Any) -> Any:
+    return checkpoint_name(result, _RESULT)  # type: ignore[no-untyped-call]
 
 
 def _checkpointed(original: Callable[..., Any], policy: Any) -> Callable[..., Any]:

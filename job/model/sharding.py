@@ -102,7 +102,9 @@ def check_shardable(variables: Sequence[Any], mesh: Mesh) -> None:
         return
     replicated = [v for v in variables if shard_axis(v.shape, parts) is None]
     kernels = [v for v in replicated if len(v.shape) > 1]
-    total, in_full, unsplit = (_elements(group) for group in (variables, replicated, kernels))
+    total, in_full, unsplit = (
+        sum(math.prod(v.shape) for v in group) for group in (variables, replicated, kernels)
+    )
     if unsplit > _NEGLIGIBLE * total:
         largest = max(kernels, key=lambda v: math.prod(v.shape))
         raise UsageError(
@@ -116,7 +118,3 @@ def check_shardable(variables: Sequence[Any], mesh: Mesh) -> None:
         replicated=len(replicated),
         share_per_device=round((in_full + (total - in_full) / parts) / total, 4),
     )
-
-
-def _elements(variables: Sequence[Any]) -> int:
-    return sum(math.prod(v.shape) for v in variables)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from job.data.contamination import count_trained_prompts, find_overlap
+from job.data.contamination import find_overlap
 from job.data.split_files import iter_examples
 from job.evals.batching import BATCHING_VERSION
 from job.evals.engine import Engine
@@ -156,11 +156,7 @@ def _check_contamination(run: Run, tasks: Sequence[Task], text_tasks: Sequence[T
         for task in text_tasks
         if task.entry.dataset != HELD_OUT  # whose prompts the split keeps apart
     }
-    train = run.fetch(layout.TRAIN_EXAMPLES)
-    overlaps = find_overlap(questions, iter_examples(train))
-    if prompts:
-        trained = count_trained_prompts(prompts, iter_examples(train))
-        overlaps = overlaps.model_copy(update={"trained_prompts": trained})
+    overlaps = find_overlap(questions, prompts, iter_examples(run.fetch(layout.TRAIN_EXAMPLES)))
     run.put(layout.CONTAMINATION, overlaps.model_dump_json(indent=2).encode())
     for name, overlap in overlaps.slices.items():
         if overlap.found:

@@ -38,10 +38,9 @@ def _judge(run: Run, judge: JudgeEval, remote: RemoteModel) -> Sequence[Line]:
         dict(zip(BEFORE_AFTER, pair, strict=True)) for pair in zip(before, after, strict=True)
     ][: judge.examples]
     examples = {example.id: example for example in read_examples(run, VALIDATION_EXAMPLES)}
-    prompts = [examples[pair["baseline"].id].prompt_messages for pair in pairs]
     requests = [
-        make_requests(judge.rubric, prompt, pair)
-        for prompt, pair in zip(prompts, pairs, strict=True)
+        make_requests(judge.rubric, examples[pair["baseline"].id].prompt_messages, pair)
+        for pair in pairs
     ]
     replies = remote.complete(JUDGE, {i: text for both in requests for i, text in both.items()})
     lines = [

@@ -12,7 +12,7 @@ from job.pipeline.run import Preflight, Run, StageRecord, now
 from job.pipeline.stages import stage_digests
 from job.pipeline.status import earlier_preflight
 from job.runtime import logs
-from job.spec.evals import HarnessEval, TextEval
+from job.spec.evals import HarnessEval
 from job.spec.fields import SAMPLES, SMOLLM2, is_template_file
 from job.spec.load import digest, run_id, spec_text
 from job.spec.pinning import resolve_all
@@ -56,7 +56,13 @@ def check_local_inputs(spec: Spec) -> None:
         raise UsageError(f"model.chat_template: there is no file {template!r}")
     for task in spec.evals.tasks:
         if task.function is not None:
-            _check_function(task)
+            if not Path(task.function[0]).is_file():
+                raise UsageError(
+                    f"evals.tasks '{task.name}': there is no file {task.function[0]!r}"
+                )
+            from job.evals.text_metrics import make_metric
+
+            make_metric(task).grade([])
     for where, source in spec.sources.items():
         if source.dataset == SAMPLES or "://" in source.dataset:
             continue
@@ -68,15 +74,6 @@ def check_local_inputs(spec: Spec) -> None:
                 f"{where}.dataset: there is no file {source.dataset!r}; "
                 "for a dataset on the Hub write hf://owner/name"
             )
-
-
-def _check_function(task: TextEval) -> None:
-    from job.evals.text_metrics import make_metric
-
-    assert task.function is not None
-    if not Path(task.function[0]).is_file():
-        raise UsageError(f"evals.tasks '{task.name}': there is no file {task.function[0]!r}")
-    make_metric(task).grade([])
 
 
 def _check_harness(entry: HarnessEval) -> None:

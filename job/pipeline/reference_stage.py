@@ -16,7 +16,7 @@ from job.evals.api_client import API_KEY_VARIABLE, ChatClient, missing_key
 from job.evals.budget import Budget
 from job.evals.predictions import DIALOGUE, SIDE_BY_SIDE, Line, Reply
 from job.evals.remote_model import RemoteModel
-from job.evals.reply_log import LoggedReply, ReplyLog
+from job.evals.reply_log import ReplyLog
 from job.evals.tasks import (
     choice_lines,
     dialogue_lines,
@@ -82,7 +82,11 @@ def ask_remote_model(
         return skipped(endpoint.model, f"{API_KEY_VARIABLE} is not set", can_retry=True)
     replies, partial = layout.replies(stage)
     log = ReplyLog(run.store, replies, partial, inputs_digest)
-    client = _client(endpoint, log)
+    costs = [reply.cost_usd for reply in log.replies if reply.answer is not None]
+    budget = Budget(
+        endpoint.max_usd, log.cost_usd, max(costs, default=None), f"{endpoint.path}.max_usd"
+    )
+    client = ChatClient(endpoint, os.environ[API_KEY_VARIABLE].strip(), budget)
     lines = evaluate(RemoteModel(client, log, endpoint.concurrency, run.stop.check))
     run.put(replies, log.content())
     log.delete_partial()
@@ -91,13 +95,6 @@ def ask_remote_model(
         open=any(line.error and not line.final for line in lines),
         stopped_at_usd=endpoint.max_usd if client.budget.exhausted else None,
     )
-
-
-def _client(endpoint: Endpoint, log: ReplyLog) -> ChatClient:
-    costs = [reply.cost_usd for reply in log.replies if reply.answer is not None]
-    key = f"{endpoint.path}.max_usd"
-    budget = Budget(endpoint.max_usd, log.cost_usd, max(costs, default=None), key)
-    return ChatClient(endpoint, os.environ[API_KEY_VARIABLE].strip(), budget)
 
 
 def _evaluate(run: Run, reference: Reference, remote: RemoteModel) -> list[Line]:
@@ -154,18 +151,14 @@ def _result(model: str, log: ReplyLog, lines: Sequence[Line]) -> ReferenceResult
         requests=len(log.replies),
         failed=failed,
         lost=sum(reply.lost for reply in log.replies),
-        tokens=_tokens(log.replies),
+        tokens=ReferenceTokens(
+            prompt=sum(reply.prompt_tokens for reply in log.replies),
+            completion=sum(reply.completion_tokens for reply in log.replies),
+            reasoning=sum(reply.reasoning_tokens for reply in log.replies),
+        ),
         cost_usd=round(log.cost_usd, 6),
         status="complete" if not failed else "failed" if failed == len(lines) else "partial",
         reason=reason,
-    )
-
-
-def _tokens(replies: Sequence[LoggedReply]) -> ReferenceTokens:
-    return ReferenceTokens(
-        prompt=sum(reply.prompt_tokens for reply in replies),
-        completion=sum(reply.completion_tokens for reply in replies),
-        reasoning=sum(reply.reasoning_tokens for reply in replies),
     )
 
 
@@ -177,7 +170,7 @@ def skipped(model: str | None, reason: str, *, can_retry: bool) -> RemoteOutcome
         requests=0,
         failed=0,
         lost=0,
-        tokens=_tokens([]),
+        tokens=ReferenceTokens(prompt=0, completion=0),
         cost_usd=0.0,
         status="skipped",
         reason=reason,

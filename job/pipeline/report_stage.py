@@ -1,18 +1,20 @@
 """The report stage: assemble the results from the files of the run, and write the report pages."""
 
 import json
+from collections.abc import Mapping
 
 from job.data.contamination import Contamination
 from job.evals.judge import summarize_judge
 from job.evals.metrics import (
-    compare_dialogues,
+    BEFORE_AFTER,
+    family_and_margin,
     score_dialogues,
     summarize_choices,
     summarize_loss,
     summarize_style,
     trivial_baselines,
 )
-from job.evals.paired import decide_findings
+from job.evals.paired import compare_means, decide_findings
 from job.evals.predictions import (
     DIALOGUE,
     LOSS,
@@ -23,41 +25,35 @@ from job.evals.predictions import (
     JudgeLine,
     Line,
     LossLine,
-    ModelName,
     SideLine,
     TextLine,
     answered,
+    scores_by_id,
 )
 from job.evals.statistics import Bootstrap
 from job.evals.task_scores import summarize_harness, summarize_text_task
 from job.evals.text_metrics import make_metric
 from job.machine.accelerators import find_accelerator
 from job.pipeline import layout
-from job.pipeline.eval_stage import EvalOutcome
+from job.pipeline.eval_stage import EvalOutcome, TaskOutcome
 from job.pipeline.reference_stage import RemoteOutcome
 from job.pipeline.run import Preflight, Run, now
 from job.pipeline.train_stage import TrainOutcome
 from job.report.model_card import render_card
 from job.report.render import Flip, render_html, render_markdown
 from job.report.verdict import decide
-from job.results import (
-    Cost,
-    DataInfo,
-    Results,
-    RunInfo,
-    Training,
-)
+from job.results import Cost, DataInfo, Results, RunInfo, Training
 from job.scores import (
     Dialogue,
     Evaluation,
-    HarnessResult,
     JudgeResult,
+    MeanComparison,
     MultipleChoiceResult,
     ReferenceResult,
     SideBySide,
     TextTaskResult,
 )
-from job.spec.evals import HarnessEval, TextEval
+from job.spec.evals import TextEval
 from job.spec.load import digest
 from job.spec.schema import MultipleChoiceEval
 from job.train.metrics import HISTORY
@@ -66,7 +62,7 @@ from job.train.metrics import HISTORY
 def run_stage(run: Run) -> Results:
     """Compute the results from the saved predictions, and write the report and the model card."""
     reference = run.outcome("reference", RemoteOutcome).result
-    evaluation = decide_findings(_evaluation(run, reference))
+    evaluation = decide_findings(_evaluation(run))
     trained = run.outcome("train", TrainOutcome)
     results = Results(
         verdict=decide(evaluation),
@@ -106,39 +102,48 @@ def _run_info(run: Run, preflight: Preflight) -> RunInfo:
     )
 
 
-def _evaluation(run: Run, reference: ReferenceResult) -> Evaluation:
-    has_reference = reference.status != "skipped"
+def _evaluation(run: Run) -> Evaluation:
+    evals, bootstrap = run.spec.evals, _bootstrap(run)
+    sources = run.outcome("baseline", EvalOutcome).slices
     return Evaluation(
         multiple_choice=[
-            _multiple_choice(run, entry, has_reference=has_reference)
-            for entry in run.spec.evals.multiple_choice
+            _multiple_choice(run, entry, sources[entry.name]) for entry in evals.multiple_choice
         ],
-        harness=[_harness(run, entry) for entry in run.spec.evals.harness],
-        tasks=[
-            _text_task(run, entry, has_reference=has_reference) for entry in run.spec.evals.tasks
+        harness=[
+            summarize_harness(
+                entry,
+                _predictions(run, entry.name, HarnessLine),
+                sources[entry.name].truncated,
+                bootstrap,
+            )
+            for entry in evals.harness
         ],
-        dialogue=_dialogue(run, has_reference=has_reference),
+        tasks=[_text_task(run, entry, sources[entry.name]) for entry in evals.tasks],
+        dialogue=_dialogue(run, sources),
         judge=_judge(run),
-        loss=summarize_loss(
-            _predictions(run, LOSS, LossLine, has_reference=False), _bootstrap(run)
-        ),
-        side_by_side=_side_by_side(run, has_reference=has_reference),
-        side_by_side_truncated_prompts=_truncated_prompts(run, SIDE_BY_SIDE),
+        loss=summarize_loss(_predictions(run, LOSS, LossLine), bootstrap),
+        side_by_side=_side_by_side(run),
+        side_by_side_truncated_prompts=sources[SIDE_BY_SIDE].truncated,
     )
 
 
-def _truncated_prompts(run: Run, name: str) -> int:
-    return run.outcome("baseline", EvalOutcome).slices[name].truncated
-
-
-def _predictions[L: Line](
-    run: Run, name: str, kind: type[L], *, has_reference: bool
-) -> dict[str, list[L]]:
-    """Read the predictions of an evaluation by model."""
-    models: list[ModelName] = ["baseline", "finetuned"]
-    if has_reference:
+def _predictions[L: Line](run: Run, name: str, kind: type[L]) -> dict[str, list[L]]:
+    """Read the predictions of an evaluation by model; the reference's where it has some."""
+    models: list[str] = [*BEFORE_AFTER]
+    if name in _reference_evals(run):
         models.append("reference")
     return {model: run.predictions(model, name, kind) for model in models}
+
+
+def _reference_evals(run: Run) -> list[str]:
+    """Return the names of the evaluations; other predictions may be of an earlier reference."""
+    spec = run.spec
+    if run.outcome("reference", RemoteOutcome).result.status == "skipped":
+        return []
+    names = [entry.name for entry in spec.reference_tasks]
+    names += [entry.name for entry in spec.reference_text_tasks]
+    names += [DIALOGUE] if spec.reference and spec.reference.dialogue else []
+    return [*names, SIDE_BY_SIDE]
 
 
 def _bootstrap(run: Run) -> Bootstrap:
@@ -146,11 +151,9 @@ def _bootstrap(run: Run) -> Bootstrap:
 
 
 def _multiple_choice(
-    run: Run, entry: MultipleChoiceEval, *, has_reference: bool
+    run: Run, entry: MultipleChoiceEval, source: TaskOutcome
 ) -> MultipleChoiceResult:
-    has_reference = has_reference and entry in run.spec.reference_tasks
-    models = _predictions(run, entry.name, ChoiceLine, has_reference=has_reference)
-    source = run.outcome("baseline", EvalOutcome).slices[entry.name]
+    models = _predictions(run, entry.name, ChoiceLine)
     overlap = _contamination(run).slices.get(entry.name)
     found = overlap.found if overlap else None
     result = summarize_choices(entry, models, source.revision, found)
@@ -165,16 +168,8 @@ def _contamination(run: Run) -> Contamination:
     return Contamination.model_validate_json(content)
 
 
-def _harness(run: Run, entry: HarnessEval) -> HarnessResult:
-    models = _predictions(run, entry.name, HarnessLine, has_reference=False)
-    truncated = run.outcome("baseline", EvalOutcome).slices[entry.name].truncated
-    return summarize_harness(entry, models, truncated, _bootstrap(run))
-
-
-def _text_task(run: Run, entry: TextEval, *, has_reference: bool) -> TextTaskResult:
-    has_reference = has_reference and entry in run.spec.reference_text_tasks
-    models = _predictions(run, entry.name, TextLine, has_reference=has_reference)
-    source = run.outcome("baseline", EvalOutcome).slices[entry.name]
+def _text_task(run: Run, entry: TextEval, source: TaskOutcome) -> TextTaskResult:
+    models = _predictions(run, entry.name, TextLine)
     labels = entry.labels or sorted({line.target for line in models["baseline"] if line.target})
     assert source.rows is not None
     return summarize_text_task(
@@ -199,36 +194,40 @@ def _judge(run: Run) -> JudgeResult | None:
     return summarize_judge(judge.rubric, lines, service, _bootstrap(run))
 
 
-def _dialogue(run: Run, *, has_reference: bool) -> Dialogue | None:
+def _dialogue(run: Run, sources: Mapping[str, TaskOutcome]) -> Dialogue | None:
     section = run.spec.evals.dialogue
     if section is None:
         return None
     bootstrap = _bootstrap(run)
-    has_reference = has_reference and run.spec.reference is not None and run.spec.reference.dialogue
-    models = _predictions(run, DIALOGUE, DialogueLine, has_reference=has_reference)
-    if has_reference and not answered(models["reference"]):
-        del models["reference"]
-    before, after = models["baseline"], models["finetuned"]
-    comparison = compare_dialogues(("baseline", "finetuned"), before, after, bootstrap)
+    models = _predictions(run, DIALOGUE, DialogueLine)
+    if not answered(models.get("reference", [])):
+        models.pop("reference", None)
+    before, scores = models["baseline"], {name: scores_by_id(each) for name, each in models.items()}
+
+    def compare(a: str, b: str) -> MeanComparison | None:
+        family, _ = family_and_margin((a, b))
+        return compare_means(
+            MeanComparison, (a, b), scores[a], scores.get(b, {}), bootstrap, family
+        )
+
+    comparison = compare("baseline", "finetuned")
     assert comparison is not None  # local models answer everything
     trivial = trivial_baselines(before, bootstrap)
     return Dialogue(
         examples=len(before),
-        truncated_prompts=_truncated_prompts(run, DIALOGUE),
+        truncated_prompts=sources[DIALOGUE].truncated,
         max_new_tokens=section.max_new_tokens,
         models={name: score_dialogues(lines, bootstrap) for name, lines in models.items()},
         markers=summarize_style(section.markers, models),
         nulls=trivial["rougeL"],
         chrf_nulls=trivial["chrf"],
         comparison=comparison,
-        reference_comparison=compare_dialogues(
-            ("finetuned", "reference"), after, models.get("reference", []), bootstrap
-        ),
+        reference_comparison=compare("finetuned", "reference"),
     )
 
 
-def _side_by_side(run: Run, *, has_reference: bool) -> list[SideBySide]:
-    models = _predictions(run, SIDE_BY_SIDE, SideLine, has_reference=has_reference)
+def _side_by_side(run: Run) -> list[SideBySide]:
+    models = _predictions(run, SIDE_BY_SIDE, SideLine)
     return [
         SideBySide(
             id=line.id,

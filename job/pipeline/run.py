@@ -24,7 +24,7 @@ from job.runtime.signals import StopSignal
 from job.spec.pinning import Revisions
 from job.spec.schema import Spec
 from job.storage.base import Store, check_writable, file_sha256
-from job.storage.lease import Lease, LeaseHeldError, hold_lease
+from job.storage.lease import Lease, LeaseHeldError
 
 if TYPE_CHECKING:
     from job.model.language_model import LanguageModel
@@ -234,7 +234,7 @@ def hold_run_lease(run: Run, unchanged: Callable[[], bool]) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         try:
-            lease = stack.enter_context(hold_lease(run.store, f"the run {run.id}", on_lost))
+            lease = stack.enter_context(Lease(run.store, f"the run {run.id}", on_lost))
         except LeaseHeldError as held:
             raise LeaseHeldError(f"{held}, or use another --run-id") from held
         run.lease = lease
@@ -253,10 +253,6 @@ def now() -> str:
 
 def read_results(store: Store) -> Results | None:
     """Return the results of a finished run; unreadable ones count as absent."""
-    content = store.read(layout.RESULTS)
-    if content is None:
-        return None
-    try:
-        return Results.model_validate_json(content)
-    except ValidationError:
-        return None
+    with contextlib.suppress(ValidationError):
+        return Results.model_validate_json(store.read(layout.RESULTS) or b"")
+    return None

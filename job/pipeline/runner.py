@@ -11,7 +11,7 @@ import logging
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from job.pipeline.run import Run, StageRecord, artifact_of, hold_run_lease, now,
 from job.pipeline.run_log import RunLog
 from job.pipeline.stages import NAMES, STAGES, Stage, dependents, stage_digests
 from job.pipeline.status import RunStatus, read_run_status
-from job.results import Artifact, Results
+from job.results import Results
 from job.runtime import logs
 from job.runtime.signals import STOP
 from job.runtime.watchdog import WATCHDOG
@@ -244,6 +244,8 @@ def _write_results(run: Run) -> None:
     """Write the last file of a run: the report's results, with every file and its checksum."""
     results = run.outcome("report", Results)
     seconds = results.run.stage_seconds | {"report": run.records["report"].seconds}
+    keys = [layout.stage_record(name) for name in NAMES]
+    contents = [(key, run.store.read(key)) for key in keys]
     timing = {
         "finished": now(),
         "stage_seconds": seconds,
@@ -253,21 +255,12 @@ def _write_results(run: Run) -> None:
         update={
             "artifacts": [
                 *(item for name in NAMES for item in run.records[name].outputs),
-                *_stage_records(run),
+                *(artifact_of(key, content) for key, content in contents if content is not None),
             ],
             "run": results.run.model_copy(update=timing),
         }
     )
     run.commit(layout.RESULTS, complete.model_dump_json(indent=2).encode())
-
-
-def _stage_records(run: Run) -> Iterator[Artifact]:
-    """Describe the records of the stages, as files to fetch."""
-    for name in NAMES:
-        key = layout.stage_record(name)
-        content = run.store.read(key)
-        if content is not None:
-            yield artifact_of(key, content)
 
 
 def _explain(error: Exception, run: Run) -> JobError | RunStoppedError:
@@ -276,8 +269,11 @@ def _explain(error: Exception, run: Run) -> JobError | RunStoppedError:
         logs.get().error(str(gone), error=repr(error))
         return gone
     if is_disk_full(error):
+        disks = {"TMPDIR": run.work, "JOB_CACHE": cache_folder()}
+        if isinstance(run.store, LocalStore):
+            disks["output"] = run.store.root
         error = StageError(
-            f"a disk is full ({error}); free are {free_space(_disks(run))}; make room, or set "
+            f"a disk is full ({error}); free are {free_space(disks)}; make room, or set "
             "another folder, and run the same command to resume"
         )
     if isinstance(error, JobError):
@@ -288,12 +284,6 @@ def _explain(error: Exception, run: Run) -> JobError | RunStoppedError:
         f"unexpected {type(error).__name__}: {error}; this is a bug, and its traceback "
         f"is in {child_uri(run.store.uri, layout.LOG)}"
     )
-
-
-def _disks(run: Run) -> dict[str, Path]:
-    """Return the folders that a run writes to, by what sets them."""
-    disks = {"TMPDIR": run.work, "JOB_CACHE": cache_folder()}
-    return disks | ({"output": run.store.root} if isinstance(run.store, LocalStore) else {})
 
 
 def _enter_stage(name: str) -> None:

@@ -127,10 +127,6 @@ def _judge_inputs(spec: Spec, _revisions: Revisions) -> object:
     )
 
 
-def _report_inputs(spec: Spec, _revisions: Revisions) -> object:
-    return spec.model_dump(mode="json", exclude={"output"})
-
-
 STAGES = (
     Stage("data", (), _data_inputs, _run_in("data_stage")),
     Stage(
@@ -165,7 +161,7 @@ STAGES = (
     Stage(
         "report",
         ("data", "baseline", "train", "finetuned", "reference", "judge"),
-        _report_inputs,
+        lambda spec, _revisions: spec.model_dump(mode="json", exclude={"output"}),
         _run_in("report_stage"),
     ),
 )

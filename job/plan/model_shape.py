@@ -13,9 +13,8 @@ from job.chat.text_tokenizer import read_json
 from job.errors import UsageError
 from job.model.smollm2 import CONFIG as SMOLLM2_CONFIG
 from job.spec.fields import SMOLLM2, TINY
+from job.spec.pinning import NONE, pinned
 from job.spec.schema import Lora, Model
-from job.storage.hub import Repository
-from job.storage.locations import cache_folder
 
 Config = Mapping[str, Any]
 """A preset's config.json, KerasHub's or transformers'."""
@@ -186,11 +185,8 @@ def find_config(model: Model) -> Config:
 
 
 def _download(model: Model) -> Path:
-    name = model.preset.removeprefix("hf://")
-    repository = Repository("model", name, model.revision)
-    commit = repository.commit()
+    repository, commit, folder = pinned("model", model.preset, model.revision, NONE, "models")
     files = [file for file in repository.files(commit) if file.path == "config.json"]
-    folder = cache_folder("models", name.replace("/", "--"), commit)
     repository.fetch(commit, files, folder)
     return folder
 

@@ -14,6 +14,17 @@ class Threads(ThreadPoolExecutor):
         return super().submit(contextvars.copy_context().run, call, *args, **kwargs)
 
 
+def run_all[T](calls: Iterable[Callable[[], T]], threads: int) -> list[T]:
+    """Return the results of calls that run some at a time; an error cancels those that wait."""
+    with Threads(threads) as pool:
+        waiting = [pool.submit(call) for call in calls]
+        try:
+            return [each.result() for each in waiting]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 _PREFETCHED = 3
 """Items that `prefetch` computes before they are requested."""
 

@@ -5,10 +5,12 @@ same weights, so the preflight stage resolves names to commits once and records 
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 from job.spec.schema import Spec
 from job.storage.hub import SCHEME, Repository, RepoType
+from job.storage.locations import cache_folder
 
 Revisions = Mapping[str, str]
 """Commit by `hub_key`."""
@@ -32,6 +34,20 @@ def commit_of(kind: RepoType, uri: str, revision: str | None, revisions: Revisio
     """
     known = revisions.get(hub_key(kind, uri, revision) or "")
     return known or Repository(kind, uri.removeprefix(SCHEME), revision).commit()
+
+
+def pinned(
+    kind: RepoType, uri: str, revision: str | None, revisions: Revisions, cache: str
+) -> tuple[Repository, str, Path]:
+    """Return a repository on the Hub, its commit, and the cache's folder for files of that commit.
+
+    Raises:
+        UsageError, SetupError, StageError: see `job.storage.hub.Repository.errors`.
+    """
+    name = uri.removeprefix(SCHEME)
+    commit = commit_of(kind, uri, revision, revisions)
+    folder = cache_folder(cache, name.replace("/", "--"), commit)
+    return Repository(kind, name, revision), commit, folder
 
 
 def resolve_all(spec: Spec, known: Revisions) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from job.errors import StageError
 from job.storage.base import PARTIAL
-from job.storage.retry import TransientError, retrying
+from job.storage.retry import Attempts, TransientError
 
 _MISMATCHES = 3
 """Wrong contents of a file after which its source is considered damaged."""
@@ -75,7 +75,7 @@ def download(what: str, path: Path, content: Content, get: Callable[[Path], Path
     try:
         with _scratch_folder(path) as scratch:
             if not content.matches(path):
-                retrying(what, lambda: attempt(scratch))
+                Attempts(what).run(lambda: attempt(scratch))
     except OSError as error:
         if error.errno is None:  # not of the file system, but of an HTTP library
             raise

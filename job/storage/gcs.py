@@ -31,7 +31,6 @@ from job.storage.retry import (
     TransientError,
     first_line,
     read_reply,
-    retrying,
     timeouts,
 )
 
@@ -91,7 +90,7 @@ class GcsStore:
         expected = int(version or 0)
         try:
             if content is None:
-                self._delete(key, expected)
+                self.delete(key, expected)
                 return ""
             return self._write(key, io.BytesIO(content), len(content), expected)
         except PreconditionFailed:
@@ -118,12 +117,15 @@ class GcsStore:
         The checksum goes with the metadata, so that the service refuses a damaged upload.
         The client's own check would delete the object, whoever wrote it, after a damaged reply.
         """
-        checksum = _checksum_of(file)
+        file.seek(0)
+        checksum: Any = google_crc32c.Checksum()  # type: ignore[no-untyped-call]
+        for _ in checksum.consume(file, _PIECE):
+            pass
 
         def work() -> str:
             file.seek(0)
             blob = self._blob(key)
-            blob.chunk_size, blob.crc32c = _CHUNK, checksum
+            blob.chunk_size, blob.crc32c = _CHUNK, base64.b64encode(checksum.digest()).decode()
             retry = _retry(Attempts(f"write {self._key_uri(key)}")) if size > _CHUNK else None
             try:
                 blob.upload_from_file(
@@ -178,10 +180,7 @@ class GcsStore:
             raise self._no_bucket()
         return names
 
-    def delete(self, key: str) -> None:
-        self._delete(key)
-
-    def _delete(self, key: str, expected: int | None = None) -> None:
+    def delete(self, key: str, expected: int | None = None) -> None:
         def work() -> None:
             self._blob(key).delete(if_generation_match=expected, **_options())
 
@@ -200,28 +199,21 @@ class GcsStore:
         return f"{self.uri}/{key}".rstrip("/")
 
     def _call[Result](self, action: str, key: str, work: Callable[[], Result]) -> Result | None:
-        """Return the result of `work`, retried; None where there is no such object.
-
-        Raises:
-            PreconditionFailed, SetupError, StageError: see `_refusals`, `retrying`.
-        """
+        """Return the result of `work`, retried; None where there is no such object."""
 
         def once() -> Result:
             with transient_failures():
                 return work()
 
         with contextlib.suppress(NotFound), self._refusals(action, key):
-            return retrying(f"{action} {self._key_uri(key)}", once)
+            return Attempts(f"{action} {self._key_uri(key)}").run(once)
         return None
 
     @contextlib.contextmanager
     def _refusals(self, action: str, key: str) -> Iterator[None]:
         """Turn the service's refusals within this block into errors with the way out.
 
-        Raises:
-            NotFound, PreconditionFailed: there is no such object, or another than expected.
-            SetupError: there is no such bucket, or no permission or credentials for it.
-            StageError: anything else.
+        NotFound and PreconditionFailed pass: there is no such object, or another than expected.
         """
         try:
             yield
@@ -318,12 +310,3 @@ def client(emulator: str) -> storage.Client:
 def _options(retry: _Retry | None = None) -> dict[str, Any]:
     """Return the client's options for timeouts and retries: by default it makes no retries."""
     return {"retry": retry, "timeout": timeouts()}
-
-
-def _checksum_of(file: BinaryIO) -> str:
-    """Return the CRC32C of an open file from its start, as the API writes it."""
-    file.seek(0)
-    value = 0
-    while piece := file.read(_PIECE):
-        value = google_crc32c.extend(value, piece)
-    return base64.b64encode(value.to_bytes(4, "big")).decode()

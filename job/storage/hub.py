@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from job.errors import SetupError, StageError, UsageError
 from job.runtime import logs
-from job.runtime.threads import Threads
+from job.runtime.threads import run_all
 from job.storage.base import PARTIAL
 from job.storage.download import Content, download
 from job.storage.retry import (
+    Attempts,
     TransientError,
     first_line,
     raise_if_transient,
     read_reply,
     report_progress,
-    retrying,
     timeouts,
 )
 
@@ -129,15 +129,9 @@ class Repository:
         Raises:
             UsageError, SetupError, StageError: see `errors`.
         """
-        check_paths(files)
-        with Threads(_THREADS) as pool:
-            jobs = [pool.submit(self._fetch_file, commit, file, folder) for file in files]
-            try:
-                for job in jobs:
-                    job.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        _check_paths(files)
+        fetch_file = self._fetch_file
+        run_all([functools.partial(fetch_file, commit, file, folder) for file in files], _THREADS)
 
     def _fetch_file(self, commit: str, file: HubFile, folder: Path) -> None:
         path = folder / file.path
@@ -220,12 +214,8 @@ class Repository:
         return StageError(f"cannot read {self} from the Hub: {reason}")
 
 
-def check_paths(files: Sequence[HubFile]) -> None:
-    """Check that the paths of a listing stay inside the folder they are downloaded into.
-
-    Raises:
-        StageError: one of them leaves it.
-    """
+def _check_paths(files: Sequence[HubFile]) -> None:
+    """Check that the paths of a listing stay inside the folder they are downloaded into."""
     for file in files:
         parts = file.path.split("/")
         if {"", ".", ".."} & set(parts) or parts[-1].startswith(PARTIAL):
@@ -273,7 +263,7 @@ def _install_client() -> None:
                 response = send(stream=True)
                 return response if stream else _complete(response)
 
-            return retrying(f"{request.method} {url}", lambda: _send_once(reply))
+            return Attempts(f"{request.method} {url}").run(lambda: _send_once(reply))
 
     def factory() -> httpx2.Client:
         return Client(event_hooks=hooks, follow_redirects=True, timeout=None)
@@ -282,11 +272,7 @@ def _install_client() -> None:
 
 
 def _complete(response: "httpx2.Response") -> "httpx2.Response":
-    """Read the body of a reply that is no file.
-
-    Raises:
-        StageError, TransientError: see `read_reply`.
-    """
+    """Read the body of a reply that is no file."""
     import httpx2
 
     with contextlib.closing(response):
@@ -303,11 +289,7 @@ def _complete(response: "httpx2.Response") -> "httpx2.Response":
 
 
 def _send_once(send: Callable[[], "httpx2.Response"]) -> "httpx2.Response":
-    """Return the reply to one request.
-
-    Raises:
-        TransientError: it failed in a way that may pass.
-    """
+    """Return the reply to one request."""
     with _transient_failures():
         response = send()
         try:

@@ -13,8 +13,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 from pydantic import BaseModel, ValidationError
 
@@ -42,9 +43,15 @@ class LeaseHeldError(RunStoppedError):
 
 
 class Lease:
-    """The lease of one folder, held by this process."""
+    """The lease of one folder, held by this process within a `with` block."""
 
     def __init__(self, store: Store, what: str, lost: Callable[[str], None]) -> None:
+        """Prepare to hold a lease.
+
+        Args:
+            what: name for messages, such as "the run doctor-1".
+            lost: called from another thread if the lease is lost.
+        """
         self._store = store
         self._what = what
         self._lost = lost
@@ -53,6 +60,14 @@ class Lease:
         self._version = ""
         self._until = 0.0
         self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.take()
+        threading.Thread(target=self.renew, name="lease", daemon=True).start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.release()
 
     def take(self) -> None:
         """Take the lease, or take it over.
@@ -78,11 +93,7 @@ class Lease:
         self._version, self._until = version, begun + self._seconds
 
     def _check_expired(self, held: LeaseRecord) -> None:
-        """Check that a lease was not renewed in time; a file written now tells the store's time.
-
-        Raises:
-            LeaseHeldError: it was.
-        """
+        """Check that a lease was not renewed in time; a file written now tells the store's time."""
         probe = f"{LEASE_KEY}.{self._owner}"
         try:
             self._store.write(probe, b"")
@@ -148,26 +159,6 @@ class Lease:
                     return
                 if self._store.write_if_version(LEASE_KEY, None, current[1]) is not None:
                     return
-
-
-@contextlib.contextmanager
-def hold_lease(store: Store, what: str, lost: Callable[[str], None]) -> Iterator[Lease]:
-    """Hold the lease of a folder within this block.
-
-    Args:
-        what: name for messages, such as "the run doctor-1".
-        lost: called from another thread if the lease is lost.
-
-    Raises:
-        LeaseHeldError: another process has it.
-    """
-    lease = Lease(store, what, lost)
-    lease.take()
-    threading.Thread(target=lease.renew, name="lease", daemon=True).start()
-    try:
-        yield lease
-    finally:
-        lease.release()
 
 
 def _parsed(content: bytes) -> LeaseRecord | None:

@@ -36,11 +36,7 @@ class LocalStore:
             raise StageError(f"cannot read {self._path(key)}: {error.strerror}") from error
 
     def write(self, key: str, content: bytes) -> None:
-        def fill(target: Path) -> None:
-            with target.open("wb") as file:
-                file.write(content)
-
-        self._replace(key, fill)
+        self._replace(key, lambda target: target.write_bytes(content))
 
     def upload(self, path: Path, key: str) -> None:
         self._replace(key, lambda target: shutil.copyfile(path, target))
@@ -122,13 +118,9 @@ class LocalStore:
         return True
 
     def list(self, prefix: str = "") -> list[str]:
-        return sorted(key for key in self._keys() if key.startswith(prefix))
-
-    def _keys(self) -> Iterator[str]:
-        for path in self.root.rglob("*"):
-            key = path.relative_to(self.root)
-            if path.is_file() and not any(part.startswith(PARTIAL) for part in key.parts):
-                yield key.as_posix()
+        paths = [path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file()]
+        complete = (p for p in paths if not any(part.startswith(PARTIAL) for part in p.parts))
+        return sorted(key for path in complete if (key := path.as_posix()).startswith(prefix))
 
     def delete(self, key: str) -> None:
         try:

@@ -172,16 +172,7 @@ class Attempts:
             attempts=self._count,
             wait_seconds=round(wait, 1),
         )
-        _sleep(wait)
-
-
-def _sleep(seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        STOP.check()
-        time.sleep(min(left, _SLICE_SECONDS))
-
-
-def retrying[Result](what: str, call: Callable[[], Result]) -> Result:
-    """Return the result of `call`, repeated while it raises `TransientError`: see `Attempts`."""
-    return Attempts(what).run(call)
+        until = now + wait
+        while (left := until - time.monotonic()) > 0:
+            STOP.check()
+            time.sleep(min(left, _SLICE_SECONDS))

@@ -29,10 +29,10 @@ from job.train.step import (
     StepConfig,
     StepMetrics,
     ValidationStep,
+    apply_gradients,
     dropout_for,
     head_loss,
     make_train_step,
-    make_update,
     make_validation,
 )
 
@@ -85,7 +85,7 @@ class BlockwiseStep:
                 compiler_options=options,
             )
         self._update: Any = jax.jit(
-            make_update(optimizer), donate_argnums=0, out_shardings=replicated
+            partial(apply_gradients, optimizer), donate_argnums=0, out_shardings=replicated
         )
         zero: Any = np.zeros((), np.float32)
         zeros: Any = tuple(

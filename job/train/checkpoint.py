@@ -108,24 +108,8 @@ def _hash(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(folder: CheckpointFolder, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint and remove all but the newest two."""
-    arrays = {name: np.asarray(array) for name, array in checkpoint.arrays.items()}
-    metadata = {
-        "format": _FORMAT,
-        "inputs": folder.inputs_digest,
-        "hash": _hash(arrays),
-        "progress": checkpoint.progress.model_dump_json(),
-    }
-    content = safetensors.numpy.save(arrays, metadata=metadata)
-    store = folder.store
-    store.write(folder.key(checkpoint.progress.step), content)
-    for key in sorted(store.list(folder.prefix))[:-_NEWEST]:
-        store.delete(key)
-
-
 class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time, while training continues.
+    """Writes checkpoints in the background, one at a time, and keeps the newest two.
 
     Leaving its block waits for the last one. Errors are raised by the next call.
     """
@@ -159,9 +143,20 @@ class CheckpointWriter:
         self._write_in_progress = self._worker.submit(self._write, snapshot, files)
 
     def _write(self, checkpoint: Checkpoint, files: Mapping[str, bytes]) -> None:
+        folder, store = self._folder, self._folder.store
         for key, content in files.items():
-            self._folder.store.write(key, content)
-        save_checkpoint(self._folder, checkpoint)
+            store.write(key, content)
+        arrays = {name: np.asarray(array) for name, array in checkpoint.arrays.items()}
+        metadata = {
+            "format": _FORMAT,
+            "inputs": folder.inputs_digest,
+            "hash": _hash(arrays),
+            "progress": checkpoint.progress.model_dump_json(),
+        }
+        content = safetensors.numpy.save(arrays, metadata=metadata)
+        store.write(folder.key(checkpoint.progress.step), content)
+        for key in sorted(store.list(folder.prefix))[:-_NEWEST]:
+            store.delete(key)
 
     def wait(self) -> None:
         """Wait for the checkpoint being written; raise if that failed."""

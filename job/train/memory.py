@@ -1,7 +1,7 @@
 """How many rows of a step fit into a device's memory."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,35 +34,24 @@ def rows_that_fit(rows: int, row_bytes: int, resident_bytes: int, memory: int) -
     return largest_divisor(rows, lambda n: n * row_bytes * _BACKWARD_FACTOR <= free)
 
 
-def saved_bytes(loss: Callable[..., Any], *arguments: Any) -> int:
-    """Return the bytes that reverse differentiation by a function's first argument saves.
-
-    The arguments (arrays or their shapes) themselves are not counted.
-    """
-
-    def forward(*values: Any) -> Any:
-        return jax.vjp(lambda first: loss(first, *values[1:]), values[0])[1]
-
-    jaxpr = jax.make_jaxpr(forward)(*arguments).jaxpr
-    inputs = {id(variable) for variable in jaxpr.invars}
-    residuals: dict[int, Any] = {
-        id(v): v.aval for v in jaxpr.outvars if hasattr(v, "aval") and id(v) not in inputs
-    }
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in residuals.values())
-
-
 def activation_bytes(
     model: LanguageModel, lora: LoraWeights, config: StepConfig, length: int, losses: int
 ) -> int:
     """Return the bytes of activations that a device saves for one row's backward pass.
 
     The loss of a row of `length` tokens and `losses` positions with a loss is traced; nothing runs.
+    The weights, the adapter and the row themselves are not counted.
     """
     widths = {"token_ids": length, "segment_ids": length, "positions": losses, "targets": losses}
     rows = {name: np.zeros((1, width), np.int32) for name, width in widths.items()}
     rows |= {"weights": np.zeros((1, losses), np.float32), "micro_batch": np.zeros((), np.int32)}
 
-    def loss(lora: LoraWeights, weights: Weights, rows: Arrays) -> jax.Array:
-        return loss_sums(model, weights, lora, rows, config).loss
+    def backward(lora: LoraWeights, weights: Weights, rows: Arrays) -> Any:
+        return jax.vjp(lambda lora: loss_sums(model, weights, lora, rows, config).loss, lora)[1]
 
-    return saved_bytes(loss, lora, model.weights, rows)
+    jaxpr = jax.make_jaxpr(backward)(lora, model.weights, rows).jaxpr
+    inputs = {id(variable) for variable in jaxpr.invars}
+    residuals: dict[int, Any] = {
+        id(v): v.aval for v in jaxpr.outvars if hasattr(v, "aval") and id(v) not in inputs
+    }
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in residuals.values())

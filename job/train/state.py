@@ -30,26 +30,20 @@ class StateNames:
     def __init__(self, layout: LoraLayout, optimizer: Any) -> None:
         """Name the variables of an optimizer built by `make_optimizer` for this layout."""
         self._lora = [f"lora/{t.path}/{factor}" for t in layout.targets for factor in ("a", "b")]
-        self._optimizer = self._optimizer_names(optimizer)
-
-    def _optimizer_names(self, optimizer: Any) -> list[str]:
-        names = []
+        self._optimizer = []
         for variable in optimizer.variables:
             match = _OPTIMIZER_PATH.fullmatch(variable.path)
             assert match is not None
             parameter = f"{self._lora[int(match[1])]}/" if match[1] else ""
-            names.append(f"optimizer/{parameter}{match[2]}")
-        return names
+            self._optimizer.append(f"optimizer/{parameter}{match[2]}")
 
     def to_arrays(self, state: TrainState, best: LoraWeights | None = None) -> dict[str, Any]:
         """Return the arrays of a state, and those of the best adapter so far, by name."""
         arrays = dict(zip(self._lora, flatten_lora(state.lora), strict=True))
         arrays |= dict(zip(self._optimizer, state.optimizer, strict=True))
         if best is not None:
-            arrays |= {
-                _BEST + name: array
-                for name, array in zip(self._lora, flatten_lora(best), strict=True)
-            }
+            names = [_BEST + name for name in self._lora]
+            arrays |= dict(zip(names, flatten_lora(best), strict=True))
         return arrays
 
     def from_arrays(

@@ -121,7 +121,7 @@ def loss_sums(
 
 def make_train_step(model: LanguageModel, optimizer: Any, config: StepConfig) -> TrainStep:
     """Return the compiled step. A step whose loss or gradient is not finite changes nothing."""
-    unroll, update = model.platform == "cpu", make_update(optimizer)
+    unroll = model.platform == "cpu"
 
     def loss(lora: LoraWeights, weights: Weights, rows: Arrays) -> tuple[jax.Array, LossSums]:
         sums = loss_sums(model, weights, lora, rows, config)
@@ -136,39 +136,32 @@ def make_train_step(model: LanguageModel, optimizer: Any, config: StepConfig) ->
         zeros = (jax.tree.map(jnp.zeros_like, state.lora), LossSums(zero, zero))
         rows = {name: array for name, array in batch.items() if name != "stop"}
         total, _ = jax.lax.scan(accumulate, zeros, rows, unroll=unroll)
-        return update(state, *total, batch)
+        return apply_gradients(optimizer, state, *total, batch)
 
     return jax.jit(step, donate_argnums=0, out_shardings=model.replicated)
 
 
-def make_update(
-    optimizer: Any,
-) -> Callable[[TrainState, LoraWeights, LossSums, Arrays], tuple[TrainState, StepMetrics]]:
-    """Return the last part of a step, traceable: from summed gradients to the next state.
+def apply_gradients(
+    optimizer: Any, state: TrainState, gradients: LoraWeights, sums: LossSums, batch: Arrays
+) -> tuple[TrainState, StepMetrics]:
+    """Return the next state from summed gradients and losses: the last part of a step, traceable.
 
-    Its arguments are the state, the summed gradients and losses, and the batch, of which it uses
-    `weights` and `stop`.
+    It uses `weights` and `stop` of the batch.
     """
-
-    def update(
-        state: TrainState, gradients: LoraWeights, sums: LossSums, batch: Arrays
-    ) -> tuple[TrainState, StepMetrics]:
-        tokens = jnp.sum(batch["weights"])
-        gradients = jax.tree.map(lambda g: g / tokens, gradients)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in flatten_lora(gradients)))
-        lora, variables = optimizer.stateless_apply(
-            list(state.optimizer), flatten_lora(gradients), flatten_lora(state.lora)
-        )
-        finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
-        new_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            TrainState(unflatten_lora(lora), tuple(variables)),
-            state,
-        )
-        stop = jnp.sum(batch["stop"])
-        return new_state, StepMetrics(sums.loss, sums.correct, tokens, norm, stop)
-
-    return update
+    tokens = jnp.sum(batch["weights"])
+    gradients = jax.tree.map(lambda g: g / tokens, gradients)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in flatten_lora(gradients)))
+    lora, variables = optimizer.stateless_apply(
+        list(state.optimizer), flatten_lora(gradients), flatten_lora(state.lora)
+    )
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
+    new_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        TrainState(unflatten_lora(lora), tuple(variables)),
+        state,
+    )
+    stop = jnp.sum(batch["stop"])
+    return new_state, StepMetrics(sums.loss, sums.correct, tokens, norm, stop)
 
 
 def make_validation(model: LanguageModel, forward: ForwardConfig) -> ValidationStep:

@@ -220,17 +220,14 @@ class Trainer:
                 self._validate()
             clock, compile_clock = time.monotonic(), COMPILE_CLOCK.seconds
             if save or progress.stopped_early:
-                self._save(writer)
+                best = self._best_lora if config.keep == "best" else None
+                arrays = jax.device_get(self._names.to_arrays(self._state, best))
+                # The history may be ahead of the checkpoint; resuming drops the lines beyond it.
+                writer.save(Checkpoint(progress, arrays), self._files())
                 checkpoint_due = False
             if stop:
                 writer.wait()
                 self._stop.check()
-
-    def _save(self, writer: CheckpointWriter) -> None:
-        best = self._best_lora if self._config.train.keep == "best" else None
-        arrays = jax.device_get(self._names.to_arrays(self._state, best))
-        # The history may be ahead of the checkpoint; resuming drops the lines beyond it.
-        writer.save(Checkpoint(self._progress, arrays), self._files())
 
     def _files(self) -> dict[str, bytes]:
         """Return the history and the TensorBoard events, by key."""
@@ -240,8 +237,7 @@ class Trainer:
     def _record(self, in_flight: _StepInFlight, advance: Advance) -> bool:
         """Add a step's metrics to the progress and, if due, to the history and the log.
 
-        Returns:
-            Whether a process has been told to stop.
+        Returns whether a process has been told to stop.
         """
         step, batch, metrics = in_flight
         loss, correct, tokens, norm, stop = (float(value) for value in jax.device_get(metrics))

@@ -110,7 +110,7 @@ def main() -> None:
         their_seconds, theirs = timed(lambda: generate_published(task, prompts, limit, stops))
         seconds, mine = timed(lambda: engine.generate(model.weights, prompts, limit, "generate"))
         pairs = zip(mine, theirs, strict=True)
-        same = sum(answer.answer == text(tokens) for answer, tokens in pairs) / len(prompts)
+        same = sum(text(answer) == text(tokens) for answer, tokens in pairs) / len(prompts)
         return their_seconds, seconds, same
 
     questions = make_prompts(given.questions, 92, 28, LENGTH - 16)

@@ -93,6 +93,7 @@ def main() -> None:
         padded_loss_count,
         shard_input,
     )
+    from tests.conversations import most_losses
 
     settings = ["model.preset=tiny", "model.dtype=float32", *given.settings]
     spec = load_spec("chatdoctor-gemma3-1b", settings).spec
@@ -105,9 +106,7 @@ def main() -> None:
     forward = ForwardConfig(packed=True, remat=train.remat, longest=LENGTH)
     validate = make_validation(model, forward)
     unseen = make_rows(held_out, train.row_length, packing=True).batch
-    placed = shard_input(
-        model, unseen, 1, padded_loss_count(int(unseen.count_loss_tokens(1).max()))
-    )
+    placed = shard_input(model, unseen, 1, padded_loss_count(most_losses(unseen, 1)))
 
     def measure(lora: LoraWeights) -> float:
         return float(validate(lora, model.weights, placed).loss) / float(unseen.weights.sum())
@@ -124,7 +123,7 @@ def main() -> None:
     variables = tuple(variable.value for variable in optimizer.variables)
     state = TrainState(*jax.tree.map(lambda a: jax.numpy.array(a, copy=True), (start, variables)))
     batches = [rows.batch.take(plan.batch_indices(step)) for step in range(plan.steps)]
-    width = padded_loss_count(max(int(batch.count_loss_tokens(1).max()) for batch in batches))
+    width = padded_loss_count(max(most_losses(batch, 1) for batch in batches))
     step = make_train_step(model, optimizer, StepConfig(forward))
     step.lower(state, model.weights, shard_input(model, batches[0], 1, width)).compile()
 

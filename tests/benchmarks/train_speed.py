@@ -103,6 +103,7 @@ def ours(
         padded_loss_count,
         shard_input,
     )
+    from tests.conversations import most_losses
 
     rows = make_rows(examples, length, packing=True)
     plan = BatchSchedule(len(rows.batch), batch_size, 1, 0)
@@ -115,7 +116,7 @@ def ours(
     ))  # fmt: skip
     batches = [rows.batch.take(plan.batch_indices(step)) for step in range(plan.steps)]
     step = make_train_step(model, optimizer, StepConfig(ForwardConfig(True, remat, rows.longest)))
-    width = padded_loss_count(max(int(batch.count_loss_tokens(1).max()) for batch in batches))
+    width = padded_loss_count(max(most_losses(batch, 1) for batch in batches))
     clock = CompileClock()
     clock.listen()
     program = step.lower(state, model.weights, shard_input(model, batches[0], 1, width)).compile()

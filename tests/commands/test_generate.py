@@ -53,7 +53,8 @@ def answer(run: Path, model: LanguageModel) -> Said:
     ) -> str:
         tokens, _ = engine.encode([turns(*texts, system=system)])
         weights = model.weights if base else tuned
-        return engine.generate(weights, tokens, LIMIT, "test")[0].answer or ""
+        (answer,) = engine.generate(weights, tokens, LIMIT, "test")
+        return engine.reply(answer, tokens[0]).answer or ""
 
     return say
 

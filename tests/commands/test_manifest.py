@@ -22,9 +22,7 @@ from tests.services.bucket import Bucket
 ANYWHERE = ("runtime.platform=any", "runtime.devices=null", "output=gs://runs/all")
 
 
-def manifest(
-    spec: str, machine: str, names: Names = Names(), *overrides: str, **options: Any
-) -> list[Any]:
+def manifest(spec: str, machine: str, names: Names, *overrides: str, **options: Any) -> list[Any]:
     loaded = load_spec(spec, [*ANYWHERE, *overrides])
     text = kubernetes_manifest(loaded, parse_machine(machine), names, **options)
     return list(yaml.safe_load_all(text))
@@ -138,9 +136,7 @@ SHORT = (
 
 
 def results(bucket: Bucket) -> dict[str, Any]:
-    (content,) = [
-        o.data for (_, name), o in bucket.objects.items() if name.endswith("results.json")
-    ]
+    (content,) = [o.data for (_, k), o in bucket.objects.items() if k.endswith("/results.json")]
     read: dict[str, Any] = json.loads(content)
     return read
 

@@ -17,7 +17,7 @@ def sentence(length: int, seed: int) -> str:
 
 
 def found(question: str, *texts: str) -> list[int]:
-    passages = Passages([question])
+    passages = Passages({"q": question})
     return [number for number, text in enumerate(texts) if any(passages.search(text))]
 
 
@@ -33,7 +33,7 @@ def test_a_passage_of_thirteen_words_matches_anywhere() -> None:
 def test_a_short_question_must_match_completely() -> None:
     question = "Drug of choice for malaria is?"
     assert found(question, "The drug of choice for malaria is this.", "drug of choice") == [0]
-    assert Passages(["What is it?"]).too_short == 1
+    assert Passages({"q": "What is it?"}).too_short == 1
     assert found("What is it?", "What is it?") == []
 
 
@@ -63,12 +63,12 @@ def test_a_short_question_must_match_completely() -> None:
     ],
 )
 def test_questions_in_other_scripts_match_as_well(question: str, copy: str, other: str) -> None:
-    assert Passages([question]).too_short == 0
+    assert Passages({"q": question}).too_short == 0
     assert found(question, copy, other) == [0]
 
 
 def test_a_short_question_without_spaces_is_not_searched() -> None:
-    assert Passages(["什么是糖尿病？", "什么"]).too_short == 2
+    assert Passages({"a": "什么是糖尿病？", "b": "什么"}).too_short == 2
     assert found("什么是糖尿病？", "请问什么是糖尿病？") == []
 
 
@@ -78,11 +78,11 @@ def test_only_the_planted_question_matches(seed: int, before: int, after: int) -
     questions = [sentence(20, seed * 100 + n) for n in range(5)]
     noise = [sentence(80, seed * 100 + 50 + n) for n in range(4)]
     planted = f"{sentence(before, 7)} {questions[3]} {sentence(after, 8)}"
-    passages = Passages(questions)
+    passages = Passages({str(number): question for number, question in enumerate(questions)})
     assert not any(hit for text in noise for hit in passages.search(text))
     hits = list(passages.search(planted))
-    assert [hit.question for hit in hits] == [3]
-    assert hits[0].passage in " ".join(questions[3].split())
+    assert [question for question, _ in hits] == ["3"]
+    assert hits[0][1] in " ".join(questions[3].split())
 
 
 def test_the_overlap_names_the_pairs() -> None:
@@ -92,7 +92,7 @@ def test_the_overlap_names_the_pairs() -> None:
         conversation("e1", "hello", f"so: {questions['q1']}."),
         conversation("e2", questions["q2"], "c", "a", "b"),
     ]
-    overlap = find_overlap({"exam": questions}, examples)
+    overlap = find_overlap({"exam": questions}, {}, examples)
     assert overlap.slices["exam"].found == 2
     assert [(pair.question, pair.example) for pair in overlap.pairs] == [("q1", "e1"), ("q2", "e2")]
     assert overlap.examples == 3

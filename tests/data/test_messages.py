@@ -386,5 +386,5 @@ def test_messages_without_a_loss_are_checked_and_searched(tmp_path: Path) -> Non
     dataset = staged(path, tmp_path / "staged")
     clean = clean_rows([question], dataset, lambda: None)
     assert np.flatnonzero(~clean).tolist() == [20, 21]
-    overlap = find_overlap({"exam": {"q": question}}, [of(rows[20])])
+    overlap = find_overlap({"exam": {"q": question}}, {}, [of(rows[20])])
     assert overlap.slices["exam"].found == 1

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -471,6 +472,12 @@ def test_files_of_a_folder_are_read_by_pattern(tmp_path: Path) -> None:
     )
 
 
+def hub_source(given: Mapping[str, Any] | None = None) -> Source:
+    """The section of a dataset on the Hub; `given` may hold its README too."""
+    keys = {key: value for key, value in (given or {}).items() if key != "readme"}
+    return Source(dataset="hf://org/set", **keys)
+
+
 README_HEAD = """---
 configs:
 - config_name: small
@@ -512,9 +519,8 @@ README_IN = "---\nconfigs:\n- config_name: only\n  data_dir: ./in/\n---\n"
 def test_the_layout_of_a_hub_dataset_says_which_files_a_split_is(
     paths: list[str], wanted: dict[str, str], chosen: list[str]
 ) -> None:
-    given = {"split": "train"} | wanted
-    readme = given.pop("readme", "").encode()
-    assert choose_files(paths, where="hf://org/set", readme=readme, **given) == chosen  # type: ignore[arg-type]
+    readme = wanted.get("readme", "").encode()
+    assert choose_files(hub_source(wanted), paths, readme) == chosen
 
 
 TWICE = b"""---
@@ -551,9 +557,8 @@ TWO_CONFIGS = "---\nconfigs:\n- config_name: x\n- config_name: y\n---\n"
 def test_a_layout_that_does_not_fit_is_refused_with_the_way_out(
     wanted: dict[str, Any], message: str
 ) -> None:
-    given = {"split": "train"} | wanted
     with pytest.raises(UsageError, match=message):
-        choose_files(["a.jsonl", "notes.txt"], where="hf://org/set", **given)
+        choose_files(hub_source(wanted), ["a.jsonl", "notes.txt"], wanted.get("readme"))
 
 
 SCRIPT = ["set.py", "raw/rows.json"]
@@ -561,16 +566,16 @@ SCRIPT = ["set.py", "raw/rows.json"]
 
 def test_a_loading_script_is_not_taken_for_its_files() -> None:
     with pytest.raises(UsageError, match=r"a loading script \(set\.py\).*refs/convert/parquet"):
-        choose_files(SCRIPT, where="hf://org/set", split="train")
-    assert choose_files(SCRIPT, where="org/set", split="train", data_files=["raw/*"]) == SCRIPT[1:]
+        choose_files(hub_source(), SCRIPT)
+    assert choose_files(hub_source({"data_files": ["raw/*"]}), SCRIPT) == SCRIPT[1:]
 
 
 def test_a_folder_without_rows_says_so() -> None:
     with pytest.raises(UsageError, match=r"org/set has no file in a format that can be read"):
-        choose_files(["notes.txt", "config.json"], where="hf://org/set", split="train")
+        choose_files(hub_source(), ["notes.txt", "config.json"])
 
 
 def test_a_split_that_cannot_be_named_says_so() -> None:
     path = "data/my-own-00000-of-00001.jsonl"
     with pytest.raises(UsageError, match=r"names of the files cannot be used: Split name should"):
-        choose_files([path], where="hf://org/set", split="train")
+        choose_files(hub_source(), [path])

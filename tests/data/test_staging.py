@@ -39,7 +39,7 @@ def write(path: Path, content: list[dict[str, Any]]) -> Path:
 def small_shards() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(staging, "SHARD_ROWS", 1000)
-        patch.setattr("job.data.json_reader.MAX_ROWS", 250)
+        patch.setattr("job.data.readers.MAX_ROWS", 250)
         yield
 
 

@@ -15,7 +15,6 @@ from sacrebleu.metrics.chrf import CHRF
 
 from job.evals.metrics import (
     ROUGE_METRICS,
-    compare_choices,
     group_scores,
     overlap_scores,
     phrase_pattern,
@@ -23,10 +22,11 @@ from job.evals.metrics import (
     summarize_choices,
     summarize_style,
 )
-from job.evals.paired import decide_findings
-from job.evals.predictions import ChoiceLine, DialogueLine, choice_line
+from job.evals.paired import compare_proportions, decide_findings
+from job.evals.predictions import ChoiceLine, DialogueLine, choice_line, scores_by_id
 from job.evals.questions import Question
 from job.evals.statistics import mcnemar, wilson
+from job.scores import Comparison
 from job.spec.schema import MultipleChoiceEval
 
 MISSING = "!"
@@ -44,6 +44,13 @@ def lines(choices: str, golds: str | None = None, start: int = 0) -> list[Choice
         else:
             made.append(choice_line(question, None if choice == "-" else choice, answer=choice))
     return made
+
+
+def compare_choices(
+    models: tuple[str, str], before: list[ChoiceLine], after: list[ChoiceLine]
+) -> Comparison | None:
+    """Compare two models on the questions both answered."""
+    return compare_proportions(models, scores_by_id(before), scores_by_id(after), "primary")
 
 
 @pytest.mark.parametrize(

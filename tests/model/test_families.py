@@ -28,7 +28,7 @@ from job.spec.schema import Lora, Model, Train
 from job.train.optimizer import make_optimizer
 from job.train.state import TrainState
 from job.train.step import StepConfig, make_train_step, padded_loss_count, shard_input
-from tests.conversations import token_example
+from tests.conversations import most_losses, token_example
 from tests.model.forward import full_logits
 from tests.peers import run_peer
 
@@ -79,9 +79,7 @@ def train(model: LanguageModel) -> TrainState:
     step = make_train_step(model, optimizer, StepConfig(ForwardConfig(packed=False, remat="none")))
     variables = tuple(model.replicate([v.value for v in optimizer.variables]))
     state = TrainState(model.replicate(start), variables)
-    batch = shard_input(
-        model, rows.batch, 1, padded_loss_count(int(rows.batch.count_loss_tokens(1).max()))
-    )
+    batch = shard_input(model, rows.batch, 1, padded_loss_count(most_losses(rows.batch, 1)))
     # Compiled in a hurry: three steps need no fast code.
     quick = step.lower(state, model.weights, batch).compile({"xla_backend_optimization_level": 0})
     for _ in range(3):

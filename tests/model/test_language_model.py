@@ -65,8 +65,9 @@ def test_hidden_states_and_logits_equal_kerashubs(tiny: LanguageModel) -> None:
 
 
 def test_batched_generation_gives_kerashubs_text(tiny: LanguageModel) -> None:
-    prompts, _ = Engine(tiny, 4, 512).encode([turns(p) for p in PROMPTS])
-    together = Engine(tiny, 4, 512).generate(tiny.weights, prompts, 12, "test")
+    engine = Engine(tiny, 4, 512)
+    prompts, _ = engine.encode([turns(p) for p in PROMPTS])
+    together = engine.generate(tiny.weights, prompts, 12, "test")
     room = max(map(len, prompts)) + 12  # for all prompts, so that one program serves all
     for tokens, answer in zip(prompts, together, strict=True):
         alone = tiny.task.generate(
@@ -79,7 +80,8 @@ def test_batched_generation_gives_kerashubs_text(tiny: LanguageModel) -> None:
         )
         new = np.asarray(alone["token_ids"])[0, len(tokens) : len(tokens) + 12].tolist()
         stops = [i for i, token in enumerate(new) if token in tiny.tokenizer.stop_ids]
-        assert answer.answer == tiny.tokenizer.decode(new[: stops[0]] if stops else new).strip()
+        text = tiny.tokenizer.decode(new[: stops[0]] if stops else new).strip()
+        assert engine.reply(answer, tokens).answer == text
 
 
 def test_letter_scores_do_not_depend_on_the_batch(tiny: LanguageModel) -> None:

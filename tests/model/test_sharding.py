@@ -15,6 +15,7 @@ from job.spec.schema import Train
 from job.train.optimizer import make_optimizer
 from job.train.step import StepConfig, make_train_step, padded_loss_count, shard_input
 from tests.conftest import MakeModel
+from tests.conversations import most_losses
 from tests.train.small import (
     TWO_MATRICES,
     make_state,
@@ -94,7 +95,7 @@ def test_a_step_over_split_weights_equals_one_on_one_device() -> None:
         train = Train(optimizer="sgd", learning_rate=0.1, schedule="constant", warmup_ratio=0)
         optimizer, _ = make_optimizer(train, 1, lora)
         function = make_train_step(model, optimizer, StepConfig(ForwardConfig(packed=True)))
-        losses = padded_loss_count(int(batch.count_loss_tokens(model.devices).max()))
+        losses = padded_loss_count(most_losses(batch, model.devices))
         inputs = shard_input(model, batch, 1, losses)
         state, metrics = function(make_state(model, optimizer, lora), model.weights, inputs)
         return float(metrics.loss), [np.asarray(a) for pair in state.lora for a in pair]

@@ -209,8 +209,9 @@ def test_logits_are_those_of_transformers(comparison: Comparison) -> None:
 
 def test_greedy_answers_are_those_of_transformers(comparison: Comparison) -> None:
     model = comparison.model
-    answers = Engine(model, 10, 2048).generate(model.weights, comparison.chats, NEW_TOKENS, "chats")
-    for number, answer in enumerate(answers):
+    engine = Engine(model, 10, 2048)
+    rows = engine.generate(model.weights, comparison.chats, NEW_TOKENS, "chats")
+    for number, answer in enumerate(map(engine.reply, rows, comparison.chats)):
         tokens = comparison.theirs[f"base answer {number}"].tolist()
         end = next((i for i, t in enumerate(tokens) if t in model.tokenizer.stop_ids), None)
         assert answer.answer == model.tokenizer.decode(tokens[:end]).strip()

@@ -9,12 +9,14 @@ import pytest
 
 from job.errors import RunStoppedError
 from job.evals.api_client import API_KEY_VARIABLE
-from job.evals.metrics import compare_dialogues, score_choices, score_dialogues
+from job.evals.metrics import score_choices, score_dialogues
 from job.evals.overlap import overlap_scores
-from job.evals.predictions import ChoiceLine, DialogueLine, Line, SideLine
+from job.evals.paired import compare_means
+from job.evals.predictions import ChoiceLine, DialogueLine, Line, SideLine, scores_by_id
 from job.evals.statistics import Bootstrap
 from job.pipeline import layout
 from job.pipeline.stages import has_more_to_do
+from job.scores import MeanComparison
 from job.storage.base import Store
 from job.storage.local import LocalStore
 from job.storage.locations import open_store
@@ -272,7 +274,9 @@ def test_dialogues_have_the_limit_of_the_other_models(
     assert (limits.count(48), limits.count(1024)) == (DIALOGUES, ALL - DIALOGUES)
     failed = held_out[0].model_copy(update={"error": "HTTP 502", "rougeL": 0.0})
     answers = [failed, *held_out[1:]]
-    comparison = compare_dialogues(("a", "b"), held_out, answers, Bootstrap(100, 0))
+    before, after = scores_by_id(held_out), scores_by_id(answers)
+    comparison = compare_means(
+        MeanComparison, ("a", "b"), before, after, Bootstrap(100, 0), "primary"
+    )
     assert comparison is not None
     assert (comparison.examples, comparison.difference) == (DIALOGUES - 1, 0.0)
-    assert compare_dialogues(("a", "b"), held_out, [], Bootstrap(100, 0)) is None

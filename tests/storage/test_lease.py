@@ -12,7 +12,7 @@ import pytest
 
 from job.errors import RunStoppedError
 from job.storage.base import Store
-from job.storage.lease import LEASE_KEY, Lease, LeaseHeldError, LeaseRecord, hold_lease
+from job.storage.lease import LEASE_KEY, Lease, LeaseHeldError, LeaseRecord
 from job.storage.locations import open_store
 from tests.command import COMMAND, job
 
@@ -33,7 +33,7 @@ def take(store: Store, lost: list[str] | None = None) -> Lease:
 
 
 def test_a_second_writer_is_refused_and_told_who_is_at_work(store: Store) -> None:
-    with hold_lease(store, "the run r", lambda why: None):
+    with Lease(store, "the run r", lambda why: None):
         with pytest.raises(
             LeaseHeldError, match="the run r is in use by another process"
         ) as refused:

@@ -19,6 +19,7 @@ from job.spec.schema import Train
 from job.train.blockwise_step import BlockwiseStep, make_step
 from job.train.optimizer import make_optimizer
 from job.train.step import StepConfig, padded_loss_count, shard_input
+from tests.conversations import most_losses
 from tests.model.families import BY_FAMILY
 from tests.train.small import (
     ALL_LINEAR,
@@ -43,7 +44,7 @@ def run_step(
     assert isinstance(step, BlockwiseStep) == (mode == "blocks")
     state = make_state(model, optimizer, lora)
     batch = rows.batch.take(np.arange(8 * micro_batches) % len(rows.batch))
-    losses = padded_loss_count(int(batch.count_loss_tokens(micro_batches * model.devices).max()))
+    losses = padded_loss_count(most_losses(batch, micro_batches * model.devices))
     first = rows.batch.take(np.arange(8) % len(rows.batch))
     sums = validate(state.lora, model.weights, shard_input(model, first, 1, losses))
     inputs = shard_input(model, batch, micro_batches, losses)
@@ -169,7 +170,7 @@ def planned(small: LanguageModel) -> Planned:
     optimizer, _ = make_optimizer(Train(), 1, perturbed_lora(small))
     config = StepConfig(ForwardConfig(packed=True, longest=14), dropout=0.5)
     step, validate = make_step(small, optimizer, config, "blocks")
-    losses = padded_loss_count(int(rows.batch.count_loss_tokens(1).max()))
+    losses = padded_loss_count(most_losses(rows.batch, 1))
     batch = shard_input(small, rows.batch, 1, losses)
     state = make_state(small, optimizer, perturbed_lora(small))
     with compilations() as names:

@@ -21,7 +21,6 @@ from job.train.checkpoint import (
     TrainProgress,
     Validation,
     load_checkpoint,
-    save_checkpoint,
 )
 from job.train.optimizer import make_optimizer
 from job.train.state import StateNames, TrainState
@@ -42,8 +41,9 @@ def checkpoint_of(step: int) -> Checkpoint:
 
 def saved(folder: Path, *steps: int) -> LocalStore:
     store = LocalStore(folder)
-    for step in steps:
-        save_checkpoint(checkpoints_in(store), checkpoint_of(step))
+    with CheckpointWriter(checkpoints_in(store)) as writer:
+        for step in steps:
+            writer.save(checkpoint_of(step), {})
     return store
 
 

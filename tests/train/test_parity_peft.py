@@ -23,7 +23,7 @@ from job.train.optimizer import make_optimizer
 from job.train.state import TrainState
 from job.train.step import StepConfig, make_train_step, padded_loss_count, shard_input
 from tests.conftest import MakeModel
-from tests.conversations import token_example
+from tests.conversations import most_losses, token_example
 from tests.peers import run_peer
 
 pytestmark = pytest.mark.slow
@@ -101,9 +101,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> Si
     variables = tuple(model.replicate([v.value for v in optimizer.variables]))
     # The step donates the memory of its state.
     state = TrainState(jax.tree.map(jnp.array, model.replicate(start)), variables)
-    batch = shard_input(
-        model, rows.batch, 1, padded_loss_count(int(rows.batch.count_loss_tokens(1).max()))
-    )
+    batch = shard_input(model, rows.batch, 1, padded_loss_count(most_losses(rows.batch, 1)))
     losses, first = [], None
     for _ in range(STEPS):
         state, metrics = step(state, model.weights, batch)

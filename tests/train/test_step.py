@@ -25,6 +25,7 @@ from job.train.step import (
     padded_loss_count,
     shard_input,
 )
+from tests.conversations import most_losses
 from tests.train.small import (
     TWO_MATRICES,
     make_state,
@@ -97,9 +98,7 @@ def loss_and_gradients(
 ) -> tuple[float, list[jax.Array]]:
     """Summed loss and gradients by plain differentiation of the validation step."""
     function = make_validation(model, ForwardConfig(packed, longest=rows.longest))
-    batch = shard_input(
-        model, rows.batch, 1, padded_loss_count(int(rows.batch.count_loss_tokens(1).max()))
-    )
+    batch = shard_input(model, rows.batch, 1, padded_loss_count(most_losses(rows.batch, 1)))
 
     def loss(lora: LoraWeights) -> jax.Array:
         return function(lora, model.weights, batch).loss
@@ -133,9 +132,7 @@ def step_of(model: LanguageModel, micro_batches: int = 1, **config: Any) -> RunS
     optimizer, _ = make_optimizer(train, 1, lora)
     forward = ForwardConfig(packed=True, remat=config.pop("remat", "matmuls"))
     step = make_train_step(model, optimizer, StepConfig(forward, **config))
-    losses = padded_loss_count(
-        int(rows.batch.count_loss_tokens(micro_batches * model.devices).max())
-    )
+    losses = padded_loss_count(most_losses(rows.batch, micro_batches * model.devices))
     batch = shard_input(model, rows.batch, micro_batches, losses)
 
     def run() -> tuple[Values, StepMetrics]:
