@@ -129,6 +129,21 @@ def test_a_spec_with_local_files_is_refused() -> None:
         kubernetes_manifest(load_spec("smoke"), parse_machine("cpu"), Names())
 
 
+def test_the_queue_of_infra_admits_its_machine() -> None:
+    path = Path(__file__).parents[2] / "infra" / "queue.yaml"
+    flavor, queue, local = yaml.safe_load_all(path.read_text())
+    _, workload = manifest("chatdoctor-gemma3-1b", "v5e-8", Names(queue=local["metadata"]["name"]))
+    pod = workload["spec"]["template"]["spec"]
+    assert flavor["spec"]["nodeLabels"] == pod["nodeSelector"]
+    (group,) = queue["spec"]["resourceGroups"]
+    (container,) = pod["containers"]
+    asked = {*container["resources"]["requests"], *container["resources"]["limits"]}
+    assert asked == {*group["coveredResources"]}
+    assert asked == {resource["name"] for resource in group["flavors"][0]["resources"]}
+    assert group["flavors"][0]["name"] == flavor["metadata"]["name"]
+    assert local["spec"]["clusterQueue"] == queue["metadata"]["name"]
+
+
 SHORT = (
     "train.epochs=2", "train.checkpoint_every=2", "evals.dialogue=null", "train.log_every=1",
     "evals.multiple_choice=[]", "evals.side_by_side.examples=0", "reference=null",
