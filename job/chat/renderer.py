@@ -223,7 +223,8 @@ class ChatRenderer:
                 **self._variables,
             )
         except Exception as error:  # a template may fail in any way that Python can
-            raise UnrenderableError(f"the chat template says: {error}") from error
+            reason = str(error) or type(error).__name__
+            raise UnrenderableError(f"the chat template says: {reason}") from error
 
     def _clean(self, value: Any, *, of_reply: bool = False) -> Any:
         """Return a JSON value whose texts have no control token."""
