@@ -183,7 +183,7 @@ def manifest(
     ] = None,
     spot: Annotated[bool, typer.Option("--spot", help="Run on Spot nodes.")] = False,
     max_seconds: Annotated[
-        int, typer.Option(min=60, metavar="S", help="Maximum run time.")
+        int, typer.Option(min=60, metavar="S", help="Maximum run time, without the queue.")
     ] = 14_400,
 ) -> None:
     """Print a Kubernetes Job, or a JobSet for a slice, that runs a spec on GKE."""

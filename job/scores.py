@@ -61,7 +61,7 @@ class PairedTest(Record):
     a: str
     b: str
     family: Literal["primary", "retention", "judge", "secondary"] = "primary"
-    """The first two decide the verdict: tasks, baseline compared with fine-tuned."""
+    """The first two compare baseline and fine-tuned, and decide the verdict."""
     difference: float
     """`b` minus `a`: positive where `b` is higher."""
     ci95: Interval

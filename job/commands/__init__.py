@@ -1,4 +1,4 @@
-"""Commands other than `job run`: plan, generate, export, fetch and compare.
+"""Commands other than `job run`: plan, manifest, generate, export, fetch and compare.
 
 A command takes checked arguments, reads a spec or a finished run, and prints or writes its result.
 Computation is in the rooms below.

@@ -116,9 +116,10 @@ def paired_tests(record: Record) -> list[Test]:
 def decide_findings[R: Record](record: R) -> R:
     """Return a record whose tests have their finding, corrected for all tests of their family.
 
-    The primary family, the tasks' comparisons of baseline and tuned model, is declared by the
-    spec: whether tuning helped does not depend on what else is measured. Each family has the 5%
-    level. The minimum detectable effect is that of the level all its tests have at least.
+    The primary family compares baseline and tuned model on target tasks and on the likeness and
+    the loss of held-out answers: whether tuning helped does not depend on what else is measured.
+    Each family has the 5% level. The minimum detectable effect is that of the level all its tests
+    have at least.
     """
     tests = paired_tests(record)
     corrected: dict[str, list[float]] = {}

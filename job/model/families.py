@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 class Family(NamedTuple):
     """The feed-forward half of a block that computes `h + last(...first(h))` after its attention.
 
-    Each block sees only hidden states and a mask.
+    The blocks of a listed family see only hidden states and a mask.
     """
 
     first: str

@@ -69,9 +69,9 @@ def check_local_inputs(spec: Spec) -> None:
         if source.data_files is not None:
             if not Path(source.dataset).is_dir():
                 raise UsageError(f"{where}.dataset: there is no folder {source.dataset!r}")
-        elif not Path(source.dataset).is_file():
+        elif not Path(source.dataset).exists():
             raise UsageError(
-                f"{where}.dataset: there is no file {source.dataset!r}; "
+                f"{where}.dataset: there is no file or folder {source.dataset!r}; "
                 "for a dataset on the Hub write hf://owner/name"
             )
 

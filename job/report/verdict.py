@@ -56,7 +56,7 @@ class Measure(NamedTuple):
 
 
 def decide(evaluation: Evaluation) -> Verdict:
-    """Return the verdict of a run: from the multiple-choice tasks and the held-out dialogues.
+    """Return the verdict of a run, from all tasks and held-out dialogues; a judge only comments.
 
     That the loss on held-out responses fell is said apart: it shows that the model learned the
     data, not that its answers are better. It decides where nothing else was measured.

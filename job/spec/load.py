@@ -290,6 +290,13 @@ def _local_parts(spec: Spec) -> Iterator[tuple[str, str]]:
                 f"{source.dataset!r} is a local file; copy it to a bucket "
                 "(gcloud storage cp) and write gs://bucket/path",
             )
+    for number, entry in enumerate(spec.evals.harness):
+        if entry.include is not None:
+            yield (
+                f"evals.harness.{number}.include",
+                f"{entry.include!r} is a local folder; build it into the image, or name a task of "
+                "lm-evaluation-harness",
+            )
     for number, task in enumerate(spec.evals.tasks):
         if task.function is not None:
             yield (

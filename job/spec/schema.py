@@ -114,7 +114,7 @@ class Train(Section):
     pack_length: Annotated[int, Field(ge=8, strict=True)] | None = None
     """Tokens of a packed row; unset: 1,024, or max_length if that is more."""
     loss_on: Literal["response", "all"] = "response"
-    """Tokens with a loss: the response only, or the prompt too."""
+    """Tokens with a loss: assistant messages only, or every token."""
     optimizer: Literal["adamw", "sgd", "lion"] = "adamw"
     """The Keras optimizer."""
     learning_rate: Annotated[Number, Field(ge=0)] = 2e-4
@@ -122,7 +122,7 @@ class Train(Section):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after warmup; linear and cosine decay to 0."""
     warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] = 0.03
-    """Fraction of the steps over which the learning rate rises from 0."""
+    """Fraction of the steps over which the learning rate rises to its peak."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     """Decoupled weight decay; not for sgd."""
     clip_norm: Annotated[Number, Field(gt=0)] | None = 1.0

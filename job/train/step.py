@@ -28,12 +28,13 @@ Arrays = dict[str, jax.Array]
 
 
 class StepMetrics(NamedTuple):
-    """Metrics of one step: scalars, sums over its loss tokens."""
+    """Metrics of one step; `loss`, `correct` and `tokens` are sums over its loss tokens."""
 
     loss: jax.Array
     correct: jax.Array
     tokens: jax.Array
     gradient_norm: jax.Array
+    """Norm of the mean gradient, before clipping."""
     stop: jax.Array
     """Above 0 if a process has been told to stop."""
 

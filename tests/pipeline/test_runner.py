@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from job.errors import UsageError
+from job.pipeline.preflight import check_local_inputs
 from job.pipeline.run import StageRecord
 from job.pipeline.runner import run_job
 from job.pipeline.stages import NAMES, STAGES, dependents, stage_digests
@@ -283,6 +284,10 @@ def test_an_unknown_stage_to_stop_at_is_refused_with_the_known_ones(
     until: str, tmp_path: Path
 ) -> None:
     refuse(tmp_path, "no such stage; write one of preflight, data, baseline, train", until=until)
+
+
+def test_a_folder_needs_no_list_of_files(tmp_path: Path) -> None:
+    check_local_inputs(spec_with(f"data.dataset={tmp_path}"))
 
 
 @pytest.mark.parametrize("where", ["data", "evals.multiple_choice.0"])

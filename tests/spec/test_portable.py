@@ -22,6 +22,7 @@ def test_a_shipped_spec_with_a_bucket_is_portable() -> None:
         ("evals.multiple_choice.0.dataset=questions.jsonl", "evals.multiple_choice.0.dataset"),
         ("model.preset=./gemma", "model.preset"),
         ("train.init_adapter=runs/earlier", "train.init_adapter"),
+        ("evals.harness=[{name: own, task: own, include: ./tasks}]", "evals.harness.0.include"),
     ],
 )
 def test_local_files_and_folders_are_refused_by_path(override: str, path: str) -> None:
