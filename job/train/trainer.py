@@ -30,11 +30,9 @@ from job.train.blockwise_step import make_step
 from job.train.checkpoint import (
     CHECKPOINTS,
     Checkpoint,
-    CheckpointFolder,
-    CheckpointWriter,
+    Checkpoints,
     TrainProgress,
     Validation,
-    load_checkpoint,
 )
 from job.train.metrics import HISTORY, History, model_flops_utilization
 from job.train.optimizer import make_optimizer
@@ -105,9 +103,7 @@ class Trainer:
         self._data = data
         self._config = config
         self._store = store
-        self._checkpoints = CheckpointFolder(
-            store, config.folder + CHECKPOINTS, config.inputs_digest
-        )
+        self._checkpoints = Checkpoints(store, config.folder + CHECKPOINTS, config.inputs_digest)
         self._stop = stop
         train, rows = config.train, data.rows
         lengths = tuple(rows.lengths.tolist()) if len(rows.buckets) > 1 else ()
@@ -164,10 +160,10 @@ class Trainer:
         if progress.validation_before is None:
             progress.validation_before = self._validate()
         with (
-            CheckpointWriter(self._checkpoints) as writer,
+            self._checkpoints,
             show_progress("training", self.schedule.steps, progress.step) as advance,
         ):
-            self._loop(writer, advance)
+            self._loop(advance)
         if progress.validation is None or progress.validation.step != progress.step:
             self._validate()
         lora, validation = self._best_lora, progress.best
@@ -179,7 +175,7 @@ class Trainer:
     def _resume(self) -> None:
         """Restore the newest checkpoint, or go back to the start if there is none."""
         self._reset()
-        checkpoint = load_checkpoint(self._checkpoints, self._stop.processes)
+        checkpoint = self._checkpoints.load(self._stop.processes)
         if checkpoint is None:
             return
         best = self._config.train.keep == "best"
@@ -191,7 +187,7 @@ class Trainer:
         self._history = History(self._store.read(self._config.folder + HISTORY) or b"", step)
         logs.get().info("resumed from a checkpoint", step=step, of=self.schedule.steps)
 
-    def _loop(self, writer: CheckpointWriter, advance: Advance) -> None:
+    def _loop(self, advance: Advance) -> None:
         config, progress, processes = self._config.train, self._progress, self._stop.processes
         in_flight: _StepInFlight | None = None
         checkpoint_due = False
@@ -208,7 +204,7 @@ class Trainer:
             checkpoint_due |= progress.step % config.checkpoint_every == 0
             # One process does not wait for slow storage: it saves once the last checkpoint is
             # written. Several do wait, because all must save at the same step.
-            writable = writer.idle or processes.count > 1
+            writable = self._checkpoints.idle or processes.count > 1
             save = stop or progress.step == self.schedule.steps or (checkpoint_due and writable)
             validate = config.validate_every and progress.step % config.validate_every == 0
             if save or validate:
@@ -223,10 +219,10 @@ class Trainer:
                 best = self._best_lora if config.keep == "best" else None
                 arrays = jax.device_get(self._names.to_arrays(self._state, best))
                 # The history may be ahead of the checkpoint; resuming drops the lines beyond it.
-                writer.save(Checkpoint(progress, arrays), self._files())
+                self._checkpoints.save(Checkpoint(progress, arrays), self._files())
                 checkpoint_due = False
             if stop:
-                writer.wait()
+                self._checkpoints.wait()
                 self._stop.check()
 
     def _files(self) -> dict[str, bytes]:
