@@ -85,14 +85,11 @@ class Batch:
             "targets": np.zeros((groups, width), np.int32),
             "weights": np.zeros((groups, width), np.float32),
         }
-        parts = zip(
-            self.token_ids.reshape(groups, -1), self.loss_mask.reshape(groups, -1), strict=True
-        )
-        for group, (token_ids, loss_mask) in enumerate(parts):
-            (places,) = np.nonzero(loss_mask)
-            flat["positions"][group, : len(places)] = places - 1
-            flat["targets"][group, : len(places)] = token_ids[places]
-            flat["weights"][group, : len(places)] = 1.0
+        rows, places = np.nonzero(self.loss_mask.reshape(groups, -1))
+        at = rows, np.arange(len(rows)) - np.searchsorted(rows, rows)
+        flat["positions"][at] = places - 1
+        flat["targets"][at] = self.token_ids[self.loss_mask]
+        flat["weights"][at] = 1.0
         return flat
 
 

@@ -177,8 +177,8 @@ def _fill_rows(
     following = np.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
     is_end = (segment_ids > 0) & (segment_ids != following)
     devices, places = np.nonzero(is_end.reshape(ends_shape[0], -1))
-    columns = np.arange(len(devices)) - np.searchsorted(devices, devices)
+    end_indices = devices, np.arange(len(devices)) - np.searchsorted(devices, devices)
     ends = np.zeros(ends_shape, np.int32)
-    ends[devices, columns] = places
+    ends[end_indices] = places
     indices = [index for row in bins for index in row]
-    return PackedPrompts(indices, tokens, segment_ids, ends, (devices, columns))
+    return PackedPrompts(indices, tokens, segment_ids, ends, end_indices)
