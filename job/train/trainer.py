@@ -8,7 +8,6 @@ import gc
 import math
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -77,14 +76,6 @@ class TrainResult:
     mfu: float | None
     files: dict[str, bytes]
     """History and TensorBoard events, by key."""
-
-
-class _StepInFlight(NamedTuple):
-    """A step that was dispatched and whose metrics are not read yet."""
-
-    step: int
-    batch: Batch
-    metrics: StepMetrics
 
 
 class Trainer:
@@ -189,15 +180,15 @@ class Trainer:
 
     def _loop(self, advance: Advance) -> None:
         config, progress, processes = self._config.train, self._progress, self._stop.processes
-        in_flight: _StepInFlight | None = None
+        in_flight: tuple[int, Batch, StepMetrics] | None = None  # its metrics are not read yet
         checkpoint_due = False
         clock, compile_clock = time.monotonic(), COMPILE_CLOCK.seconds
         while progress.step < self.schedule.steps and not progress.stopped_early:
             batch, arrays = self.batches.load(progress.step, stop=self._stop.requested)
             self._state, metrics = self.train_step(self._state, self._model.weights, arrays)
             # The previous step's metrics are read while this step runs.
-            stop = in_flight is not None and self._record(in_flight, advance)
-            in_flight = _StepInFlight(progress.step, batch, metrics)
+            stop = in_flight is not None and self._record(*in_flight, advance)
+            in_flight = progress.step, batch, metrics
             progress.step += 1
             if processes.count == 1:
                 stop = self._stop.requested
@@ -208,7 +199,7 @@ class Trainer:
             save = stop or progress.step == self.schedule.steps or (checkpoint_due and writable)
             validate = config.validate_every and progress.step % config.validate_every == 0
             if save or validate:
-                self._record(in_flight, advance)
+                self._record(*in_flight, advance)
                 in_flight = None
             progress.seconds += time.monotonic() - clock
             progress.compile_seconds += COMPILE_CLOCK.seconds - compile_clock
@@ -230,12 +221,11 @@ class Trainer:
         files = self._history.files()
         return {self._config.folder + name: content for name, content in files.items()}
 
-    def _record(self, in_flight: _StepInFlight, advance: Advance) -> bool:
+    def _record(self, step: int, batch: Batch, metrics: StepMetrics, advance: Advance) -> bool:
         """Add a step's metrics to the progress and, if due, to the history and the log.
 
         Returns whether a process has been told to stop.
         """
-        step, batch, metrics = in_flight
         loss, correct, tokens, norm, stop = (float(value) for value in jax.device_get(metrics))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._raise_not_finite(step, loss / tokens, norm)
