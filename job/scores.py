@@ -238,22 +238,22 @@ class TextTaskResult(HarnessResult):
 
 
 class ReferenceTokens(Record):
-    prompt: int
-    completion: int
+    prompt: int = 0
+    completion: int = 0
     """Tokens of the answers, reasoning included."""
     reasoning: int = 0
 
 
 class ReferenceResult(Record):
     model: str | None
-    provider: list[str]
+    provider: list[str] = []
     local: Literal[False] = False
-    requests: int
-    failed: int
+    requests: int = 0
+    failed: int = 0
     lost: int = 0
     """Requests whose reply was lost; they may be billed on top of `cost_usd`."""
-    tokens: ReferenceTokens
-    cost_usd: float
+    tokens: ReferenceTokens = ReferenceTokens()
+    cost_usd: float = 0.0
     status: Literal["complete", "partial", "failed", "skipped"]
     reason: str | None
     """The reason why it is not complete."""

@@ -67,19 +67,14 @@ class FastTokenizer:
             **read_json(folder / "tokenizer_config.json"),
         }
         listed = config.get("additional_special_tokens") or config.get("extra_special_tokens")
-        texts = [_content(config.get(name)) for name in config if name.endswith("_token")]
-        texts += [_content(token) for token in listed] if isinstance(listed, list) else []
-        known = [t for t in texts if t and self._tokenizer.token_to_id(t) is not None]
+        names = dict.fromkeys((*_NAMES, *(key for key in config if key.endswith("_token"))))
+        texts = [_content(token) for token in map(config.get, names)]
+        more = [_content(token) for token in listed] if isinstance(listed, list) else []
+        known = [t for t in (*texts, *more) if t and self._tokenizer.token_to_id(t) is not None]
         self._tokenizer.add_special_tokens(known)  # as transformers does
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: index for index, token in added.items() if token.special}
-        named: dict[str, str] = {}
-        for name in dict.fromkeys((*_NAMES, *(key for key in config if key.endswith("_token")))):
-            text = _content(config.get(name))
-            index = None if text is None else self._tokenizer.token_to_id(text)
-            if text is not None and index is not None:
-                named[name] = text
-                special[text] = index
+        named = {name: text for name, text in zip(names, texts, strict=True) if text in known}
         self.named: Mapping[str, str] = named
         self.special_ids: Mapping[str, int] = special
         self.added_ids: Mapping[str, int] = {t.content: i for i, t in added.items()} | special

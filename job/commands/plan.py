@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from job.chat.templates import planned_template
 from job.errors import JobError, UsageError
 from job.machine.accelerators import Machine, machine_sizes, parse_machine
-from job.pipeline.stages import STAGES, stage_digests
-from job.pipeline.status import earlier_preflight, read_stage_records, stale_stages
+from job.pipeline.stages import STAGES
+from job.pipeline.status import read_run_status
 from job.plan.estimate import plan_machine
 from job.plan.model_shape import Config, find_config, model_shape
 from job.plan.plan import MachinePlan, ModelPlan, Plan, Program, StagePlan, default_machine
@@ -83,16 +83,14 @@ def _progress(spec: Spec, store: Store) -> tuple[list[str], DataInfo | None, tup
     A plan needs no credentials: a bucket that cannot be read counts as empty, with an assumption.
     """
     try:
-        records = read_stage_records(store)
-        revisions = earlier_preflight(records).revisions
-        stale = stale_stages(spec, store, records, stage_digests(spec, revisions))
+        status = read_run_status(spec, store)
     except JobError as error:
         return [stage.name for stage in STAGES], None, (f"nothing is done yet ({error})",)
     data = None
-    if "data" not in stale:
+    if "data" not in status.stale:
         with contextlib.suppress(ValidationError):
-            data = DataInfo.model_validate(records["data"].outcome)
-    return stale, data, ()
+            data = DataInfo.model_validate(status.records["data"].outcome)
+    return status.stale, data, ()
 
 
 def _prepare_to_compile(machines: Sequence[Machine], sizes: bool) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import regex
 import xxhash
 
-from job.chat.conversation import Conversation, Message, Role
+from job.chat.conversation import Message, Role
 from job.data.row_blocks import Row
 from job.spec.data import Data, ExampleSource
 from job.spec.fields import fill_template, template_fields
@@ -53,7 +53,7 @@ class Example:
     @property
     def prompt(self) -> str:
         """The last message of the user."""
-        return last_prompt(self.messages)
+        return next(m.content for m in reversed(self.messages) if m.role == "user")
 
     @property
     def response(self) -> str:
@@ -89,11 +89,6 @@ class Example:
 
 class RowDroppedError(Exception):
     """A row that cannot be used; the message is the reason it is counted under."""
-
-
-def last_prompt(messages: Conversation) -> str:
-    """Return the last message of the user."""
-    return next(message.content for message in reversed(messages) if message.role == "user")
 
 
 def opening(system: str | None) -> bytes:

@@ -74,52 +74,60 @@ _CONTEXT_BYTES = 60
 
 _ANY = "|".join(PATTERNS.values())
 
-Flags = dict[str, np.ndarray]
-"""The examples that each pattern matches, bool `[examples]`, by its name."""
+Masks = dict[str, np.ndarray]
+"""Which examples something applies to, bool `[examples]`, by its name."""
 
 
 @dataclass(frozen=True)
-class TextStats:
-    """Texts of examples and their lengths."""
+class CheckedExamples:
+    """Examples with what their texts show."""
 
+    columns: ExampleColumns
     system: pa.DictionaryArray
     dialogues: pa.Array
     """The texts of all turns (`Example.text`)."""
     text_bytes: np.ndarray
     """Bytes of prompt and response together, int `[examples]`."""
-    short: np.ndarray
-    """True for examples that are too short, bool `[examples]`."""
-    long: np.ndarray
-    """True for examples that are too long, bool `[examples]`."""
+    lengths: Masks
+    """Those that are too short and too long."""
+    flags: Masks
+    """Those that each pattern matches."""
+    hashes: np.ndarray
+    """See `content_hashes`."""
 
 
-def text_stats(examples: ExampleColumns, checks: Checks) -> TextStats:
-    """Measure the texts of examples."""
+def check_examples(examples: ExampleColumns, checks: Checks) -> CheckedExamples:
+    """Measure examples, match the patterns, and hash what tells the examples apart.
+
+    Arrow matches the patterns, nearly all of that without the GIL.
+    """
     system = pc.fill_null(examples.batch["system"], "").dictionary_encode()
     dialogues = examples.dialogues()
     sides = examples.batch["prompt"], examples.batch["response"]
     short = np.minimum(*(pc.utf8_length(texts).to_numpy() for texts in sides))
     before = pc.utf8_length(system.dictionary).to_numpy() + len(SEPARATOR)
     characters = before[system.indices.to_numpy()] + pc.utf8_length(dialogues).to_numpy()
-    return TextStats(
+    flags = _matches(dialogues)
+    for name, matches in _matches(system.dictionary).items():
+        if matches.any():
+            flags[name] |= matches[system.indices.to_numpy()]
+    return CheckedExamples(
+        examples,
         system,
         dialogues,
         text_bytes=np.add(*(pc.binary_length(texts).to_numpy() for texts in sides)),
-        short=short < checks.min_characters,
-        long=characters > (checks.max_characters or np.inf),
+        lengths={
+            "too short": short < checks.min_characters,
+            "too long": characters > (checks.max_characters or np.inf),
+        },
+        flags=flags,
+        hashes=content_hashes(examples, system, dialogues),
     )
 
 
-def find_flags(stats: TextStats) -> Flags:
-    """Match the patterns; nearly all of this is done by Arrow, without the GIL."""
-    flags = _matches(stats.dialogues)
-    for name, matches in _matches(stats.system.dictionary).items():
-        if matches.any():
-            flags[name] |= matches[stats.system.indices.to_numpy()]
-    return flags
-
-
-def content_hashes(examples: ExampleColumns, stats: TextStats) -> np.ndarray:
+def content_hashes(
+    examples: ExampleColumns, system: pa.DictionaryArray, dialogues: pa.Array
+) -> np.ndarray:
     """Hash what tells examples apart.
 
     Returns:
@@ -127,9 +135,9 @@ def content_hashes(examples: ExampleColumns, stats: TextStats) -> np.ndarray:
         letters and digits; for the same letters and digits of the opening prompt; and for what
         the split keeps together, the latter or what the column `data.group` names.
     """
-    raw = stats.dialogues.cast(pa.binary()).to_pylist()
-    numbers = stats.system.indices.to_pylist()
-    openings = [opening(text) for text in stats.system.dictionary.to_pylist()]
+    raw = dialogues.cast(pa.binary()).to_pylist()
+    numbers = system.indices.to_pylist()
+    openings = [opening(text) for text in system.dictionary.to_pylist()]
     normal_openings = [normal_form(text) for text in openings]
     normal = [*map(normal_form, raw)]
     prompts = [text.partition(_SEPARATOR)[0] for text in normal]
@@ -150,13 +158,13 @@ def content_hashes(examples: ExampleColumns, stats: TextStats) -> np.ndarray:
     return np.frombuffer(all_hashes, np.uint64).reshape(4, len(raw))
 
 
-def excerpt(stats: TextStats, number: int, flag: str) -> str:
+def excerpt(checked: CheckedExamples, number: int, flag: str) -> str:
     """Return the text around a flag's match in one example, or the beginning of the example."""
-    text, at = stats.dialogues[number], 0
+    text, at = checked.dialogues[number], 0
     if flag in PATTERNS:
         at = pc.find_substring_regex(text, PATTERNS[flag]).as_py()
         if at < 0:
-            text = pa.scalar(stats.system[number].as_py())
+            text = pa.scalar(checked.system[number].as_py())
             at = pc.find_substring_regex(text, PATTERNS[flag]).as_py()
     begin = max(0, at - _CONTEXT_BYTES)
     part: str = text.as_py().encode()[begin : begin + 4 * _CONTEXT_BYTES].decode(errors="ignore")
@@ -167,7 +175,7 @@ def _mask(array: pa.Array) -> np.ndarray:
     return np.asarray(array.to_numpy(zero_copy_only=False), dtype=bool)
 
 
-def _matches(texts: pa.Array) -> Flags:
+def _matches(texts: pa.Array) -> Masks:
     suspects = np.flatnonzero(_mask(pc.match_substring_regex(texts, _ANY)))
     flags = {name: np.zeros(len(texts), bool) for name in PATTERNS}
     if len(suspects):
@@ -179,12 +187,13 @@ def _matches(texts: pa.Array) -> Flags:
 
 @dataclass(frozen=True)
 class FilterResult:
-    """The outcome of examples; arrays are bool `[examples]`."""
+    """The outcome of examples."""
 
     keep: np.ndarray
-    dropped: dict[str, np.ndarray]
+    """bool `[examples]`."""
+    dropped: Masks
     """The dropped examples by reason: for each the first that applies."""
-    flagged: Flags
+    flagged: Masks
     """The flags of kept examples, duplicates included."""
 
 
@@ -202,19 +211,11 @@ class RowFilter:
         self._hashes.add(hashes)
         self._groups.add(groups)
 
-    def apply(
-        self, stats: TextStats, flags: Flags, hashes: np.ndarray, groups: np.ndarray
-    ) -> FilterResult:
-        """Filter the next examples.
-
-        Args:
-            stats: their texts.
-            flags: their flags.
-            hashes: uint64 `[examples]`, of the content.
-            groups: uint64 `[examples]`, of its letters and digits.
-        """
+    def apply(self, checked: CheckedExamples) -> FilterResult:
+        """Filter the next examples."""
+        flags, hashes, groups = checked.flags, *checked.hashes[:2]
         keep = np.ones(len(hashes), bool)
-        dropped: dict[str, np.ndarray] = {}
+        dropped: Masks = {}
 
         def drop(reason: str, mask: np.ndarray) -> None:
             hit = mask & keep
@@ -222,8 +223,8 @@ class RowFilter:
                 dropped[reason] = hit
                 keep[hit] = False
 
-        drop("too short", stats.short)
-        drop("too long", stats.long)
+        for reason, mask in checked.lengths.items():
+            drop(reason, mask)
         for name in self._checks.drop:
             if name in flags:
                 drop(name.replace("_", " "), flags[name])

@@ -63,34 +63,29 @@ class _Text:
 def read_json(path: Path, name: str) -> Iterator[tuple[Row, int]]:
     """Yield the objects of an array, or objects that follow each other, with their lengths."""
     text = _Text(path, name)
-    in_array = text.skip_space() == "["
-    text.at += in_array
-    first = True
-    while _next_row(text, in_array=in_array, first=first):
-        first = False
+    if text.skip_space() == "[":
+        yield from _array(text)
+    while text.skip_space():
         yield _row(text)
 
 
-def _next_row(text: _Text, *, in_array: bool, first: bool) -> bool:
-    """Move to the next row; return False if there is none."""
+def _array(text: _Text) -> Iterator[tuple[Row, int]]:
+    """Yield the objects of the array that begins here."""
+    text.at += 1
     character = text.skip_space()
-    if not in_array:
-        return character != ""
-    if character == "," and not first:
-        text.at += 1
-        character = text.skip_space()
-        if character == "]":
-            raise UsageError(f"{text.place}: not valid JSON: nothing after the last ','")
-    elif character and character != "]" and not first:
-        raise UsageError(f"{text.place}: not valid JSON: expected ',' before the row")
+    while character not in ("", "]"):
+        yield _row(text)
+        if (character := text.skip_space()) == ",":
+            text.at += 1
+            if (character := text.skip_space()) == "]":
+                raise UsageError(f"{text.place}: not valid JSON: nothing after the last ','")
+        elif character not in ("", "]"):
+            raise UsageError(f"{text.place}: not valid JSON: expected ',' before the row")
     if not character:
         raise UsageError(f"{text.place}: not valid JSON: the array has no end")
-    if character != "]":
-        return True
     text.at += 1
     if text.skip_space():
         raise UsageError(f"{text.place}: not valid JSON: text after the end of the array")
-    return False
 
 
 def _row(text: _Text) -> tuple[Row, int]:

@@ -85,14 +85,11 @@ class Batch:
             "targets": np.zeros((groups, width), np.int32),
             "weights": np.zeros((groups, width), np.float32),
         }
-        parts = zip(
-            self.token_ids.reshape(groups, -1), self.loss_mask.reshape(groups, -1), strict=True
-        )
-        for group, (token_ids, loss_mask) in enumerate(parts):
-            (places,) = np.nonzero(loss_mask)
-            flat["positions"][group, : len(places)] = places - 1
-            flat["targets"][group, : len(places)] = token_ids[places]
-            flat["weights"][group, : len(places)] = 1.0
+        rows, places = np.nonzero(self.loss_mask.reshape(groups, -1))
+        at = rows, np.arange(len(rows)) - np.searchsorted(rows, rows)
+        flat["positions"][at] = places - 1
+        flat["targets"][at] = self.token_ids[self.loss_mask]
+        flat["weights"][at] = 1.0
         return flat
 
 
@@ -190,6 +187,26 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def lay_out(
+    items: Sequence[Sequence[int]], bins: Sequence[Sequence[int]], shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lay out the tokens of items in rows; `bins` holds the indices of each row's items.
+
+    Returns:
+        The tokens, and the number of each token's item in its row, from 1; 0 is padding. Both are
+        int32 `[rows, length]`.
+    """
+    tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for row, indices in enumerate(bins):
+        at = 0
+        for segment, index in enumerate(indices, 1):
+            end = at + len(items[index])
+            tokens[row, at:end] = items[index]
+            segment_ids[row, at:end] = segment
+            at = end
+    return tokens, segment_ids
+
+
 def length_buckets(lengths: Sequence[int], longest: int, count: int) -> list[int]:
     """Return at most `count` buckets with about as many examples each; the last is `longest`."""
     quantiles = np.quantile(lengths, np.arange(1, count) / count) if count > 1 else np.zeros(0)
@@ -216,17 +233,12 @@ def make_rows(
         bins = best_fit([len(example.token_ids) for example in examples], length)
     else:
         bins = [[number] for number in range(len(examples))]
-    shape = len(bins), length
-    batch = Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool))
-    for row, numbers in enumerate(bins):
-        at = 0
-        for segment, number in enumerate(numbers, 1):
-            example = examples[number]
-            end = at + len(example.token_ids)
-            batch.token_ids[row, at:end] = example.token_ids
-            batch.segment_ids[row, at:end] = segment
-            batch.loss_mask[row, at:end] = example.loss_mask
-            at = end
+    tokens = [example.token_ids for example in examples]
+    token_ids, segment_ids = lay_out(tokens, bins, (len(bins), length))
+    losses = (has_loss for row in bins for number in row for has_loss in examples[number].loss_mask)
+    loss_mask = np.zeros(token_ids.shape, bool)
+    loss_mask[segment_ids > 0] = np.fromiter(losses, bool)
+    batch = Batch(token_ids, segment_ids, loss_mask)
     used = np.count_nonzero(batch.segment_ids, axis=1)
     sizes = np.array([length] if packing else sorted({*buckets, length}), np.int32)
     lengths = sizes[np.searchsorted(sizes, used)]

@@ -18,7 +18,7 @@ from job.spec.fields import FILE_EXTENSIONS, SAMPLES, file_format
 from job.spec.pinning import NONE, Revisions, pinned
 from job.spec.schema import Source
 from job.storage.base import Store, file_sha256
-from job.storage.hub import CARD_FILE, SCHEME, HubFile
+from job.storage.hub import CARD_FILE, SCHEME, checksum
 from job.storage.locations import cache_folder, open_store
 
 Samples = Literal["dialogues", "questions"]
@@ -140,13 +140,13 @@ def _hub_source(source: Source, revisions: Revisions) -> RowSource:
         readme = (folder / CARD_FILE).read_bytes()
     chosen = _choose(source, list(by_path), readme)
 
-    def hub_file(file: HubFile) -> SourceFile:
+    def source_file(name: str) -> SourceFile:
+        file, path = by_path[name], folder / name
+
         def fetch() -> Path:
             repository.fetch(commit, [file], folder)
-            return folder / file.path
+            return path
 
-        path = f"{source.dataset}/{file.path}"
-        identity = file.sha256 or file.sha1
-        return SourceFile(path, file.size, identity, fetch, folder / file.path)
+        return SourceFile(f"{source.dataset}/{name}", file.size, checksum(file), fetch, path)
 
-    return RowSource(commit, [hub_file(by_path[path]) for path in chosen])
+    return RowSource(commit, [source_file(name) for name in chosen])

@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from job.data.columnar import ExampleColumns, to_columns
+from job.data.columnar import to_columns
 from job.data.dataset import (
     GROUP_ROWS,
     MANIFEST,
@@ -32,14 +31,11 @@ from job.data.dataset import (
 )
 from job.data.examples import ExampleMapper
 from job.data.filters import (
+    CheckedExamples,
     FilterResult,
-    Flags,
     RowFilter,
-    TextStats,
-    content_hashes,
+    check_examples,
     excerpt,
-    find_flags,
-    text_stats,
 )
 from job.data.readers import read_blocks
 from job.data.row_blocks import Block
@@ -159,17 +155,6 @@ class _OpenShard:
         return self.tally.raw >= SHARD_ROWS or self.tally.text_bytes >= SHARD_BYTES
 
 
-class _CheckedBlock(NamedTuple):
-    """A block of rows with its examples."""
-
-    block: Block
-    examples: ExampleColumns
-    stats: TextStats
-    flags: Flags
-    hashes: np.ndarray
-    """`filters.content_hashes`, uint64 `[4, examples]`."""
-
-
 @dataclass
 class _Stager:
     """One pass over the source."""
@@ -217,23 +202,23 @@ class _Stager:
     ) -> None:
         shard = _OpenShard()
         row = self.manifest.shards[-1].row if self.manifest.shards else 0
-        for file, checked in prefetch_map(self._checked, blocks, check, _CHECKED_AHEAD):
+        for file, block, checked in prefetch_map(self._checked, blocks, check, _CHECKED_AHEAD):
             self.check_stop()
-            if checked is None:  # the end of a file
+            if block is None or checked is None:  # the end of a file
                 row = 0
                 shard.file, shard.row = file + 1, row
                 continue
             if shard.is_full:
                 self._store(shard, store)
                 shard = _OpenShard()
-            result = self.filter.apply(checked.stats, checked.flags, *checked.hashes[:2])
-            self._count(shard.tally, checked, result)
-            kept = checked.examples.take(result.keep).batch.columns
+            result = self.filter.apply(checked)
+            self._count(shard.tally, block, checked, result)
+            kept = checked.columns.take(result.keep).batch.columns
             hashes = checked.hashes[:, result.keep]
             shard.batches.append(pa.record_batch([*map(pa.array, hashes), *kept], schema=SCHEMA))
-            row += len(checked.block)
+            row += len(block)
             shard.file, shard.row = file, row
-            advance(len(checked.block))
+            advance(len(block))
             self._require_examples(shard, _MAX_UNUSABLE_ROWS)
         self._require_examples(shard, 0)
         if shard.tally.raw:
@@ -250,18 +235,19 @@ class _Stager:
             yield number, None
             skip = 0
 
-    def _checked(self, numbered: tuple[int, Block | None]) -> tuple[int, _CheckedBlock | None]:
+    def _checked(
+        self, numbered: tuple[int, Block | None]
+    ) -> tuple[int, Block | None, CheckedExamples | None]:
         """Make and check the examples of a block."""
-        number, block = numbered
+        file, block = numbered
         if block is None:
-            return number, None
-        examples = to_columns(block, self.mapper)
-        stats = text_stats(examples, self.data.checks)
-        hashes = content_hashes(examples, stats)
-        return number, _CheckedBlock(block, examples, stats, find_flags(stats), hashes)
+            return file, None, None
+        return file, block, check_examples(to_columns(block, self.mapper), self.data.checks)
 
-    def _count(self, tally: RowTally, checked: _CheckedBlock, result: FilterResult) -> None:
-        block, examples, stats = checked.block, checked.examples, checked.stats
+    def _count(
+        self, tally: RowTally, block: Block, checked: CheckedExamples, result: FilterResult
+    ) -> None:
+        examples = checked.columns
         tally.raw += len(block)
         tally.kept += int(result.keep.sum())
         reasons: dict[str, list[int]] = defaultdict(list)
@@ -277,8 +263,8 @@ class _Stager:
             if mask.any():
                 tally.found[flag] += int(mask.sum())
                 if flag not in tally.shown:
-                    tally.show(flag, excerpt(stats, int(mask.argmax()), flag))
-        tally.text_bytes += int(stats.text_bytes[result.keep].sum())
+                    tally.show(flag, excerpt(checked, int(mask.argmax()), flag))
+        tally.text_bytes += int(checked.text_bytes[result.keep].sum())
         messages = np.asarray(examples.batch["messages"].is_valid())
         tally.with_messages += int((messages & result.keep).sum())
         if not self.columns and (rows := block.rows()):
@@ -325,7 +311,8 @@ class _Stager:
             file=shard.file,
             row=shard.row,
         )
-        self.staged.store.take(path, record.path)
+        self.staged.store.upload(path, record.path)
+        path.unlink()
         first = self.manifest.shards[-1].file if self.manifest.shards else 0
         self.manifest.shards.append(record)
         self._write_manifest()

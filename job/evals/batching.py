@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from job.data.packing import best_fit
+from job.data.packing import best_fit, lay_out
 
 PACKED_LENGTH = 512
 """Length of packed rows in tokens, unless a prompt is longer."""
@@ -42,24 +42,16 @@ def padded_lengths(longest: Sequence[int], rows: int, compile_tokens: int) -> li
         compile_tokens: tokens processed in the time one more bucket takes to compile.
     """
     batches = sorted(Counter(map(round_length, longest)).items())
-    # For the batches up to each length: the lowest cost, and where its last bucket begins.
-    best: list[tuple[int, int]] = [(0, 0)]
+    # For the batches up to each length: the lowest cost, and the lengths that have it.
+    best: list[tuple[int, list[int]]] = [(0, [])]
     for end, (length, _) in enumerate(batches, 1):
-        counts = [count for _, count in batches[:end]]
-        best.append(
-            min(
-                (best[begin][0] + sum(counts[begin:]) * rows * length + compile_tokens, begin)
-                for begin in range(end)
-            )
-        )
-    lengths: list[int] = []
-    end = len(batches)
-    while end:
-        begin = best[end][1]
-        count = sum(count for _, count in batches[begin:end])
-        lengths = [batches[end - 1][0]] * count + lengths
-        end = begin
-    return lengths
+        choices = []
+        for begin, (cost, lengths) in enumerate(best):
+            count = sum(count for _, count in batches[begin:end])
+            cost += count * rows * length + compile_tokens
+            choices.append((cost, lengths + [length] * count))
+        best.append(min(choices, key=lambda choice: choice[0]))
+    return best[-1][1]
 
 
 @dataclass(frozen=True)
@@ -181,22 +173,12 @@ def _fill_rows(
     ends_shape: tuple[int, int],
 ) -> PackedPrompts:
     """Lay out prompts in rows; `bins` holds the prompt indices of each row."""
-    tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    tokens, segment_ids = lay_out(prompts, bins, shape)
+    following = np.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
+    is_end = (segment_ids > 0) & (segment_ids != following)
+    devices, places = np.nonzero(is_end.reshape(ends_shape[0], -1))
+    end_indices = devices, np.arange(len(devices)) - np.searchsorted(devices, devices)
     ends = np.zeros(ends_shape, np.int32)
-    rows_per_device = shape[0] // ends_shape[0]
-    filled = [0] * ends_shape[0]
-    indices, devices, columns = [], [], []
-    for row, row_indices in enumerate(bins):
-        begin, device = 0, row // rows_per_device
-        for segment, index in enumerate(row_indices, 1):
-            end = begin + len(prompts[index])
-            tokens[row, begin:end] = prompts[index]
-            segment_ids[row, begin:end] = segment
-            ends[device, filled[device]] = (row % rows_per_device) * shape[1] + end - 1
-            indices.append(index)
-            devices.append(device)
-            columns.append(filled[device])
-            filled[device] += 1
-            begin = end
-    end_indices = (np.array(devices), np.array(columns))
+    ends[end_indices] = places
+    indices = [index for row in bins for index in row]
     return PackedPrompts(indices, tokens, segment_ids, ends, end_indices)

@@ -5,7 +5,6 @@ them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -66,7 +65,6 @@ class Engine:
         compile_tokens = CPU_COMPILE_TOKENS if model.platform == "cpu" else COMPILE_TOKENS
         self._compile_tokens = compile_tokens * model.devices
         self._check = check
-        self._generate_programs: dict[Sampling | None, Callable[..., Any]] = {}
 
     def encode(self, prompts: Sequence[Conversation | str]) -> tuple[list[list[int]], int]:
         """Tokenize prompts, keeping the start token and the end of those that are too long.
@@ -262,28 +260,24 @@ class Engine:
         values = self._run_batches(len(rows), batches, run_batch, name, cache)
         return [TokenScore(*fields) for fields in values]
 
-    def generate_program(self, sampling: Sampling | None = None) -> Callable[..., Any]:
-        """Return the jitted program that generates, greedily without `sampling`.
+    @cached_property
+    def generate_program(self) -> Callable[..., Any]:
+        """The jitted program that generates, greedily without a `sampler`.
 
-        Its argument `limit` is static; `state` is the random generator's, for sampling.
+        `limit` and `sampler` are static; `state` is that of the sampler.
         """
-        sampling = None if sampling is None else replace(sampling, seed=0)  # one for all seeds
-        if sampling not in self._generate_programs:
-            model = self._model
-            sampler = None if sampling is None else sampling.sampler()
+        model = self._model
 
-            def generate(
-                weights: Weights, tokens: Any, lengths: Any, limit: int, state: Any = None
-            ) -> Any:
-                sampler_state = None if sampler is None else SamplerState(sampler, state)
-                return model.generate(
-                    weights, tokens, lengths, limit, model.tokenizer.stop_ids, sampler_state
-                )
+        def generate(
+            weights: Weights, tokens: Any, lengths: Any, limit: int, sampler: Any = None,
+            state: Any = None,
+        ) -> Any:  # fmt: skip
+            drawn = None if sampler is None else SamplerState(sampler, state)
+            stop_ids = model.tokenizer.stop_ids
+            return model.generate(weights, tokens, lengths, limit, stop_ids, drawn)
 
-            self._generate_programs[sampling] = jax.jit(
-                generate, static_argnames="limit", out_shardings=model.replicated
-            )
-        return self._generate_programs[sampling]
+        static = ("limit", "sampler")
+        return jax.jit(generate, static_argnames=static, out_shardings=model.replicated)
 
     def generate(
         self,
@@ -303,9 +297,10 @@ class Engine:
 
         def run_batch(batch: PaddedPrompts) -> list[Any]:
             tokens, lengths = model.shard_batch((batch.tokens, batch.lengths))
-            state = None if sampling is None else sampling.state(batch.indices[0])
-            program = self.generate_program(sampling)
-            rows = program(weights, tokens, lengths, limit=max_new_tokens, state=state)
+            drawn: dict[str, Any] = {}
+            if sampling is not None:
+                drawn = {"sampler": sampling.sampler(), "state": sampling.state(batch.indices[0])}
+            rows = self.generate_program(weights, tokens, lengths, limit=max_new_tokens, **drawn)
             rows = np.asarray(rows)[: len(batch.indices)]
             stopped = np.isin(rows, stop_ids)
             ends = np.where(stopped.any(axis=1), stopped.argmax(axis=1) + 1, rows.shape[1])

@@ -68,6 +68,13 @@ class LocalModel:
         rows = self.engine.generate(self.weights, encoded, max_new_tokens, name, self.cache)
         return list(map(self.engine.reply, rows, encoded)), truncated
 
+    def answer(
+        self, name: str, examples: Sequence[Example], max_new_tokens: int
+    ) -> tuple[list[Reply], int]:
+        """Answer the prompts of examples; see `generate`."""
+        prompts = [example.prompt_messages for example in examples]
+        return self.generate(name, prompts, max_new_tokens)
+
     def answer_questions(self, task: Task) -> tuple[list[ChoiceLine], int]:
         """Return predictions for a task, and the number of truncated prompts."""
         entry, questions, prompts = task.entry, task.questions, question_prompts(task)

@@ -5,8 +5,9 @@ Comparisons between models are paired, on the items both models answered.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from job.chat.thoughts import split_thoughts
 from job.evals.overlap import ROUGE_METRICS, overlap_scores
@@ -67,18 +68,22 @@ def score_choices(lines: Sequence[ChoiceLine]) -> ModelScore:
     return ModelScore(
         correct=correct,
         unparsed=sum(line.choice is None for line in answers),
-        truncated=sum(line.finish == "length" for line in answers),
-        cut_in_thoughts=cut_in_thoughts(answers),
-        missing=len(lines) - len(answers),
+        **cut_and_missing(lines),
         accuracy=correct / len(answers) if answers else 0.0,
         ci95=wilson(correct, len(answers)),
         letters=dict(sorted(letters.items())),
     )
 
 
-def cut_in_thoughts(lines: Iterable[ChoiceLine | DialogueLine | TextLine]) -> int:
-    """Count the answers that were cut before they began."""
-    return sum(bool(n.thoughts) and not n.answer and n.finish == "length" for n in lines)
+def cut_and_missing(lines: Sequence[ChoiceLine | DialogueLine | TextLine]) -> dict[str, int]:
+    """Count the answers cut at the limit, those of them cut before they began, and missing ones."""
+    answers = answered(lines).values()
+    cut = [line for line in answers if line.finish == "length"]
+    return {
+        "truncated": len(cut),
+        "cut_in_thoughts": sum(bool(line.thoughts) and not line.answer for line in cut),
+        "missing": len(lines) - len(answers),
+    }
 
 
 def group_scores(models: Mapping[str, Sequence[ChoiceLine]]) -> list[GroupScore]:
@@ -99,12 +104,13 @@ def group_scores(models: Mapping[str, Sequence[ChoiceLine]]) -> list[GroupScore]
 def summarize_choices(
     entry: MultipleChoiceEval,
     models: Mapping[str, Sequence[ChoiceLine]],
+    *,
     revision: str | None = None,
-    in_training_text: int | None = None,
+    **fields: Any,
 ) -> MultipleChoiceResult:
     """Summarize one task: the accuracy of every model, trivial baselines and paired tests.
 
-    `models` has "baseline"; see `MultipleChoiceResult` for the other arguments.
+    `models` has "baseline"; see `MultipleChoiceResult` for `revision` and further fields.
     """
     questions = models["baseline"]
     majority, count = Counter(line.gold for line in questions).most_common(1)[0]
@@ -121,7 +127,6 @@ def summarize_choices(
         revision=revision,
         questions=len(questions),
         few_shot=0 if entry.few_shot is None else entry.few_shot.examples,
-        in_training_text=in_training_text,
         chance=fmean(1 / len(line.options) for line in questions),
         majority_letter=majority,
         majority_accuracy=count / len(questions),
@@ -130,6 +135,7 @@ def summarize_choices(
         comparisons=[comparison for comparison in comparisons if comparison is not None],
         grouped_by=entry.group,
         groups=group_scores(models),
+        **fields,
     )
 
 
@@ -153,9 +159,7 @@ def score_dialogues(lines: Sequence[DialogueLine], bootstrap: Bootstrap) -> Dial
     return DialogueScore(
         **estimates,
         mean_tokens=round(sum(line.tokens for line in answers) / len(answers), 2),
-        truncated=sum(line.finish == "length" for line in answers),
-        cut_in_thoughts=cut_in_thoughts(answers),
-        missing=len(lines) - len(answers),
+        **cut_and_missing(lines),
     )
 
 
@@ -238,12 +242,14 @@ def summarize_style(
 
     "baseline" and "finetuned" are compared.
     """
-    return [_style_trait(name, phrase_pattern(phrases), models) for name, phrases in traits.items()]
+    return [_style_trait(name, phrases, models) for name, phrases in traits.items()]
 
 
 def _style_trait(
-    name: str, pattern: re.Pattern[str], models: Mapping[str, Sequence[DialogueLine]]
+    name: str, phrases: Sequence[str], models: Mapping[str, Sequence[DialogueLine]]
 ) -> StyleTrait:
+    pattern = phrase_pattern(phrases)
+
     def matches(text: str) -> bool:
         text = split_thoughts(text)[1] or text
         return pattern.search(text.replace("’", "'")) is not None

@@ -1,7 +1,7 @@
 """Two models compared on the same items: the tests, their families, and what they found."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 from job.evals.statistics import (
     ALPHA,
@@ -101,16 +101,15 @@ def compare_means[T: MeanComparison](
     )
 
 
-def paired_tests(record: Record) -> list[Test]:
-    """Return all tests nested in a record, in the order of its fields."""
-    tests: list[Test] = []
-
-    def collect(test: Test) -> Test:
-        tests.append(test)
-        return test
-
-    _map_tests(record, collect)
-    return tests
+def paired_tests(part: object) -> Iterator[Test]:
+    """Yield all tests nested in a record or a part of it, in the order of its fields."""
+    if isinstance(part, Comparison | MeanComparison):
+        yield part
+    elif isinstance(part, Record):
+        yield from paired_tests(dict(part))
+    elif isinstance(part, dict | list):
+        for item in part.values() if isinstance(part, dict) else part:
+            yield from paired_tests(item)
 
 
 def decide_findings[R: Record](record: R) -> R:
@@ -121,27 +120,23 @@ def decide_findings[R: Record](record: R) -> R:
     Each family has the 5% level. The minimum detectable effect is that of the level all its tests
     have at least.
     """
-    tests = paired_tests(record)
-    corrected: dict[str, list[float]] = {}
-    for family in {test.family for test in tests}:
-        corrected[family] = holm([test.p_value for test in tests if test.family == family])
-    levels = {family: ALPHA / len(values) for family, values in corrected.items()}
-    remaining = {family: iter(values) for family, values in corrected.items()}
-
-    def decide(test: Test) -> Test:
-        p_holm, detectable = next(remaining[test.family]), test.detectable
-        level = levels[test.family]
-        if isinstance(test, Comparison):
-            share = (test.gained + test.lost) / test.questions
-            detectable = minimum_detectable_effect(test.questions, share, level)
-        elif detectable is not None:
-            detectable *= detectable_errors(level) / detectable_errors(ALPHA)
-        finding = _finding(test, p_holm, detectable)
-        changes = {"p_holm": p_holm, "finding": finding, "detectable": detectable}
-        return test.model_copy(update=changes)
-
-    changed: R = _map_tests(record, decide)
-    return changed
+    decided = record.model_copy(deep=True)
+    families: dict[str, list[Test]] = {}
+    for test in paired_tests(decided):
+        families.setdefault(test.family, []).append(test)
+    for tests in families.values():
+        level, corrected = ALPHA / len(tests), holm([test.p_value for test in tests])
+        for test, p_holm in zip(tests, corrected, strict=True):
+            detectable = test.detectable
+            if isinstance(test, Comparison):
+                share = (test.gained + test.lost) / test.questions
+                detectable = minimum_detectable_effect(test.questions, share, level)
+            elif detectable is not None:
+                detectable *= detectable_errors(level) / detectable_errors(ALPHA)
+            finding = _finding(test, p_holm, detectable)
+            # Records are frozen, but nobody else has this copy yet.
+            vars(test).update(p_holm=p_holm, finding=finding, detectable=detectable)
+    return decided
 
 
 def _finding(test: Test, p_holm: float, detectable: float | None) -> Finding:
@@ -159,18 +154,3 @@ def _finding(test: Test, p_holm: float, detectable: float | None) -> Finding:
     if items < MIN_ITEMS or detectable is None:
         return "not enough evidence"
     return "no measurable change"
-
-
-def _map_tests(value: Any, change: Callable[[Test], Test]) -> Any:
-    if isinstance(value, Comparison | MeanComparison):
-        return change(value)
-    if isinstance(value, Record):
-        names = type(value).model_fields
-        return value.model_copy(
-            update={name: _map_tests(getattr(value, name), change) for name in names}
-        )
-    if isinstance(value, dict):
-        return {key: _map_tests(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_map_tests(item, change) for item in value]
-    return value

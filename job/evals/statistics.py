@@ -161,12 +161,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Rejecting adjusted p-values below 5% keeps the family-wise error rate below 5%, however
     the tests depend on each other.
     """
-    adjusted = [0.0] * len(p_values)
-    highest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
+    order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(p_values), 0, -1)
+    adjusted = np.zeros(len(p_values))
+    adjusted[order] = np.maximum.accumulate(np.minimum(1, factors * np.array(p_values)[order]))
+    return list(map(float, adjusted))
 
 
 def not_worse(gained: int, lost: int, questions: int, margin: float) -> float:

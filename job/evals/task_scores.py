@@ -7,7 +7,7 @@ from statistics import fmean
 
 import numpy as np
 
-from job.evals.metrics import BEFORE_AFTER, cut_in_thoughts, family_and_margin
+from job.evals.metrics import BEFORE_AFTER, cut_and_missing, family_and_margin
 from job.evals.paired import compare_means, compare_proportions
 from job.evals.predictions import HarnessLine, ScoredLine, TextLine, answered, scores_by_id
 from job.evals.statistics import Bootstrap, bootstrap_mean, proportion
@@ -83,7 +83,6 @@ def summarize_text_task(
 ) -> TextTaskResult:
     """Summarize one task with free answers; see `TextTaskResult` for the arguments by name."""
     lines = models["baseline"]
-    by_model = {name: answered(each) for name, each in models.items()}
     after = models["finetuned"]
     comparison = compare_scores(BEFORE_AFTER, lines, after, bootstrap, entry)
     assert comparison is not None  # local models answer everything
@@ -101,7 +100,7 @@ def summarize_text_task(
         return _mean([each.score for each in graded], bootstrap)
 
     scores = {
-        name: _score(entry, each, len(lines), bootstrap) for name, each in by_model.items() if each
+        name: _score(entry, each, bootstrap) for name, each in models.items() if answered(each)
     }
     return TextTaskResult(
         name=entry.name,
@@ -123,16 +122,12 @@ def summarize_text_task(
     )
 
 
-def _score(
-    entry: TextEval, answers: Mapping[str, TextLine], items: int, bootstrap: Bootstrap
-) -> TextScore:
-    lines = list(answers.values())
+def _score(entry: TextEval, given: Sequence[TextLine], bootstrap: Bootstrap) -> TextScore:
+    lines = list(answered(given).values())
     return TextScore(
         score=_mean([line.score for line in lines], bootstrap),
         unparsed=sum(line.parsed is None for line in lines) if entry.metric in READING else 0,
-        truncated=sum(line.finish == "length" for line in lines),
-        cut_in_thoughts=cut_in_thoughts(lines),
-        missing=items - len(lines),
+        **cut_and_missing(given),
         macro_f1=_macro_f1(lines, bootstrap) if entry.metric == "label" else None,
         fields=_right_fields(lines) if entry.metric == "json" else {},
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from job.chat.conversation import Conversation, Message
 from job.chat.thoughts import split_thoughts
-from job.data.examples import Example, ExampleMapper, last_prompt
+from job.data.examples import Example, ExampleMapper
 from job.data.sources import open_source
 from job.errors import UsageError
 from job.evals.answer_parsing import parse_choice
@@ -224,33 +224,13 @@ def letter_context(entry: MultipleChoiceEval) -> tuple[str, str]:
     return (_LM_EVAL_END, " ") if entry.prompt == LM_EVAL else ("", "")
 
 
-@dataclass(frozen=True)
-class SideBySidePrompt:
-    """A prompt that every model answers, with the expected answer if there is one."""
-
-    id: str
-    messages: tuple[Message, ...]
-    expected: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The last message of the user."""
-        return last_prompt(self.messages)
-
-
-def side_by_side_prompts(
-    examples: Iterable[Example], section: SideBySideEval
-) -> list[SideBySidePrompt]:
-    """Return the prompts of the first held-out examples, then the spec's own."""
-    held_out = [
-        SideBySidePrompt(example.id, example.prompt_messages, example.response)
-        for example in examples
-    ]
+def side_by_side_examples(held_out: Sequence[Example], section: SideBySideEval) -> list[Example]:
+    """Return the first held-out examples, then the spec's own prompts, whose response is empty."""
     own = [
-        SideBySidePrompt(f"prompt-{number}", (Message("user", prompt),))
+        Example(f"prompt-{number}", (Message("user", prompt), Message("assistant", "")))
         for number, prompt in enumerate(section.prompts, 1)
     ]
-    return held_out + own
+    return [*held_out[: section.max_examples], *own]
 
 
 # Replies to lines
@@ -308,9 +288,9 @@ def dialogue_lines(examples: Iterable[Example], replies: Iterable[Reply]) -> lis
     ]
 
 
-def side_lines(prompts: Iterable[SideBySidePrompt], replies: Iterable[Reply]) -> list[SideLine]:
+def side_lines(examples: Iterable[Example], replies: Iterable[Reply]) -> list[SideLine]:
     """Return the lines of answers to read, in order."""
     return [
-        SideLine(id=prompt.id, prompt=prompt.text, expected=prompt.expected, **_fields(reply))
-        for prompt, reply in zip(prompts, replies, strict=True)
+        SideLine(id=each.id, prompt=each.prompt, expected=each.response or None, **_fields(reply))
+        for each, reply in zip(examples, replies, strict=True)
     ]

@@ -5,10 +5,8 @@ what any other `LanguageModel` traces, for the platform of its mesh.
 """
 
 import json
-import math
 import tempfile
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +18,7 @@ from jax.sharding import Mesh, Sharding
 
 from job.model.language_model import LanguageModel, Preset
 from job.model.load import load_task
-from job.model.patching import Patch, patched
-from job.model.sharding import LARGE_VARIABLE
+from job.model.sharding import LARGE_VARIABLE, creating_variables
 from job.spec.schema import Model
 
 _TOKENS: Any = SimpleNamespace(stop_ids=(1, 106), pad_id=0)
@@ -50,27 +47,11 @@ def make_task(model: Model, config: Mapping[str, Any]) -> Any:
     Raises:
         UsageError: KerasHub does not know the model.
     """
-    with tempfile.TemporaryDirectory(prefix="job-plan-") as folder, _without_values():
+    with tempfile.TemporaryDirectory(prefix="job-plan-") as folder, creating_variables(_keep):
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
         return load_task(folder, model.dtype, model.preset, load_weights=False)
 
 
-def _without_values() -> AbstractContextManager[None]:
-    """Make Keras create large variables without a value.
-
-    Where one is read, Keras calls its initializer: it gets zeros that take no memory.
-    """
-    from keras.src.backend.jax.core import JaxVariable
-
-    original = JaxVariable._initialize_with_initializer
-
-    def initialize(variable: Any, initializer: Any) -> None:
-        if math.prod(variable._shape) < LARGE_VARIABLE:  # small ones may be read while tracing
-            original(variable, initializer)
-            return
-        variable._value = None
-        variable._initializer = lambda shape, dtype: np.broadcast_to(
-            np.zeros((), jnp.dtype(dtype)), tuple(shape)
-        )
-
-    return patched([Patch(JaxVariable, "_initialize_with_initializer", initialize)])
+def _keep(value: np.ndarray) -> Any:
+    """Return a variable's value as it is; small ones may be read while tracing."""
+    return value if value.size >= LARGE_VARIABLE else jnp.asarray(value)

@@ -7,6 +7,7 @@ shortest prompt and continues to the end of the buffer; this one runs one iterat
 and its prefill does not cover the room for them.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,12 +101,17 @@ class Sampling:
     """The same seed gives the same text for the same prompt, on the same machine."""
 
     def sampler(self) -> Any:
-        """Make KerasHub's sampler; call outside of traced functions."""
-        return samplers.RandomSampler(temperature=self.temperature)
+        """Return KerasHub's sampler, one for all seeds; call outside of traced functions."""
+        return _sampler(self.temperature)
 
     def state(self, batch_index: int) -> np.ndarray:
         """Return the random state at the start of a batch, uint32 `[2]`."""
         return np.random.SeedSequence([self.seed, batch_index]).generate_state(2)
+
+
+@functools.cache
+def _sampler(temperature: float) -> Any:
+    return samplers.RandomSampler(temperature=temperature)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,15 @@ def loading_to_shards(mesh: Mesh) -> AbstractContextManager[None]:
     """Make Keras create new variables on their shards, and load into them.
 
     A value read from a file stays on the host until it is split: no device ever holds all of a
-    weight that is split. Large variables start as zeros, since loading overwrites them.
+    weight that is split.
+    """
+    return creating_variables(lambda value: device_put(value, weight_sharding(value.shape, mesh)))
+
+
+def creating_variables(put: Callable[[Any], Any]) -> AbstractContextManager[None]:
+    """Make Keras give new variables what `put` makes of values on the host.
+
+    Large ones start as zeros that take no memory, since loading overwrites them.
     """
     from keras.src.backend.jax.core import JaxVariable
 
@@ -82,7 +90,7 @@ def loading_to_shards(mesh: Mesh) -> AbstractContextManager[None]:
         assign(variable, value)
 
     def assign(variable: Any, value: Any) -> None:
-        variable._value = device_put(value, weight_sharding(value.shape, mesh))
+        variable._value = put(value)
 
     return patched([
         Patch(JaxVariable, "_convert_to_tensor", convert),

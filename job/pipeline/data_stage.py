@@ -1,7 +1,6 @@
 """The data stage: stage the dataset once for all runs, and write this run's sample of it."""
 
 import functools
-import itertools
 import json
 import time
 from collections import Counter
@@ -129,6 +128,6 @@ def _manifest(run: Run, rows: RowSource, staged: StagedDataset, info: DataInfo) 
     }
 
 
-def read_examples(run: Run, key: str, limit: int | None = None) -> list[Example]:
-    """Return the first `limit` training or validation examples, by the key of their file."""
-    return list(itertools.islice(iter_examples(run.fetch(key)), limit))
+def read_examples(run: Run, key: str) -> list[Example]:
+    """Return the training or validation examples, by the key of their file."""
+    return list(iter_examples(run.fetch(key)))

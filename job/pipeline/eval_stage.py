@@ -28,7 +28,7 @@ from job.evals.tasks import (
     dialogue_lines,
     load_task,
     load_text_task,
-    side_by_side_prompts,
+    side_by_side_examples,
     side_lines,
     text_lines,
 )
@@ -38,7 +38,7 @@ from job.pipeline.run import Run
 from job.pipeline.train_stage import load_trained
 from job.runtime import logs
 from job.scores import RowCounts
-from job.spec.evals import HELD_OUT, HarnessEval, TextEval
+from job.spec.evals import HELD_OUT, HarnessEval
 
 
 class TaskOutcome(BaseModel):
@@ -65,7 +65,8 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
     evals = run.spec.evals
     engine = Engine(model, evals.batch_size, evals.max_prompt_tokens, run.coordinated_stop.check)
     tasks = [load_task(entry, run.revisions) for entry in evals.multiple_choice]
-    text_tasks = load_text_tasks(run, evals.tasks)
+    held_out = read_examples(run, layout.VALIDATION_EXAMPLES)
+    text_tasks = [load_text_task(entry, held_out, run.revisions) for entry in evals.tasks]
     if name == "baseline" and (tasks or text_tasks) and run.processes.is_primary:
         _check_contamination(run, tasks, text_tasks)
     inputs = [run.digests[name], engine.batch_size, BATCHING_VERSION]
@@ -78,23 +79,19 @@ def run_stage(run: Run, name: Literal["baseline", "finetuned"]) -> EvalOutcome:
         for text_task in text_tasks:
             outcomes[text_task.entry.name] = _evaluate_text_task(run, name, local, text_task)
         if evals.dialogue is not None:
-            examples = read_examples(run, layout.VALIDATION_EXAMPLES, evals.dialogue.max_examples)
-            messages = [example.prompt_messages for example in examples]
-            replies, truncated = local.generate(DIALOGUE, messages, evals.dialogue.max_new_tokens)
+            examples = held_out[: evals.dialogue.max_examples]
+            replies, truncated = local.answer(DIALOGUE, examples, evals.dialogue.max_new_tokens)
             write_predictions(run, name, DIALOGUE, dialogue_lines(examples, replies))
             outcomes[DIALOGUE] = TaskOutcome(truncated=truncated)
             logs.get().info("dialogue evaluated", examples=len(replies), truncated=truncated)
-        held_out = read_examples(run, layout.VALIDATION_EXAMPLES)
         losses = local.measure_losses(held_out, evals.max_prompt_tokens)
         write_predictions(run, name, LOSS, losses)
         logs.get().info("held-out loss measured", examples=len(losses))
         section = evals.side_by_side
-        examples = read_examples(run, layout.VALIDATION_EXAMPLES, section.max_examples)
-        prompts = side_by_side_prompts(examples, section)
-        messages = [prompt.messages for prompt in prompts]
-        replies, truncated = local.generate(SIDE_BY_SIDE, messages, section.max_new_tokens)
+        examples = side_by_side_examples(held_out, section)
+        replies, truncated = local.answer(SIDE_BY_SIDE, examples, section.max_new_tokens)
+        write_predictions(run, name, SIDE_BY_SIDE, side_lines(examples, replies))
         outcomes[SIDE_BY_SIDE] = TaskOutcome(truncated=truncated)
-        write_predictions(run, name, SIDE_BY_SIDE, side_lines(prompts, replies))
     return EvalOutcome(slices=outcomes)
 
 
@@ -111,20 +108,11 @@ def _evaluate_task(run: Run, name: ModelName, local: LocalModel, task: Task) -> 
     return TaskOutcome(truncated=truncated, revision=task.revision, rows=task.rows)
 
 
-def load_text_tasks(run: Run, entries: Sequence[TextEval]) -> list[TextTask]:
-    """Load tasks with free answers; those on held-out examples from the run's own."""
-    if not entries:
-        return []
-    held_out = read_examples(run, layout.VALIDATION_EXAMPLES)
-    return [load_text_task(entry, held_out, run.revisions) for entry in entries]
-
-
 def _evaluate_text_task(
     run: Run, name: ModelName, local: LocalModel, task: TextTask
 ) -> TaskOutcome:
     entry = task.entry
-    messages = [example.prompt_messages for example in task.examples]
-    replies, truncated = local.generate(entry.name, messages, entry.max_new_tokens)
+    replies, truncated = local.answer(entry.name, task.examples, entry.max_new_tokens)
     lines = text_lines(task, replies)
     write_predictions(run, name, entry.name, lines)
     score = round(sum(line.score for line in lines) / len(lines), 6)

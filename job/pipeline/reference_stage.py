@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel
 
-from job.chat.conversation import Conversation
+from job.data.examples import Example
 from job.evals.api_client import API_KEY_VARIABLE, ChatClient, missing_key
 from job.evals.budget import Budget
 from job.evals.predictions import DIALOGUE, SIDE_BY_SIDE, Line, Reply
@@ -21,14 +21,15 @@ from job.evals.tasks import (
     choice_lines,
     dialogue_lines,
     load_task,
+    load_text_task,
     question_messages,
-    side_by_side_prompts,
+    side_by_side_examples,
     side_lines,
     text_lines,
 )
 from job.pipeline import layout
 from job.pipeline.data_stage import read_examples
-from job.pipeline.eval_stage import load_text_tasks, write_predictions
+from job.pipeline.eval_stage import write_predictions
 from job.pipeline.layout import VALIDATION_EXAMPLES
 from job.pipeline.run import Run
 from job.runtime import logs
@@ -105,35 +106,30 @@ def _evaluate(run: Run, reference: Reference, remote: RemoteModel) -> list[Line]
         write_predictions(run, "reference", name, lines)
         evaluated.extend(lines)
 
-    def ask(
-        name: str, prompts: Sequence[tuple[str, Conversation]], limit: int | None = None
-    ) -> list[Reply]:
-        replies = remote.complete(name, dict(prompts), limit)
-        return [replies[identity] for identity, _ in prompts]
+    def ask(name: str, examples: Sequence[Example], limit: int | None = None) -> list[Reply]:
+        # A model that reasons needs its own limit: reasoning counts.
+        limit = limit if reference.reasoning == "none" else None
+        prompts = {example.id: example.prompt_messages for example in examples}
+        replies = remote.complete(name, prompts, limit)
+        return [replies[example.id] for example in examples]
 
     for entry in run.spec.reference_tasks:
         task = load_task(entry, run.revisions)
         ids = [question.id for question in task.questions]
-        replies = ask(entry.name, list(zip(ids, question_messages(task), strict=True)))
-        write(entry.name, choice_lines(task, replies))
-    # A model that reasons needs its own limit: reasoning counts.
-    is_limited = reference.reasoning == "none"
-    for text_task in load_text_tasks(run, run.spec.reference_text_tasks):
-        limit = text_task.entry.max_new_tokens if is_limited else None
-        prompts = [(example.id, example.prompt_messages) for example in text_task.examples]
-        replies = ask(text_task.entry.name, prompts, limit)
-        write(text_task.entry.name, text_lines(text_task, replies))
+        found = remote.complete(entry.name, dict(zip(ids, question_messages(task), strict=True)))
+        write(entry.name, choice_lines(task, [found[identity] for identity in ids]))
+    held_out = read_examples(run, VALIDATION_EXAMPLES)
+    for text_entry in run.spec.reference_text_tasks:
+        text_task = load_text_task(text_entry, held_out, run.revisions)
+        replies = ask(text_entry.name, text_task.examples, text_entry.max_new_tokens)
+        write(text_entry.name, text_lines(text_task, replies))
     dialogue = run.spec.evals.dialogue
     if reference.dialogue and dialogue is not None:
-        examples = read_examples(run, VALIDATION_EXAMPLES, dialogue.max_examples)
-        prompts = [(example.id, example.prompt_messages) for example in examples]
-        limit = dialogue.max_new_tokens if is_limited else None
-        write(DIALOGUE, dialogue_lines(examples, ask(DIALOGUE, prompts, limit)))
-    section = run.spec.evals.side_by_side
-    examples = read_examples(run, VALIDATION_EXAMPLES, section.max_examples)
-    shown = side_by_side_prompts(examples, section)
-    replies = ask(SIDE_BY_SIDE, [(prompt.id, prompt.messages) for prompt in shown])
-    write(SIDE_BY_SIDE, side_lines(shown, replies))
+        examples = held_out[: dialogue.max_examples]
+        replies = ask(DIALOGUE, examples, dialogue.max_new_tokens)
+        write(DIALOGUE, dialogue_lines(examples, replies))
+    examples = side_by_side_examples(held_out, run.spec.evals.side_by_side)
+    write(SIDE_BY_SIDE, side_lines(examples, ask(SIDE_BY_SIDE, examples)))
     return evaluated
 
 
@@ -164,15 +160,5 @@ def _result(model: str, log: ReplyLog, lines: Sequence[Line]) -> ReferenceResult
 
 def skipped(model: str | None, reason: str, *, can_retry: bool) -> RemoteOutcome:
     """Return the outcome of a stage that was not run."""
-    result = ReferenceResult(
-        model=model,
-        provider=[],
-        requests=0,
-        failed=0,
-        lost=0,
-        tokens=ReferenceTokens(prompt=0, completion=0),
-        cost_usd=0.0,
-        status="skipped",
-        reason=reason,
-    )
+    result = ReferenceResult(model=model, status="skipped", reason=reason)
     return RemoteOutcome(result=result, open=can_retry)

@@ -155,9 +155,14 @@ def _multiple_choice(
 ) -> MultipleChoiceResult:
     models = _predictions(run, entry.name, ChoiceLine)
     overlap = _contamination(run).slices.get(entry.name)
-    found = overlap.found if overlap else None
-    result = summarize_choices(entry, models, source.revision, found)
-    return result.model_copy(update={"rows": source.rows, "truncated_prompts": source.truncated})
+    return summarize_choices(
+        entry,
+        models,
+        revision=source.revision,
+        rows=source.rows,
+        truncated_prompts=source.truncated,
+        in_training_text=overlap.found if overlap else None,
+    )
 
 
 def _contamination(run: Run) -> Contamination:

@@ -12,7 +12,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -73,136 +72,122 @@ def run_job(
             f"--until {until}: there is no such stage; write one of {', '.join(NAMES)}"
         )
     check_local_inputs(loaded.spec)
-    command = _Command(
-        loaded=loaded,
-        run_id=identity,
-        stages=NAMES[: NAMES.index(until) + 1] if until else NAMES,
-        fresh=fresh,
-        log=RunLog(),
-    )
-    logs.configure(command.log.write)
+    stages = NAMES[: NAMES.index(until) + 1] if until else NAMES
+    log = RunLog()
+    logs.configure(log.write)
     structlog.contextvars.bind_contextvars(run_id=identity)
     _enter_stage("preflight")
     stall_minutes = loaded.spec.runtime.stall_minutes
     with WATCHDOG.watching(stall_minutes, lambda code, why: STOP.leave(code, why)):
-        command.run()
+        _run_stale(loaded, identity, stages, log, fresh=fresh)
 
 
-@dataclass(frozen=True)
-class _Command:
-    """One `job run`, in one of its processes."""
+def _run_stale(
+    loaded: LoadedSpec, run_id: str, names: Sequence[str], log: RunLog, *, fresh: bool
+) -> None:
+    """Join the other processes, check the machine, and run the requested stages that are stale."""
+    spec = loaded.spec
+    processes = join_processes(spec.runtime)
+    store = _open_store(child_uri(spec.output, run_id), processes)
+    context = contextvars.copy_context()  # log lines of other threads name run and process
+    STOP.leave = lambda code, why: context.run(processes.leave, code, why)
 
-    loaded: LoadedSpec
-    run_id: str
-    stages: Sequence[str]
-    """Names of the requested stages."""
-    fresh: bool
-    log: RunLog
+    def read_status() -> RunStatus:
+        return read_run_status(spec, store, fresh=fresh)
 
-    def run(self) -> None:
-        """Join the other processes, check the machine, and run the stale stages."""
-        spec = self.loaded.spec
-        processes = join_processes(spec.runtime)
-        store = self._open_store(processes)
-        context = contextvars.copy_context()  # log lines of other threads name run and process
-        STOP.leave = lambda code, why: context.run(processes.leave, code, why)
-        with processes.exit_together():
-            status = RunStatus.model_validate_json(
-                processes.broadcast(lambda: self._status(store).model_dump_json())
-            )
-            stale = [stage for stage in self._requested() if stage.name in status.stale]
-            if not stale and "preflight" in status.records:
-                for name in self.stages:
-                    structlog.contextvars.bind_contextvars(stage=name)
-                    logs.get().info("stage skipped: up to date")
-                self._log_end(store)
-                return
-            logs.get().info(
-                "job started", spec=self.loaded.source, run=store.uri,
-                to_do=[stage.name for stage in stale],
-            )  # fmt: skip
-            try:
-                environment = devices.start(spec)
-            except SetupError as error:
-                logs.get().error("environment check failed", error=str(error))
-                raise
-            if any(stage.on_all_processes for stage in stale):
-                check_model_files(spec)
-            with tempfile.TemporaryDirectory(prefix="job-") as work:
-                run = Run(
-                    self.run_id, spec, store, Path(work), STOP, environment, processes,
-                    records=status.records,
-                )  # fmt: skip
-                with (
-                    STOP.graceful(),
-                    hold_run_lease(run, lambda: self._status(store) == status),
-                ):
-                    self._run_logged(run, status, stale)
-
-    def _open_store(self, processes: ProcessGroup) -> Store:
-        """Return the run's store; only the primary process writes to it, and logs in full."""
-        store = open_store(child_uri(self.loaded.spec.output, self.run_id))
-        if processes.is_primary:
-            return store
-        structlog.contextvars.bind_contextvars(process=processes.index)
-        logs.configure(least=logging.WARNING)
-        return ReadOnlyStore(store)
-
-    def _status(self, store: Store) -> RunStatus:
-        return read_run_status(self.loaded.spec, store, fresh=self.fresh)
-
-    def _requested(self) -> list[Stage]:
-        return [stage for stage in STAGES if stage.name in self.stages]
-
-    def _run_logged(self, run: Run, status: RunStatus, stale: Sequence[Stage]) -> None:
-        """Run the stages, and save the log however they end."""
-        if self.fresh:
-            _delete_outputs(run.store)
-        if run.processes.is_primary:
-            self.log.open(run.store, run.work)
-
-        def before_exit() -> None:
-            STOP.muted = True  # the last writes must not be stopped themselves
-            self.log.save()
-            if run.lease is not None:
-                run.lease.release()
-
-        run.processes.before_exit = before_exit
-        try:
-            run_preflight(run, resumed=bool(status.records) and not status.complete)
-            for stage in self._requested():
-                _enter_stage(stage.name)
-                if stage in stale:
-                    _run_stage(run, stage, self.log.save)
-                else:
-                    logs.get().info("stage skipped: up to date")
-            self._log_end(run.store)
-        except RunStoppedError as stopped:
-            logs.get().warning(str(stopped))
-            raise
-        except Exception as error:
-            explained = _explain(error, run)
-            if explained is error:
-                raise
-            raise explained from error
-        finally:
-            self.log.close()
-
-    def _log_end(self, store: Store) -> None:
-        """Log the verdict, and where the results, the report and the adapter are."""
-        structlog.contextvars.unbind_contextvars("stage")
-        log = logs.get()
-        results = read_results(store) if "report" in self.stages else None
-        if results is None:
-            log.info("stopped before the report, as requested", run=store.uri)
+    with processes.exit_together():
+        status = RunStatus.model_validate_json(
+            processes.broadcast(lambda: read_status().model_dump_json())
+        )
+        requested = [stage for stage in STAGES if stage.name in names]
+        stale = [stage for stage in requested if stage.name in status.stale]
+        if not stale and "preflight" in status.records:
+            for name in names:
+                structlog.contextvars.bind_contextvars(stage=name)
+                logs.get().info("stage skipped: up to date")
+            _log_end(store, requested)
             return
-        log.info(f"verdict: {results.verdict.sentence}")
-        for what, key in (
-            ("results", layout.RESULTS),
-            ("report", layout.REPORT_HTML),
-            ("adapter", layout.ADAPTER + H5),
-        ):
-            log.info(f"{what}: {child_uri(store.uri, key)}")
+        to_do = [stage.name for stage in stale]
+        logs.get().info("job started", spec=loaded.source, run=store.uri, to_do=to_do)
+        try:
+            environment = devices.start(spec)
+        except SetupError as error:
+            logs.get().error("environment check failed", error=str(error))
+            raise
+        if any(stage.on_all_processes for stage in stale):
+            check_model_files(spec)
+        with tempfile.TemporaryDirectory(prefix="job-") as work:
+            run = Run(
+                run_id, spec, store, Path(work), STOP, environment, processes,
+                records=status.records,
+            )  # fmt: skip
+            with STOP.graceful(), hold_run_lease(run, lambda: read_status() == status):
+                if fresh:
+                    _delete_outputs(store)
+                resumed = bool(status.records) and not status.complete
+                _run_logged(run, requested, stale, log, resumed=resumed)
+
+
+def _open_store(uri: str, processes: ProcessGroup) -> Store:
+    """Return the run's store; only the primary process writes to it, and logs in full."""
+    store = open_store(uri)
+    if processes.is_primary:
+        return store
+    structlog.contextvars.bind_contextvars(process=processes.index)
+    logs.configure(least=logging.WARNING)
+    return ReadOnlyStore(store)
+
+
+def _run_logged(
+    run: Run, requested: Sequence[Stage], stale: Sequence[Stage], log: RunLog, *, resumed: bool
+) -> None:
+    """Run the stages, and save the log however they end."""
+    if run.processes.is_primary:
+        log.open(run.store, run.work)
+
+    def before_exit() -> None:
+        STOP.muted = True  # the last writes must not be stopped themselves
+        log.save()
+        if run.lease is not None:
+            run.lease.release()
+
+    run.processes.before_exit = before_exit
+    try:
+        run_preflight(run, resumed=resumed)
+        for stage in requested:
+            _enter_stage(stage.name)
+            if stage in stale:
+                _run_stage(run, stage, log.save)
+            else:
+                logs.get().info("stage skipped: up to date")
+        _log_end(run.store, requested)
+    except RunStoppedError as stopped:
+        logs.get().warning(str(stopped))
+        raise
+    except Exception as error:
+        explained = _explain(error, run)
+        if explained is error:
+            raise
+        raise explained from error
+    finally:
+        log.close()
+
+
+def _log_end(store: Store, requested: Sequence[Stage]) -> None:
+    """Log the verdict, and where the results, the report and the adapter are."""
+    structlog.contextvars.unbind_contextvars("stage")
+    log = logs.get()
+    results = read_results(store) if STAGES[-1] in requested else None  # the report
+    if results is None:
+        log.info("stopped before the report, as requested", run=store.uri)
+        return
+    log.info(f"verdict: {results.verdict.sentence}")
+    for what, key in (
+        ("results", layout.RESULTS),
+        ("report", layout.REPORT_HTML),
+        ("adapter", layout.ADAPTER + H5),
+    ):
+        log.info(f"{what}: {child_uri(store.uri, key)}")
 
 
 def _run_stage(run: Run, stage: Stage, save_log: Callable[[], None]) -> None:

@@ -29,6 +29,9 @@ from job.storage.base import file_sha256
 _PARSING_VERSION = 3
 """Increment it when the same answer of a model is read differently."""
 
+_UNUSED_OF_ENDPOINTS = {"timeout_seconds", "attempts", "concurrency", "max_usd"}
+"""Keys that change no answer of a remote model."""
+
 _SMALL_FILE = 1_000_000
 """Bytes up to which a file of a local model is hashed; of larger ones size and time count."""
 
@@ -105,9 +108,7 @@ def _train_inputs(spec: Spec, revisions: Revisions) -> object:
 def _reference_inputs(spec: Spec, revisions: Revisions) -> object:
     if spec.reference is None:
         return None
-    reference = spec.reference.model_dump(
-        mode="json", exclude={"timeout_seconds", "attempts", "concurrency", "max_usd"}
-    )
+    reference = spec.reference.model_dump(mode="json", exclude=_UNUSED_OF_ENDPOINTS)
     side_by_side = spec.evals.side_by_side.model_dump(mode="json", include={"examples", "prompts"})
     dialogue = None
     if spec.reference.dialogue and spec.evals.dialogue is not None:
@@ -122,9 +123,7 @@ def _reference_inputs(spec: Spec, revisions: Revisions) -> object:
 def _judge_inputs(spec: Spec, _revisions: Revisions) -> object:
     if spec.evals.judge is None:
         return None
-    return spec.evals.judge.model_dump(
-        mode="json", exclude={"timeout_seconds", "attempts", "concurrency", "max_usd"}
-    )
+    return spec.evals.judge.model_dump(mode="json", exclude=_UNUSED_OF_ENDPOINTS)
 
 
 STAGES = (

@@ -183,7 +183,7 @@ class Compiler:
         first, step = self.generation_parts(work)
         logs.get().info("compiling", program="generate")
         tokens, lengths = self._prompt_batch(round_length(work.prompt_tokens))
-        function = jax.jit(partial(self._engine.generate_program(), limit=work.new_tokens))
+        function = jax.jit(partial(self._engine.generate_program, limit=work.new_tokens))
         program = compile_program(function, self.model.weights, tokens, lengths)
         costs = first.costs.plus(step.costs, work.new_tokens)
         return first, step, replace(program, costs=costs)

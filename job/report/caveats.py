@@ -20,11 +20,8 @@ FEW = 200
 
 def trivial_baselines(scores: TrivialBaselines) -> list[tuple[str, Estimate]]:
     """Return the trivial baselines by label, each with its score."""
-    return [
-        ("Echoed prompt", scores.echoed_prompt),
-        ("Shuffled answer", scores.other_answer),
-        ("Constant sentence", scores.polite_sentence),
-    ]
+    labels = ("Echoed prompt", "Shuffled answer", "Constant sentence")
+    return [(label, score) for label, (_, score) in zip(labels, scores, strict=True)]
 
 
 def warnings(results: Results) -> Iterator[str]:

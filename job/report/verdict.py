@@ -147,16 +147,21 @@ def before_after(result: MultipleChoiceResult) -> Comparison | None:
     return next((c for c in result.comparisons if (c.a, c.b) == BEFORE_AFTER), None)
 
 
+def _below(
+    before: float, after: float, trivial: float, form: str, of: str = "answers that need no model"
+) -> str:
+    return f", below the {form.format(trivial)} of {of}" if max(before, after) < trivial else ""
+
+
 def _tasks(evaluation: Evaluation) -> Iterator[Measure]:
     for task in evaluation.multiple_choice:
         if (test := before_after(task)) is not None:
             before, after = (task.models[name].accuracy for name in BEFORE_AFTER)
-            below = max(before, after) < task.majority_accuracy
+            always = f"always answering {task.majority_letter}"
             yield Measure(
                 f"{task.name} accuracy", f"{before:.1%}", f"{after:.1%}", test,
                 f"{100 * (test.detectable or 0):.1f} points", f"{test.questions:,} questions",
-                f", below the {task.majority_accuracy:.1%} of always answering "
-                f"{task.majority_letter}" if below else "",
+                _below(before, after, task.majority_accuracy, "{:.1%}", always),
             )  # fmt: skip
 
 
@@ -175,8 +180,7 @@ def task_measure(result: HarnessResult | TextTaskResult) -> Measure:
     form = "{:.1%}" if is_accuracy else "{:.3f}"
     if isinstance(result, TextTaskResult):
         trivial = max(estimate.mean for estimate in result.trivial.values())
-        if max(before, after) < trivial:
-            note = f", below the {form.format(trivial)} of answers that need no model"
+        note = _below(before, after, trivial, form)
     smallest = test.detectable or 0
     return Measure(
         f"{result.name} {METRIC_NAMES.get(result.metric, result.metric.rpartition(':')[2])}",
@@ -236,6 +240,5 @@ def _likeness(dialogue: Dialogue) -> Measure:
     return Measure(
         LIKENESS, f"{before:.3f}", f"{after:.3f}", test, f"{test.detectable or 0:.3f}",
         f"{test.examples:,} held-out dialogues",
-        f", below the {trivial:.3f} of answers that need no model"
-        if max(before, after) < trivial else "",
+        _below(before, after, trivial, "{:.3f}"),
     )  # fmt: skip

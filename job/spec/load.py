@@ -115,8 +115,8 @@ def parse_spec(text: str, name: str, overrides: Sequence[str] = ()) -> Spec:
     Raises:
         SpecError: it is wrong; holds all problems.
     """
-    source = SourceMap(name)
-    document, problems = _parse_yaml(text, source)
+    source = SourceMap()
+    document, problems = _parse_yaml(text, name, source)
     for override in overrides:
         problem = _apply_override(document, override, source)
         if problem:
@@ -147,8 +147,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _parse_yaml(text: str, source: SourceMap) -> tuple[dict[str, Any], list[Problem]]:
-    name = source.name
+def _parse_yaml(text: str, name: str, source: SourceMap) -> tuple[dict[str, Any], list[Problem]]:
     problems: list[Problem] = []
     if len(text) > _MAX_CHARACTERS:
         message = f"a spec has at most {_MAX_CHARACTERS:,} characters, but this has {len(text):,}"
@@ -161,7 +160,8 @@ def _parse_yaml(text: str, source: SourceMap) -> tuple[dict[str, Any], list[Prob
         finally:
             loader.dispose()
         if root is not None:
-            _collect_lines(root, (), source, problems)
+            source[()] = f"{name}:{root.start_mark.line + 1}"
+            problems += _collect_lines(root, (), name, source)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark else name
@@ -179,25 +179,22 @@ def _parse_yaml(text: str, source: SourceMap) -> tuple[dict[str, Any], list[Prob
 
 
 def _collect_lines(
-    node: yaml.Node, at: Location, source: SourceMap, problems: list[Problem]
-) -> None:
-    """Record the line of every key and item, and a problem for each key given twice."""
-    lines = source.lines
-    lines.setdefault(at, node.start_mark.line + 1)
+    node: yaml.Node, at: Location, name: str, source: SourceMap
+) -> Iterator[Problem]:
+    """Record the line of every key and item; yield a problem for each key given twice."""
+    items: list[tuple[str | int, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            place = (*at, str(key.value))
-            line = key.start_mark.line + 1
-            if place in lines:
-                message = f"given twice (first on line {lines[place]}); remove one"
-                problems.append(Problem(f"{source.name}:{line}", dotted(place), message))
-            lines[place] = line
-            _collect_lines(value, place, source, problems)
+        items = [(str(key.value), key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            place = (*at, index)
-            lines[place] = value.start_mark.line + 1
-            _collect_lines(value, place, source, problems)
+        items = [(index, value, value) for index, value in enumerate(node.value)]
+    for part, key, value in items:
+        place, where = (*at, part), f"{name}:{key.start_mark.line + 1}"
+        if place in source:
+            first = source[place].rpartition(":")[2]
+            message = f"given twice (first on line {first}); remove one"
+            yield Problem(where, dotted(place), message)
+        source[place] = where
+        yield from _collect_lines(value, place, name, source)
 
 
 def _apply_override(document: dict[str, Any], override: str, source: SourceMap) -> Problem | None:
@@ -234,7 +231,9 @@ def _apply_override(document: dict[str, Any], override: str, source: SourceMap) 
             if isinstance(parent, dict) and parent.get(part) is None:
                 parent[part] = {}
             parent = parent[index]
-    source.flags[place] = where
+    for end in range(1, len(place)):  # sections that begin here
+        source.setdefault(place[:end], where)
+    source[place] = where
     return None
 
 

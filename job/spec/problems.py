@@ -5,11 +5,8 @@ Where a value was set on the command line, its problem is reported at the flag i
 
 import difflib
 import re
-import types
-import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -27,38 +24,18 @@ def dotted(at: Location) -> str:
     return ".".join(str(part) for part in at)
 
 
-@dataclass(frozen=True)
-class SourceMap:
-    """The line or the `--set` flag that each part of a spec came from."""
-
-    name: str
-    """The file, URI or shipped spec, as messages name it."""
-    lines: dict[Location, int] = field(default_factory=dict)
-    flags: dict[Location, str] = field(default_factory=dict)
-
-    def where(self, at: Location) -> str:
-        """Return 'file:line' or '--set key=value' for a location or its nearest parent."""
-        for end in range(len(at), 0, -1):
-            if at[:end] in self.flags:
-                return self.flags[at[:end]]
-            if at[:end] in self.lines:
-                return f"{self.name}:{self.lines[at[:end]]}"
-            for place, flag in self.flags.items():
-                if place[:end] == at[:end]:
-                    return flag
-        return f"{self.name}:{self.lines.get((), 1)}"
+class SourceMap(dict[Location, str]):
+    """Where each part of a spec came from, as 'file:line' or '--set key=value'; () is all of it."""
 
     def existing_part(self, at: Location) -> Location:
         """Return the part of a pydantic location that the document has, without union tags."""
-        while at and at not in self.lines and at not in self.flags:
-            if any(place[: len(at)] == at for place in self.flags):
-                break
+        while at not in self:
             at = at[:-1]
         return at
 
     def problem(self, at: Location, message: str) -> Problem:
-        """Return a problem at a location."""
-        return Problem(self.where(at), dotted(at), message)
+        """Return a problem at a location, found where that or its nearest parent came from."""
+        return Problem(self[self.existing_part(at)], dotted(at), message)
 
 
 def describe_errors(errors: Sequence[ErrorDetails], source: SourceMap) -> list[Problem]:
@@ -126,10 +103,7 @@ def _keys_at(location: Location) -> list[str]:
 def _section_type(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType):
-        sections = (_section_type(argument) for argument in typing.get_args(annotation))
-        return next((section for section in sections if section), None)
-    return None
+    return next(filter(None, map(_section_type, get_args(annotation))), None)
 
 
 def forbidden_text(value: object, source: SourceMap, at: Location = ()) -> Iterator[Problem]:

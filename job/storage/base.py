@@ -57,9 +57,6 @@ class Store(Protocol):
     def upload(self, path: Path, key: str) -> None:
         """Copy a local file into the store, replacing an existing one."""
 
-    def take(self, path: Path, key: str) -> None:
-        """Move a local file into the store, replacing an existing one."""
-
     def list(self, prefix: str = "") -> list[str]:
         """Return the keys that start with `prefix`, sorted."""
 
@@ -108,18 +105,7 @@ class ReadOnlyStore:
         self.download = store.download
         self.list = store.list
 
-    def write(self, key: str, content: bytes) -> None:
+    def _ignore(self, *_arguments: object, **_options: object) -> None:
         """Do nothing."""
 
-    def upload(self, path: Path, key: str) -> None:
-        """Do nothing."""
-
-    def take(self, path: Path, key: str) -> None:
-        """Remove the local file."""
-        path.unlink()
-
-    def write_if_version(self, key: str, content: bytes | None, version: str | None) -> str | None:
-        """Do nothing and return None."""
-
-    def delete(self, key: str) -> None:
-        """Do nothing."""
+    write = upload = write_if_version = delete = _ignore

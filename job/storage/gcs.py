@@ -105,10 +105,6 @@ class GcsStore:
         except OSError as error:
             raise StageError(f"cannot read {path}: {error.strerror}") from error
 
-    def take(self, path: Path, key: str) -> None:
-        self.upload(path, key)
-        path.unlink()
-
     def _write(
         self, key: str, file: BinaryIO, size: int, expected: int | None = None
     ) -> str | None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import httpx2
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.hf_api import RepoFile
 
 RepoType = Literal["dataset", "model"]
 """The type of a repository of the Hub."""
@@ -48,24 +49,18 @@ _AGENT = "job"
 """Begins the User-Agent header of the requests that follow our retry policy."""
 
 
-@dataclass(frozen=True)
-class HubFile:
-    """A file of a repository at a commit; `sha256` is set for large files, `sha1` for others."""
+def checksum(file: "RepoFile") -> str:
+    """Return what identifies a file's content: the SHA-256 of a large one, or git's blob id."""
+    return file.lfs.sha256 if file.lfs else file.blob_id
 
-    path: str
-    size: int
-    sha256: str | None
-    sha1: str
-    """The id that git gives to the content."""
 
-    @property
-    def content(self) -> Content:
-        """The content that a local copy must have."""
-        if self.sha256:
-            return Content(self.size, hashlib.sha256, bytes.fromhex(self.sha256))
-        header = b"blob %d\0" % self.size
+def _content(file: "RepoFile") -> Content:
+    """Return the content that a local copy of a file must have."""
+    new: Callable[[], Any] = hashlib.sha256
+    if not file.lfs:
+        header = b"blob %d\0" % file.size
         new = functools.partial(hashlib.sha1, header, usedforsecurity=False)
-        return Content(self.size, new, bytes.fromhex(self.sha1))
+    return Content(file.size, new, bytes.fromhex(checksum(file)))
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class Repository:
             )
         return str(info.sha)
 
-    def files(self, commit: str) -> list[HubFile]:
+    def files(self, commit: str) -> "list[RepoFile]":
         """Return all files of a commit, sorted by path.
 
         Raises:
@@ -109,19 +104,10 @@ class Repository:
             tree = _api().list_repo_tree(
                 self.name, recursive=True, revision=commit, repo_type=self.kind
             )
-            files = [
-                HubFile(
-                    path=item.path,
-                    size=item.lfs.size if item.lfs else item.size,
-                    sha256=item.lfs.sha256 if item.lfs else None,
-                    sha1=item.blob_id,
-                )
-                for item in tree
-                if isinstance(item, RepoFile)
-            ]
+            files = [item for item in tree if isinstance(item, RepoFile)]
         return sorted(files, key=lambda file: file.path)
 
-    def fetch(self, commit: str, files: Sequence[HubFile], folder: Path) -> None:
+    def fetch(self, commit: str, files: "Sequence[RepoFile]", folder: Path) -> None:
         """Download files to a local folder, several at a time; correct local copies stay.
 
         A file appears under its name only when it is complete and correct.
@@ -133,9 +119,9 @@ class Repository:
         fetch_file = self._fetch_file
         run_all([functools.partial(fetch_file, commit, file, folder) for file in files], _THREADS)
 
-    def _fetch_file(self, commit: str, file: HubFile, folder: Path) -> None:
-        path = folder / file.path
-        if file.content.matches(path):
+    def _fetch_file(self, commit: str, file: "RepoFile", folder: Path) -> None:
+        path, content = folder / file.path, _content(file)
+        if content.matches(path):
             return
 
         def get(scratch: Path) -> Path:
@@ -152,7 +138,7 @@ class Repository:
             return Path(local)
 
         with self.errors():
-            download(f"read {file.path} of {self}", path, file.content, get)
+            download(f"read {file.path} of {self}", path, content, get)
         logs.get().info("downloaded", file=file.path, bytes=file.size, commit=commit[:12])
 
     @contextlib.contextmanager
@@ -214,7 +200,7 @@ class Repository:
         return StageError(f"cannot read {self} from the Hub: {reason}")
 
 
-def _check_paths(files: Sequence[HubFile]) -> None:
+def _check_paths(files: "Sequence[RepoFile]") -> None:
     """Check that the paths of a listing stay inside the folder they are downloaded into."""
     for file in files:
         parts = file.path.split("/")

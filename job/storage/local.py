@@ -41,9 +41,6 @@ class LocalStore:
     def upload(self, path: Path, key: str) -> None:
         self._replace(key, lambda target: shutil.copyfile(path, target))
 
-    def take(self, path: Path, key: str) -> None:
-        self._replace(key, lambda target: shutil.move(path, target))
-
     def _replace(self, key: str, fill: Any) -> None:
         """Fill a temporary file next to the target, sync it, and rename it into place."""
         target = self._path(key)

@@ -9,8 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import safetensors
@@ -29,6 +28,8 @@ _NEWEST = 2
 
 _FORMAT = "2"
 """Format 1 had numbers for names."""
+
+_DAMAGED = (safetensors.SafetensorError, ValueError, KeyError)
 
 
 class Validation(BaseModel):
@@ -77,49 +78,29 @@ class TrainProgress(BaseModel):
         return self.seconds - self.compile_seconds
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A checkpoint: the progress, and arrays by name (see `job.train.state`)."""
 
     progress: TrainProgress
     arrays: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class CheckpointFolder:
-    """The folder of a training's checkpoints in a store."""
+class Checkpoints:
+    """The checkpoints of a training, in a folder of a store; the newest two are kept.
 
-    store: Store
-    prefix: str
-    """Prefix of the keys, with a slash at the end."""
-    inputs_digest: str
-    """Digest of the training's inputs; checkpoints of other inputs are ignored."""
-
-    def key(self, step: int) -> str:
-        """Return the key of the checkpoint after a step."""
-        return f"{self.prefix}step-{step:08d}.checkpoint.safetensors"
-
-
-def _hash(arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name}:{array.dtype.str}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time, and keeps the newest two.
-
-    Leaving its block waits for the last one. Errors are raised by the next call.
+    Within a `with` block they are written in the background, one at a time; leaving it waits for
+    the last one. Errors are raised by the next call.
     """
 
-    def __init__(self, folder: CheckpointFolder) -> None:
+    def __init__(self, store: Store, folder: str, inputs_digest: str) -> None:
+        """Use the folder, which ends with a slash; checkpoints of other inputs are ignored."""
+        self._store = store
         self._folder = folder
-        self._worker = Threads(1)
+        self._inputs_digest = inputs_digest
         self._write_in_progress: Future[None] | None = None
 
-    def __enter__(self) -> "CheckpointWriter":
+    def __enter__(self) -> Self:
+        self._worker = Threads(1)
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -139,24 +120,8 @@ class CheckpointWriter:
             files: files to write first, by key.
         """
         self.wait()
-        snapshot = Checkpoint(checkpoint.progress.model_copy(), checkpoint.arrays)
+        snapshot = checkpoint._replace(progress=checkpoint.progress.model_copy())
         self._write_in_progress = self._worker.submit(self._write, snapshot, files)
-
-    def _write(self, checkpoint: Checkpoint, files: Mapping[str, bytes]) -> None:
-        folder, store = self._folder, self._folder.store
-        for key, content in files.items():
-            store.write(key, content)
-        arrays = {name: np.asarray(array) for name, array in checkpoint.arrays.items()}
-        metadata = {
-            "format": _FORMAT,
-            "inputs": folder.inputs_digest,
-            "hash": _hash(arrays),
-            "progress": checkpoint.progress.model_dump_json(),
-        }
-        content = safetensors.numpy.save(arrays, metadata=metadata)
-        store.write(folder.key(checkpoint.progress.step), content)
-        for key in sorted(store.list(folder.prefix))[:-_NEWEST]:
-            store.delete(key)
 
     def wait(self) -> None:
         """Wait for the checkpoint being written; raise if that failed."""
@@ -164,51 +129,68 @@ class CheckpointWriter:
         if write is not None:
             write.result()
 
+    def _write(self, checkpoint: Checkpoint, files: Mapping[str, bytes]) -> None:
+        for key, content in files.items():
+            self._store.write(key, content)
+        arrays = {name: np.asarray(array) for name, array in checkpoint.arrays.items()}
+        metadata = {
+            "format": _FORMAT,
+            "inputs": self._inputs_digest,
+            "hash": _hash(arrays),
+            "progress": checkpoint.progress.model_dump_json(),
+        }
+        key = f"{self._folder}step-{checkpoint.progress.step:08d}.checkpoint.safetensors"
+        self._store.write(key, safetensors.numpy.save(arrays, metadata=metadata))
+        for key in sorted(self._store.list(self._folder))[:-_NEWEST]:
+            self._store.delete(key)
 
-def load_checkpoint(
-    folder: CheckpointFolder, processes: ProcessGroup | None = None
-) -> Checkpoint | None:
-    """Return the newest valid checkpoint of this training, or None; all processes must call it.
+    def load(self, processes: ProcessGroup) -> Checkpoint | None:
+        """Return the newest valid checkpoint of this training, or None; all processes call it.
 
-    Checkpoints of another training (other inputs) are removed; damaged ones are logged and removed.
+        Checkpoints of another training are removed; damaged ones are logged and removed.
 
-    Raises:
-        StageError: the checkpoint is of an earlier format, or cannot be read by this process.
-    """
-    processes = processes or ProcessGroup()
-    step = json.loads(processes.broadcast(lambda: json.dumps(_newest_step(folder))))
-    if step is None:
-        return None
-    try:
-        return _parse(folder.store.read(folder.key(step)) or b"")
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise StageError(f"the checkpoint {folder.key(step)} cannot be read: {error}") from error
-
-
-def _newest_step(folder: CheckpointFolder) -> int | None:
-    store = folder.store
-    for key in sorted(store.list(folder.prefix), reverse=True):
-        content = store.read(key)
-        if content is None:
-            continue
+        Raises:
+            StageError: the checkpoint is of an earlier format, or cannot be read by this process.
+        """
+        key = json.loads(processes.broadcast(lambda: json.dumps(self._newest())))
         try:
-            metadata = _metadata(content)
-            if metadata["inputs"] != folder.inputs_digest:
-                logs.get().info("checkpoint of another training removed", file=key)
-                store.delete(key)
+            return _parse(self._store.read(key) or b"") if key else None
+        except _DAMAGED as error:
+            raise StageError(f"the checkpoint {key} cannot be read: {error}") from error
+
+    def _newest(self) -> str | None:
+        """Return the key of the newest valid checkpoint."""
+        for key in sorted(self._store.list(self._folder), reverse=True):
+            content = self._store.read(key)
+            if content is None:
                 continue
-            if metadata.get("format") != _FORMAT:
-                raise StageError(
-                    f"the checkpoint {key} was written by another version of this job, which "
-                    "cannot be resumed; run the same command with --fresh"
+            try:
+                metadata = _metadata(content)
+                if metadata["inputs"] != self._inputs_digest:
+                    logs.get().info("checkpoint of another training removed", file=key)
+                    self._store.delete(key)
+                    continue
+                if metadata.get("format") != _FORMAT:
+                    raise StageError(
+                        f"the checkpoint {key} was written by another version of this job, which "
+                        "cannot be resumed; run the same command with --fresh"
+                    )
+                _parse(content)
+                return key
+            except _DAMAGED as error:
+                logs.get().warning(
+                    "damaged checkpoint removed; using the one before", file=key, error=str(error)
                 )
-            return _parse(content).progress.step
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
-            logs.get().warning(
-                "damaged checkpoint removed; using the one before", file=key, error=str(error)
-            )
-            store.delete(key)
-    return None
+                self._store.delete(key)
+        return None
+
+
+def _hash(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name}:{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _parse(content: bytes) -> Checkpoint:

@@ -8,7 +8,6 @@ import gc
 import math
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -30,11 +29,9 @@ from job.train.blockwise_step import make_step
 from job.train.checkpoint import (
     CHECKPOINTS,
     Checkpoint,
-    CheckpointFolder,
-    CheckpointWriter,
+    Checkpoints,
     TrainProgress,
     Validation,
-    load_checkpoint,
 )
 from job.train.metrics import HISTORY, History, model_flops_utilization
 from job.train.optimizer import make_optimizer
@@ -81,14 +78,6 @@ class TrainResult:
     """History and TensorBoard events, by key."""
 
 
-class _StepInFlight(NamedTuple):
-    """A step that was dispatched and whose metrics are not read yet."""
-
-    step: int
-    batch: Batch
-    metrics: StepMetrics
-
-
 class Trainer:
     """One training: its compiled functions, its state and its progress."""
 
@@ -105,9 +94,7 @@ class Trainer:
         self._data = data
         self._config = config
         self._store = store
-        self._checkpoints = CheckpointFolder(
-            store, config.folder + CHECKPOINTS, config.inputs_digest
-        )
+        self._checkpoints = Checkpoints(store, config.folder + CHECKPOINTS, config.inputs_digest)
         self._stop = stop
         train, rows = config.train, data.rows
         lengths = tuple(rows.lengths.tolist()) if len(rows.buckets) > 1 else ()
@@ -164,10 +151,10 @@ class Trainer:
         if progress.validation_before is None:
             progress.validation_before = self._validate()
         with (
-            CheckpointWriter(self._checkpoints) as writer,
+            self._checkpoints,
             show_progress("training", self.schedule.steps, progress.step) as advance,
         ):
-            self._loop(writer, advance)
+            self._loop(advance)
         if progress.validation is None or progress.validation.step != progress.step:
             self._validate()
         lora, validation = self._best_lora, progress.best
@@ -179,7 +166,7 @@ class Trainer:
     def _resume(self) -> None:
         """Restore the newest checkpoint, or go back to the start if there is none."""
         self._reset()
-        checkpoint = load_checkpoint(self._checkpoints, self._stop.processes)
+        checkpoint = self._checkpoints.load(self._stop.processes)
         if checkpoint is None:
             return
         best = self._config.train.keep == "best"
@@ -191,28 +178,28 @@ class Trainer:
         self._history = History(self._store.read(self._config.folder + HISTORY) or b"", step)
         logs.get().info("resumed from a checkpoint", step=step, of=self.schedule.steps)
 
-    def _loop(self, writer: CheckpointWriter, advance: Advance) -> None:
+    def _loop(self, advance: Advance) -> None:
         config, progress, processes = self._config.train, self._progress, self._stop.processes
-        in_flight: _StepInFlight | None = None
+        in_flight: tuple[int, Batch, StepMetrics] | None = None  # its metrics are not read yet
         checkpoint_due = False
         clock, compile_clock = time.monotonic(), COMPILE_CLOCK.seconds
         while progress.step < self.schedule.steps and not progress.stopped_early:
             batch, arrays = self.batches.load(progress.step, stop=self._stop.requested)
             self._state, metrics = self.train_step(self._state, self._model.weights, arrays)
             # The previous step's metrics are read while this step runs.
-            stop = in_flight is not None and self._record(in_flight, advance)
-            in_flight = _StepInFlight(progress.step, batch, metrics)
+            stop = in_flight is not None and self._record(*in_flight, advance)
+            in_flight = progress.step, batch, metrics
             progress.step += 1
             if processes.count == 1:
                 stop = self._stop.requested
             checkpoint_due |= progress.step % config.checkpoint_every == 0
             # One process does not wait for slow storage: it saves once the last checkpoint is
             # written. Several do wait, because all must save at the same step.
-            writable = writer.idle or processes.count > 1
+            writable = self._checkpoints.idle or processes.count > 1
             save = stop or progress.step == self.schedule.steps or (checkpoint_due and writable)
             validate = config.validate_every and progress.step % config.validate_every == 0
             if save or validate:
-                self._record(in_flight, advance)
+                self._record(*in_flight, advance)
                 in_flight = None
             progress.seconds += time.monotonic() - clock
             progress.compile_seconds += COMPILE_CLOCK.seconds - compile_clock
@@ -223,10 +210,10 @@ class Trainer:
                 best = self._best_lora if config.keep == "best" else None
                 arrays = jax.device_get(self._names.to_arrays(self._state, best))
                 # The history may be ahead of the checkpoint; resuming drops the lines beyond it.
-                writer.save(Checkpoint(progress, arrays), self._files())
+                self._checkpoints.save(Checkpoint(progress, arrays), self._files())
                 checkpoint_due = False
             if stop:
-                writer.wait()
+                self._checkpoints.wait()
                 self._stop.check()
 
     def _files(self) -> dict[str, bytes]:
@@ -234,12 +221,11 @@ class Trainer:
         files = self._history.files()
         return {self._config.folder + name: content for name, content in files.items()}
 
-    def _record(self, in_flight: _StepInFlight, advance: Advance) -> bool:
+    def _record(self, step: int, batch: Batch, metrics: StepMetrics, advance: Advance) -> bool:
         """Add a step's metrics to the progress and, if due, to the history and the log.
 
         Returns whether a process has been told to stop.
         """
-        step, batch, metrics = in_flight
         loss, correct, tokens, norm, stop = (float(value) for value in jax.device_get(metrics))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._raise_not_finite(step, loss / tokens, norm)

@@ -14,12 +14,13 @@ from job.evals.metrics import overlap_scores, score_choices, score_dialogues, su
 from job.evals.predictions import DialogueLine, SideLine, format_predictions, parse_predictions
 from job.evals.questions import Question
 from job.evals.statistics import Bootstrap
-from job.evals.tasks import SideBySidePrompt, Task, dialogue_lines, side_lines
+from job.evals.tasks import Task, dialogue_lines, side_by_side_examples, side_lines
 from job.model.language_model import LanguageModel
 from job.model.load import load_model
 from job.scores import RowCounts
+from job.spec.evals import SideBySideEval
 from job.spec.schema import Model, MultipleChoiceEval
-from tests.conversations import conversation, turns
+from tests.conversations import conversation
 from tests.evals.test_prediction_cache import cache_in
 
 LIMIT = 6
@@ -125,9 +126,9 @@ def test_a_dialogue_cut_in_its_thoughts_is_an_empty_answer(local: LocalModel) ->
 
 
 def test_side_by_side_shows_no_thoughts(local: LocalModel) -> None:
-    prompts = [SideBySidePrompt("p", turns("Why? <think>"))]
-    replies, truncated = local.generate("side_by_side", [prompts[0].messages], LIMIT)
-    (line,) = side_lines(prompts, replies)
+    examples = side_by_side_examples([], SideBySideEval(prompts=["Why? <think>"]))
+    replies, truncated = local.answer("side_by_side", examples, LIMIT)
+    (line,) = side_lines(examples, replies)
     assert truncated == 0
     assert line.answer == ""
     assert line.thoughts

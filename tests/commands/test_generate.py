@@ -221,11 +221,12 @@ def drawn(model: LanguageModel, **options: float) -> np.ndarray:
     engine = Engine(model, DRAWN, 1024)
     (tokens,), _ = engine.encode([PROMPT])
     sampling = Sampling(**options)  # type: ignore[arg-type]
-    rows = engine.generate_program(sampling)(
+    rows = engine.generate_program(
         model.weights,
         np.array([tokens] * DRAWN, np.int32),
         np.full(DRAWN, len(tokens), np.int32),
         limit=1,
+        sampler=sampling.sampler(),
         state=sampling.state(0),
     )
     return np.asarray(rows)[:, 0]

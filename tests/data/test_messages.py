@@ -272,9 +272,9 @@ def test_rows_that_differ_in_what_is_learned_differ() -> None:
 
 def staged(path: Path, folder: Path) -> StagedDataset:
     data = Data(dataset=str(path), messages="m", drop_duplicates=False)
-    return stage_rows(
-        data, open_source(data, "dialogues"), LocalStore(folder), folder, lambda: None
-    )
+    work = folder.with_name("work")
+    work.mkdir()
+    return stage_rows(data, open_source(data, "dialogues"), LocalStore(folder), work, lambda: None)
 
 
 def write_rows(path: Path, rows: list[Row]) -> Path:

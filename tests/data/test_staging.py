@@ -255,7 +255,7 @@ def test_interrupted_staging_resumes_after_the_last_shard(
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalStore, "write", after(LocalStore.write))
-        patch.setattr(LocalStore, "take", after(LocalStore.take))
+        patch.setattr(LocalStore, "upload", after(LocalStore.upload))
         with pytest.raises(Stopped):
             stage(broken)
     records = len(shards(tmp_path / "broken"))

@@ -180,7 +180,7 @@ def test_a_task_has_chance_and_majority_baselines() -> None:
         "finetuned": lines("AABBBBAA", golds),
         "reference": lines("AABBBBC!", golds),
     }
-    result = summarize_choices(ENTRY, models, "abc")
+    result = summarize_choices(ENTRY, models, revision="abc")
     assert (result.name, result.revision, result.questions, result.chance) == (
         "first",
         "abc",

@@ -149,7 +149,7 @@ def evaluation(*p_values: float) -> Evaluation:
 
 
 def test_tests_are_corrected_for_the_others_of_their_family() -> None:
-    tests = paired_tests(decide_findings(evaluation(0.04, 0.001, 0.02, 0.03)))
+    tests = list(paired_tests(decide_findings(evaluation(0.04, 0.001, 0.02, 0.03))))
     by_p_value = {test.p_value: (test.p_holm, test.finding) for test in tests}
     assert by_p_value == {
         0.04: (0.04, "improved"), 0.001: (0.002, "improved"),
@@ -160,7 +160,7 @@ def test_tests_are_corrected_for_the_others_of_their_family() -> None:
 def test_a_reference_does_not_change_whether_tuning_helped() -> None:
     """With all tests in one family, 0.02 of four would be 0.06."""
     for reference in (0.9, 1e-9):
-        tests = paired_tests(decide_findings(evaluation(0.02, 0.5, reference, 0.5)))
+        tests = list(paired_tests(decide_findings(evaluation(0.02, 0.5, reference, 0.5))))
         assert [t.finding for t in tests if t.p_value == 0.02] == ["improved"]
 
 

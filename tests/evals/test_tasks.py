@@ -10,10 +10,10 @@ import pytest
 import structlog
 
 from job.chat.conversation import Message
+from job.data.examples import Example
 from job.errors import UsageError
 from job.evals.questions import Question
 from job.evals.tasks import (
-    SideBySidePrompt,
     Task,
     doc_to_text,
     load_task,
@@ -238,4 +238,4 @@ def test_letters_after_a_space_differ_in_their_last_token(tiny: LanguageModel) -
 
 def test_a_prompt_is_shown_by_the_last_words_of_the_user() -> None:
     messages = (Message("user", "look"), Message("assistant", "wait"), Message("tool", "rain"))
-    assert SideBySidePrompt("p", messages).text == "look"
+    assert Example("p", (*messages, Message("assistant", ""))).prompt == "look"

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub.hf_api import RepoFile
 
 from job.errors import JobError, SetupError, StageError, UsageError
 from job.model.load import resolve_preset
 from job.spec.schema import Model
-from job.storage.hub import HubFile, Repository
+from job.storage.hub import Repository
 from job.storage.locations import open_store
 from job.storage.retry import retry_after
 from tests.services.endless import endless_server
@@ -47,8 +48,8 @@ def test_small_and_large_files_of_a_commit_are_downloaded(hub: Hub, tmp_path: Pa
     assert fetch(Repository("model", "org/m", first), tmp_path / "b") == FILES
     assert Repository("model", "org/m").commit() == second
     listed = {file.path: file for file in Repository("model", "org/m").files(second)}
-    assert listed["part/model.safetensors"].sha256 is not None
-    assert listed["config.json"].sha256 is None
+    assert listed["part/model.safetensors"].lfs is not None
+    assert listed["config.json"].lfs is None
     before = len(hub.requested("/resolve/"))
     fetch(Repository("model", "org/m"), tmp_path / "a")
     assert len(hub.requested("/resolve/")) == before
@@ -193,7 +194,8 @@ def test_a_listing_cannot_write_outside_the_folder(hub: Hub, tmp_path: Path) -> 
     hub.add_repo("models", "org/m", FILES)
     for path in ("../evil", "/tmp/evil", "a/../../evil", "", "a//b", "a\\..\\b", "a\0", "a\nb"):
         with pytest.raises(StageError, match="which is (outside|not a name)"):
-            Repository("model", "org/m").fetch("c" * 40, [HubFile(path, 1, None, "0")], tmp_path)
+            file = RepoFile(path=path, size=1, oid="0")
+            Repository("model", "org/m").fetch("c" * 40, [file], tmp_path)
 
 
 @pytest.mark.parametrize(("path", "error"), [("gzip", "more than 64 MB"), ("drip", "after 1 s")])

@@ -29,7 +29,6 @@ CALLS: dict[str, Call] = {
     "delete": lambda store, key, path: store.delete(key),
     "download": lambda store, key, path: store.download(key, path.with_name("copy")),
     "upload": lambda store, key, path: store.upload(path, key),
-    "take": lambda store, key, path: store.take(path, key),
 }
 OBJECTS = "/b/runs/o"
 """Part of the paths of all requests for objects."""
@@ -89,14 +88,6 @@ def test_files_are_uploaded_and_downloaded(store: Store, file: Path, tmp_path: P
     assert store.download("deep/down/file", target)
     assert target.read_bytes() == b"changed"
     assert file_sha256(target) == file_sha256(file)
-
-
-def test_take_moves_the_local_file(store: Store, file: Path) -> None:
-    content = file.read_bytes()
-    store.write("a", b"old")
-    store.take(file, "a")
-    assert store.read("a") == content
-    assert not file.exists()
 
 
 def test_a_missing_file_is_none_and_can_be_deleted(store: Store, tmp_path: Path) -> None:

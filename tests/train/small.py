@@ -17,7 +17,7 @@ from job.runtime.signals import StopSignal
 from job.spec.schema import Lora, Model, Train
 from job.storage.base import Store
 from job.storage.local import LocalStore
-from job.train.checkpoint import CHECKPOINTS, CheckpointFolder
+from job.train.checkpoint import CHECKPOINTS, Checkpoints
 from job.train.state import TrainState
 from job.train.trainer import TrainData, Trainer, TrainerConfig
 from tests.conversations import token_example
@@ -118,9 +118,9 @@ def make_trainer(
     return Trainer(model, data, config, store or LocalStore(folder), coordinated), stop
 
 
-def checkpoints_in(store: Store, inputs_digest: str = "inputs") -> CheckpointFolder:
+def checkpoints_in(store: Store, inputs_digest: str = "inputs") -> Checkpoints:
     """The checkpoints of a trainer of `make_trainer`."""
-    return CheckpointFolder(store, CHECKPOINTS, inputs_digest)
+    return Checkpoints(store, CHECKPOINTS, inputs_digest)
 
 
 def before_step(trainer: Trainer, action: Callable[[int, Any], None]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 
 from job.errors import StageError
+from job.machine.distributed import ProcessGroup
 from job.model.language_model import LanguageModel
 from job.model.lora import LoraWeights
 from job.spec.schema import Train
@@ -17,10 +18,8 @@ from job.storage.local import LocalStore
 from job.train.checkpoint import (
     CHECKPOINTS,
     Checkpoint,
-    CheckpointWriter,
     TrainProgress,
     Validation,
-    load_checkpoint,
 )
 from job.train.optimizer import make_optimizer
 from job.train.state import StateNames, TrainState
@@ -41,7 +40,7 @@ def checkpoint_of(step: int) -> Checkpoint:
 
 def saved(folder: Path, *steps: int) -> LocalStore:
     store = LocalStore(folder)
-    with CheckpointWriter(checkpoints_in(store)) as writer:
+    with checkpoints_in(store) as writer:
         for step in steps:
             writer.save(checkpoint_of(step), {})
     return store
@@ -52,7 +51,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def load(store: LocalStore) -> Checkpoint:
-    checkpoint = load_checkpoint(checkpoints_in(store))
+    checkpoint = checkpoints_in(store).load(ProcessGroup())
     assert checkpoint is not None
     return checkpoint
 
@@ -97,7 +96,7 @@ def test_damaged_newest_falls_back_to_the_one_before(
 
 def test_a_checkpoint_of_another_training_is_removed(tmp_path: Path) -> None:
     store = saved(tmp_path, 5)
-    assert load_checkpoint(checkpoints_in(store, "other inputs")) is None
+    assert checkpoints_in(store, "other inputs").load(ProcessGroup()) is None
     assert store.list(CHECKPOINTS) == []
 
 
@@ -109,7 +108,7 @@ def test_a_checkpoint_with_numbered_arrays_is_refused(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_bytes(safetensors.numpy.save({"00000": np.zeros(2)}, metadata=metadata))
     with pytest.raises(StageError, match="another version.* run the same command with --fresh"):
-        load_checkpoint(checkpoints_in(LocalStore(tmp_path)))
+        checkpoints_in(LocalStore(tmp_path)).load(ProcessGroup())
 
 
 class GatedStore(LocalStore):
@@ -129,7 +128,7 @@ class GatedStore(LocalStore):
 
 def test_checkpoints_are_written_while_training_continues(tmp_path: Path) -> None:
     store, checkpoint = GatedStore(tmp_path), checkpoint_of(1)
-    with CheckpointWriter(checkpoints_in(store)) as writer:
+    with checkpoints_in(store) as writer:
         writer.save(checkpoint, {"history.jsonl": b"{}"})
         assert not writer.idle
         checkpoint.progress.step = 2
@@ -142,7 +141,7 @@ def test_checkpoints_are_written_while_training_continues(tmp_path: Path) -> Non
 def test_a_failed_write_stops_the_training(tmp_path: Path) -> None:
     store = GatedStore(tmp_path, failing=True)
     store.gate.set()
-    writer = CheckpointWriter(checkpoints_in(store))
+    writer = checkpoints_in(store)
     with pytest.raises(StageError, match="no space left"), writer:
         writer.save(checkpoint_of(1), {})
         writer.wait()

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from job.errors import RunStoppedError, StageError
+from job.machine.distributed import ProcessGroup
 from job.model.language_model import LanguageModel
 from job.model.lora import flatten_lora
 from job.storage.local import LocalStore
-from job.train.checkpoint import CHECKPOINTS, load_checkpoint
+from job.train.checkpoint import CHECKPOINTS
 from job.train.memory import rows_that_fit
 from job.train.metrics import HISTORY
 from job.train.trainer import TrainResult
@@ -117,7 +118,7 @@ def test_interrupted_training_ends_with_the_same_adapter(
     for step in stops:
         with pytest.raises(RunStoppedError):
             trainer.run()
-        checkpoint = load_checkpoint(checkpoints_in(store))
+        checkpoint = checkpoints_in(store).load(ProcessGroup())
         assert checkpoint is not None
         assert checkpoint.progress.step == step
     resumed = make_trainer(tmp_path, small, store, **settings)[0].run()
@@ -145,7 +146,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_examples(
     trainer.train_step = poisoned
     with pytest.raises(StageError, match=r"step 3 has a loss of nan.*examples are \d+, \d+"):
         trainer.run()
-    checkpoint = load_checkpoint(checkpoints_in(LocalStore(tmp_path)))
+    checkpoint = checkpoints_in(LocalStore(tmp_path)).load(ProcessGroup())
     assert checkpoint is not None
     assert checkpoint.progress.step in (1, 2)  # the second waits while the first is written
     assert all(np.isfinite(array).all() for array in checkpoint.arrays.values())
@@ -259,7 +260,7 @@ def test_training_without_improvement_stops_early(tmp_path: Path, small: Languag
     result = trainer.run()
     assert result.progress.stopped_early
     assert result.progress.step == 4
-    checkpoint = load_checkpoint(checkpoints_in(LocalStore(tmp_path)))
+    checkpoint = checkpoints_in(LocalStore(tmp_path)).load(ProcessGroup())
     assert checkpoint is not None
     assert checkpoint.progress.stopped_early
     assert trainer.run().progress.step == 4
