@@ -184,7 +184,7 @@ def test_a_bad_node_is_replaced_twice_at_most(
     cloud: Cloud, scripts: Scripts, code: int, end: int, reason: str
 ) -> None:
     submitted(cloud)
-    cloud.machines.lives = [(*UP, f"exit {code}")] * 3
+    cloud.machines.lives = [(*UP, f"exit {code}")] * 3 + [DONE]
     done = scripts.run("supervise", RUN)
     assert done.code == end
     assert reason in done.err
