@@ -137,6 +137,18 @@ check_account() {
   check_location "${location,,}"
 }
 
+# Check that the machine may delete itself, or it would cost money until someone else deletes it.
+check_deletion() {
+  local role=projects/$PROJECT/roles/jobDeleteTpu
+  [[ $PROVISIONER != gce ]] || role=projects/$PROJECT/roles/jobDeleteInstance
+  [[ $SELF_DELETE == yes ]] || return 0
+  query "roles in $PROJECT" projects get-iam-policy "$PROJECT" --flatten='bindings[].members' \
+    --format='value(bindings.members,bindings.role)' || return 0
+  ! grep -q "^serviceAccount:$SERVICE_ACCOUNT.$role\$" <<<"$RESULT" \
+    || { good "a machine may delete itself" && return; }
+  bad "$SERVICE_ACCOUNT does not have the role $role, so a machine cannot delete itself" "run infra/setup.sh"
+}
+
 # A location is a region, or US, EU, ASIA or a pair of regions, which have several.
 check_location() { # LOCATION
   local zone
@@ -188,6 +200,7 @@ main() {
   check_network
   check_image
   check_account
+  check_deletion
   check_secrets
   [[ -z $DRY_RUN ]] || exit 0
   ((PROBLEMS == 0)) || fail "$PROBLEMS checks failed"

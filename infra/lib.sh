@@ -226,9 +226,9 @@ classify() { # MESSAGE
     *"per minute"* | *rate_limit* | *ratelimit* | *"rate limit"*) ERROR_KIND=busy ;;
     *quota*) ERROR_KIND=quota ;;
     *resource_exhausted* | *"no more capacity"* | *resource_pool_exhausted* | *stockout* | \
-      *"not have enough resources"* | *"currently unavailable"*) ERROR_KIND=capacity ;;
+      *"not have enough resources"* | *insufficient*capacity* | *"currently unavailable in"*) ERROR_KIND=capacity ;;
     *already_exists* | *"already exists"* | *"already own it"* | *alreadyexists*) ERROR_KIND=exists ;;
-    *constraint* | *"org policy"* | *"organization policy"*) ERROR_KIND=invalid ;;
+    *constraints/* | *"org policy"* | *"organization policy"*) ERROR_KIND=invalid ;;
     *precondition* | *pre-condition* | *"error 412"*) ERROR_KIND=conflict ;;
     *not_found* | *"not found"* | *"error 404"* | *"matched no objects"* | *"does not exist"*) ERROR_KIND=missing ;;
     *unauthenticated* | *"reauthentication"* | *"error 401"* | *"credential"* | \

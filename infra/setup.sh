@@ -135,16 +135,15 @@ EOF
     "--location=$REGION" --role=roles/artifactregistry.reader
   grant "the job may write logs" projects add-iam-policy-binding "$PROJECT" \
     --role=roles/logging.logWriter --condition=None
-  if [[ $SELF_DELETE == yes ]]; then
-    # The TPU API has no permissions of its own for queued resources; it asks for those on their nodes.
-    role=jobDeleteTpu permissions=tpu.nodes.delete,tpu.nodes.get
-    [[ $PROVISIONER != gce ]] || role=jobDeleteInstance permissions=compute.instances.delete
-    ensure "role $role" iam roles describe "$role" "--project=$PROJECT" --format='value(name)' -- \
-      iam roles create "$role" "--project=$PROJECT" --title="Delete TPU machines" --stage=GA \
-      "--permissions=$permissions"
-    grant "a machine may delete itself" projects add-iam-policy-binding "$PROJECT" \
-      "--role=projects/$PROJECT/roles/$role" --condition=None
-  fi
+  # Both roles, because PROVISIONER and SELF_DELETE may change before the next submission. The TPU API
+  # has no permissions of its own for queued resources; it asks for those on their nodes.
+  for role in jobDeleteTpu=tpu.nodes.delete,tpu.nodes.get jobDeleteInstance=compute.instances.delete; do
+    ensure "role ${role%%=*}" iam roles describe "${role%%=*}" "--project=$PROJECT" --format='value(name)' -- \
+      iam roles create "${role%%=*}" "--project=$PROJECT" --title="Delete TPU machines" --stage=GA \
+      "--permissions=${role#*=}"
+    grant "a machine may delete itself (${role%%=*})" projects add-iam-policy-binding "$PROJECT" \
+      "--role=projects/$PROJECT/roles/${role%%=*}" --condition=None
+  done
   for secret in $SECRETS; do ensure_secret "$secret"; done
   set_up_builds
   cat <<EOF

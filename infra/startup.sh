@@ -3,9 +3,10 @@
 # returns, because Google's runner of startup scripts ends first at a shutdown, and with it the
 # script's output. All inputs come from the VM's metadata.
 #
-#   job          pulls the image, runs the job, uploads its log, and writes its exit code to the bucket.
-#                It waits for the metadata server, starts a timer for job-delete at the deadline, and
-#                starts job-delete at its end.
+#   job-deadline waits for the metadata server, starts a timer for job-delete at the deadline, and
+#                starts job. It does not wait for Docker.
+#   job          pulls the image, runs the job, uploads its log, writes its exit code to the bucket, and
+#                starts job-delete at its end
 #   job-delete   stops the job and deletes the machine, again and again until it is gone
 #
 # Each unit is safe to run many times. `job` follows a running container and resumes a stopped one. If
@@ -14,11 +15,10 @@
 # Secrets go from Secret Manager to the shell's memory, and from there to the container's standard
 # input. They are in no argument, no file, no `docker inspect` output and no log.
 #
-# Usage: startup.sh [run | delete | --dry-run]
+# Usage: startup.sh [deadline | run | delete | --dry-run]
 #
-#   run         the unit job
-#   delete      the unit job-delete
-#   --dry-run   print what it would do
+#   deadline, run, delete   the units job-deadline, job and job-delete
+#   --dry-run               print what it would do
 
 set -euo pipefail
 
@@ -29,6 +29,7 @@ LOGGING=${CLOUDSDK_API_ENDPOINT_OVERRIDES_LOGGING:-https://logging.googleapis.co
 TPU=${CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU:-https://tpu.googleapis.com/}
 COMPUTE=${CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE:-https://compute.googleapis.com/compute/v1/}
 FOLDER=${JOB_VM_FOLDER:-/var/lib/job}
+MEMORY=${JOB_VM_MEMORY:-/run/job}
 TICK=${JOB_VM_TICK:-15}
 PAUSE=${JOB_VM_PAUSE:-20}
 CONTAINER=${JOB_VM_CONTAINER:-job}
@@ -81,19 +82,23 @@ put() { # FILE NAME
 end() { # CODE REASON
   trap '' TERM
   log "exit code $1${2:+: $2}"
-  write_mark "$1" "$2"
+  write_mark "$1" "$2" || true # a full disk must not keep the machine
   [[ $WORKER != 0 ]] || systemctl start --no-block job-delete
   exit 0
 }
 
 # Write the exit mark of the attempt, or the first one again.
 write_mark() { # CODE REASON
-  if [[ ! -s $FOLDER/code ]]; then
+  local code
+  code=$(cat "$FOLDER/code" 2>/dev/null)
+  # A full disk keeps no code, and memory keeps it until the next boot.
+  if [[ -z ${code:=$(cat "$MEMORY/code" 2>/dev/null)} ]]; then
+    code=$1
     printf '%s\n' "$2" >"$FOLDER/reason"
-    printf '%s' "$1" >"$FOLDER/code"
+    printf '%s' "$1" | tee "$MEMORY/code" >"$FOLDER/code"
   fi
   upload_log || log "cannot upload the log"
-  put "$FOLDER/reason" "marks/exit-$ATTEMPT-$WORKER-$(<"$FOLDER/code")" || log "cannot write the exit mark"
+  put "$FOLDER/reason" "marks/exit-$ATTEMPT-$WORKER-$code" || log "cannot write the exit mark"
 }
 
 # Stop the job, and delete the machine. Fail, so that systemd starts the unit again, until it is gone.
@@ -103,7 +108,8 @@ delete_machine() {
   read_metadata || true # what an earlier start of a unit has read will do
   read_attributes
   systemctl stop job || true
-  write_mark 124 "reached the maximum run time" || true # a full disk must not keep the machine
+  timeout 60 docker stop -t 25 "$CONTAINER" >/dev/null 2>&1 || true # its unit may wait for a restart
+  write_mark 124 "reached the maximum run time" || true
   path=$(attribute job-delete)
   case $path in
     tpu\ *) url=$TPU${path#tpu } ;;
@@ -121,7 +127,7 @@ upload_log() {
   uploaded=$(cat "$FOLDER/uploaded" 2>/dev/null || echo 0)
   size=$(stat -c %s "$FOLDER/log")
   ((size > uploaded)) || return 0
-  put "$FOLDER/log" "logs/$ATTEMPT-$WORKER.log"
+  put "$FOLDER/log" "logs/$ATTEMPT-$WORKER.log" || return
   tail -c "+$((uploaded + 1))" "$FOLDER/log" | head -c "$((size - uploaded))" \
     | python3 -c "$ENTRIES" "$PROJECT" "$RUN" "$WORKER" \
     | while IFS= read -r batch; do
@@ -159,16 +165,14 @@ for at in range(0, len(entries), 500):
 
 wait_for_docker() {
   local left=20
-  if ! command -v docker >/dev/null; then
-    log "installing Docker"
-    # Another process may hold apt's lock at boot.
-    { apt-get -o DPkg::Lock::Timeout=300 update -q \
-      && apt-get -o DPkg::Lock::Timeout=300 install -qy docker.io; } >>"$FOLDER/log" 2>&1 \
-      || end 125 "cannot install Docker"
-  fi
-  until docker info >/dev/null 2>&1; do
-    ((left > 0)) || end 125 "Docker did not start within 5 minutes"
-    left=$((left - 1))
+  until timeout 60 docker info >/dev/null 2>&1; do
+    ((left-- > 0)) || end 125 "Docker cannot be installed or does not start"
+    if ! command -v docker >/dev/null; then
+      log "installing Docker"
+      # Another process may hold apt's locks at boot. The timeout covers only one of them.
+      { apt-get -o DPkg::Lock::Timeout=300 update -q \
+        && apt-get -o DPkg::Lock::Timeout=300 install -qy docker.io; } >>"$FOLDER/log" 2>&1 || true
+    fi
     sleep_interruptibly "$TICK"
   done
 }
@@ -248,16 +252,19 @@ shut_down() {
 # Follow the container until it exits. Set CODE to its exit code, or to 75 if Docker was lost, which
 # may stop the container, kill it, or leave it running.
 follow() {
-  local lost=''
+  local lost='' daemon
   CLIENT=$!
+  daemon=$(systemctl show --property=MainPID docker) || true
   while kill -0 "$CLIENT" 2>/dev/null; do
     sleep_interruptibly "$TICK"
     upload_log || log "cannot upload the log"
   done
-  docker info >/dev/null 2>&1 || lost=yes
+  STARTED=$(stat -c %Y "$FOLDER/log")
+  # Docker may be up again, as another process.
+  { timeout 60 docker info && [[ $(systemctl show --property=MainPID docker) == "$daemon" ]]; } >/dev/null 2>&1 || lost=yes
   [[ -z $lost ]] || log "Docker has stopped; waiting for it"
   wait_for_docker
-  CODE=$(docker container inspect -f '{{.State.ExitCode}}' "$CONTAINER" 2>/dev/null || echo 125)
+  CODE=$(docker container inspect -f '{{.State.ExitCode}}' "$CONTAINER" 2>/dev/null) || CODE=125
   if is_running || [[ $CODE == 255 || (-n $lost && ! $CODE =~ ^[0234]$) ]]; then CODE=75; fi
 }
 
@@ -280,17 +287,26 @@ read_attributes() {
 start_unit() { # UNIT COMMAND OPTION...
   local unit=$1 command=$2
   shift 2
-  systemctl cat "$unit.service" >/dev/null 2>&1 || systemd-run "--unit=$unit" --collect "$@" \
-    --property=Restart=on-failure "--property=RestartSec=$PAUSE" bash "$FOLDER/startup.sh" "$command"
+  systemctl cat "$unit.service" >/dev/null 2>&1 || systemd-run "--unit=$unit" --collect --no-block "$@" \
+    --property=Restart=on-failure "--property=RestartSec=$PAUSE" bash "$MEMORY/startup.sh" "$command"
+}
+
+# Start the timer for the deletion, and then the job, which waits for Docker.
+start_deadline() {
+  local left most
+  read_metadata || [[ -s $FOLDER/attributes ]] || { log "waiting for the metadata server" && exit 1; }
+  read_attributes
+  left=$((DEADLINE - $(date +%s))) most=$(attribute job-max-seconds)
+  left=$((left < most ? left : most)) # the clock may have been wrong
+  start_unit job-delete delete "--on-active=$((left > 1 ? left : 1))" --timer-property=AccuracySec=1s
+  # At a shutdown the job gets SIGTERM before Docker does, and time to save a checkpoint.
+  start_unit job run --property=After=docker.service --property=After=network-online.target \
+    --property=KillMode=mixed --property=TimeoutStopSec=60
 }
 
 run_job() {
-  local left
   CLIENT=
-  read_metadata || { log "waiting for the metadata server" && exit 1; }
   read_attributes
-  left=$((DEADLINE - $(date +%s)))
-  start_unit job-delete delete "--on-active=$((left > 1 ? left : 1))" --timer-property=AccuracySec=1s
   trap shut_down TERM INT
   [[ ! -s $FOLDER/code ]] || end "$(<"$FOLDER/code")" "the attempt has ended before"
   CODE=75
@@ -315,10 +331,11 @@ main() {
     sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"
     exit 0
   fi
-  mkdir -p "$FOLDER"
-  touch "$FOLDER/log"
+  mkdir -p "$FOLDER" "$MEMORY"
+  : >>"$FOLDER/log" # its time stays that of the last line
   STARTED=$(stat -c %Y "$FOLDER/log")
   case ${1:-} in
+    deadline) start_deadline ;;
     run) run_job ;;
     delete) delete_machine ;;
     --dry-run)
@@ -327,10 +344,8 @@ main() {
       log "run $RUN, attempt $ATTEMPT, worker $WORKER, image $IMAGE, until $(date -u -d "@$DEADLINE" +%T)"
       ;;
     *)
-      cp -- "$0" "$FOLDER/startup.sh"
-      # At a shutdown the job gets SIGTERM before Docker does, and time to save a checkpoint.
-      start_unit job run --property=After=docker.service --property=After=network-online.target \
-        --property=KillMode=mixed --property=TimeoutStopSec=60
+      cp -- "$0" "$MEMORY/startup.sh" # the disk may be full
+      start_unit job-deadline deadline
       ;;
   esac
 }

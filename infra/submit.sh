@@ -76,9 +76,10 @@ main() {
   fi
   print_price
 
-  # The watcher replaces a machine whose log is silent for longer than the job allows.
-  STALL_SECONDS=$(awk '$1 == "stall_minutes:" { print $2 == "null" ? "" : int($2 * 60 + 1); known = 1 }
-    END { if (!known) print 1800 }' "$WORK/spec.yaml")
+  # The watcher replaces a machine whose log is silent for longer than the job allows, and at least for
+  # half an hour, because a pull of the image writes nothing.
+  STALL_SECONDS=$(awk '$1 == "stall_minutes:" { none = $2 == "null"; stall = int($2 * 60 + 1) }
+    END { if (!none) print (stall > 1801 ? stall : 1801) }' "$WORK/spec.yaml")
 
   again=''
   if read_state; then

@@ -102,7 +102,8 @@ watch_step() {
 }
 
 # Read the marks in the bucket and set CODE: the exit code of the attempt, "cancel", or empty. A
-# mark's name has the code. Host 0 decides for a slice, or any host that could not start the job (125).
+# mark's name has the code. Host 0 decides for a slice, or any host that could not start the job
+# (125 to 127) or whose job crashed (130 to 139).
 CODE=''
 read_marks() {
   local mark
@@ -116,7 +117,7 @@ read_marks() {
     case $mark in
       "cancel-${STATE[submission]}") CODE=cancel && return ;;
       "exit-${STATE[attempt]}-0-"*) CODE=${mark##*-} ;;
-      "exit-${STATE[attempt]}-"*-125) CODE=${CODE:-125} ;;
+      "exit-${STATE[attempt]}-"*-12[5-7] | "exit-${STATE[attempt]}-"*-13[0-9]) CODE=${CODE:-${mark##*-}} ;;
     esac
   done
 }
@@ -141,6 +142,7 @@ retire() { # REASON
   STATE[reason]=$1
   if [[ -n ${STATE[was_active]} ]]; then
     failures=0 STATE[lost]=$((${STATE[lost]:-0} + 1))
+    : "${STATE[started]:=${STATE[ordered]}}" # no watcher may have seen it up
   else
     failures=$((failures + 1))
   fi
@@ -203,7 +205,10 @@ step_create() { # ZONE
 # Go on after a refusal, ERROR and ERROR_KIND: again, in the next zone, or not at all.
 refused() { # ZONE
   case $ERROR_KIND in
-    capacity) retire "no capacity in $1${ERROR:+ ($ERROR)}" ;;
+    capacity)
+      STATE[no_quota]='' STATE[unclear]=0
+      retire "no capacity in $1${ERROR:+ ($ERROR)}"
+      ;;
     quota)
       STATE[no_quota]="${STATE[no_quota]:-} $1"
       if zones_have_quota; then
@@ -213,6 +218,7 @@ refused() { # ZONE
       fi
       ;;
     busy)
+      [[ ${STATE[phase]} != run ]] || { retire "the machine in $1 was not granted: $ERROR"; return; }
       log "$RUN: too many requests: $ERROR"
       pause "$POLL_SECONDS"
       ;;
@@ -263,7 +269,7 @@ step_run() { # ZONE
   case $CODE in
     cancel) finish cancelled 75 "cancelled" ;;
     0) finish "done" 0 "done; the results are in ${STATE[run_uri]}" ;;
-    3) replace_bad_node "$1" ;;
+    3 | 134 | 137 | 139) replace_bad_node "$1" ;;
     2 | 4) finish failed "$CODE" "the job failed with exit code $CODE$(reason "$CODE"); see infra/logs.sh $RUN" ;;
     124) # the exit code of `timeout`
       finish timeout 75 "stopped: reached the maximum run time"
@@ -276,13 +282,15 @@ step_run() { # ZONE
   esac
 }
 
-# Exit code 3 may be the machine's fault: its TPU is busy or missing, or another host did not join.
+# Exit code 3 may be the machine's fault: its TPU is busy or missing, or another host did not join. So
+# may a crash, but one that repeats is the job's, such as running out of memory.
 replace_bad_node() { # ZONE
-  local what
-  what="the job found a wrong environment$(reason 3)"
+  local what="the job found a wrong environment" outcome=3
+  [[ $CODE == 3 ]] || what="the job crashed, perhaps out of memory," outcome=4
+  what+=" with exit code $CODE$(reason "$CODE")"
   STATE[was_active]=yes STATE[bad_nodes]=$((${STATE[bad_nodes]:-0} + 1))
   if ((STATE[bad_nodes] > 2)); then
-    finish failed 3 "$what on ${STATE[bad_nodes]} machines, with exit code 3; see infra/logs.sh $RUN"
+    finish failed "$outcome" "$what: the last of ${STATE[bad_nodes]} such machines, and another may not help; see infra/logs.sh $RUN"
   else
     retire "$what in $1"
   fi
@@ -304,8 +312,11 @@ follow_machine() { # ZONE STATE ERROR
       if [[ -n $3 && -z ${STATE[was_active]} ]]; then
         ERROR=$3
         classify "$ERROR"
+        # Google ends an order that was not granted in time, and calls that many things.
+        (($(now) < STATE[ordered] + STATE[wait_seconds])) || ERROR_KIND=capacity
         refused "$1"
       else
+        : "${STATE[started]:=${STATE[ordered]}}"
         retire "the machine in $1 was preempted or not granted${3:+ ($3)}"
       fi
       ;;
@@ -326,7 +337,8 @@ follow_machine() { # ZONE STATE ERROR
       ;;
     waiting)
       if is_past "$((STATE[ordered] + STATE[wait_seconds]))"; then
-        retire "no capacity in $1 within ${STATE[wait_seconds]} s"
+        ERROR_KIND=capacity ERROR="not within ${STATE[wait_seconds]} s"
+        refused "$1"
       else
         pause "$POLL_SECONDS"
       fi
@@ -338,10 +350,10 @@ follow_machine() { # ZONE STATE ERROR
 # Return whether the machine has been up, without a new line in its log, for longer than the job allows
 # itself to be stalled (runtime.stall_minutes). A job that is well writes a line every half minute.
 log_is_stalled() {
-  local stall=${STATE[stall_seconds]:-}
+  local stall=${STATE[stall_seconds]:-} at
   [[ -n $stall ]] && is_past "$((${STATE[active_since]:-$(now)} + stall))" || return 1
   if gcloud_read storage objects describe "$(run_folder)/logs/${STATE[attempt]}-0.log" --format='value(update_time)'; then
-    is_past "$(($(date -d "$RESULT" +%s) + stall))"
+    [[ -n $RESULT ]] && at=$(date -d "$RESULT" +%s) && is_past "$((at + stall))"
   else
     [[ $ERROR_KIND == missing ]]
   fi

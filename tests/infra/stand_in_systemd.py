@@ -52,10 +52,12 @@ def start(*arguments: str) -> None:
 
 
 def control(verb: str, unit: str) -> None:
-    """Show, start, or stop a unit."""
+    """Show, start, or stop a unit. The file docker-process has the number of Docker's process."""
     path = FOLDER / unit.removesuffix(".service")
     if verb == "cat":
         sys.exit(not path.exists())
+    if verb == "show" and (FOLDER / "docker-process").exists():
+        sys.stdout.write((FOLDER / "docker-process").read_text())
     if verb == "start" and not path.with_suffix(".pid").exists():
         start("service", path.name)
     if verb == "stop":

@@ -138,6 +138,10 @@ def test_an_old_bash_is_told_what_is_needed(scripts: Scripts, tmp_path: Path) ->
     [
         ('There is no more capacity in the zone "us-west4-a"', "capacity"),
         ("The zone 'projects/p/zones/z' does not have enough resources available", "capacity"),
+        ("Insufficient reserved capacity for the request", "capacity"),
+        ("A ct6e VM instance is currently unavailable in the us-east5-b zone.", "capacity"),
+        ("The service is currently unavailable.", "unclear"),
+        ("'valid until' start timing constraint expired", "unclear"),
         ("Quota 'TPUS_PER_TPU_FAMILY' exceeded.  Limit: 0.0 in region us-east5.", "quota"),
         ("Quota exceeded for quota metric 'Mutate' and limit 'Mutate per minute'", "busy"),
         ("Constraint constraints/compute.vmExternalIpAccess violated for project 1", "invalid"),
@@ -198,7 +202,7 @@ def test_setup_is_idempotent_and_hides_secrets(cloud: Cloud, scripts: Scripts) -
     for _ in range(2):
         done = scripts.run("setup", BUCKET=bucket)
         assert done.code == 0, done.err
-    assert done.err.count("already exists") == 7
+    assert done.err.count("already exists") == 8
     assert "cloudbuild.googleapis.com" in cloud.admin.services
     created = cloud.created_buckets[bucket]
     assert created["iamConfiguration"] == {
@@ -211,11 +215,14 @@ def test_setup_is_idempotent_and_hides_secrets(cloud: Cloud, scripts: Scripts) -
         ("job", "roles/artifactregistry.reader"),
         ("test-project", "roles/logging.logWriter"),
         ("test-project", "projects/test-project/roles/jobDeleteTpu"),
+        ("test-project", "projects/test-project/roles/jobDeleteInstance"),
         ("job-hf-token", "roles/secretmanager.secretAccessor"),
         ("job-openrouter-api-key", "roles/secretmanager.secretAccessor"),
     }
     permissions = cloud.admin.roles["jobDeleteTpu"]["includedPermissions"]
     assert permissions == ["tpu.nodes.delete", "tpu.nodes.get"]
+    permissions = cloud.admin.roles["jobDeleteInstance"]["includedPermissions"]
+    assert permissions == ["compute.instances.delete"]
     assert cloud.admin.grants(MEMBER.replace("job-runner", "job-builder")) == {
         (bucket, "roles/storage.objectViewer"),
         ("job", "roles/artifactregistry.writer"),
@@ -291,6 +298,7 @@ def test_doctor_reports_each_problem_and_its_fix(cloud: Cloud, scripts: Scripts)
         "there is no image",
         "there is no service account",
         f"cannot write to gs://{BUCKET}; run infra/setup.sh",
+        "roles/jobDeleteTpu, so a machine cannot delete itself; run infra/setup.sh",
         "note  secret HF_TOKEN is not stored",
     ):
         assert words in done.out

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -144,7 +147,10 @@ def test_a_script_started_twice_runs_one_job(cloud: Cloud, vm: Vm) -> None:
     vm.boot()
     wait_for(vm, "secret")
     vm.boot()
+    vm.wait_until(lambda: not vm.is_active("job-deadline"), "the end of the second boot")
+    assert vm.is_active("job")
     assert docker(vm, "arguments").count("run ") == 1
+    assert docker(vm, "calls").count("run -i") == 1
 
 
 def test_a_vm_shutdown_gives_the_job_time_to_stop(cloud: Cloud, vm: Vm) -> None:
@@ -178,6 +184,39 @@ def test_a_failed_pull_is_reported_and_the_vm_deleted(cloud: Cloud, vm: Vm) -> N
     wait_for_deletion(cloud, vm)
 
 
+def test_a_container_that_cannot_be_created_is_reported(cloud: Cloud, vm: Vm) -> None:
+    (vm.folder / "docker" / "uncreatable").touch()
+    vm.run()
+    assert marks(cloud) == [f"{MARKS}125"]
+
+
+def test_a_full_disk_keeps_neither_the_machine_nor_the_mark(cloud: Cloud, vm: Vm) -> None:
+    (vm.folder / "docker" / "codes").write_text("wait\n")
+    disk = vm.folder / "job"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs a mount, which only root may do")
+    try:
+        vm.boot()
+        vm.wait_until(lambda: docker(vm, "codes") == "", "the job")
+        with suppress(OSError), (disk / "filler").open("wb", 0) as filler:
+            while filler.write(b"x" * 512):
+                pass
+        os.kill(int(docker(vm, "pid")), signal.SIGTERM)
+        # The job exits with 75 and starts again.
+        (vm.folder / "docker" / "job").write_text("#!/bin/sh\nexit 4\n")
+        wait_for_deletion(cloud, vm, times=2)
+        assert marks(cloud) == [f"{MARKS}4"]
+        # So is a machine that boots with a full disk.
+        vm.shut_down()
+        vm.run()
+        assert marks(cloud) == [f"{MARKS}4"]
+    finally:
+        vm.destroy()
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_only_the_first_host_of_a_slice_deletes_it(cloud: Cloud, vm: Vm) -> None:
     vm.metadata.attributes["agent-worker-number"] = "1"
     vm.run()
@@ -204,6 +243,25 @@ def test_a_refused_deletion_is_repeated_until_it_works(cloud: Cloud, vm: Vm) -> 
     vm.run()
     wait_for_deletion(cloud, vm, times=10)
     assert marks(cloud) == [f"{MARKS}0"]
+
+
+def test_a_clock_that_was_wrong_moves_no_deadline(cloud: Cloud, vm: Vm) -> None:
+    (vm.folder / "docker" / "codes").write_text("wait\n")
+    (vm.folder / "job").mkdir()
+    (vm.folder / "job" / "deadline").write_text(f"{int(time.time()) + 86400}\n")
+    vm.metadata.attributes["job-max-seconds"] = "1"
+    vm.boot()
+    wait_for_deletion(cloud, vm)
+
+
+def test_a_failed_upload_of_the_log_is_repeated(cloud: Cloud, vm: Vm) -> None:
+    (vm.folder / "docker" / "codes").write_text("wait\n")
+    cloud.faults.add("logs%2F2-0.log", status=403, times=2)
+    vm.boot()
+    name = "infra/r1/logs/2-0.log"
+    vm.wait_until(lambda: name in cloud.names(BUCKET), "an upload of the log")
+    assert "plain words" in cloud.objects[BUCKET, name].data.decode()
+    assert "cannot upload the log" in vm.serial
 
 
 def test_a_hanging_pull_ends_at_the_deadline(cloud: Cloud, vm: Vm) -> None:
@@ -233,11 +291,24 @@ def test_a_docker_daemon_that_stops_resumes_the_job(
     assert marks(cloud) == [f"{MARKS}0"]
 
 
+def test_a_docker_daemon_that_restarts_at_once_resumes_the_job(cloud: Cloud, vm: Vm) -> None:
+    (vm.folder / "docker" / "codes").write_text("wait\n0\n")
+    (vm.folder / "systemd" / "docker-process").write_text("MainPID=100\n")
+    vm.boot()
+    vm.wait_until(lambda: docker(vm, "codes") == "0\n", "the job")
+    (vm.folder / "systemd" / "docker-process").write_text("MainPID=200\n")
+    os.kill(int(docker(vm, "pid")), signal.SIGKILL)
+    vm.wait_until(vm.is_done, "the end of the job")
+    assert marks(cloud) == [f"{MARKS}0"]
+
+
 def test_docker_is_installed_with_patience_for_apt(cloud: Cloud, vm: Vm) -> None:
     folder = vm.folder / "bin"
     (folder / "docker").rename(folder / "docker-of-apt")
     (folder / "apt-get").write_text(
         f'#!/bin/sh\n[ "$2" = DPkg::Lock::Timeout=300 ] || exit 100\n'
+        # Apt does not wait for the lock of its lists.
+        f"[ -e {folder}/first ] || {{ touch {folder}/first; exit 100; }}\n"
         f'[ "$3" = update ] || mv {folder}/docker-of-apt {folder}/docker\n'
     )
     (folder / "apt-get").chmod(0o755)

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.infra.test_startup import MARKS, docker, marks, vm_with_stand_in_docker, wait_for
+from tests.infra.test_startup import (
+    MARKS,
+    docker,
+    marks,
+    vm_with_stand_in_docker,
+    wait_for,
+    wait_for_deletion,
+)
 from tests.infra.vm import Vm
 from tests.services.cloud import BUCKET, Cloud
 
@@ -98,6 +105,7 @@ def tools_of(manager: subprocess.Popen[bytes], folder: Path) -> Path:
 @pytest.fixture
 def vm(cloud: Cloud, tmp_path: Path, systemd: Path) -> Iterator[Vm]:
     machine = vm_with_stand_in_docker(cloud, tmp_path, systemd)
+    machine.environment["DOCKER_GROUP"] = "/sys/fs/cgroup/containers"
     yield machine
     machine.destroy()
 
@@ -118,12 +126,42 @@ def test_a_killed_unit_follows_the_running_job(cloud: Cloud, vm: Vm) -> None:
     (vm.folder / "docker" / "codes").write_text("wait\n")
     vm.boot()
     wait_for(vm, "secret")
+    log = vm.folder / "job" / "log"
+    os.utime(log, (1000, 1000))
+    kill_job(vm)
+    vm.wait_until(lambda: "following the running container" in log.read_text(), "a second start")
+    vm.wait_until(lambda: "logs -f --since 1000 job" in docker(vm, "calls"), "its log")
+    assert docker(vm, "calls").count("run -i") == 1
+    assert marks(cloud) == []
+
+
+def kill_job(vm: Vm) -> None:
     kill = ["systemctl", "kill", "--signal=KILL", "--kill-who=main", "job.service"]
     subprocess.run(kill, env=vm.environment, check=True)
-    log = vm.folder / "job" / "log"
-    vm.wait_until(lambda: log.read_text().count("startup:") > 1, "the second start")
-    assert docker(vm, "arguments").count("run ") <= 2
-    assert marks(cloud) == []
+
+
+def test_the_deadline_stops_a_job_whose_unit_waits_for_a_restart(cloud: Cloud, vm: Vm) -> None:
+    (vm.folder / "docker" / "codes").write_text("wait\n")
+    vm.metadata.attributes["job-max-seconds"] = "20"
+    vm.environment["JOB_VM_PAUSE"] = "1000"
+    vm.boot()
+    wait_for(vm, "secret")
+    kill_job(vm)
+    wait_for_deletion(cloud, vm)
+    assert docker(vm, "code").strip() == "75"
+
+
+def test_the_deadline_does_not_wait_for_docker(cloud: Cloud, vm: Vm, systemd: Path) -> None:
+    units = systemd.parent / "systemd" / "user"
+    units.mkdir()
+    service = "[Service]\nType=oneshot\nTimeoutStartSec=infinity\nExecStart=/bin/sleep 1000\n"
+    (units / "docker.service").write_text(service)
+    start = ["systemctl", "start", "--no-block", "docker.service"]
+    subprocess.run(start, env=vm.environment, check=True)
+    vm.metadata.attributes["job-max-seconds"] = "3"
+    vm.boot()
+    wait_for_deletion(cloud, vm)
+    assert marks(cloud) == [f"{MARKS}124"]
 
 
 def test_the_deadline_deletes_what_nothing_else_ends(cloud: Cloud, vm: Vm) -> None:
@@ -133,7 +171,7 @@ def test_the_deadline_deletes_what_nothing_else_ends(cloud: Cloud, vm: Vm) -> No
     (vm.folder / "docker" / "hanging").touch()
     vm.metadata.attributes["job-max-seconds"] = "5"
     vm.boot()
-    vm.wait_until(lambda: len(cloud.requested("DELETE /v2/")) >= 11, "11 requests to delete")
+    vm.wait_until(lambda: len(cloud.requested("DELETE /v2/")) >= 11, "11 requests to delete", 180)
     assert marks(cloud) == [f"{MARKS}124"]
     assert not vm.is_active("job")
     assert vm.is_active("job-delete")

@@ -1,9 +1,20 @@
 """The life of a run's machine: preemption, refusals, lost responses, the maximum run time."""
 
+import subprocess
+import time
+
 import pytest
 
 from tests.infra.conftest import INFRA, Scripts
-from tests.infra.runs import NAME, RUN, SERVING_QUOTA, check_clean, state_of, submitted
+from tests.infra.runs import (
+    NAME,
+    RUN,
+    SERVING_QUOTA,
+    check_clean,
+    machine_of,
+    state_of,
+    submitted,
+)
 from tests.services.cloud import BUCKET, Cloud
 
 UP = ("ACCEPTED", "ACTIVE")
@@ -15,11 +26,22 @@ def zones(cloud: Cloud) -> list[str]:
     return [machine.zone for machine in cloud.machines.history]
 
 
+def order_machine(cloud: Cloud, run: str, *life: str) -> None:
+    """Create the machine of a run in the first zone, before any watcher."""
+    labels = {"managed-by": "job-infra", "job-run": machine_of(run)}
+    metadata = {"job-control": f"gs://{BUCKET}/infra/{run}", "job-attempt": "1"}
+    node = {"labels": labels, "metadata": metadata}
+    cloud.machines.lives = [life]
+    order = {"tpu": {"nodeSpec": [{"node": node}]}}
+    cloud.machines.order("queued", "us-west4-a", machine_of(run), order)
+
+
 @pytest.mark.slow
 def test_submit_creates_watches_and_deletes_the_machine(cloud: Cloud, scripts: Scripts) -> None:
     cloud.machines.lives = [DONE]
     cloud.machines.delete_looks = 1
-    done = scripts.run("submit", "smoke", "--run-id", RUN, "--set", "train.epochs=1", "--wait")
+    settings = ("--set", "train.epochs=1", "--set", "runtime.stall_minutes=2")
+    done = scripts.run("submit", "smoke", "--run-id", RUN, *settings, "--wait")
     assert done.code == 0, done.err
     check_clean(cloud)
     [machine] = cloud.machines.history
@@ -43,7 +65,7 @@ def test_submit_creates_watches_and_deletes_the_machine(cloud: Cloud, scripts: S
     assert "epochs: 1\n" in spec
     assert f"output: gs://{BUCKET}/runs\n" in spec
     assert "4.624 USD per hour spot in us-west4 (list price of 2026-08)" in done.err
-    assert state_of(cloud)["stall_seconds"] == "1801"
+    assert state_of(cloud)["stall_seconds"] == "1801"  # at least the time of a silent pull
     assert f"gs://{BUCKET}/runs/{RUN}" in done.err
     assert state_of(cloud)["outcome"] == "done"
 
@@ -67,8 +89,12 @@ def test_a_lost_machine_is_replaced_in_the_next_zone(cloud: Cloud, scripts: Scri
 
 @pytest.mark.slow
 def test_no_capacity_moves_to_the_next_zone(cloud: Cloud, scripts: Scripts) -> None:
-    submitted(cloud)
-    cloud.machines.refusals = {"us-west4-a": ["capacity"], "us-central1-a": ["rate"]}
+    # An answer about capacity is clear, and shows that there is quota.
+    submitted(cloud, unclear="4", no_quota="us-west4-a")
+    cloud.machines.refusals = {
+        "us-west4-a": ["capacity"],
+        "us-central1-a": ["rate", "unknown", "quota"],
+    }
     cloud.machines.lives = [
         ("WAITING_FOR_RESOURCES", "FAILED: There is no more capacity in the zone"),
         DONE,
@@ -76,7 +102,7 @@ def test_no_capacity_moves_to_the_next_zone(cloud: Cloud, scripts: Scripts) -> N
     done = scripts.run("supervise", RUN)
     assert done.code == 0, done.err
     check_clean(cloud)
-    assert zones(cloud) == ["us-central1-a", "us-west4-a"]
+    assert zones(cloud) == ["us-west4-a", "us-central1-a"]
     assert "no capacity in us-west4-a" in done.err
     assert "per minute" in done.err
 
@@ -104,13 +130,111 @@ def test_zones_without_capacity_cost_no_attempt(cloud: Cloud, scripts: Scripts) 
 
 
 @pytest.mark.slow
-def test_a_bad_node_is_replaced_twice_at_most(cloud: Cloud, scripts: Scripts) -> None:
-    submitted(cloud)
-    cloud.machines.lives = [(*UP, "exit 3")] * 3
+def test_an_order_that_was_not_granted_in_time_refuses_nothing(
+    cloud: Cloud, scripts: Scripts
+) -> None:
+    # Two more unclear responses would end the run, and so would one order that cannot work.
+    submitted(cloud, wait_seconds="1", unclear="3")
+    cloud.machines.lives = [
+        ("ACCEPTED", "FAILED: The request expired before the resources were available"),
+        ("ACCEPTED", "FAILED: 'valid until' start timing constraint expired"),
+        DONE,
+    ]
+    cloud.machines.refusals = {"us-central1-a": ["unknown"]}
     done = scripts.run("supervise", RUN)
-    assert done.code == 3
-    assert "wrong environment on 3 machines" in done.err
+    assert done.code == 0, done.err
+    assert "no capacity in us-west4-a (The request expired" in done.err
     assert len(cloud.machines.history) == 3
+    check_clean(cloud)
+
+
+@pytest.mark.slow
+def test_an_order_that_failed_for_its_rate_is_replaced(cloud: Cloud, scripts: Scripts) -> None:
+    submitted(cloud)
+    cloud.machines.lives = [("ACCEPTED", "FAILED: Quota exceeded for 'Mutate per minute'"), DONE]
+    done = scripts.run("supervise", RUN)
+    assert done.code == 0, done.err
+    assert "the machine in us-west4-a was not granted: Quota exceeded" in done.err
+    check_clean(cloud)
+
+
+@pytest.mark.slow
+def test_a_machine_that_nobody_saw_counts_from_its_order(cloud: Cloud, scripts: Scripts) -> None:
+    ordered = str(int(time.time()) - 20000)  # longer ago than the maximum run time
+    submitted(cloud, "r2", phase="run", ordered=ordered)
+    cloud.put(BUCKET, "infra/r2/marks/exit-1-0-75", b"")
+    cloud.machines.lives = [DONE]  # never ordered
+    done = scripts.run("supervise", "r2")
+    assert done.code == 75, done.err
+    assert state_of(cloud, "r2")["started"] == ordered
+    order_machine(cloud, "r3", "SUSPENDED")
+    cloud.machines.lives = [DONE]
+    submitted(cloud, "r3", phase="run", ordered=ordered)
+    done = scripts.run("supervise", "r3")
+    assert done.code == 75, done.err
+    assert state_of(cloud, "r3")["started"] == ordered
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "end", "reason"),
+    [(3, 3, "the job found a wrong environment"), (137, 4, "perhaps out of memory")],
+)
+def test_a_bad_node_is_replaced_twice_at_most(
+    cloud: Cloud, scripts: Scripts, code: int, end: int, reason: str
+) -> None:
+    submitted(cloud)
+    cloud.machines.lives = [(*UP, f"exit {code}")] * 3 + [DONE]
+    done = scripts.run("supervise", RUN)
+    assert done.code == end
+    assert reason in done.err
+    assert f"exit code {code}: the last of 3 such machines" in done.err
+    assert len(cloud.machines.history) == 3
+    check_clean(cloud)
+
+
+@pytest.mark.parametrize(
+    ("marks", "code"),
+    [
+        ("1-125", "125"),
+        ("1-137", "137"),
+        ("1-124", ""),
+        ("1-3", ""),
+        ("0-3 1-137", "3"),
+        ("1-137 0-0", "0"),
+        ("10-134 0-75 9-127", "75"),
+    ],
+)
+def test_a_crash_of_any_host_counts_and_the_first_host_decides(marks: str, code: str) -> None:
+    code_of = f"""
+      source {INFRA}/lib.sh; source {INFRA}/state.sh; source {INFRA}/watch.sh
+      CONTROL=gs://b/infra RUN=r STATE=([submission]=1 [attempt]=1)
+      gcloud_read() {{ RESULT=$(printf 'gs://b/infra/r/marks/exit-1-%s\n' $marks); }}
+      marks=$1
+      read_marks
+      echo "$CODE" """
+    done = subprocess.run(
+        ["bash", "-c", code_of, "bash", marks], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("response", ["a time", "no time"])
+def test_a_machine_whose_log_may_have_grown_is_kept(
+    cloud: Cloud, scripts: Scripts, response: str
+) -> None:
+    if response == "no time":
+        body = b'{"bucket": "b", "name": "n", "generation": "1", "size": "1"}'
+        cloud.faults.add(f"GET /storage/v1/b/{BUCKET}/o/infra%2F{RUN}%2Flogs", 200, 9, body=body)
+    cloud.put(BUCKET, f"infra/{RUN}/logs/1-0.log", b"working\n")
+    order_machine(cloud, RUN, "ACTIVE", "ACTIVE", "exit 0")
+    cloud.machines.lives = [DONE]  # never ordered
+    submitted(cloud, phase="run", was_active="yes", active_since="1", stall_seconds="900")
+    done = scripts.run("supervise", RUN)
+    assert done.code == 0, done.err
+    assert len(cloud.requested("logs%2F1-0.log")) >= 1
+    assert len(cloud.machines.history) == 1
     check_clean(cloud)
 
 

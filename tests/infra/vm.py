@@ -69,6 +69,7 @@ class Vm:
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": f"{api}/",
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE": f"{api}/compute/v1/",
             "JOB_VM_FOLDER": str(folder / "job"),
+            "JOB_VM_MEMORY": str(folder / "memory"),
             "JOB_VM_CONTAINER": container,
             "JOB_VM_TICK": "0.2",
             "JOB_VM_PAUSE": "0.5",
@@ -100,7 +101,11 @@ class Vm:
     def run(self) -> None:
         """Boot, and wait until the job's unit has ended."""
         self.boot()
-        self.wait_until(lambda: not self.is_active("job"), "the end of the job")
+        self.wait_until(self.is_done, "the end of the job")
+
+    def is_done(self) -> bool:
+        """Return whether the job's unit and the one that starts it have ended."""
+        return not self.is_active("job-deadline") and not self.is_active("job")
 
     def wait_until(self, happened: Callable[[], object], what: str, seconds: float = 60) -> None:
         """Wait for something that must happen."""
