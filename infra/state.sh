@@ -120,3 +120,26 @@ new_submission() { # AGAIN
   [[ $PROVISIONER != gce ]] || STATE[quota]="Compute Engine's quota for ${MACHINE_INFO[machine_type]%-*}"
   GENERATION=$generation
 }
+
+# Acquire the run's lease, or wait until another watcher has ended the run.
+acquire_lease() {
+  local announced=''
+  until read_state && lease_is_free && write_state; do
+    [[ -n ${STATE[phase]:-} ]] || no_such_run
+    [[ ${STATE[phase]} != ended ]] || return 0
+    [[ -n $announced ]] || log "$RUN is watched by ${STATE[owner]}; standing by"
+    announced=yes
+    sleep "$POLL_SECONDS"
+  done
+}
+
+lease_is_free() {
+  [[ ${STATE[phase]} != ended ]] \
+    && { [[ -z ${STATE[owner]:-} || ${STATE[owner]} == "$ME" ]] || ((STATE[expires] < $(now))); }
+}
+
+# Release the lease, so the next watcher need not wait.
+release_lease() {
+  [[ ${STATE[owner]:-} == "$ME" && ${STATE[phase]} != ended ]] || return 0
+  LEASE_SECONDS=-1 write_state || true
+}
